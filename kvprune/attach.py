@@ -1,0 +1,352 @@
+"""Wires a model: hooks, `generate(cache=...)`, attention and masks. Decides nothing.
+
+Every hook is a module-level callable and finds the cache among the arguments of the call, so
+a model holds no state of a sequence, can be deep-copied and pickled, and serves any number
+of caches and threads.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention import slot_attention
+from .cache import Attachment, ComposedCache
+from .errors import KVPruneError
+from .families import (
+    BACKENDS,
+    CACHE_ARGUMENTS,
+    POSITION_ARGUMENTS,
+    PREFIX,
+    argument,
+    attention_of,
+    backend_of,
+    check_family,
+    decoder_layers,
+    with_argument,
+)
+from .masks import mask_or_rule
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def attach(model: PreTrainedModel) -> PreTrainedModel:
+    """Lets a model run with a `ComposedCache`; without one it computes what it did before.
+
+    Can be called again at any time (as after `model.set_attn_implementation`).
+
+    Args:
+        model: a decoder-only transformers model, with or without its language-model head,
+            whose attention implementation is "sdpa" or "eager".
+
+    Returns:
+        the same object.
+
+    Raises:
+        KVPruneError: the family is not supported; the model is unchanged then.
+    """
+    check_family(model)
+    base: Any = model.base_model
+    layers = decoder_layers(base)
+    attentions = [attention_of(base, layer) for layer in layers]
+    attachment = base.__dict__.get("_kvprune") or Attachment(type(model).__name__, len(layers))
+    detach(model)
+    _register_functions()
+    base._kvprune = attachment
+    for config in _configs(model):
+        config._attn_implementation = PREFIX + backend_of(config)
+    _hook_base(base, layers, attentions)
+    if model is not base:
+        model.register_forward_pre_hook(_before_head_model, with_kwargs=True)
+        model.register_forward_hook(_after_head_model, with_kwargs=True, always_call=True)
+    for name, method in _METHODS.items():
+        if hasattr(type(model), name):
+            model.__dict__[name] = types.MethodType(method, model)
+    return model
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Takes back everything that `attach` did to a model; returns the same object."""
+    for module in model.modules():
+        _remove_hooks(module)
+        module.__dict__.pop("_kvprune", None)
+    for name in _METHODS:
+        if getattr(model.__dict__.get(name), "__func__", None) is _METHODS[name]:
+            del model.__dict__[name]
+    for config in _configs(model):
+        if str(config._attn_implementation).startswith(PREFIX):
+            config._attn_implementation = backend_of(config)
+    return model
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    """Every config among the model's modules, once (they mostly share one)."""
+    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    return (c for c in found.values() if hasattr(c, "_attn_implementation"))
+
+
+def _register_functions() -> None:
+    """Global in transformers, but stateless and inert for models that do not name them."""
+    for backend in BACKENDS:
+        ALL_ATTENTION_FUNCTIONS.register(PREFIX + backend, partial(slot_attention, backend))
+        stock = ALL_MASK_ATTENTION_FUNCTIONS[backend]
+        ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + backend, partial(mask_or_rule, stock))
+
+
+def _hook_base(base: nn.Module, layers: Any, attentions: list[nn.Module]) -> None:
+    base.register_forward_pre_hook(_before_base, with_kwargs=True)
+    base.register_forward_hook(_after_base, with_kwargs=True, always_call=True)
+    for index, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
+        layer.register_forward_pre_hook(partial(_before_layer, index), with_kwargs=True)
+        attention.register_forward_pre_hook(_before_attention, with_kwargs=True)
+        attention.register_forward_hook(_after_attention, with_kwargs=True)
+    layers[-1].register_forward_hook(_after_last_layer, with_kwargs=True)
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            function = hook.func if isinstance(hook, partial) else hook
+            if function in _HOOKS:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
+
+
+def _cache_in(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ComposedCache | None:
+    """The cache of this call, if it is one of ours."""
+    for name in CACHE_ARGUMENTS:
+        cache = argument(module, args, kwargs, name)
+        if isinstance(cache, ComposedCache):
+            return cache
+    return None
+
+
+# The hooks, in the order in which a forward meets them.
+
+
+def _before_head_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = _cache_in(model, args, kwargs)
+    if cache is None:
+        return
+    prunes = any("rank_hidden" in p.hooks for p in cache.policies)
+    if prunes and argument(model, args, kwargs, "labels") is not None:
+        raise KVPruneError(
+            "labels with a policy that prunes hidden states: dropped tokens leave the model "
+            "early, so a loss over all tokens would be wrong. Take the logits of the tokens in "
+            "question through logits_to_keep and compute the loss from those"
+        )
+    cache.ask_logits(argument(model, args, kwargs, "logits_to_keep") or 0)
+
+
+def _after_head_model(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    cache = _cache_in(model, args, kwargs)
+    if cache is not None:
+        cache.ask_logits(0)
+
+
+def _before_base(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = _cache_in(base, args, kwargs)
+    if cache is None:
+        return
+    _check_forward(base, args, kwargs)
+    cache.bind(base._kvprune, base)  # type: ignore[arg-type]
+    tokens = argument(base, args, kwargs, "input_ids")
+    if tokens is None:
+        tokens = argument(base, args, kwargs, "inputs_embeds")
+    if tokens is None:
+        return
+    mask = argument(base, args, kwargs, "attention_mask")
+    two_d = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    cache.open_step(tokens.shape[0], tokens.shape[1], two_d, tokens.device)
+
+
+def _check_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if argument(base, args, kwargs, "use_cache") is False:
+        raise KVPruneError("use_cache=False with a ComposedCache: leave out one of the two")
+    if base.training and base.is_gradient_checkpointing:
+        raise KVPruneError(
+            "gradient checkpointing in training hides the cache from the layers: call "
+            "model.gradient_checkpointing_disable() or model.eval() first"
+        )
+    if not str(base.config._attn_implementation).startswith(PREFIX):
+        raise KVPruneError(
+            f"the attention implementation became {base.config._attn_implementation!r} after "
+            f"attach: call kvprune.attach(model) again"
+        )
+
+
+def _before_layer(
+    index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Arguments | None:
+    cache = _cache_in(layer, args, kwargs)
+    if cache is None:
+        return None
+    step = cache.step
+    hidden = step.enter(index, argument(layer, args, kwargs, "hidden_states"))
+    args, kwargs = with_argument(layer, args, kwargs, "hidden_states", hidden)
+    for name in POSITION_ARGUMENTS:
+        value = argument(layer, args, kwargs, name)
+        if value is not None:
+            args, kwargs = with_argument(layer, args, kwargs, name, step.align(value))
+    return args, kwargs
+
+
+def _before_attention(
+    attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Arguments | None:
+    cache = _cache_in(attention, args, kwargs)
+    if cache is None:
+        return None
+    return args, {**kwargs, "kvprune_layer": cache.at_layer(attention.layer_idx)}
+
+
+def _after_attention(
+    attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    cache = _cache_in(attention, args, kwargs)
+    if cache is not None:
+        cache.evict(attention.layer_idx)
+
+
+def _after_last_layer(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    cache = _cache_in(layer, args, kwargs)
+    if cache is None:
+        return None
+    if isinstance(output, tuple):
+        return (cache.step.leave(output[0]), *output[1:])
+    return cache.step.leave(output)
+
+
+def _after_base(
+    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    cache = _cache_in(base, args, kwargs)
+    if cache is not None:
+        cache.close_step(done=output is not None)
+
+
+_HOOKS = (
+    _before_head_model,
+    _after_head_model,
+    _before_base,
+    _after_base,
+    _before_layer,
+    _before_attention,
+    _after_attention,
+    _after_last_layer,
+)
+
+
+# What an attached model does instead of its class's methods.
+
+
+def _generate(model: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
+    """`generate` with one more argument, `cache`: a `ComposedCache`."""
+    if cache is not None:
+        if kwargs.get("past_key_values") is not None:
+            raise KVPruneError(
+                "generate: cache= and past_key_values= were both given: leave out one"
+            )
+        if not isinstance(cache, ComposedCache):
+            raise KVPruneError(
+                f"generate: cache= expects a ComposedCache, came {type(cache).__name__}"
+            )
+        kwargs["past_key_values"] = cache
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, ComposedCache):
+        return type(model).generate(model, *args, **kwargs)
+    cache.bind(model.base_model._kvprune, model.base_model)
+    _check_prompt(cache, *args, **kwargs)
+    cache.enter_generate()
+    try:
+        return type(model).generate(model, *args, **kwargs)
+    finally:
+        cache.leave_generate()
+
+
+def _check_prompt(
+    cache: ComposedCache, inputs: Tensor | None = None, *args: Any, **kwargs: Any
+) -> None:
+    """A prompt is all ids so far, or new ids with a mask over all columns."""
+    given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    tokens = next((t for t in given if t is not None), None)
+    mask = kwargs.get("attention_mask")
+    if tokens is None or cache.seen == 0:
+        return
+    count, columns = tokens.shape[1], tokens.shape[1] if mask is None else mask.shape[1]
+    if columns == count and count <= cache.seen:
+        raise KVPruneError(
+            f"the prompt has {count} tokens, but the cache has seen {cache.seen} columns: "
+            f"expected all tokens so far and new ones, or new ones alone with an attention_mask "
+            f"over all {cache.seen} + {count} columns"
+        )
+    if columns not in (count, cache.seen + count):
+        raise KVPruneError(
+            f"attention_mask: expected {count} columns (the ids are all tokens so far) or "
+            f"{cache.seen} + {count} (they are new), came {columns}"
+        )
+
+
+def _prepare_cache_for_generation(
+    model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """The place where `generate` knows the prompt's mask and mode, and has run nothing yet."""
+    prepare = type(model)._prepare_cache_for_generation
+    cache = model_kwargs.get("past_key_values")
+    if isinstance(cache, ComposedCache):
+        _check_generation(generation_config, *args, **kwargs)
+        mask = model_kwargs.get("attention_mask")
+        if mask is None:
+            cache.announce_prompt(generation_config._mask_length - cache.seen)
+        else:
+            _check_ends(mask)
+            cache.announce_prompt(mask[:, cache.seen :].bool().sum(-1))
+    return prepare(model, generation_config, model_kwargs, *args, **kwargs)
+
+
+def _check_generation(generation_config: Any, generation_mode: Any, *_: Any, **__: Any) -> None:
+    if generation_config.use_cache is False:
+        raise KVPruneError("use_cache=False with a ComposedCache: leave out one of the two")
+    if "assisted" in str(generation_mode).lower():
+        raise KVPruneError(
+            "assisted and prompt-lookup decoding are not supported with a ComposedCache yet: "
+            "leave out assistant_model and prompt_lookup_num_tokens"
+        )
+
+
+def _check_ends(mask: Tensor) -> None:
+    if bool((mask[:, -1] == 0).any()):
+        rows = (mask[:, -1] == 0).nonzero().flatten().tolist()
+        raise KVPruneError(
+            f"the prompt is padded on the right, or empty, in rows {rows}: expected left "
+            f"padding. Set tokenizer.padding_side = 'left'"
+        )
+
+
+def _generate_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
+    raise KVPruneError(
+        "generate_batch has a paged cache of its own, which policies cannot reach: use "
+        "generate, or kvprune.detach(model) first"
+    )
+
+
+_METHODS = {
+    "generate": _generate,
+    "generate_batch": _generate_batch,
+    "_prepare_cache_for_generation": _prepare_cache_for_generation,
+}

@@ -1,0 +1,444 @@
+"""ComposedCache: policies, and the slot layers of one batch of sequences."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from .composition import leaves
+from .errors import KVPruneError
+from .masks import LogicalLength
+from .policy import TokenPolicy
+from .slots import SlotLayer
+from .statistics import check_statistics, wanted_at
+from .step import LayerStep, RowNumbers, Step
+
+
+@dataclass(frozen=True, eq=False)
+class Attachment:
+    """A model that kvprune is attached to, as its caches know it (by identity)."""
+
+    name: str
+    num_layers: int
+
+
+class ComposedCache(Cache):
+    """A key/value cache that holds only what its policies keep.
+
+    Pass it to an attached model (`kvprune.attach`): as `cache=` or `past_key_values=` to
+    `generate`, or as `past_key_values=` to its forward. One cache serves one batch of
+    sequences; `copy.deepcopy(cache)` is independent, which is how a prefix is reused.
+
+    Args:
+        policies: a pipeline: each policy sees the survivors of those before it, so a token
+            stays only if all keep it. `a | b` keeps what either keeps. An empty list is
+            dense.
+
+    Raises:
+        KVPruneError: not a list of policies, or a policy with unknown statistics or layers.
+
+    Attributes:
+        seen: columns shown so far, padding included: the logical length. Positions, masks
+            and `get_seq_length()` follow it, whatever was evicted.
+    """
+
+    layers: list[SlotLayer]  # type: ignore[assignment]
+
+    def __init__(self, policies: Sequence[TokenPolicy] = ()) -> None:
+        super().__init__(layers=[])
+        self.policies = _checked(policies)
+        self.seen = 0
+        self._attachment: Attachment | None = None
+        self._rows: RowNumbers | None = None
+        self._promise: Tensor | int | None = None
+        self._in_generate = False
+        self._logits_to_keep: int | Tensor = 0
+        # A dict, since its setdefault is atomic: two threads cannot both open a step.
+        self._open: dict[str, tuple[int, Step]] = {}
+        self._failure = ""
+
+    # What a user reads.
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __bool__(self) -> bool:
+        # A cache that has no layers yet is not "no cache".
+        return True
+
+    def columns(self, layer: int) -> Tensor:
+        """The columns that a layer holds.
+
+        Returns:
+            int64 `[B, 1|Hkv, S]`, sorted, -1 first where a row or head has fewer; the head
+            axis is 1 while all heads hold the same. Padding is never listed.
+
+        Raises:
+            KVPruneError: there is no such layer, or nothing was stored yet.
+        """
+        if not self.layers or not self._slots(layer).is_initialized:
+            raise KVPruneError("the cache is empty: expected a forward of an attached model first")
+        ordered = self._slots(layer).columns.sort(dim=-1).values
+        most = int((ordered >= 0).sum(-1).max())
+        return ordered[..., ordered.shape[-1] - most :].clone()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storage that the cache has allocated."""
+        held = [t for layer in self.layers for t in layer.tensors()]
+        if self._rows is not None:
+            held += [self._rows.first, self._rows.prompt_length]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+        return sum(storages.values())
+
+    def __repr__(self) -> str:
+        head = f"ComposedCache([{', '.join(map(repr, self.policies))}])"
+        if not any(layer.is_initialized for layer in self.layers):
+            return f"{head}: empty"
+        lines = [f"{head}: seen {self.seen} columns, {self.nbytes / 2**20:.2f} MiB"]
+        counts = [self.columns(i).shape[-1] for i in range(len(self))]
+        for kept, run in itertools.groupby(enumerate(counts), key=lambda item: item[1]):
+            layers = [i for i, _ in run]
+            span = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
+            lines.append(f"  {span}: {kept}/{self.seen} slots")
+        return "\n".join(lines)
+
+    def reset(self) -> None:
+        """Forgets everything and frees the memory; the cache can be used anew."""
+        for layer in self.layers:
+            layer.reset()
+        self.seen = 0
+        self._rows = self._promise = None
+        self._in_generate = False
+        self._open = {}
+        self._failure = ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ComposedCache:
+        self._check_idle()
+        # Shared, not copied: the model it is bound to, and the policies, which hold no state.
+        memo[id(self.policies)] = self.policies
+        memo[id(self._attachment)] = self._attachment
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = copy.deepcopy(value, memo)
+        return twin
+
+    # What transformers asks of a cache.
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stores new keys and values and returns all that the layer then holds.
+
+        Raises:
+            KVPruneError: called outside a forward of an attached model.
+        """
+        step = self.step
+        return self._slots(layer_idx).append(key_states, value_states, step.columns, step.complete)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The logical length; the same for all layers."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """The logical length with this forward's tokens, and an offset of 0."""
+        assert self.step
+        return LogicalLength(self.seen + query_length), 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: no maximum."""
+        return -1
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything was stored yet."""
+        return any(layer.is_initialized for layer in self.layers)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, or -1 before the first forward."""
+        return -1 if self._rows is None else self._rows.first.shape[0]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was (beam search)."""
+        self._select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, one after the other."""
+        rows = torch.arange(max(self.batch_size, 0))
+        self._select_rows(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows that `indices` (ints or a bool mask) name."""
+        rows = torch.arange(max(self.batch_size, 0), device=indices.device)
+        self._select_rows(rows[indices])
+
+    def _select_rows(self, rows: Tensor) -> None:
+        self._check_usable()
+        if self._rows is None:
+            return
+        for layer in self.layers:
+            layer.select_rows(rows)
+        self._rows = self._rows.select(rows)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the newest `-tokens_to_remove` columns.
+
+        Raises:
+            KVPruneError: a positive number, more than were seen, or a policy that evicts:
+                what it evicted since would have to come back.
+        """
+        self._check_usable()
+        if tokens_to_remove > 0 or -tokens_to_remove > self.seen:
+            raise KVPruneError(
+                f"crop({tokens_to_remove}): expected minus the number of columns to take back, "
+                f"at most {self.seen}"
+            )
+        if any("rank_slots" in p.hooks for p in self.policies):
+            raise KVPruneError(
+                f"crop: {self!r} evicts, and what was evicted cannot come back. Take a "
+                f"copy.deepcopy of the cache before the forward that may have to be undone"
+            )
+        self.seen += tokens_to_remove
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keep((layer.columns >= 0) & (layer.columns < self.seen))
+
+    def activate_past_recording(self) -> None:
+        """Refused: assisted decoding, which takes tokens back, is not supported yet.
+
+        Raises:
+            KVPruneError: always.
+        """
+        raise KVPruneError(
+            "assisted and prompt-lookup decoding are not supported with a ComposedCache yet: "
+            "leave out assistant_model and prompt_lookup_num_tokens"
+        )
+
+    # What attach() calls, in this order.
+
+    def bind(self, attachment: Attachment, model: torch.nn.Module) -> None:
+        """Ties the cache to a model on first use, and makes its layers.
+
+        Raises:
+            KVPruneError: the cache is tied to another model, or a policy cannot work on it.
+        """
+        if self._attachment is attachment:
+            return
+        if self._attachment is not None:
+            raise KVPruneError(
+                f"this cache belongs to another model ({self._attachment.name}): expected the "
+                f"model it was first used with, came {attachment.name}. Make a new "
+                f"ComposedCache for each model"
+            )
+        for policy in leaves(self.policies):
+            _check_layers(policy, attachment)
+            policy.check(model)
+        layers = range(attachment.num_layers)
+        self.layers = [SlotLayer(wanted_at(self.policies, i)) for i in layers]
+        self._attachment = attachment
+
+    def announce_prompt(self, new: Tensor | int) -> None:
+        """`generate` tells how many valid prompt tokens `[B]` follow, however it splits them."""
+        self._check_usable()
+        self._promise = new
+
+    def enter_generate(self) -> None:
+        """From here on, forwards do not count as prompt unless announced."""
+        self._check_usable()
+        self._in_generate = True
+
+    def leave_generate(self) -> None:
+        """`generate` is over, however it ended."""
+        self._promise = None
+        self._in_generate = False
+
+    def ask_logits(self, logits_to_keep: int | Tensor) -> None:
+        """Which tokens' logits the next forward is asked for; those are not pruned."""
+        self._logits_to_keep = logits_to_keep
+
+    def open_step(self, rows: int, count: int, mask: Tensor | None, device: torch.device) -> None:
+        """Begins a forward of `[rows, count]` tokens.
+
+        Args:
+            rows: B.
+            count: Q.
+            mask: 2-D padding mask `[B, seen + Q]`, or None for no padding (also where the
+                user gave a 4-D mask).
+            device: where the tokens are.
+
+        Raises:
+            KVPruneError: the cache is in use or failed, the batch size changed, the mask
+                does not fit or pads on the right. Nothing has changed then.
+        """
+        self._check_usable()
+        valid = self._valid(rows, count, mask)
+        numbers = self._numbers(rows, count, valid, device)
+        columns = torch.arange(self.seen, self.seen + count, device=device).expand(rows, -1)
+        columns = columns.contiguous() if valid is None else columns.masked_fill(~valid, -1)
+        asked = _asked_tokens(self._logits_to_keep, rows, count, device)
+        step = Step(self.policies, len(self), self.seen, columns, valid is None, numbers, asked)
+        mine = (threading.get_ident(), step)
+        if self._open.setdefault("step", mine) is not mine:
+            raise self._in_use()
+
+    @property
+    def step(self) -> Step:
+        """The forward that is under way.
+
+        Raises:
+            KVPruneError: there is none, so the model is not attached.
+        """
+        if "step" not in self._open:
+            raise KVPruneError(
+                "this cache was used by a model that kvprune is not attached to: call "
+                "kvprune.attach(model) first"
+            )
+        return self._open["step"][1]
+
+    def at_layer(self, layer: int) -> LayerStep:
+        """What the attention function of `layer` needs to know."""
+        step = self.step
+        return LayerStep(step, self._slots(layer), step.columns, step.complete)
+
+    def evict(self, layer: int) -> None:
+        """After the attention of `layer`: keeps what all policies keep."""
+        self.step.evict(layer, self._slots(layer))
+
+    def close_step(self, done: bool) -> None:
+        """Ends the forward that this thread began, if it did.
+
+        After an error inside (`done=False`) layers may be out of step with each other, so
+        the cache refuses to be used until `reset()`.
+        """
+        owner, step = self._open.get("step", (0, None))
+        if step is None or owner != threading.get_ident():
+            return
+        if done:
+            self.seen += step.count
+            self._rows = step.rows
+            self._promise = None
+        else:
+            self._failure = "an error ended a forward in its middle"
+        del self._open["step"]
+
+    def _valid(self, rows: int, count: int, mask: Tensor | None) -> Tensor | None:
+        """`[B, Q]` bool, which of the new tokens are not padding; None if none is."""
+        if self._rows is not None and self.batch_size != rows:
+            raise KVPruneError(
+                f"the batch size changed: expected {self.batch_size} rows as before, came "
+                f"{rows}. Use a new cache, or batch_repeat_interleave / batch_select_indices"
+            )
+        if mask is None:
+            return None
+        if mask.shape != (rows, self.seen + count):
+            raise KVPruneError(
+                f"attention_mask: expected shape [{rows}, {self.seen + count}] (all columns "
+                f"seen so far and the new ones), came {list(mask.shape)}"
+            )
+        valid = mask[:, self.seen :].bool()
+        if bool(valid.all()):
+            return None
+        if not self._in_generate:
+            _check_left_padded(mask)
+        return valid
+
+    def _numbers(
+        self, rows: int, count: int, valid: Tensor | None, device: torch.device
+    ) -> RowNumbers:
+        """The rows' numbers as they are once this forward's tokens are in."""
+        zeros = torch.zeros(rows, dtype=torch.int64, device=device)
+        before = RowNumbers(zeros, zeros) if self._rows is None else self._rows
+        valid = torch.ones_like(zeros)[:, None].expand(-1, count) if valid is None else valid.long()
+        begins = valid.argmax(-1).masked_fill(valid.sum(-1) == 0, count) + self.seen
+        first = torch.where(before.first < self.seen, before.first, begins)
+        length = before.prompt_length
+        if self._promise is not None:
+            length = length + torch.as_tensor(self._promise, device=device)
+        elif count > 1 and not self._in_generate:
+            length = length + valid.sum(-1)
+        return RowNumbers(first, length)
+
+    def _slots(self, layer: int) -> SlotLayer:
+        if not -len(self) <= layer < len(self):
+            raise KVPruneError(f"layer {layer}: expected a layer of 0 to {len(self) - 1}")
+        return self.layers[layer]
+
+    def _check_usable(self) -> None:
+        self._check_idle()
+        if self._failure:
+            raise KVPruneError(
+                f"this cache cannot be used any more: {self._failure}, and its layers may hold "
+                f"different tokens. Call cache.reset() and hand in the prompt again"
+            )
+
+    def _check_idle(self) -> None:
+        if self._open:
+            raise self._in_use()
+
+    def _in_use(self) -> KVPruneError:
+        return KVPruneError(
+            "this cache is in the middle of a forward: expected one forward at a time. Use one "
+            "cache per sequence (copy.deepcopy makes more), or cache.reset() if a forward was "
+            "interrupted"
+        )
+
+
+def _checked(policies: Sequence[TokenPolicy]) -> tuple[TokenPolicy, ...]:
+    is_list = isinstance(policies, (list, tuple))
+    if not is_list or not all(isinstance(p, TokenPolicy) for p in policies):
+        raise KVPruneError(
+            f"ComposedCache: expected a list of policies, as ComposedCache([H2O()]), came "
+            f"{policies!r}"
+        )
+    for policy in leaves(policies):
+        check_statistics(policy)
+    return tuple(policies)
+
+
+def _check_layers(policy: TokenPolicy, attachment: Attachment) -> None:
+    wanted = policy.layers
+    if wanted is None:
+        return
+    known = range(attachment.num_layers)
+    if isinstance(wanted, (str, int)) or not all(
+        isinstance(i, int) and not isinstance(i, bool) and i in known for i in wanted
+    ):
+        raise KVPruneError(
+            f"{policy!r}: layers={wanted!r}: expected layers of 0 to {len(known) - 1} of "
+            f"{attachment.name}"
+        )
+
+
+def _check_left_padded(mask: Tensor) -> None:
+    """Refuses padding behind a row's tokens `[B, columns]`."""
+    right = (mask[:, -1] == 0) & mask.bool().any(-1)
+    if bool(right.any()):
+        raise KVPruneError(
+            f"the batch is padded on the right in rows {right.nonzero().flatten().tolist()}: "
+            f"expected left padding. Set tokenizer.padding_side = 'left'"
+        )
+
+
+def _asked_tokens(
+    logits_to_keep: int | Tensor, rows: int, count: int, device: torch.device
+) -> Tensor:
+    """`[B, Q]` bool, the tokens that logits are asked for; 0 means the last one alone."""
+    asked = torch.zeros(rows, count, dtype=torch.bool, device=device)
+    if isinstance(logits_to_keep, int):
+        asked[:, -max(logits_to_keep, 1) :] = True
+    elif logits_to_keep.dtype == torch.bool:
+        asked |= logits_to_keep.to(device)
+    else:
+        places = logits_to_keep.to(device) % count
+        asked.scatter_(1, places.expand(rows, -1) if places.dim() == 1 else places, True)
+    return asked

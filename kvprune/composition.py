@@ -1,0 +1,153 @@
+"""Pipeline and union of policies, built on the policy interface alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .errors import KVPruneError
+from .policy import Ranking, SlotView, TokenPolicy, TokenView
+from .selection import check_ranking, select
+
+
+def leaves(policies: Iterable[TokenPolicy]) -> Iterator[TokenPolicy]:
+    """The policies with every union opened up, each to be checked by itself."""
+    for policy in policies:
+        yield from policy.parts if isinstance(policy, Union) else (policy,)
+
+
+def surviving_tokens(
+    policies: Sequence[TokenPolicy], tokens: TokenView, asked: Tensor
+) -> Tensor | None:
+    """The tokens that every policy in turn lets enter a layer.
+
+    Args:
+        policies: each sees the survivors of those before it.
+        tokens: the view that the first one sees.
+        asked: `[B, Q]` bool, tokens that the engine itself protects.
+
+    Returns:
+        `[B, Q]` bool, or None where no policy ranked.
+    """
+    ranked = False
+    for policy in policies:
+        ranking = policy.rank_hidden(tokens) if policy.applies(tokens.layer) else None
+        if ranking is None:
+            continue
+        columns, valid = tokens.columns[:, None], tokens.valid[:, None]
+        check_ranking(policy, ranking, columns, heads=1, look_for_nan=True)
+        ranking = replace(ranking, protected=ranking.protected | asked[:, None])
+        kept = select(ranking, columns, valid)[:, 0]
+        tokens = replace(tokens, valid=kept, columns=tokens.columns.masked_fill(~kept, -1))
+        ranked = True
+    return tokens.valid if ranked else None
+
+
+def surviving_slots(
+    policies: Sequence[TokenPolicy], slots: SlotView, several: bool
+) -> Tensor | None:
+    """The slots that every policy in turn keeps.
+
+    Args:
+        policies: each sees the survivors of those before it.
+        slots: the view that the first one sees.
+        several: whether this forward had several tokens; only then is NaN looked for.
+
+    Returns:
+        `[B, 1|Hkv, S]` bool, or None where no policy ranked.
+    """
+    ranked, heads = False, slots.keys.shape[1]
+    for policy in policies:
+        ranking = policy.rank_slots(slots) if policy.applies(slots.layer) else None
+        if ranking is None:
+            continue
+        check_ranking(policy, ranking, slots.columns, heads, look_for_nan=several)
+        kept = select(ranking, slots.columns, slots.valid)
+        if policy is not policies[-1]:
+            slots = replace(slots, valid=kept, columns=slots.columns.masked_fill(~kept, -1))
+        else:
+            slots = replace(slots, valid=kept)
+        ranked = True
+    return slots.valid if ranked else None
+
+
+@dataclass(frozen=True, repr=False)
+class Union(TokenPolicy):
+    """`a | b`: keeps what either keeps, so its capacity is the sum.
+
+    Each part ranks the same tokens; how many stay may differ per row and head. A part that
+    says nothing about a hook, or does not apply to a layer, keeps everything there, and so
+    does the union.
+
+    Raises:
+        KVPruneError: the parts share no hook, so the union would keep everything.
+    """
+
+    parts: tuple[TokenPolicy, ...] = ()
+
+    @classmethod
+    def of(cls, *parts: TokenPolicy) -> Union:
+        """The union of `parts`; unions among them are opened up."""
+        for part in parts:
+            if not isinstance(part, TokenPolicy):
+                raise KVPruneError(f"a | b: expected two policies, came {part!r}")
+        flat = [p for part in parts for p in (part.parts if isinstance(part, cls) else (part,))]
+        union = cls(tuple(flat))
+        if not union.hooks:
+            raise KVPruneError(
+                f"{union!r} would keep everything: its parts share no hook (one prunes hidden "
+                f"states, the other evicts slots). Use them as a pipeline: "
+                f"ComposedCache([{', '.join(map(repr, flat))}])"
+            )
+        return union
+
+    @property
+    def hooks(self) -> frozenset[str]:
+        """The hooks that all parts override."""
+        return frozenset.intersection(*(p.hooks for p in self.parts))
+
+    @property
+    def statistics(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What any part wants observed."""
+        return tuple(dict.fromkeys(name for p in self.parts for name in p.statistics))
+
+    def rank_hidden(self, tokens: TokenView) -> Ranking | None:
+        """Protects what any part keeps."""
+        found = self._rankings("rank_hidden", tokens)
+        if found is None:
+            return None
+        return self._either(found, tokens.columns[:, None], tokens.valid[:, None], heads=1)
+
+    def rank_slots(self, slots: SlotView) -> Ranking | None:
+        """Protects what any part keeps."""
+        found = self._rankings("rank_slots", slots)
+        if found is None:
+            return None
+        return self._either(found, slots.columns, slots.valid, heads=slots.keys.shape[1])
+
+    def _rankings(self, hook: str, view: TokenView | SlotView) -> list[Ranking] | None:
+        found: list[Ranking] = []
+        for part in self.parts:
+            ranking = getattr(part, hook)(view) if part.applies(view.layer) else None
+            if ranking is None:
+                return None
+            found.append(ranking)
+        return found
+
+    def _either(
+        self, rankings: list[Ranking], columns: Tensor, valid: Tensor, heads: int
+    ) -> Ranking:
+        kept = torch.zeros_like(valid)
+        score = torch.zeros_like(valid, dtype=rankings[0].score.dtype)
+        for part, ranking in zip(self.parts, rankings, strict=True):
+            check_ranking(part, ranking, columns, heads, look_for_nan=False)
+            kept = kept | select(ranking, columns, valid)
+            # A part's NaN must still reach the engine, which looks for it.
+            score = score.masked_fill(ranking.score.isnan(), torch.nan)
+        return Ranking(score, kept, kept.sum(-1))
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.parts))

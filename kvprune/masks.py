@@ -1,0 +1,114 @@
+"""The lazy mask: the model's own rule, evaluated at (query columns, slot columns).
+
+Stock code makes one mask for all layers before the first of them runs, which is wrong once
+layers hold different slots. The mask functions registered here hand the *rule* on instead,
+and attention evaluates it for the slots that a layer really holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class LogicalLength(int):
+    """A cache's logical length, told apart from an ordinary int.
+
+    transformers hands a mask function the lengths that the cache reported, but not the
+    cache. A length of this type says that the cache is one of ours.
+    """
+
+
+class Mask(Protocol):
+    """What attention may attend to, asked for only at the columns that are present."""
+
+    plainly_causal: bool
+    """Every slot is visible whose column is not newer than the query's."""
+
+    def at(self, queries: Tensor, slots: Tensor, row: int | None = None) -> Tensor:
+        """The mask at some columns.
+
+        Args:
+            queries: `[B, Q]` int64, columns of the queries.
+            slots: `[B, H, S]` int64, columns of the slots, -1 where empty.
+            row: the one row of the batch that is meant; B is then 1.
+
+        Returns:
+            `[B, 1|H|Hq, Q, S]`: bool (True: may attend) or float (added to the scores).
+        """
+        ...
+
+
+class LazyMask:
+    """A mask function's arguments, kept until the columns are known."""
+
+    def __init__(self, rule: Callable[..., Tensor], plainly_causal: bool) -> None:
+        self._rule = rule
+        self.plainly_causal = plainly_causal
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def at(self, queries: Tensor, slots: Tensor, row: int | None = None) -> Tensor:
+        """See `Mask.at`; layers that hold the very same columns share one evaluation."""
+        if self._last is not None and self._last[0] is queries and self._last[1] is slots:
+            return self._last[2]
+        start = 0 if row is None else row
+        rows = torch.arange(start, start + queries.shape[0], device=queries.device)
+        rows, keys = rows[:, None, None, None], slots[:, :, None, :]
+        mask = self._rule(rows, rows.new_zeros(()), queries[:, None, :, None], keys) & (keys >= 0)
+        if row is None:
+            self._last = (queries, slots, mask)
+        return mask
+
+
+class GivenMask:
+    """A 4-D mask that the user handed in: its rows and columns are gathered."""
+
+    plainly_causal = False
+
+    def __init__(self, mask: Tensor, seen: int) -> None:
+        self._mask = mask
+        self._seen = seen
+
+    def at(self, queries: Tensor, slots: Tensor, row: int | None = None) -> Tensor:
+        """See `Mask.at`."""
+        mask = self._mask if row is None or self._mask.shape[0] == 1 else self._mask[row : row + 1]
+        batch, slot_heads, _ = slots.shape
+        heads, width = max(mask.shape[1], slot_heads), mask.shape[-1]
+        mask = mask.expand(batch, heads, -1, -1)
+        at_queries = (queries - self._seen).clamp(min=0)[:, None, :, None]
+        mask = mask.gather(2, at_queries.expand(-1, mask.shape[1], -1, width))
+        groups = mask.shape[1] // slot_heads
+        at_slots = slots.clamp(min=0).repeat_interleave(groups, 1)[:, :, None, :]
+        mask = mask.gather(3, at_slots.expand(-1, -1, mask.shape[2], -1))
+        empty = (slots < 0).repeat_interleave(groups, 1)[:, :, None, :]
+        return mask.masked_fill(empty, _hidden(mask.dtype))
+
+
+def mask_or_rule(stock: Callable[..., Any], **arguments: Any) -> Any:
+    """The registered mask function: a `LazyMask` for our caches, the stock mask otherwise."""
+    length: Any = arguments["kv_length"]
+    if not isinstance(length, LogicalLength):
+        return stock(**arguments)
+    local: int | None = arguments.get("local_size")
+    causal = arguments.get("allow_is_causal_skip", True) and (local is None or length < local)
+    return LazyMask(arguments["mask_function"], causal)
+
+
+def as_mask(mask: LazyMask | Tensor, seen: int) -> Mask:
+    """What the attention module was handed, as a `Mask`."""
+    return GivenMask(mask, seen) if isinstance(mask, Tensor) else mask
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as floats to add to the scores."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, _hidden(dtype))
+
+
+def _hidden(dtype: torch.dtype) -> float | bool:
+    # Finite, so that a query that may attend to nothing (padding) gets no NaN.
+    return False if dtype == torch.bool else torch.finfo(dtype).min

@@ -1,0 +1,230 @@
+"""The strategy interface: what a policy sees, and what it answers.
+
+Shapes, here and everywhere: B rows, Q tokens of this forward, S slots, Hkv key/value
+heads, D head size, C hidden size. A *column* is a token's index in its row's sequence,
+padding included; it never changes. A *slot* is a place in one layer's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import KVPruneError
+
+if TYPE_CHECKING:
+    from .composition import Union
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a policy answers: which tokens matter, and how many may stay.
+
+    score: `[B, 1|Hkv, S]` float, higher stays; ties go to the newer column.
+    protected: `[B, 1|Hkv, S]` bool, stays first; where there are more of these than the
+        budget has room for, the budget is raised to them.
+    budget: `[B]` or `[B, 1|Hkv]` int, how many stay in all, the protected included.
+
+    For hidden tokens S is Q and the head axis is 1.
+    """
+
+    score: Tensor
+    protected: Tensor
+    budget: Tensor
+
+
+class _Statistics:
+    """A view's statistics by name; asking for one that was not named is an error."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self._values = values
+
+    def __call__(self, name: str) -> Tensor:
+        if name not in self._values:
+            raise KVPruneError(
+                f"statistic {name!r} was not observed here: expected one of "
+                f"{sorted(self._values)}. Name it in the policy's class attribute "
+                f"`statistics`; before layer 0 there is none."
+            )
+        return self._values[name]
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """The hidden tokens about to enter a decoder layer; read only.
+
+    layer, num_layers: this layer (from 0) and how many the model has.
+    hidden: `[B, Q, C]`. columns: `[B, Q]` int64, -1 where not valid. valid: `[B, Q]`.
+    first: `[B]`, each row's first valid column.
+    length: `[B]`, each row's valid tokens in this forward before any pruning.
+    statistic(name): `[B, Hkv, Q]`, what these tokens got in the previous layer, from the
+        queries of this forward.
+    """
+
+    layer: int
+    num_layers: int
+    hidden: Tensor
+    columns: Tensor
+    valid: Tensor
+    first: Tensor
+    length: Tensor
+    statistic: _Statistics = field(repr=False)
+
+
+@dataclass(frozen=True)
+class SlotView:
+    """One layer's slots after its attention; read only, in no order.
+
+    layer, num_layers: this layer (from 0) and how many the model has.
+    columns: `[B, 1|Hkv, S]` int64, -1 where not valid. valid: the same shape, bool.
+    first: `[B]`, each row's first valid column. seen: columns shown so far, this forward
+        included. prompt_length: `[B]`, each row's valid prompt tokens, all turns together.
+    keys, values: `[B, Hkv, S, D]`, rotated as the model stores them.
+    statistic(name): `[B, Hkv, S]`, accumulated since the slot's column was read.
+    """
+
+    layer: int
+    num_layers: int
+    columns: Tensor
+    valid: Tensor
+    first: Tensor
+    seen: int
+    prompt_length: Tensor
+    keys: Tensor
+    values: Tensor
+    statistic: _Statistics = field(repr=False)
+
+
+HOOKS = ("rank_hidden", "rank_slots")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenPolicy:
+    """Base of all policies: override one hook or both; one left out keeps everything.
+
+    A policy only ranks. It is configuration: it holds no state and no tensors of a
+    sequence, so one object serves any number of caches and threads. Subclasses may be
+    frozen dataclasses or ordinary classes; `layers` restricts any policy to some layers
+    (counted from 0; None means all). An ordinary class with an `__init__` of its own hands
+    it on with `super().__init__(layers=layers)`.
+
+    Class attribute `statistics` names what the policy wants observed (see
+    `kvprune.statistics`).
+    """
+
+    layers: Collection[int] | None = field(default=None, kw_only=True)
+
+    statistics = ()  # type: tuple[str, ...]
+
+    def rank_hidden(self, tokens: TokenView) -> Ranking | None:
+        """Ranks the hidden tokens before a decoder layer, in forwards of several tokens."""
+        return None
+
+    def rank_slots(self, slots: SlotView) -> Ranking | None:
+        """Ranks a layer's slots after its attention, in every forward."""
+        return None
+
+    @property
+    def hooks(self) -> frozenset[str]:
+        """The names of the hooks that this policy overrides."""
+        mine = type(self)
+        return frozenset(h for h in HOOKS if getattr(mine, h) is not getattr(TokenPolicy, h))
+
+    def check(self, model: torch.nn.Module) -> None:
+        """Called once, before a cache with this policy is first used with `model`.
+
+        Raises:
+            KVPruneError: the policy cannot work on this model.
+        """
+
+    def applies(self, layer: int) -> bool:
+        """Whether the policy ranks at this layer at all."""
+        return self.layers is None or layer in self.layers
+
+    def __or__(self, other: TokenPolicy) -> Union:
+        """`a | b` keeps what either keeps."""
+        from .composition import Union
+
+        return Union.of(self, other)
+
+    def __repr__(self) -> str:
+        own = [
+            f for f in fields(self) if f.repr and (f.name != "layers" or self.layers is not None)
+        ]
+        own.sort(key=lambda f: f.name == "layers")
+        values = (f"{f.name}={getattr(self, f.name)!r}" for f in own)
+        return f"{type(self).__name__}({', '.join(values)})"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens: an int counts them, a float in (0, 1] is a share of the prompt.
+
+    Raises:
+        KVPruneError: not a number, NaN, negative, a float above 1.0, or less than `least`
+            tokens (`least=0` allows a part of 0).
+    """
+
+    amount: int | float
+    name: str = "budget"
+    least: int = 1
+
+    def __post_init__(self) -> None:
+        amount: Any = self.amount
+        number = isinstance(amount, (int, float)) and not isinstance(amount, bool)
+        whole = isinstance(amount, int)
+        if not number or not (amount >= self.least if whole else self._is_share(amount)):
+            zero = ", or 0 to leave this part out" if self.least == 0 else ""
+            raise KVPruneError(
+                f"{self.name}={amount!r}: expected a number of tokens (an int of at least "
+                f"{max(self.least, 1)}) or a share of the prompt (a float above 0.0 and up to "
+                f"1.0){zero}"
+            )
+
+    def _is_share(self, amount: float) -> bool:
+        return 0.0 < amount <= 1.0 or (amount == 0.0 and self.least == 0)
+
+    def of(self, length: Tensor) -> Tensor:
+        """The budget in tokens for each row.
+
+        Args:
+            length: `[B]` int64, what a share is a share of (a row's prompt length).
+
+        Returns:
+            `[B]` int64; a share is rounded to the nearest token, halves up, exact for
+            decimal shares (0.2 of 100 is 20), at least 1 unless the part is 0.
+        """
+        if isinstance(self.amount, int) or self.amount == 0:
+            return torch.full_like(length, int(self.amount))
+        share = _fraction(self.amount)
+        up, down = share.numerator, share.denominator
+        return ((2 * up * length + down) // (2 * down)).clamp(min=1)
+
+
+@lru_cache(maxsize=256)
+def _fraction(share: float) -> Fraction:
+    # The decimal that was typed, not the binary float: 0.1 means 1/10. The bound keeps
+    # 2 * numerator * length within int64 for sequences of up to four billion tokens.
+    return Fraction(repr(float(share))).limit_denominator(10**9)
+
+
+def newest(columns: Tensor, count: Tensor) -> Tensor:
+    """Which entries are among the `count` newest.
+
+    Args:
+        columns: `[B, H, S]` int64, unique, -1 where not valid.
+        count: `[B]` or `[B, 1|H]` int64.
+
+    Returns:
+        `[B, H, S]` bool; all valid entries where there are no more than `count`.
+    """
+    count = count.reshape(count.shape[0], -1, 1).expand(-1, columns.shape[1], -1)
+    places = (count - 1).clamp(min=0, max=columns.shape[-1] - 1)
+    oldest = columns.sort(dim=-1, descending=True).values.gather(-1, places)
+    return (columns >= oldest) & (columns >= 0) & (count > 0)

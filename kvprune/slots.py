@@ -1,0 +1,228 @@
+"""One layer's slots: K, V, columns and statistics, which one gather moves together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .statistics import statistic_dtype
+
+SLACK = 8
+"""Slots that may lie empty once a budget is full, before the buffers are made anew."""
+
+
+class SlotLayer:
+    """Slots of one layer, for all rows of a batch.
+
+    Buffers have room for `capacity` slots, of which the first `used` are in use:
+    `[B, Hkv, capacity, D]` for keys and values, `[B, 1|Hkv, capacity]` for columns,
+    `[B, Hkv, capacity]` for each statistic. A slot whose column is -1 is empty. Slots come
+    in no order. While every row and head has an empty slot, `hole` `[B, 1|Hkv, 1]` says
+    where, and the next single token is written there, in place.
+    """
+
+    # What transformers asks of a cache's layers.
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, statistics: tuple[str, ...] = ()) -> None:
+        self.names = statistics
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything and frees the buffers."""
+        self.used = 0
+        self.gaps = False
+        self.hole: Tensor | None = None
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._columns: Tensor | None = None
+        self._statistics: dict[str, Tensor] = {}
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything was stored yet."""
+        return self._keys is not None
+
+    @property
+    def keys(self) -> Tensor:
+        """`[B, Hkv, S, D]`, a view."""
+        assert self._keys is not None
+        return self._keys[:, :, : self.used]
+
+    @property
+    def values(self) -> Tensor:
+        """`[B, Hkv, S, Dv]`, a view."""
+        assert self._values is not None
+        return self._values[:, :, : self.used]
+
+    @property
+    def columns(self) -> Tensor:
+        """`[B, 1|Hkv, S]` int64, -1 for an empty slot."""
+        assert self._columns is not None
+        return self._columns if self.used == self.capacity else self._columns[..., : self.used]
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """Each `[B, Hkv, S]`, views: attention adds to them in place."""
+        return {name: value[..., : self.used] for name, value in self._statistics.items()}
+
+    @property
+    def capacity(self) -> int:
+        """Slots that there is room for."""
+        return 0 if self._columns is None else self._columns.shape[-1]
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is known that no slot in use is empty."""
+        return not self.gaps and self.hole is None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that is held, for counting bytes."""
+        held = (self._keys, self._values, self._columns, self.hole)
+        yield from (t for t in held if t is not None)
+        yield from self._statistics.values()
+
+    def append(
+        self, keys: Tensor, values: Tensor, columns: Tensor, complete: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Stores new tokens: one in the hole, if there is one, else behind the others.
+
+        Args:
+            keys: `[B, Hkv, Q, D]`.
+            values: `[B, Hkv, Q, Dv]`.
+            columns: `[B, Q]` int64, -1 for padding.
+            complete: whether none of the columns is -1.
+
+        Returns:
+            keys and values of all slots in use.
+        """
+        columns = columns[:, None]
+        if self.hole is not None and columns.shape[-1] == 1:
+            self._fill(self.hole, keys, values, columns)
+        else:
+            self.gaps = self.gaps or self.hole is not None or not complete
+            self._extend(keys, values, columns)
+        self.hole = None
+        return self.keys, self.values
+
+    def _fill(self, hole: Tensor, keys: Tensor, values: Tensor, columns: Tensor) -> None:
+        assert self._columns is not None
+        self._keys = _put(self._keys, hole, keys)
+        self._values = _put(self._values, hole, values)
+        self._columns.scatter_(-1, hole, columns.expand_as(hole))
+        for value in self._statistics.values():
+            value.scatter_(-1, hole.expand(-1, value.shape[1], -1), 0.0)
+
+    def _extend(self, keys: Tensor, values: Tensor, columns: Tensor) -> None:
+        start, self.used = self.used, self.used + columns.shape[-1]
+        if self._columns is None:
+            # Not copied where it need not be: layers that hold the same columns share the
+            # tensor, by which masks are memoised.
+            self._columns = columns
+        else:
+            columns = columns.expand(-1, self._columns.shape[1], -1)
+            self._columns = _extended(self._columns, columns, start, 2)
+        self._keys = _extended(self._keys, keys, start, 2)
+        self._values = _extended(self._values, values, start, 2)
+        for name in self.names:
+            zeros = torch.zeros_like(keys[..., 0], dtype=statistic_dtype(keys))
+            self._statistics[name] = _extended(self._statistics.get(name), zeros, start, 2)
+
+    def keep(self, kept: Tensor) -> None:
+        """Drops every slot that is not named.
+
+        Args:
+            kept: `[B, 1|Hkv, S]` bool; with a head axis of Hkv the heads part ways.
+        """
+        columns = self.columns.masked_fill(~kept, -1)
+        fewest, most = (int(n) for n in (columns >= 0).sum(-1).aminmax())
+        if self.capacity - most > SLACK:
+            self._compact(columns, most)
+            self.gaps, self.hole = fewest < most, None
+            return
+        self._columns = _widened(columns, self.capacity, -1)
+        self.hole = columns.argmin(-1, keepdim=True) if most < self.used else None
+        # As it will be once the hole is filled.
+        self.gaps = fewest < (self.used - 1 if self.hole is not None else self.used)
+
+    def _compact(self, columns: Tensor, size: int) -> None:
+        """Moves the `size` slots that stay to the front of new buffers, with one to spare."""
+        assert self._keys is not None and self._values is not None
+        order = (columns < 0).byte().argsort(dim=-1, stable=True)[..., :size]
+        self._columns = _widened(columns.gather(-1, order), size + 1, -1)
+        spare = 0 if self._keys.requires_grad else 1
+        self._keys = _gathered(self._keys, order, spare)
+        self._values = _gathered(self._values, order, spare)
+        for name, value in self._statistics.items():
+            self._statistics[name] = _gathered(value, order, 1)
+        self.used = size
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Row i becomes what row `rows[i]` was (int64 `[B']`): beams, repeats, selections."""
+        if self._keys is None or self._values is None or self._columns is None:
+            return
+        rows = rows.to(self._keys.device)
+        self._keys = self._keys.index_select(0, rows)
+        self._values = self._values.index_select(0, rows)
+        self._columns = self._columns.index_select(0, rows)
+        self.hole = None if self.hole is None else self.hole.index_select(0, rows)
+        for name, value in self._statistics.items():
+            self._statistics[name] = value.index_select(0, rows)
+
+
+def _put(buffer: Tensor | None, hole: Tensor, new: Tensor) -> Tensor:
+    """Writes one slot per row and head; in place unless autograd watches."""
+    assert buffer is not None
+    index = hole[..., None].expand_as(new)
+    if new.requires_grad or buffer.requires_grad:
+        return buffer.scatter(2, index, new)
+    return buffer.scatter_(2, index, new)
+
+
+def _extended(buffer: Tensor | None, new: Tensor, used: int, dim: int) -> Tensor:
+    """`new` behind the first `used` entries of `buffer`, which grows geometrically.
+
+    Written in place where there is room and autograd does not watch.
+    """
+    if buffer is None:
+        return _owned(new)
+    size = used + new.shape[dim]
+    if new.requires_grad or buffer.requires_grad:
+        return torch.cat([buffer.narrow(dim, 0, used), new], dim)
+    if size > buffer.shape[dim]:
+        spare = max(SLACK, size // 8) if new.shape[dim] == 1 else 0
+        larger = buffer.new_empty((*buffer.shape[:dim], size + spare, *buffer.shape[dim + 1 :]))
+        larger.narrow(dim, 0, used).copy_(buffer.narrow(dim, 0, used))
+        buffer = larger
+    buffer.narrow(dim, used, new.shape[dim]).copy_(new)
+    return buffer
+
+
+def _owned(new: Tensor) -> Tensor:
+    """The tensor itself if its storage holds nothing else, else a copy.
+
+    Some models hand in a slice of a fused projection, which would keep three times the bytes.
+    """
+    whole = new.is_contiguous() and new.untyped_storage().nbytes() == new.nbytes
+    return new if whole else new.clone(memory_format=torch.contiguous_format)
+
+
+def _widened(columns: Tensor, size: int, fill: int) -> Tensor:
+    return torch.nn.functional.pad(columns, (0, size - columns.shape[-1]), value=fill)
+
+
+def _gathered(buffer: Tensor, order: Tensor, spare: int) -> Tensor:
+    """The slots `order` `[B, 1|H, n]` of `buffer` `[B, H, S, ...]`, and `spare` more."""
+    index = order.reshape(*order.shape, *(1,) * (buffer.dim() - 3))
+    index = index.expand(-1, buffer.shape[1], -1, *buffer.shape[3:])
+    if not spare:
+        return buffer.gather(2, index)
+    size = order.shape[-1]
+    moved = buffer.new_zeros((*buffer.shape[:2], size + spare, *buffer.shape[3:]))
+    torch.gather(buffer, 2, index, out=moved[:, :, :size])
+    return moved

@@ -1,0 +1,177 @@
+"""One forward of the model with one cache: its tokens, and which of them are left.
+
+Before each decoder layer the step asks the policies, gathers the survivors and hands their
+position data along; after the last layer it scatters back to full length. A dropped token
+keeps the hidden state with which it left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .composition import surviving_slots, surviving_tokens
+from .policy import SlotView, TokenPolicy, TokenView, _Statistics
+from .slots import SlotLayer
+
+
+@dataclass(frozen=True)
+class RowNumbers:
+    """What a cache knows of each of its rows, `[B]` int64 each.
+
+    first: the first valid column (columns seen so far, where a row has none yet).
+    prompt_length: the valid tokens handed in as prompt, all turns together.
+    """
+
+    first: Tensor
+    prompt_length: Tensor
+
+    def select(self, rows: Tensor) -> RowNumbers:
+        """Row i becomes what row `rows[i]` was."""
+        rows = rows.to(self.first.device)
+        return RowNumbers(
+            self.first.index_select(0, rows), self.prompt_length.index_select(0, rows)
+        )
+
+
+class Step:
+    """The tokens of one forward on their way through the layers.
+
+    seen: columns that the cache had been shown before. count: tokens of this forward.
+    columns: `[B, Q]` int64 of those still on their way, -1 where a row has fewer.
+    complete: none of `columns` is -1. rows: the rows' numbers, this forward included.
+    """
+
+    def __init__(
+        self,
+        policies: Sequence[TokenPolicy],
+        num_layers: int,
+        seen: int,
+        columns: Tensor,
+        complete: bool,
+        rows: RowNumbers,
+        asked: Tensor,
+    ) -> None:
+        self._pruners = [p for p in policies if "rank_hidden" in p.hooks]
+        self._evicters = [p for p in policies if "rank_slots" in p.hooks]
+        self._num_layers = num_layers
+        self._asked = asked
+        self._length = (columns >= 0).sum(-1)
+        self._places: Tensor | None = None
+        self._parked: Tensor | None = None
+        self._aligned: dict[int, tuple[Any, Any]] = {}
+        self._previous: dict[str, Tensor] = {}
+        self.seen = seen
+        self.count = columns.shape[1]
+        self.columns = columns
+        self.complete = complete
+        self.rows = rows
+
+    def enter(self, layer: int, hidden: Tensor) -> Tensor:
+        """Drops what no longer enters `layer`: `[B, Q, C]` to `[B, Q', C]`."""
+        if self.count == 1 or not self._pruners:
+            return hidden
+        valid = self.columns >= 0
+        tokens = TokenView(
+            layer=layer,
+            num_layers=self._num_layers,
+            hidden=hidden.detach(),
+            columns=self.columns,
+            valid=valid,
+            first=self.rows.first,
+            length=self._length,
+            statistic=_Statistics(self._previous),
+        )
+        asked = self._asked if self._places is None else self._asked.gather(1, self._places)
+        kept = surviving_tokens(self._pruners, tokens, asked)
+        if kept is None or torch.equal(kept, valid):
+            return hidden
+        return self._narrow(kept, hidden)
+
+    def _narrow(self, kept: Tensor, hidden: Tensor) -> Tensor:
+        fewest, most = (int(n) for n in kept.sum(-1).aminmax())
+        # The survivors in order; behind them, to fill shorter rows, some that are dropped.
+        order = (~kept).byte().argsort(dim=-1, stable=True)[:, : max(most, 1)]
+        self._parked = hidden if self._parked is None else self._written_back(hidden)
+        self._places = order if self._places is None else self._places.gather(1, order)
+        self.columns = self.columns.masked_fill(~kept, -1).gather(1, order)
+        self.complete = fewest == max(most, 1)
+        self._aligned = {}
+        return _gathered(hidden, order)
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        """Back to full length after the last layer: `[B, Q', C]` to `[B, Q, C]`."""
+        return hidden if self._parked is None else self._written_back(hidden)
+
+    def _written_back(self, hidden: Tensor) -> Tensor:
+        assert self._parked is not None
+        if self._places is None:
+            return hidden
+        # Places are unique, also those that only fill shorter rows: these keep what they had.
+        before = _gathered(self._parked, self._places)
+        hidden = torch.where((self.columns >= 0)[..., None], hidden, before)
+        return self._parked.scatter(1, self._places[..., None].expand_as(hidden), hidden)
+
+    def align(self, value: Any) -> Any:
+        """Gathers per-token data (`[1|B, Q, ...]`, or tuples of it) to the tokens left."""
+        if self._places is None or value is None:
+            return value
+        # Every layer is handed the same full-length data again.
+        if id(value) not in self._aligned:
+            self._aligned[id(value)] = (value, self._gather_tokens(value))
+        return self._aligned[id(value)][1]
+
+    def _gather_tokens(self, value: Any) -> Any:
+        assert self._places is not None
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._gather_tokens(v) for v in value)
+        value = value.expand(self._places.shape[0], *value.shape[1:])
+        return _gathered(value, self._places)
+
+    def evict(self, layer: int, slots: SlotLayer) -> None:
+        """Asks the policies after a layer's attention and drops what none keeps."""
+        several = self.count > 1
+        if several and self._pruners:
+            new = self.columns.shape[1]
+            self._previous = {n: s[..., -new:].clone() for n, s in slots.statistics.items()}
+        if not self._evicters:
+            return
+        columns = slots.columns
+        view = SlotView(
+            layer=layer,
+            num_layers=self._num_layers,
+            columns=columns,
+            valid=columns >= 0,
+            first=self.rows.first,
+            seen=self.seen + self.count,
+            prompt_length=self.rows.prompt_length,
+            keys=slots.keys.detach(),
+            values=slots.values.detach(),
+            statistic=_Statistics(slots.statistics),
+        )
+        kept = surviving_slots(self._evicters, view, several)
+        if kept is not None:
+            slots.keep(kept)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStep:
+    """One step at one layer: what the attention function is handed.
+
+    columns: `[B, Q]` int64, of the queries. complete: none of them is -1.
+    """
+
+    step: Step
+    slots: SlotLayer
+    columns: Tensor
+    complete: bool
+
+
+def _gathered(tokens: Tensor, places: Tensor) -> Tensor:
+    """Tokens `[B, Q, ...]` at `places` `[B, Q']`."""
+    index = places.reshape(*places.shape, *(1,) * (tokens.dim() - 2))
+    return tokens.gather(1, index.expand(-1, -1, *tokens.shape[2:]))

@@ -1,0 +1,7 @@
+"""The policies that ship with kvprune: one paper, one file."""
+
+from .h2o import H2O
+from .sdtp import SDTP, SDTPHeads
+from .streaming_llm import StreamingLLM
+
+__all__ = ["H2O", "SDTP", "SDTPHeads", "StreamingLLM"]

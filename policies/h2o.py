@@ -1,0 +1,53 @@
+"""H2O: Heavy-Hitter Oracle (arXiv 2306.14048).
+
+Keeps the last `recent` slots and, of the rest, the `heavy` ones that have received the most
+attention: the plain sum of the softmax probabilities that all queries so far gave them, with
+no decay and no division by age. The prompt attends densely and then each layer evicts;
+afterwards there is one decision per new token.
+
+Where the sources differ:
+
+* The public code has two variants that disagree by one token in what counts as recent. Here
+  the kept set after a step is the last `recent` slots, the new token included, and the best
+  `heavy` of everything else.
+* With grouped-query attention the score of a key/value head sums over its query heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvprune.policy import Budget, Ranking, SlotView, TokenPolicy, newest
+
+
+@dataclass(frozen=True, repr=False)
+class H2O(TokenPolicy):
+    """Keeps heavy hitters and the most recent slots, per key/value head.
+
+    Args:
+        heavy: how many heavy hitters; tokens (int, 0 for none) or a share of the prompt
+            (float).
+        recent: how many recent slots, at least 1; tokens or a share of the prompt.
+        layers: the layers it works on; None for all.
+
+    Raises:
+        KVPruneError: a budget that is negative, NaN, above 1.0 as a float, or `recent`
+            below 1.
+    """
+
+    heavy: int | float = 0.1
+    recent: int | float = 0.1
+
+    statistics = ("attention",)
+
+    def __post_init__(self) -> None:
+        Budget(self.heavy, "H2O: heavy", least=0)
+        Budget(self.recent, "H2O: recent")
+
+    def rank_slots(self, slots: SlotView) -> Ranking:
+        """Accumulated attention ranks; the newest slots are protected."""
+        heavy = Budget(self.heavy, least=0).of(slots.prompt_length)
+        recent = Budget(self.recent).of(slots.prompt_length)
+        score = slots.statistic("attention")
+        protected = newest(slots.columns, recent)
+        return Ranking(score, protected, heavy + recent)
