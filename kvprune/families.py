@@ -57,7 +57,7 @@ def attention_of(base: PreTrainedModel, layer: nn.Module) -> nn.Module:
         module = getattr(layer, name, None)
         # GPT-2 and its like nest: the module that knows its layer is the one.
         if isinstance(module, nn.Module) and getattr(module, "layer_idx", None) is not None:
-            if not _takes_keywords(type(module)):
+            if not _takes_keywords(_class(module)):
                 raise unsupported(base, f"{type(module).__name__} takes no further keywords")
             return module
     raise unsupported(base, f"{type(layer).__name__} has no self-attention with a layer_idx")
@@ -118,6 +118,10 @@ def unsupported(model: nn.Module, reason: str) -> KVPruneError:
     )
 
 
+def _class(module: nn.Module) -> Any:
+    return type(module)
+
+
 @cache
 def _parameters(module: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)[1:]
@@ -133,7 +137,7 @@ def argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n
     """An argument of `module`'s forward by name, however it was passed; None if it was not."""
     if name in kwargs:
         return kwargs[name]
-    names = _parameters(type(module))
+    names = _parameters(_class(module))
     place = names.index(name) if name in names else len(args)
     return args[place] if place < len(args) else None
 
@@ -142,7 +146,7 @@ def with_argument(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`args` and `kwargs` with one argument replaced where it was passed."""
-    names = _parameters(type(module))
+    names = _parameters(_class(module))
     place = names.index(name) if name in names else len(args)
     if name not in kwargs and place < len(args):
         return (*args[:place], value, *args[place + 1 :]), kwargs

@@ -1,0 +1,26 @@
+"""Settings for all tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from .models import tiny_model
+
+torch.set_num_threads(1)
+
+_LOOSE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+settings.register_profile("dev", max_examples=15, deadline=None, suppress_health_check=_LOOSE)
+settings.register_profile(
+    "ci", max_examples=40, deadline=None, suppress_health_check=_LOOSE, derandomize=True
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.fixture
+def model():
+    """A tiny attached Llama in float64."""
+    return tiny_model()

@@ -1,0 +1,89 @@
+"""Tiny random models of several families, made once per test process."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import kvprune
+
+VOCAB = 61
+LAYERS = 4
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": None},
+    "mistral-window": {"sliding_window": 12},
+    "gpt_neox": {},
+}
+
+
+def tiny_config(family: str, heads: int = 4, kv_heads: int = 2, **more: Any) -> Any:
+    """A config of 4 layers, hidden size 32."""
+    options = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        **FAMILIES.get(family, {}),
+        **more,
+    }
+    return AutoConfig.for_model(family.split("-")[0], **options)
+
+
+def fresh_model(
+    family: str = "llama",
+    heads: int = 4,
+    kv_heads: int = 2,
+    dtype: torch.dtype = torch.float64,
+    backend: str = "sdpa",
+    **more: Any,
+) -> PreTrainedModel:
+    """A model of its own, in eval mode, not attached; the same weights for the same arguments."""
+    config = tiny_config(family, heads, kv_heads, **more)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=backend)
+    return model.eval().to(dtype)
+
+
+@cache
+def plain_model(family: str = "llama", **options: Any) -> PreTrainedModel:
+    """A shared model that is not attached: the dense reference."""
+    return fresh_model(family, **options)
+
+
+@cache
+def tiny_model(family: str = "llama", **options: Any) -> PreTrainedModel:
+    """A shared model that is attached; its weights equal `plain_model`'s."""
+    return kvprune.attach(fresh_model(family, **options))
+
+
+def prompt(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random ids `[rows, length]`, never the pad token."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCAB, (rows, length), generator=generator)
+
+
+def left_padded(ids: torch.Tensor, padding: list[int]) -> dict[str, torch.Tensor]:
+    """`ids` with each row's first `padding[row]` columns turned to padding."""
+    mask = torch.ones_like(ids)
+    for row, count in enumerate(padding):
+        mask[row, :count] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position ids as `generate` makes them from a padding mask."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
