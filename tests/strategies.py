@@ -1,0 +1,94 @@
+"""Hypothesis strategies; a new policy joins the property tests by being listed in POLICIES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+
+import kvprune
+from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
+
+from .models import LAYERS
+
+
+def sdtp_heads(stages: int, hidden_size: int = 32) -> SDTPHeads:
+    """Heads with fixed random weights for the tiny models."""
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(stages)
+        return SDTPHeads(hidden_size, LAYERS, stages).double()
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A policy as the property tests need to know it.
+
+    make: with a budget of about that many tokens. bound: the most slots a layer may hold
+    with that budget; None where the policy does not evict. roomy: with a budget that no
+    test reaches.
+    """
+
+    name: str
+    make: Callable[[int], kvprune.TokenPolicy]
+    bound: Callable[[int], int] | None
+    roomy: Callable[[], kvprune.TokenPolicy]
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _pruner(keep: float) -> SDTP:
+    return SDTP(sdtp_heads(2), keep, first_layer=1, every=2, sinks=2, min_tokens=6)
+
+
+POLICIES = [
+    Listed(
+        "h2o",
+        lambda n: H2O(heavy=n // 2, recent=n - n // 2),
+        lambda n: n,
+        lambda: H2O(heavy=500, recent=500),
+    ),
+    Listed(
+        "h2o-recent-only", lambda n: H2O(heavy=0, recent=n), lambda n: n, lambda: H2O(0, recent=1.0)
+    ),
+    Listed(
+        "streaming",
+        lambda n: StreamingLLM(sinks=min(2, n - 1), window=n - min(2, n - 1)),
+        lambda n: n,
+        lambda: StreamingLLM(sinks=4, window=1000),
+    ),
+    Listed(
+        "h2o|streaming",
+        lambda n: H2O(heavy=n // 2, recent=n - n // 2) | StreamingLLM(sinks=1, window=n),
+        lambda n: 2 * n + 1,
+        lambda: H2O(heavy=500, recent=500) | StreamingLLM(sinks=1, window=1000),
+    ),
+    Listed("sdtp", lambda n: _pruner(0.6), None, lambda: _pruner(1.0)),
+]
+
+EVICTING = [p for p in POLICIES if p.bound is not None]
+
+listed = st.sampled_from(POLICIES)
+evicting = st.sampled_from(EVICTING)
+budgets = st.integers(2, 12)
+# (query heads, key/value heads): multi-head, grouped-query, multi-query.
+head_counts = st.sampled_from([(2, 2), (4, 2), (4, 1), (3, 3)])
+seeds = st.integers(0, 2**16)
+
+
+@st.composite
+def pipelines(draw: st.DrawFn, most: int = 3) -> tuple[list[Listed], list[int]]:
+    """Some listed policies, with a budget each."""
+    chosen = draw(st.lists(listed, min_size=0, max_size=most))
+    return chosen, [draw(budgets) for _ in chosen]
+
+
+@st.composite
+def chunked(draw: st.DrawFn, total: int) -> list[int]:
+    """A way of cutting `total` tokens into forwards."""
+    cuts = draw(st.lists(st.integers(1, total - 1), max_size=3, unique=True)) if total > 1 else []
+    edges = [0, *sorted(cuts), total]
+    return [b - a for a, b in zip(edges, edges[1:], strict=False)]

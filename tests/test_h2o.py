@@ -1,0 +1,73 @@
+"""H2O against the plain-Python oracle, which was written from the paper's maths alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvprune.policies import H2O
+
+from .driver import Driver, Oracles, Tokens, run_and_compare
+from .oracles import H2OOracle, budget_oracle
+from .strategies import chunked, head_counts, seeds
+
+DECODE = 50
+
+
+def h2o_oracles(driver: Driver, budgets: list[tuple[int, int]]) -> Oracles:
+    """One oracle per row and head; `budgets` are each row's heavy and recent."""
+    return Oracles(driver, lambda row: H2OOracle(*budgets[row]))
+
+
+@given(
+    head_counts,
+    st.integers(0, 6),
+    st.integers(1, 6),
+    st.data(),
+    seeds,
+    st.sampled_from([None, 5, 11]),
+)
+def test_every_step_equals_the_oracle(heads, heavy, recent, data, seed, window):
+    """Prefill in any chunks, left padding, then 50 decode steps: exact sets."""
+    length = data.draw(st.integers(1, 30))
+    padding = [0, data.draw(st.integers(0, length - 1))]
+    driver = Driver([H2O(heavy, recent)], 2, *heads, seed=seed, window=window)
+    oracles = h2o_oracles(driver, [(heavy, recent)] * 2)
+    steps = data.draw(chunked(length)) + [1] * DECODE
+    run_and_compare(driver, oracles, steps, padding)
+
+
+def test_long_prompt_of_several_blocks_equals_the_oracle():
+    """More queries than one block of the block-wise attention, with old slots before them."""
+    driver = Driver([H2O(20, 10)], 2, 4, 2)
+    run_and_compare(driver, h2o_oracles(driver, [(20, 10)] * 2), [150, 70, 1, 1, 90, 1], [67, 3])
+
+
+@given(st.floats(0.01, 1.0), st.floats(0.01, 1.0), st.integers(1, 40), st.integers(0, 20), seeds)
+def test_shares_are_of_each_row_s_prompt(heavy, recent, length, padding, seed):
+    """Outside `generate` the forwards of several tokens are the prompt."""
+    heavy, recent = round(heavy, 2), round(recent, 2)
+    length, padding = length + 1, min(padding, length)
+    prompts = [length, length - padding]
+    driver = Driver([H2O(heavy, recent)], 2, 4, 2, seed=seed)
+    budgets = [(budget_oracle(heavy, n), budget_oracle(recent, n)) for n in prompts]
+    run_and_compare(driver, h2o_oracles(driver, budgets), [length, 1, 1, 1], [0, padding])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_statistics_accumulate_in_float32(dtype):
+    """Whatever the model's precision; the sums stay within its rounding of the exact ones."""
+    driver = Driver([H2O(50, 50)], 1, 4, 2, dtype=dtype, sharpness=1.0)
+    exact = Driver([H2O(50, 50)], 1, 4, 2, sharpness=1.0)
+    for count in (70, 1, 1):
+        tokens = driver.tokens(count)
+        driver.step(tokens)
+        exact.step(Tokens(tokens.q.double(), tokens.k.double(), tokens.v.double()))
+    received = driver.cache.layers[0].statistics["attention"]
+    assert received.dtype == torch.float32
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        received.double(), exact.cache.layers[0].statistics["attention"], rtol=8 * eps, atol=8 * eps
+    )

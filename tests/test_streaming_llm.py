@@ -1,0 +1,44 @@
+"""StreamingLLM against the plain-Python oracle, which was written from the paper's maths alone."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvprune.policies import StreamingLLM
+
+from .driver import Driver, Oracles, run_and_compare
+from .oracles import StreamingOracle, budget_oracle
+from .strategies import chunked, head_counts, seeds
+
+DECODE = 50
+
+
+@given(
+    head_counts,
+    st.integers(0, 5),
+    st.integers(1, 8),
+    st.data(),
+    seeds,
+    st.sampled_from([None, 5, 11]),
+)
+def test_every_step_equals_the_oracle(heads, sinks, window, data, seed, sliding):
+    """Prefill in any chunks, left padding, then 50 decode steps: exact sets."""
+    length = data.draw(st.integers(1, 30))
+    padding = [0, data.draw(st.integers(0, length - 1))]
+    driver = Driver([StreamingLLM(sinks, window)], 2, *heads, seed=seed, window=sliding)
+    oracles = Oracles(driver, lambda row: StreamingOracle(sinks, window, first=padding[row]))
+    run_and_compare(driver, oracles, data.draw(chunked(length)) + [1] * DECODE, padding)
+
+
+@given(st.floats(0.01, 1.0), st.integers(1, 40), st.integers(0, 20), seeds)
+def test_a_share_is_of_each_row_s_prompt(share, length, padding, seed):
+    """Each row keeps its own share, from its own valid tokens."""
+    share, length, padding = round(share, 2), length + 1, min(padding, length)
+    driver = Driver([StreamingLLM(2, share)], 2, 4, 2, seed=seed)
+    first = [0, padding]
+
+    def make(row: int) -> StreamingOracle:
+        return StreamingOracle(2, budget_oracle(share, length - first[row]), first[row])
+
+    run_and_compare(driver, Oracles(driver, make), [length, 1, 1, 1], first)
