@@ -146,7 +146,8 @@ def _before_head_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str
             "early, so a loss over all tokens would be wrong. Take the logits of the tokens in "
             "question through logits_to_keep and compute the loss from those"
         )
-    cache.ask_logits(argument(model, args, kwargs, "logits_to_keep") or 0)
+    asked = argument(model, args, kwargs, "logits_to_keep")
+    cache.ask_logits(0 if asked is None else asked)
 
 
 def _after_head_model(

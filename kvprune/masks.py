@@ -110,5 +110,8 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _hidden(dtype: torch.dtype) -> float | bool:
-    # Finite, so that a query that may attend to nothing (padding) gets no NaN.
-    return False if dtype == torch.bool else torch.finfo(dtype).min
+    # Finite, so that a query that may attend to nothing (padding) gets no NaN; also in
+    # float32, which eager functions take the softmax in.
+    if dtype == torch.bool:
+        return False
+    return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)

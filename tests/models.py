@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import kvprune
@@ -42,6 +43,31 @@ def tiny_config(family: str, heads: int = 4, kv_heads: int = 2, **more: Any) -> 
     return AutoConfig.for_model(family.split("-")[0], **options)
 
 
+class ExactRMSNorm(nn.Module):
+    """RMSNorm in the model's own precision.
+
+    The stock ones compute in float32 whatever the model's dtype, so that a float64 model
+    would agree with an oracle to 1e-6 only.
+    """
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.weight = stock.weight
+        self.epsilon = stock.variance_epsilon
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[..., C]` to the same."""
+        return self.weight * hidden * (hidden.pow(2).mean(-1, keepdim=True) + self.epsilon).rsqrt()
+
+
+def _exact(model: PreTrainedModel) -> PreTrainedModel:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):
+                setattr(parent, name, ExactRMSNorm(child))
+    return model
+
+
 def fresh_model(
     family: str = "llama",
     heads: int = 4,
@@ -55,7 +81,7 @@ def fresh_model(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=backend)
-    return model.eval().to(dtype)
+    return _exact(model).eval().to(dtype)
 
 
 @cache
