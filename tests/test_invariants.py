@@ -6,6 +6,7 @@ A new policy joins by being listed once, in `strategies.POLICIES`.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from kvprune.slots import SLACK
 
 from .driver import D, Driver, Tokens
 from .models import LAYERS, fresh_model, left_padded, plain_model, positions, prompt, tiny_model
+from .naive import naive_select
 from .strategies import (
     EVICTING,
     POLICIES,
@@ -310,8 +312,6 @@ class ByHand(kvprune.TokenPolicy):
         return self._ranking("rank_slots", slots, None)
 
     def _ranking(self, hook, view, asked):
-        from dataclasses import replace
-
         hidden = hook == "rank_hidden"
         for policy in self.policies:
             ranking = getattr(policy, hook)(view)
@@ -324,28 +324,6 @@ class ByHand(kvprune.TokenPolicy):
             view = replace(view, columns=columns, valid=kept)
         valid = view.valid[:, None] if hidden else view.valid
         return kvprune.Ranking(valid.double(), valid, valid.sum(-1))
-
-
-def naive_select(ranking, columns, asked):
-    """`select`, one entry at a time."""
-    rows, heads, size = torch.broadcast_shapes(columns.shape, ranking.score.shape)
-    budget = ranking.budget.reshape(rows, -1)
-    kept = torch.zeros(rows, heads, size, dtype=torch.bool)
-    for row in range(rows):
-        for head in range(heads):
-            at = [t[row, min(head, t.shape[1] - 1)] for t in (columns, ranking.score)]
-            guarded = ranking.protected[row, min(head, ranking.protected.shape[1] - 1)].clone()
-            if asked is not None:
-                guarded |= asked[row, 0]
-            present = [i for i in range(size) if at[0][i] >= 0]
-            order = sorted(
-                present, key=lambda i: (bool(guarded[i]), float(at[1][i]), int(at[0][i]))
-            )
-            allowed = int(budget[row, min(head, budget.shape[1] - 1)])
-            allowed = max(allowed, sum(bool(guarded[i]) for i in present))
-            for i in order[::-1][:allowed]:
-                kept[row, head, i] = True
-    return kept
 
 
 @given(listed, budgets, st.integers(2, 24), seeds)

@@ -1,0 +1,1 @@
+"""What it takes to compare policies with the dense model: assets, tasks, runs, report."""
