@@ -1,0 +1,107 @@
+"""The attention that observes: the dense model's numbers, and never an n x n matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import kvprune
+from kvprune.attention import BLOCK
+from kvprune.policies import H2O, StreamingLLM
+
+from .driver import Driver
+from .models import fresh_model, left_padded, plain_model, prompt, tiny_model
+from .opcount import OpCount
+
+LONG = 3 * BLOCK + 7
+
+
+@pytest.mark.parametrize("padding", [0, 70])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_block_by_block_equals_the_dense_model(padding, heads, backend):
+    """Several blocks of queries, then a second turn, over MHA, GQA and MQA."""
+    options = {"heads": heads[0], "kv_heads": heads[1]}
+    ids = prompt(2, LONG + 80)
+    mask = left_padded(ids, [0, padding])["attention_mask"]
+    results = []
+    for model, cache in (
+        (plain_model(**options), DynamicCache()),
+        (tiny_model(backend=backend, **options), kvprune.ComposedCache([H2O(999, 999)])),
+    ):
+        with torch.no_grad():
+            for new in (slice(0, LONG), slice(LONG, LONG + 80)):
+                now = mask[:, : new.stop]
+                out = model(ids[:, new], attention_mask=now, past_key_values=cache)
+                results.append(out.logits[mask[:, new].bool()])
+    torch.testing.assert_close(results[2:], results[:2], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("policy", [H2O(99, 99), StreamingLLM(4, 99)], ids=repr)
+def test_soft_capping_and_attention_sinks_equal_the_dense_model(family, policy):
+    """Scores that are capped; sinks that take a share of every softmax; sliding layers.
+
+    In float32: these models' eager functions take the softmax in it whatever the dtype.
+    """
+    options = {"backend": "eager", "head_dim": 8, "sliding_window": 9, "dtype": torch.float32}
+    plain, ours = plain_model(family, **options), tiny_model(family, **options)
+    ids = prompt(2, 50)
+    mask = left_padded(ids, [0, 11])["attention_mask"]
+    dense, cache, start = DynamicCache(config=plain.config), kvprune.ComposedCache([policy]), 0
+    for count in (40, 1, 1, 7, 1):
+        new, start = slice(start, start + count), start + count
+        with torch.no_grad():
+            logits = [
+                model(ids[:, new], attention_mask=mask[:, :start], past_key_values=c).logits[:, -1]
+                for model, c in ((plain, dense), (ours, cache))
+            ]
+        tolerance = 1024 * torch.finfo(torch.float32).eps
+        torch.testing.assert_close(logits[1], logits[0], rtol=tolerance, atol=tolerance)
+
+
+def test_no_n_by_n_matrix_is_ever_held():
+    """A prompt with statistics: the largest tensor is a block of scores."""
+    driver = Driver([H2O(8, 8)], 1, 4, 2, dtype=torch.float32)
+    tokens = driver.tokens(1024)
+    with OpCount() as ops:
+        driver.step(tokens)
+    assert ops.big() <= 2 * BLOCK * 1024
+
+
+def test_what_slots_receive_adds_up():
+    """Every valid query of every query head gives one in all."""
+    driver = Driver([H2O(999, 999)], 2, 4, 2)
+    for count, padding in ((100, [0, 30]), (1, None), (9, None)):
+        driver.step(driver.tokens(count), padding)
+    received = driver.cache.layers[0].statistics["attention"].sum(-1)
+    expected = torch.tensor([[220.0], [160.0]]).double().expand(2, 2)
+    torch.testing.assert_close(received, expected)
+
+
+def test_without_statistics_the_backend_runs():
+    """sdpa where no policy asks: no softmax of ours."""
+    cache = kvprune.ComposedCache([StreamingLLM(2, 6)])
+    with torch.no_grad(), OpCount() as ops:
+        tiny_model()(prompt(1, 20), past_key_values=cache)
+    assert not ops.calls["_softmax"]
+
+
+def test_statistics_are_taken_only_where_somebody_wants_them():
+    """`layers` restricts what is computed, too."""
+    cache = kvprune.ComposedCache([H2O(2, 3, layers=[2])])
+    with torch.no_grad():
+        tiny_model()(prompt(1, 20), past_key_values=cache)
+    assert [bool(layer.statistics) for layer in cache.layers] == [False, False, True, False]
+
+
+def test_dropout_in_training_reaches_the_output_but_not_the_statistic():
+    """Probabilities vote before dropout."""
+    model = kvprune.attach(fresh_model(attention_dropout=0.5)).train()
+    caches = [kvprune.ComposedCache([H2O(99, 99)]) for _ in range(2)]
+    with torch.no_grad():
+        logits = [model(prompt(1, 30), past_key_values=cache).logits for cache in caches]
+    assert not torch.equal(*logits)
+    received = caches[0].layers[0].statistics["attention"]
+    torch.testing.assert_close(received, caches[1].layers[0].statistics["attention"])

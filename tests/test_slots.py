@@ -1,0 +1,78 @@
+"""Slot layers: what is allocated, what is written in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kvprune
+from kvprune.policies import H2O, StreamingLLM
+from kvprune.slots import SLACK, SlotLayer
+
+from .driver import D, Driver
+from .models import fresh_model, prompt
+from .opcount import OpCount
+
+
+@pytest.mark.parametrize("policy", [H2O(10, 10), StreamingLLM(4, 16)], ids=repr)
+def test_decode_at_a_full_budget_is_in_place(policy):
+    """The new token takes the slot that the previous step freed: the buffers never move."""
+    driver = Driver([policy], 2, 4, 2)
+    for count in (50, 1):
+        driver.step(driver.tokens(count))
+    layer = driver.cache.layers[0]
+    places = [t.data_ptr() for t in (layer._keys, layer._values)]
+    for _ in range(50):
+        driver.step(driver.tokens(1))
+        assert [t.data_ptr() for t in (layer._keys, layer._values)] == places
+    assert layer.capacity == 21
+    assert driver.kept(0, 0)[-1] == 100
+
+
+@pytest.mark.parametrize("policy", [H2O(200, 200), StreamingLLM(4, 396)], ids=repr)
+def test_a_decode_step_neither_concatenates_nor_gathers_the_cache(policy):
+    """No operator but attention's own makes anything as large as the keys."""
+    driver = Driver([policy], 1, 4, 2)
+    for count in (500, 1, 1):
+        driver.step(driver.tokens(count))
+    tokens, keys = driver.tokens(1), 2 * 401 * D
+    with OpCount() as ops:
+        driver.step(tokens)
+    assert ops.big() < keys
+    assert ops.big("gather", "index_select", "clone", "copy_") <= 401
+
+
+def test_below_the_budget_buffers_grow_geometrically():
+    """So that n steps move O(n) bytes, not O(n^2)."""
+    driver, moves, place = Driver([], 1, 2, 2), 0, 0
+    for _ in range(400):
+        driver.step(driver.tokens(1))
+        now = driver.cache.layers[0]._keys.data_ptr()
+        moves, place = moves + (now != place), now
+    layer = driver.cache.layers[0]
+    assert moves < 40
+    assert layer.used == 400 <= layer.capacity <= 400 + max(SLACK, 400 // 8)
+
+
+def test_a_fused_projection_is_not_kept_alive():
+    """GPT-NeoX hands in slices of one tensor that is three times as large."""
+    fused = torch.randn(1, 2, 30, 3 * D)
+    keys, values = fused[..., :D], fused[..., D : 2 * D]
+    layer = SlotLayer()
+    layer.append(keys, values, torch.arange(30)[None], complete=True)
+    assert sum(t.untyped_storage().nbytes() for t in layer.tensors()) == 2 * 2 * 30 * D * 4 + 30 * 8
+
+
+def test_nbytes_counts_all_storage_and_shrinks_after_the_prompt():
+    """Dense: K, V and columns of every layer; evicted memory is freed, not masked."""
+    model = kvprune.attach(fresh_model(dtype=torch.float32))
+    sizes = {}
+    for name, policies in {"dense": [], "streaming": [StreamingLLM(4, 16)]}.items():
+        cache = kvprune.ComposedCache(policies)
+        with torch.no_grad():
+            model(prompt(1, 400), past_key_values=cache)
+        sizes[name] = cache.nbytes
+    kept = 4 * 2 * 2 * D * 4
+    # Layers that hold the same columns share them.
+    assert sizes["dense"] == 400 * kept + 400 * 8 + 16
+    assert 20 * kept < sizes["streaming"] <= 21 * kept + 4 * 21 * 8 + 16
