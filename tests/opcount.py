@@ -22,9 +22,12 @@ class OpCount(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         self.calls[name] += 1
+        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            # A view makes nothing.
-            if isinstance(tensor, torch.Tensor) and not func.is_view:
+            # Views and in-place operators make nothing.
+            if isinstance(tensor, torch.Tensor):
+                if tensor.untyped_storage().data_ptr() in given:
+                    continue
                 self._largest[name] = max(self._largest.get(name, 0), tensor.numel())
         return result
 
