@@ -63,6 +63,8 @@ class Driver:
         self.module = _Attention(heads // kv_heads)
         self.generator = torch.Generator().manual_seed(seed)
         self.mask = torch.ones(rows, 0, dtype=torch.long)
+        # A number for each row that moves with it, for tests that move rows.
+        self.tags = torch.arange(rows, dtype=torch.float64) + 100
 
     def tokens(self, count: int) -> Tokens:
         """Random projections of the next step's tokens."""
@@ -92,9 +94,10 @@ class Driver:
         return output
 
     def _rule(self) -> LazyMask:
-        if self.window is None:
-            return LazyMask(causal_mask_function, plainly_causal=True)
-        return LazyMask(sliding_window_causal_mask_function(self.window), plainly_causal=False)
+        rule: Any = causal_mask_function
+        if self.window is not None:
+            rule = sliding_window_causal_mask_function(self.window)
+        return LazyMask(rule, plainly_causal=self.window is None)
 
     def kept(self, row: int, head: int) -> list[int]:
         """The columns that a row and key/value head hold, sorted."""

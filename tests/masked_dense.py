@@ -50,11 +50,12 @@ class MaskedDense:
 
     def decide(self, layer: int, hidden: Tensor, count: int, asked: int) -> None:
         """Drops new tokens from `layer` on, given the whole hidden states `[B, columns, C]`."""
-        p = self.policy
+        p, heads = self.policy, self.policy.heads
+        assert heads is not None
         stage, rest = divmod(layer - p.first_layer, p.every)
-        if count == 1 or rest or not 0 <= stage < len(p.heads.stages):
+        if count == 1 or rest or not 0 <= stage < len(heads.stages):
             return
-        scores = p.heads(hidden, stage)
+        scores = heads(hidden, stage)
         for row in range(hidden.shape[0]):
             new = range(hidden.shape[1] - count, hidden.shape[1])
             length = sum(int(self.mask[row, c]) for c in new)

@@ -50,10 +50,10 @@ class ExactRMSNorm(nn.Module):
     would agree with an oracle to 1e-6 only.
     """
 
-    def __init__(self, stock: nn.Module) -> None:
+    def __init__(self, stock: Any) -> None:
         super().__init__()
-        self.weight = stock.weight
-        self.epsilon = stock.variance_epsilon
+        self.weight: nn.Parameter = stock.weight
+        self.epsilon: float = stock.variance_epsilon
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., C]` to the same."""

@@ -244,7 +244,6 @@ ACTIONS = ["reorder", "repeat", "select", "deepcopy", "reset", "prefill", "decod
 def test_slots_stay_aligned(chosen, actions, data, seed):
     """The column is coded into keys and values and must be found there after everything."""
     driver = Driver([p.make(n) for p, n in chosen], 2, 4, 2, seed=seed)
-    driver.tags = torch.arange(2, dtype=torch.float64) + 100
     driver.step(coded(driver, 9), [0, 4])
     for action in actions:
         if action in ("prefill", "decode") or driver.cache.seen == 0:
