@@ -7,7 +7,6 @@ of caches and threads.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -56,7 +55,10 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     base: Any = model.base_model
     layers = decoder_layers(base)
     attentions = [attention_of(base, layer) for layer in layers]
-    attachment = base.__dict__.get("_kvprune") or Attachment(type(model).__name__, len(layers))
+    heads = base.config.get_text_config(decoder=True).num_attention_heads
+    attachment = base.__dict__.get("_kvprune") or Attachment(
+        type(model).__name__, len(layers), heads
+    )
     detach(model)
     _register_functions()
     base._kvprune = attachment
@@ -68,7 +70,8 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         model.register_forward_hook(_after_head_model, with_kwargs=True, always_call=True)
     for name, method in _METHODS.items():
         if hasattr(type(model), name):
-            model.__dict__[name] = types.MethodType(method, model)
+            # Not a bound method: pickle would look that up by its name, on the class.
+            model.__dict__[name] = partial(method, model)
     return model
 
 
@@ -78,7 +81,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         _remove_hooks(module)
         module.__dict__.pop("_kvprune", None)
     for name in _METHODS:
-        if getattr(model.__dict__.get(name), "__func__", None) is _METHODS[name]:
+        if getattr(model.__dict__.get(name), "func", None) is _METHODS[name]:
             del model.__dict__[name]
     for config in _configs(model):
         if str(config._attn_implementation).startswith(PREFIX):
@@ -162,16 +165,25 @@ def _before_base(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     cache = _cache_in(base, args, kwargs)
     if cache is None:
         return
+    try:
+        _open_step(cache, base, args, kwargs)
+    except KVPruneError:
+        cache.refuse_step()
+        raise
+
+
+def _open_step(
+    cache: ComposedCache, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     _check_forward(base, args, kwargs)
-    cache.bind(base._kvprune, base)  # type: ignore[arg-type]
+    cache.bind(base._kvprune, base)
     tokens = argument(base, args, kwargs, "input_ids")
     if tokens is None:
         tokens = argument(base, args, kwargs, "inputs_embeds")
     if tokens is None:
-        return
+        raise KVPruneError("a forward without tokens: expected input_ids or inputs_embeds")
     mask = argument(base, args, kwargs, "attention_mask")
-    two_d = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    cache.open_step(tokens.shape[0], tokens.shape[1], two_d, tokens.device)
+    cache.open_step(tokens.shape[0], tokens.shape[1], mask, tokens.device)
 
 
 def _check_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -284,13 +296,20 @@ def _check_prompt(
     cache: ComposedCache, inputs: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> None:
     """A prompt is all ids so far, or new ids with a mask over all columns."""
-    given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+    given = (embeds, inputs, kwargs.get("input_ids"))
     tokens = next((t for t in given if t is not None), None)
-    mask = kwargs.get("attention_mask")
-    if tokens is None or cache.seen == 0:
-        return
-    count, columns = tokens.shape[1], tokens.shape[1] if mask is None else mask.shape[1]
-    if columns == count and count <= cache.seen:
+    # Without a prompt `generate` begins with one begin-of-sequence token.
+    count = columns = 1 if tokens is None else tokens.shape[1]
+    if mask is not None and tokens is not None:
+        if mask.dim() != 2 or mask.shape[0] != tokens.shape[0]:
+            raise KVPruneError(
+                f"attention_mask: expected shape [{tokens.shape[0]}, columns], came "
+                f"{list(mask.shape)}"
+            )
+        columns = mask.shape[1]
+    # Embeddings are taken to be those of all tokens, whatever the mask says.
+    if (columns == count or embeds is not None) and count <= cache.seen:
         raise KVPruneError(
             f"the prompt has {count} tokens, but the cache has seen {cache.seen} columns: "
             f"expected all tokens so far and new ones, or new ones alone with an attention_mask "

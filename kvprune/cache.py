@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ class Attachment:
 
     name: str
     num_layers: int
+    num_heads: int
 
 
 class ComposedCache(Cache):
@@ -63,6 +64,7 @@ class ComposedCache(Cache):
         self._logits_to_keep: int | Tensor = 0
         # A dict, since its setdefault is atomic: two threads cannot both open a step.
         self._open: dict[str, tuple[int, Step]] = {}
+        self._refused: list[int] = []
         self._failure = ""
 
     # What a user reads.
@@ -119,6 +121,7 @@ class ComposedCache(Cache):
         self._rows = self._promise = None
         self._in_generate = False
         self._open = {}
+        self._refused = []
         self._failure = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ComposedCache:
@@ -198,9 +201,10 @@ class ComposedCache(Cache):
                 what it evicted since would have to come back.
         """
         self._check_usable()
-        if tokens_to_remove > 0 or -tokens_to_remove > self.seen:
+        whole = isinstance(tokens_to_remove, int)
+        if not whole or tokens_to_remove > 0 or -tokens_to_remove > self.seen:
             raise KVPruneError(
-                f"crop({tokens_to_remove}): expected minus the number of columns to take back, "
+                f"crop({tokens_to_remove!r}): expected minus the number of columns to take back, "
                 f"at most {self.seen}"
             )
         if any("rank_slots" in p.hooks for p in self.policies):
@@ -255,6 +259,8 @@ class ComposedCache(Cache):
     def enter_generate(self) -> None:
         """From here on, forwards do not count as prompt unless announced."""
         self._check_usable()
+        if self._in_generate:
+            raise self._in_use("generate")
         self._in_generate = True
 
     def leave_generate(self) -> None:
@@ -272,13 +278,13 @@ class ComposedCache(Cache):
         Args:
             rows: B.
             count: Q.
-            mask: 2-D padding mask `[B, seen + Q]`, or None for no padding (also where the
-                user gave a 4-D mask).
+            mask: padding mask `[B, seen + Q]`, None for no padding, or a 4-D mask that the
+                user gave, `[1|B, 1|Hq, Q, seen + Q]`.
             device: where the tokens are.
 
         Raises:
-            KVPruneError: the cache is in use or failed, the batch size changed, the mask
-                does not fit or pads on the right. Nothing has changed then.
+            KVPruneError: the cache is in use or failed, there are no tokens, the batch size
+                changed, the mask does not fit or pads on the right. Nothing has changed then.
         """
         self._check_usable()
         valid = self._valid(rows, count, mask)
@@ -314,12 +320,19 @@ class ComposedCache(Cache):
         """After the attention of `layer`: keeps what all policies keep."""
         self.step.evict(layer, self._slots(layer))
 
+    def refuse_step(self) -> None:
+        """This thread's forward ended before it began: its close is not that of another."""
+        self._refused.append(threading.get_ident())
+
     def close_step(self, done: bool) -> None:
         """Ends the forward that this thread began, if it did.
 
         After an error inside (`done=False`) layers may be out of step with each other, so
         the cache refuses to be used until `reset()`.
         """
+        if threading.get_ident() in self._refused:
+            self._refused.remove(threading.get_ident())
+            return
         owner, step = self._open.get("step", (0, None))
         if step is None or owner != threading.get_ident():
             return
@@ -338,19 +351,31 @@ class ComposedCache(Cache):
                 f"the batch size changed: expected {self.batch_size} rows as before, came "
                 f"{rows}. Use a new cache, or batch_repeat_interleave / batch_select_indices"
             )
-        if mask is None:
+        if count == 0:
+            raise KVPruneError("a forward of no tokens: expected at least one new token")
+        if mask is None or self._is_four_d(rows, count, mask):
             return None
-        if mask.shape != (rows, self.seen + count):
-            raise KVPruneError(
-                f"attention_mask: expected shape [{rows}, {self.seen + count}] (all columns "
-                f"seen so far and the new ones), came {list(mask.shape)}"
-            )
         valid = mask[:, self.seen :].bool()
         if bool(valid.all()):
             return None
         if not self._in_generate:
             _check_left_padded(mask)
         return valid
+
+    def _is_four_d(self, rows: int, count: int, mask: Tensor) -> bool:
+        """Whether a mask is 4-D; refuses one of any other shape than is expected."""
+        assert self._attachment is not None
+        total, heads = self.seen + count, self._attachment.num_heads
+        four_d = mask.dim() == 4 and mask.shape[0] in (1, rows) and mask.shape[1] in (1, heads)
+        if four_d and mask.shape[2:] == (count, total):
+            return True
+        if mask.shape != (rows, total):
+            raise KVPruneError(
+                f"attention_mask: expected shape [{rows}, {total}] (all columns seen so far and "
+                f"the new ones) or 4-D [1 or {rows}, 1 or {heads}, {count}, {total}], came "
+                f"{list(mask.shape)}"
+            )
+        return False
 
     def _numbers(
         self, rows: int, count: int, valid: Tensor | None, device: torch.device
@@ -385,11 +410,11 @@ class ComposedCache(Cache):
         if self._open:
             raise self._in_use()
 
-    def _in_use(self) -> KVPruneError:
+    def _in_use(self, what: str = "forward") -> KVPruneError:
         return KVPruneError(
-            "this cache is in the middle of a forward: expected one forward at a time. Use one "
-            "cache per sequence (copy.deepcopy makes more), or cache.reset() if a forward was "
-            "interrupted"
+            f"this cache is in the middle of a {what}: expected one {what} at a time. Use one "
+            f"cache per sequence (copy.deepcopy makes more), or cache.reset() if a {what} was "
+            f"interrupted"
         )
 
 
@@ -409,10 +434,8 @@ def _check_layers(policy: TokenPolicy, attachment: Attachment) -> None:
     wanted = policy.layers
     if wanted is None:
         return
-    known = range(attachment.num_layers)
-    if isinstance(wanted, (str, int)) or not all(
-        isinstance(i, int) and not isinstance(i, bool) and i in known for i in wanted
-    ):
+    known, several = range(attachment.num_layers), isinstance(wanted, Collection)
+    if not several or not all(type(i) is int and i in known for i in wanted):
         raise KVPruneError(
             f"{policy!r}: layers={wanted!r}: expected layers of 0 to {len(known) - 1} of "
             f"{attachment.name}"

@@ -19,6 +19,16 @@ def leaves(policies: Iterable[TokenPolicy]) -> Iterator[TokenPolicy]:
         yield from policy.parts if isinstance(policy, Union) else (policy,)
 
 
+def asked_of(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ranking | None:
+    """A policy's answer where it applies, from the statistics that it named."""
+    if not policy.applies(view.layer):
+        return None
+    ranking: Ranking | None = getattr(policy, hook)(
+        replace(view, statistic=view.statistic.only(policy.statistics))
+    )
+    return ranking
+
+
 def surviving_tokens(
     policies: Sequence[TokenPolicy], tokens: TokenView, asked: Tensor
 ) -> Tensor | None:
@@ -34,7 +44,7 @@ def surviving_tokens(
     """
     ranked = False
     for policy in policies:
-        ranking = policy.rank_hidden(tokens) if policy.applies(tokens.layer) else None
+        ranking = asked_of(policy, "rank_hidden", tokens)
         if ranking is None:
             continue
         columns, valid = tokens.columns[:, None], tokens.valid[:, None]
@@ -61,7 +71,7 @@ def surviving_slots(
     """
     ranked, heads = False, slots.keys.shape[1]
     for policy in policies:
-        ranking = policy.rank_slots(slots) if policy.applies(slots.layer) else None
+        ranking = asked_of(policy, "rank_slots", slots)
         if ranking is None:
             continue
         check_ranking(policy, ranking, slots.columns, heads, look_for_nan=several)
@@ -131,7 +141,7 @@ class Union(TokenPolicy):
     def _rankings(self, hook: str, view: TokenView | SlotView) -> list[Ranking] | None:
         found: list[Ranking] = []
         for part in self.parts:
-            ranking = getattr(part, hook)(view) if part.applies(view.layer) else None
+            ranking = asked_of(part, hook, view)
             if ranking is None:
                 return None
             found.append(ranking)

@@ -45,6 +45,10 @@ class _Statistics:
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         self._values = values
 
+    def only(self, names: Collection[str]) -> _Statistics:
+        """Those that a policy named: what others want is not for it to see."""
+        return _Statistics({n: self._values[n] for n in names if n in self._values})
+
     def __call__(self, name: str) -> Tensor:
         if name not in self._values:
             raise KVPruneError(

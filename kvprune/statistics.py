@@ -27,7 +27,8 @@ def check_statistics(policy: TokenPolicy) -> None:
         KVPruneError: `policy.statistics` is not a tuple of names in `OBSERVABLE`.
     """
     wanted = policy.statistics
-    if isinstance(wanted, str) or not all(name in OBSERVABLE for name in wanted):
+    names = isinstance(wanted, tuple) and all(isinstance(name, str) for name in wanted)
+    if not names or not set(wanted) <= set(OBSERVABLE):
         raise KVPruneError(
             f"{policy!r}: statistics = {wanted!r}: expected a tuple of names out of "
             f"{sorted(OBSERVABLE)}"

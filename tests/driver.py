@@ -57,7 +57,7 @@ class Driver:
         sharpness: float = 2.0,
     ) -> None:
         self.cache = kvprune.ComposedCache(policies)
-        self.cache.bind(Attachment("driver", 1), nn.Module())
+        self.cache.bind(Attachment("driver", 1, heads), nn.Module())
         self.rows, self.heads, self.kv_heads = rows, heads, kv_heads
         self.window, self.dtype, self.sharpness = window, dtype, sharpness
         self.module = _Attention(heads // kv_heads)
