@@ -67,21 +67,18 @@ def surviving_slots(
         several: whether this forward had several tokens; only then is NaN looked for.
 
     Returns:
-        `[B, 1|Hkv, S]` bool, or None where no policy ranked.
+        `[B, 1|Hkv, S]` bool, or None where all stay.
     """
-    ranked, heads = False, slots.keys.shape[1]
+    before, heads = slots.valid, slots.keys.shape[1]
     for policy in policies:
         ranking = asked_of(policy, "rank_slots", slots)
         if ranking is None:
             continue
         check_ranking(policy, ranking, slots.columns, heads, look_for_nan=several)
         kept = select(ranking, slots.columns, slots.valid)
-        if policy is not policies[-1]:
+        if kept is not slots.valid:
             slots = replace(slots, valid=kept, columns=slots.columns.masked_fill(~kept, -1))
-        else:
-            slots = replace(slots, valid=kept)
-        ranked = True
-    return slots.valid if ranked else None
+    return None if slots.valid is before else slots.valid
 
 
 @dataclass(frozen=True, repr=False)

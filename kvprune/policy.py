@@ -229,6 +229,8 @@ def newest(columns: Tensor, count: Tensor) -> Tensor:
         `[B, H, S]` bool; all valid entries where there are no more than `count`.
     """
     count = count.reshape(count.shape[0], -1, 1).expand(-1, columns.shape[1], -1)
-    places = (count - 1).clamp(min=0, max=columns.shape[-1] - 1)
-    oldest = columns.sort(dim=-1, descending=True).values.gather(-1, places)
+    most = min(max(int(count.max()), 1), columns.shape[-1])
+    # Not a sort: in decoding, where S is a budget, topk takes a tenth of its time.
+    ordered = columns.topk(most, dim=-1).values
+    oldest = ordered.gather(-1, (count - 1).clamp(min=0, max=most - 1))
     return (columns >= oldest) & (columns >= 0) & (count > 0)

@@ -21,9 +21,10 @@ def select(ranking: Ranking, columns: Tensor, valid: Tensor) -> Tensor:
         valid: the same shape, bool.
 
     Returns:
-        `[B, H, S]` bool, what stays; H is the largest head axis among the inputs.
+        `[B, H, S]` bool, what stays; H is the largest head axis among the inputs. `valid`
+        itself where everything does.
     """
-    budget = ranking.budget.reshape(ranking.budget.shape[0], -1, 1)
+    before, budget = valid, ranking.budget.reshape(ranking.budget.shape[0], -1, 1)
     heads = max(t.shape[1] for t in (columns, valid, ranking.score, ranking.protected, budget))
     columns, valid, score, protected = (
         t.expand(-1, heads, -1) for t in (columns, valid, ranking.score, ranking.protected)
@@ -34,7 +35,7 @@ def select(ranking: Ranking, columns: Tensor, valid: Tensor) -> Tensor:
     excess = excess.minimum((valid & ~protected).sum(-1, keepdim=True)).clamp(min=0)
     most = int(excess.max()) if excess.numel() else 0
     if most == 0:
-        return valid
+        return before
     if most == 1:
         return _without_worst(score, columns, valid, protected, excess)
     return _without_excess(score, columns, valid, protected, excess)

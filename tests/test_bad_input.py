@@ -303,13 +303,17 @@ def test_heads_file_that_is_cut_off(tmp_path, share):
         SDTPHeads.load(path)
 
 
-def _header(**metadata: str) -> Callable[[Path], None]:
-    tensors = {"stages.0.0.weight": torch.ones(2, 8)}
+SIZES = '{"hidden_size": 8, "num_layers": 4, "stages": 1}'
+OURS = {"format": "kvprune.SDTPHeads"}
+ALL_BUT_ONE = dict(list(SDTPHeads(8, 4, 1).state_dict().items())[1:])
+
+
+def _file(tensors: dict[str, Tensor], **metadata: str) -> Callable[[Path], None]:
     return lambda path: save_file(tensors, path, metadata=metadata or None)
 
 
-SIZES = '{"hidden_size": 8, "num_layers": 4, "stages": 1}'
-OURS = {"format": "kvprune.SDTPHeads"}
+def _header(**metadata: str) -> Callable[[Path], None]:
+    return _file(SDTPHeads(8, 4, 1).state_dict(), **metadata)
 
 
 @pytest.mark.parametrize(
@@ -318,16 +322,17 @@ OURS = {"format": "kvprune.SDTPHeads"}
         lambda path: None,
         lambda path: path.mkdir(),
         lambda path: path.write_text("keep the salient tokens, drop the others\n" * 9),
-        lambda path: save_file({}, path, metadata={**OURS, "configuration": SIZES}),
+        _file({}, **OURS, configuration=SIZES),
+        _file(ALL_BUT_ONE, **OURS, configuration=SIZES),
         _header(),
         _header(format="pt"),
-        _header(format="another"),
+        _header(format="another", configuration=SIZES),
         _header(**OURS),
         _header(**OURS, configuration="not JSON"),
         _header(**OURS, configuration="[8, 4, 1]"),
         _header(**OURS, configuration=SIZES.replace("8", "0")),
         _header(**OURS, configuration=SIZES.replace("stages", "steps")),
-        _header(**OURS, configuration=SIZES),
+        _header(**OURS, configuration=SIZES.replace("8", "16")),
     ],
 )
 def test_heads_file_of_something_else(tmp_path, write):

@@ -57,7 +57,8 @@ class Run:
 
     def kept(self) -> list[list[list[int]]]:
         """Columns by layer and then by row and head, flattened."""
-        layers = [self.cache.columns(i) for i in range(LAYERS)]
+        heads = self.model.config.num_key_value_heads
+        layers = [self.cache.columns(i).expand(-1, heads, -1) for i in range(LAYERS)]
         return [[[int(c) for c in h if c >= 0] for h in layer.flatten(0, 1)] for layer in layers]
 
 
