@@ -1,0 +1,1 @@
+"""Measurements; results are kept beside the scripts as JSON."""

@@ -1,0 +1,85 @@
+"""What README and CONTRIBUTING say is true today."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import kvprune
+from kvprune.policies import SDTPHeads
+
+from .models import LAYERS, VOCAB, fresh_model, prompt, tiny_model
+
+ROOT = Path(__file__).parent.parent
+
+
+def code_blocks(name: str) -> list[str]:
+    """The Python blocks of a document, dedented."""
+    text = (ROOT / name).read_text()
+    found = re.findall(r"^( *)```python\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    return [re.sub(rf"^{indent}", "", body, flags=re.MULTILINE) for indent, body in found]
+
+
+def test_the_readme_s_tree_is_true():
+    """Each file of the package is in it, and each file that it names is there."""
+    text = (ROOT / "README.md").read_text()
+    tree = text[text.index("## Where things are") :]
+    lines = re.findall(r"^  (\w+\.py|\w+/|\w+) ", tree, re.MULTILINE)
+    on_disk = {p.name + ("/" if p.is_dir() and not p.is_symlink() else "") for p in entries()}
+    assert on_disk == set(lines) - {"h2o.py"}
+    policies = {p.name for p in (ROOT / "policies").glob("*.py")} - {"__init__.py"}
+    assert policies == set(re.findall(r"(\w+\.py)", re.search(r"^  h2o.*$", tree, re.M)[0]))
+
+
+def entries() -> list[Path]:
+    """What lies in the package's folder, but for what Python itself puts there."""
+    ignored = {"__init__.py", "__pycache__", "py.typed"}
+    return [p for p in (ROOT / "kvprune").iterdir() if p.name not in ignored]
+
+
+def test_the_readme_s_first_commands_exist():
+    """`make demo` and `make test` come first, and the Makefile has both."""
+    first = re.findall(r"make ([\w-]+)", (ROOT / "README.md").read_text())[:2]
+    assert first == ["demo", "test"]
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(first) <= set(targets)
+
+
+def test_the_readme_s_ten_lines_run(tmp_path, monkeypatch, capsys):
+    """As they stand, on a tiny model with a tiny tokenizer."""
+    tiny = fresh_model(dtype=torch.float32)
+    tiny.save_pretrained(tmp_path / "model")
+    words = {"[UNK]": 0, **{str(i): i for i in range(1, VOCAB)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+    fast.save_pretrained(tmp_path / "model")
+    SDTPHeads(32, LAYERS, 1).save(tmp_path / "heads.safetensors")
+    monkeypatch.chdir(tmp_path)
+    given = {"name": str(tmp_path / "model"), "long_text": " ".join(["5 6 7 8 9"] * 30)}
+    block = code_blocks("README.md")[0]
+    assert len(block.strip().splitlines()) <= 12
+    # Stages stand before layer 4 and deeper, and the tiny model has four layers.
+    exec(block.replace("SDTP(SDTPHeads", "SDTP(first_layer=3, heads=SDTPHeads"), given)
+    assert given["cache"].seen == 150 + 127
+    assert "layers 0-3: 30/277 slots" in capsys.readouterr().out
+
+
+def test_the_policy_in_contributing_runs(monkeypatch):
+    """The five steps' example is a policy that works."""
+    scope: dict[str, object] = {"__name__": "example"}
+    import sys
+    import types
+
+    monkeypatch.setitem(sys.modules, "example", types.ModuleType("example"))
+    exec(code_blocks("CONTRIBUTING.md")[0], scope)
+    policy = scope["LastQueries"]
+    cache = kvprune.ComposedCache([policy(budget=0.5, window=4)])  # type: ignore[operator]
+    with torch.no_grad():
+        tiny_model()(prompt(1, 40), past_key_values=cache)
+    kept = cache.columns(0)[0, 0].tolist()
+    assert len(kept) == 20 and kept[-4:] == [36, 37, 38, 39]
