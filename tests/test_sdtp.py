@@ -153,3 +153,20 @@ def test_pruned_prompt_and_eviction_together():
     model.generate(**left_padded(prompt(2, 40), [0, 9]), max_new_tokens=10, cache=cache)
     assert [cache.columns(i).shape[-1] for i in range(LAYERS)] == [8] * LAYERS
     assert cache.seen == 49
+
+
+def test_a_dropped_token_keeps_the_state_with_which_it_left():
+    """The output has full length; a token that left before layer 3 shows its input."""
+    policy = SDTP(sdtp_heads(1), 0.4, first_layer=3, every=3, min_tokens=6)
+    model, cache, ids = tiny_model(), kvprune.ComposedCache([policy]), prompt(2, 30)
+    with torch.no_grad():
+        got = model.model(ids, past_key_values=cache).last_hidden_state
+        dense = plain_model().model(ids, output_hidden_states=True).hidden_states[3]
+        expected = plain_model().model.norm(dense)
+    assert got.shape == (2, 30, 32)
+    for row in range(2):
+        kept = cache.columns(3)[row, 0].tolist()
+        left = [c for c in range(30) if c not in kept]
+        assert len(left) == 18
+        torch.testing.assert_close(got[row, left], expected[row, left], rtol=1e-9, atol=1e-10)
+        assert not torch.allclose(got[row, kept], expected[row, kept])
