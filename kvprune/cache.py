@@ -19,7 +19,7 @@ from .masks import LogicalLength
 from .policy import TokenPolicy
 from .slots import SlotLayer
 from .statistics import check_statistics, wanted_at
-from .step import LayerStep, RowNumbers, Step
+from .step import LayerStep, RowNumbers, Step, asked_tokens, new_columns, rows_after
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class ComposedCache(Cache):
         self.seen = 0
         self._attachment: Attachment | None = None
         self._rows: RowNumbers | None = None
-        self._promise: Tensor | int | None = None
+        self._promise: Tensor | int = 0
         self._in_generate = False
         self._logits_to_keep: int | Tensor = 0
         # A dict, since its setdefault is atomic: two threads cannot both open a step.
@@ -118,7 +118,7 @@ class ComposedCache(Cache):
         for layer in self.layers:
             layer.reset()
         self.seen = 0
-        self._rows = self._promise = None
+        self._rows, self._promise = None, 0
         self._in_generate = False
         self._open = {}
         self._refused = []
@@ -265,7 +265,7 @@ class ComposedCache(Cache):
 
     def leave_generate(self) -> None:
         """`generate` is over, however it ended."""
-        self._promise = None
+        self._promise = 0
         self._in_generate = False
 
     def ask_logits(self, logits_to_keep: int | Tensor) -> None:
@@ -287,12 +287,16 @@ class ComposedCache(Cache):
                 changed, the mask does not fit or pads on the right. Nothing has changed then.
         """
         self._check_usable()
-        valid = self._valid(rows, count, mask)
-        numbers = self._numbers(rows, count, valid, device)
-        columns = torch.arange(self.seen, self.seen + count, device=device).expand(rows, -1)
-        columns = columns.contiguous() if valid is None else columns.masked_fill(~valid, -1)
-        asked = _asked_tokens(self._logits_to_keep, rows, count, device)
-        step = Step(self.policies, len(self), self.seen, columns, valid is None, numbers, asked)
+        self._check_size(rows, count)
+        assert self._attachment is not None
+        heads = self._attachment.num_heads
+        columns = new_columns(rows, count, self.seen, mask, heads, self._in_generate, device)
+        # What counts as prompt: what `generate` promised, or any forward of several tokens.
+        counts = count > 1 and not self._in_generate
+        added = (columns >= 0).sum(-1) if counts else self._promise
+        numbers = rows_after(self._rows, columns, self.seen, added)
+        asked = asked_tokens(self._logits_to_keep, rows, count, device)
+        step = Step(self.policies, len(self), self.seen, columns, numbers, asked)
         mine = (threading.get_ident(), step)
         if self._open.setdefault("step", mine) is not mine:
             raise self._in_use()
@@ -339,13 +343,12 @@ class ComposedCache(Cache):
         if done:
             self.seen += step.count
             self._rows = step.rows
-            self._promise = None
+            self._promise = 0
         else:
             self._failure = "an error ended a forward in its middle"
         del self._open["step"]
 
-    def _valid(self, rows: int, count: int, mask: Tensor | None) -> Tensor | None:
-        """`[B, Q]` bool, which of the new tokens are not padding; None if none is."""
+    def _check_size(self, rows: int, count: int) -> None:
         if self._rows is not None and self.batch_size != rows:
             raise KVPruneError(
                 f"the batch size changed: expected {self.batch_size} rows as before, came "
@@ -353,45 +356,6 @@ class ComposedCache(Cache):
             )
         if count == 0:
             raise KVPruneError("a forward of no tokens: expected at least one new token")
-        if mask is None or self._is_four_d(rows, count, mask):
-            return None
-        valid = mask[:, self.seen :].bool()
-        if bool(valid.all()):
-            return None
-        if not self._in_generate:
-            _check_left_padded(mask)
-        return valid
-
-    def _is_four_d(self, rows: int, count: int, mask: Tensor) -> bool:
-        """Whether a mask is 4-D; refuses one of any other shape than is expected."""
-        assert self._attachment is not None
-        total, heads = self.seen + count, self._attachment.num_heads
-        four_d = mask.dim() == 4 and mask.shape[0] in (1, rows) and mask.shape[1] in (1, heads)
-        if four_d and mask.shape[2:] == (count, total):
-            return True
-        if mask.shape != (rows, total):
-            raise KVPruneError(
-                f"attention_mask: expected shape [{rows}, {total}] (all columns seen so far and "
-                f"the new ones) or 4-D [1 or {rows}, 1 or {heads}, {count}, {total}], came "
-                f"{list(mask.shape)}"
-            )
-        return False
-
-    def _numbers(
-        self, rows: int, count: int, valid: Tensor | None, device: torch.device
-    ) -> RowNumbers:
-        """The rows' numbers as they are once this forward's tokens are in."""
-        zeros = torch.zeros(rows, dtype=torch.int64, device=device)
-        before = RowNumbers(zeros, zeros) if self._rows is None else self._rows
-        valid = torch.ones_like(zeros)[:, None].expand(-1, count) if valid is None else valid.long()
-        begins = valid.argmax(-1).masked_fill(valid.sum(-1) == 0, count) + self.seen
-        first = torch.where(before.first < self.seen, before.first, begins)
-        length = before.prompt_length
-        if self._promise is not None:
-            length = length + torch.as_tensor(self._promise, device=device)
-        elif count > 1 and not self._in_generate:
-            length = length + valid.sum(-1)
-        return RowNumbers(first, length)
 
     def _slots(self, layer: int) -> SlotLayer:
         if not -len(self) <= layer < len(self):
@@ -440,28 +404,3 @@ def _check_layers(policy: TokenPolicy, attachment: Attachment) -> None:
             f"{policy!r}: layers={wanted!r}: expected layers of 0 to {len(known) - 1} of "
             f"{attachment.name}"
         )
-
-
-def _check_left_padded(mask: Tensor) -> None:
-    """Refuses padding behind a row's tokens `[B, columns]`."""
-    right = (mask[:, -1] == 0) & mask.bool().any(-1)
-    if bool(right.any()):
-        raise KVPruneError(
-            f"the batch is padded on the right in rows {right.nonzero().flatten().tolist()}: "
-            f"expected left padding. Set tokenizer.padding_side = 'left'"
-        )
-
-
-def _asked_tokens(
-    logits_to_keep: int | Tensor, rows: int, count: int, device: torch.device
-) -> Tensor:
-    """`[B, Q]` bool, the tokens that logits are asked for; 0 means the last one alone."""
-    asked = torch.zeros(rows, count, dtype=torch.bool, device=device)
-    if isinstance(logits_to_keep, int):
-        asked[:, -max(logits_to_keep, 1) :] = True
-    elif logits_to_keep.dtype == torch.bool:
-        asked |= logits_to_keep.to(device)
-    else:
-        places = logits_to_keep.to(device) % count
-        asked.scatter_(1, places.expand(rows, -1) if places.dim() == 1 else places, True)
-    return asked

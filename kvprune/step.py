@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .composition import surviving_slots, surviving_tokens
+from .errors import KVPruneError
 from .policy import SlotView, TokenPolicy, TokenView, _Statistics
 from .slots import SlotLayer
 
@@ -38,6 +39,96 @@ class RowNumbers:
         )
 
 
+def new_columns(
+    rows: int,
+    count: int,
+    seen: int,
+    mask: Tensor | None,
+    heads: int,
+    may_end_in_padding: bool,
+    device: torch.device,
+) -> Tensor:
+    """The columns of a forward's tokens, `[B, Q]` int64, -1 for padding.
+
+    Args:
+        rows, count: B and Q.
+        seen: columns before them.
+        mask: see `ComposedCache.open_step`; a 4-D one says nothing of padding.
+        heads: Hq.
+        may_end_in_padding: whether a row may end in padding, as a chunk of a prompt may.
+        device: where the tokens are.
+
+    Raises:
+        KVPruneError: the mask does not fit, or pads on the right.
+    """
+    columns = torch.arange(seen, seen + count, device=device).expand(rows, -1)
+    if mask is None or _is_four_d(mask, rows, count, seen, heads):
+        return columns.contiguous()
+    if not may_end_in_padding:
+        _check_left_padded(mask)
+    return columns.masked_fill(mask[:, seen:] == 0, -1)
+
+
+def _is_four_d(mask: Tensor, rows: int, count: int, seen: int, heads: int) -> bool:
+    """Whether a mask is 4-D; refuses one of any other shape than is expected."""
+    total = seen + count
+    four_d = mask.dim() == 4 and mask.shape[0] in (1, rows) and mask.shape[1] in (1, heads)
+    if four_d and mask.shape[2:] == (count, total):
+        return True
+    if mask.shape != (rows, total):
+        raise KVPruneError(
+            f"attention_mask: expected shape [{rows}, {total}] (all columns seen so far and "
+            f"the new ones) or 4-D [1 or {rows}, 1 or {heads}, {count}, {total}], came "
+            f"{list(mask.shape)}"
+        )
+    return False
+
+
+def _check_left_padded(mask: Tensor) -> None:
+    """Refuses padding behind a row's tokens `[B, columns]`."""
+    right = (mask[:, -1] == 0) & mask.bool().any(-1)
+    if bool(right.any()):
+        raise KVPruneError(
+            f"the batch is padded on the right in rows {right.nonzero().flatten().tolist()}: "
+            f"expected left padding. Set tokenizer.padding_side = 'left'"
+        )
+
+
+def rows_after(
+    before: RowNumbers | None, columns: Tensor, seen: int, prompt: Tensor | int
+) -> RowNumbers:
+    """The rows' numbers once a forward's tokens are in.
+
+    Args:
+        before: as they were; None for an empty cache.
+        columns: `[B, Q]`, -1 for padding.
+        seen: columns before these.
+        prompt: the prompt tokens that this adds, `[B]` or the same for all.
+    """
+    valid = columns >= 0
+    prompt = torch.as_tensor(prompt, device=columns.device)
+    begins = valid.long().argmax(-1).masked_fill(~valid.any(-1), columns.shape[1]) + seen
+    if before is None:
+        return RowNumbers(begins, torch.zeros_like(begins) + prompt)
+    first = torch.where(before.first < seen, before.first, begins)
+    return RowNumbers(first, before.prompt_length + prompt)
+
+
+def asked_tokens(
+    logits_to_keep: int | Tensor, rows: int, count: int, device: torch.device
+) -> Tensor:
+    """`[B, Q]` bool, the tokens that logits are asked for; 0 means the last one alone."""
+    asked = torch.zeros(rows, count, dtype=torch.bool, device=device)
+    if isinstance(logits_to_keep, int):
+        asked[:, -max(logits_to_keep, 1) :] = True
+    elif logits_to_keep.dtype == torch.bool:
+        asked |= logits_to_keep.to(device)
+    else:
+        places = logits_to_keep.to(device) % count
+        asked.scatter_(1, places.expand(rows, -1) if places.dim() == 1 else places, True)
+    return asked
+
+
 class Step:
     """The tokens of one forward on their way through the layers.
 
@@ -52,7 +143,6 @@ class Step:
         num_layers: int,
         seen: int,
         columns: Tensor,
-        complete: bool,
         rows: RowNumbers,
         asked: Tensor,
     ) -> None:
@@ -68,7 +158,7 @@ class Step:
         self.seen = seen
         self.count = columns.shape[1]
         self.columns = columns
-        self.complete = complete
+        self.complete = bool((columns >= 0).all())
         self.rows = rows
 
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
