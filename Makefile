@@ -1,0 +1,43 @@
+# Each target sets itself up: a machine with Python 3.11 or newer, pip and make is enough.
+# `make test PYTHON=python3.12` takes another Python; run `make clean` before changing it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+.PHONY: help demo test test-all lint clean
+
+help: ## say what there is
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+
+demo: $(READY) ## the quick look: a small model, with and without pruning
+	$(BIN)/kvprune demo
+
+test: lint ## lint and the tests, without the slow ones
+	$(BIN)/python -m pytest -n 2
+
+test-all: lint ## lint and all tests
+	$(BIN)/python -m pytest -n 2 -m ""
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean: ## remove all that make and the tools made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is there only while the venv is whole. A venv without one was interrupted and
+# is made anew; one with a stamp that is merely old is brought up to date where it is.
+# The constraints hold in the one pip call that installs torch: an open range would take
+# the newest torch, and with it gigabytes of CUDA.
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): the first time this takes a minute or more."
+	test -e $@ || $(PYTHON) -m venv --clear $(VENV)
+	rm -f $@
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
