@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import KVPruneError
 from .policy import Ranking, SlotView, TokenPolicy, TokenView
-from .selection import check_ranking, select
+from .selection import Selection, check_ranking, select
 
 
 def leaves(policies: Iterable[TokenPolicy]) -> Iterator[TokenPolicy]:
@@ -58,7 +58,7 @@ def surviving_tokens(
 
 def surviving_slots(
     policies: Sequence[TokenPolicy], slots: SlotView, several: bool
-) -> Tensor | None:
+) -> tuple[Tensor | None, Tensor | None]:
     """The slots that every policy in turn keeps.
 
     Args:
@@ -67,7 +67,9 @@ def surviving_slots(
         several: whether this forward had several tokens; only then is NaN looked for.
 
     Returns:
-        `[B, 1|Hkv, S]` bool, or None where all stay.
+        kept: `[B, 1|Hkv, S]` bool, or None where all stay.
+        gone: `[B, 1|Hkv, 1]` int64, instead of `kept`, where it is known that one slot goes
+            in every row and head.
     """
     before, heads = slots.valid, slots.keys.shape[1]
     for policy in policies:
@@ -75,10 +77,13 @@ def surviving_slots(
         if ranking is None:
             continue
         check_ranking(policy, ranking, slots.columns, heads, look_for_nan=several)
-        kept = select(ranking, slots.columns, slots.valid)
-        if kept is not slots.valid:
+        selection = Selection(ranking, slots.columns, slots.valid)
+        if selection.one_goes and slots.valid is before and policy is policies[-1]:
+            return None, selection.gone()
+        if not selection.nothing_goes:
+            kept = selection.kept()
             slots = replace(slots, valid=kept, columns=slots.columns.masked_fill(~kept, -1))
-    return None if slots.valid is before else slots.valid
+    return (None if slots.valid is before else slots.valid), None
 
 
 @dataclass(frozen=True, repr=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,62 +11,73 @@ from .errors import KVPruneError
 from .policy import Ranking, TokenPolicy
 
 
-def select(ranking: Ranking, columns: Tensor, valid: Tensor) -> Tensor:
-    """First the protected, then the best-scored, up to the budget.
+class Selection:
+    """A ranking on its way to a kept set.
 
-    Ties go to the newer column. What is not valid neither counts nor stays. Where the
-    protected exceed the budget, the budget is raised to them.
+    First the protected stay, then the best-scored, up to the budget; ties go to the newer
+    column. What is not valid neither counts nor stays. Where the protected exceed the
+    budget, the budget is raised to them.
 
     Args:
         ranking: see `Ranking`.
         columns: `[B, 1|H, S]` int64, unique within a row and head.
         valid: the same shape, bool.
 
-    Returns:
-        `[B, H, S]` bool, what stays; H is the largest head axis among the inputs. `valid`
-        itself where everything does.
+    Attributes:
+        nothing_goes: everything valid stays.
+        one_goes: exactly one goes in every row and head, as in decoding at a full budget.
     """
-    before, budget = valid, ranking.budget.reshape(ranking.budget.shape[0], -1, 1)
-    heads = max(t.shape[1] for t in (columns, valid, ranking.score, ranking.protected, budget))
-    columns, valid, score, protected = (
-        t.expand(-1, heads, -1) for t in (columns, valid, ranking.score, ranking.protected)
-    )
-    protected = protected & valid
-    # A protected entry is never an excess one, so this raises the budget where needed.
-    excess = valid.sum(-1, keepdim=True) - budget
-    excess = excess.minimum((valid & ~protected).sum(-1, keepdim=True)).clamp(min=0)
-    most = int(excess.max()) if excess.numel() else 0
-    if most == 0:
-        return before
-    if most == 1:
-        return _without_worst(score, columns, valid, protected, excess)
-    return _without_excess(score, columns, valid, protected, excess)
+
+    def __init__(self, ranking: Ranking, columns: Tensor, valid: Tensor) -> None:
+        budget = ranking.budget.reshape(ranking.budget.shape[0], -1, 1)
+        score, protected = ranking.score, ranking.protected
+        heads = max(t.shape[1] for t in (columns, valid, score, protected, budget))
+        self._before = valid
+        self._columns, self._valid, self._score, protected = (
+            t.expand(-1, heads, -1) for t in (columns, valid, score, protected)
+        )
+        self._free = self._valid & ~protected
+        # A protected entry is never an excess one, which raises the budget where needed.
+        over = self._valid.sum(-1, keepdim=True) - budget
+        self._excess = over.minimum(self._free.sum(-1, keepdim=True)).clamp(min=0)
+        least, most = (int(n) for n in self._excess.aminmax())
+        self.nothing_goes = most == 0
+        self.one_goes = least == most == 1
+
+    def gone(self) -> Tensor:
+        """The entry that goes, `[B, H, 1]` int64, where one goes: no sort needed."""
+        lowest = self._score.masked_fill(~self._free, torch.inf).amin(-1, keepdim=True)
+        # Not `score == lowest`: with a NaN score (not looked for in decoding) one of the free
+        # entries goes, never a protected one.
+        worst = self._free & ~(self._score > lowest)
+        return self._columns.masked_fill(~worst, _NEVER).argmin(-1, keepdim=True)
+
+    def kept(self) -> Tensor:
+        """`[B, H, S]` bool, what stays; `valid` itself where everything does."""
+        if self.nothing_goes:
+            return self._before
+        if self.one_goes:
+            return self._valid.scatter(-1, self.gone(), False)
+        return self._ordered_kept()
+
+    def _ordered_kept(self) -> Tensor:
+        """Orders by (protected, score, column), best first, and cuts."""
+        order = self._columns.argsort(dim=-1, descending=True, stable=True)
+        standing = self._valid.long() * 2 - self._free.long()
+        for key in (self._score, standing):
+            step = key.gather(-1, order).argsort(dim=-1, descending=True, stable=True)
+            order = order.gather(-1, step)
+        count = self._valid.sum(-1, keepdim=True) - self._excess
+        stays = torch.arange(order.shape[-1], device=order.device) < count
+        return torch.zeros_like(self._valid).scatter(-1, order, stays)
 
 
-def _without_worst(
-    score: Tensor, columns: Tensor, valid: Tensor, protected: Tensor, excess: Tensor
-) -> Tensor:
-    """At most one goes per row and head: two reductions instead of a sort."""
-    free = valid & ~protected
-    lowest = score.masked_fill(~free, torch.inf).amin(-1, keepdim=True)
-    # Not `score == lowest`: with a NaN score (not looked for in decoding) one of the free
-    # entries goes, never a protected one.
-    worst = free & ~(score > lowest)
-    oldest = columns.masked_fill(~worst, torch.iinfo(torch.int64).max).argmin(-1, keepdim=True)
-    return valid.scatter(-1, oldest, valid.gather(-1, oldest) & (excess == 0))
+_NEVER = torch.iinfo(torch.int64).max
 
 
-def _without_excess(
-    score: Tensor, columns: Tensor, valid: Tensor, protected: Tensor, excess: Tensor
-) -> Tensor:
-    """Orders by (protected, score, column), best first, and cuts."""
-    order = columns.argsort(dim=-1, descending=True, stable=True)
-    for key in (score, valid.long() + protected.long()):
-        step = key.gather(-1, order).argsort(dim=-1, descending=True, stable=True)
-        order = order.gather(-1, step)
-    count = valid.sum(-1, keepdim=True) - excess
-    stays = torch.arange(order.shape[-1], device=order.device) < count
-    return torch.zeros_like(valid).scatter(-1, order, stays)
+def select(ranking: Ranking, columns: Tensor, valid: Tensor) -> Tensor:
+    """What stays, `[B, H, S]` bool; see `Selection`."""
+    return Selection(ranking, columns, valid).kept()
 
 
 def check_ranking(
@@ -84,29 +97,33 @@ def check_ranking(
     """
     if not isinstance(ranking, Ranking):
         raise _wrong(policy, "a kvprune.Ranking or None", f"{type(ranking).__name__}")
-    rows, _, size = columns.shape
-    axes = sorted({1, heads})
-    entries = [torch.Size((rows, h, size)) for h in axes]
-    budgets = [torch.Size((rows,)), *(torch.Size((rows, h)) for h in axes)]
+    rows, size, axes = columns.shape[0], columns.shape[2], (1, heads)
+    entries = [(rows, axis, size) for axis in axes]
     _check_tensor(policy, "score", ranking.score, entries, "float")
     _check_tensor(policy, "protected", ranking.protected, entries, "bool")
+    budgets = [(rows,), *((rows, axis) for axis in axes)]
     _check_tensor(policy, "budget", ranking.budget, budgets, "int")
     if look_for_nan and bool(ranking.score.isnan().any()):
         raise _wrong(policy, "scores that can be compared", "NaN scores")
 
 
 def _check_tensor(
-    policy: TokenPolicy, name: str, value: Tensor, shapes: list[torch.Size], kind: str
+    policy: TokenPolicy, name: str, value: Tensor, shapes: Sequence[tuple[int, ...]], kind: str
 ) -> None:
-    wanted = f"{name} as a {kind} tensor of shape {' or '.join(str(list(s)) for s in shapes)}"
-    if not isinstance(value, Tensor):
-        raise _wrong(policy, wanted, f"{type(value).__name__}")
-    if value.dtype == torch.bool:
-        got = "bool"
-    else:
-        got = "float" if value.dtype.is_floating_point else "int"
-    if got != kind or value.dtype.is_complex or value.shape not in shapes:
-        raise _wrong(policy, wanted, f"{value.dtype} of shape {list(value.shape)}")
+    is_tensor = isinstance(value, Tensor)
+    if is_tensor and value.shape in shapes and _kind(value.dtype) == kind:
+        return
+    expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+    came = f"{value.dtype} of shape {list(value.shape)}" if is_tensor else type(value).__name__
+    raise _wrong(policy, f"{name} as a {kind} tensor of shape {expected}", came)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_floating_point:
+        return "float"
+    if dtype.is_complex:
+        return "complex"
+    return "bool" if dtype == torch.bool else "int"
 
 
 def _wrong(policy: TokenPolicy, expected: str, came: str) -> KVPruneError:

@@ -150,6 +150,23 @@ class SlotLayer:
         # As it will be once the hole is filled.
         self.gaps = fewest < (self.used - 1 if self.hole is not None else self.used)
 
+    def free(self, gone: Tensor) -> None:
+        """Drops one slot in every row and head, for the next token to take.
+
+        Args:
+            gone: `[B, 1|Hkv, 1]` int64; with a head axis of Hkv the heads part ways.
+        """
+        assert self._columns is not None
+        fits = self.hole is None and self.capacity - self.used < SLACK
+        if not fits or gone.shape[1] != self.columns.shape[1]:
+            shape = (*gone.shape[:2], self.used)
+            everything = torch.ones(shape, dtype=torch.bool, device=gone.device)
+            self.keep(everything.scatter(-1, gone, False))
+            return
+        # Not in place: layers may share the tensor until one of them drops something.
+        self._columns = self._columns.scatter(-1, gone, -1)
+        self.hole = gone
+
     def _compact(self, columns: Tensor, size: int) -> None:
         """Moves the `size` slots that stay to the front of new buffers, with one to spare."""
         assert self._keys is not None and self._values is not None

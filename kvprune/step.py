@@ -243,8 +243,10 @@ class Step:
             values=slots.values.detach(),
             statistic=_Statistics(slots.statistics),
         )
-        kept = surviving_slots(self._evicters, view, several)
-        if kept is not None:
+        kept, gone = surviving_slots(self._evicters, view, several)
+        if gone is not None:
+            slots.free(gone)
+        elif kept is not None:
             slots.keep(kept)
 
 

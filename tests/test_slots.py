@@ -76,3 +76,17 @@ def test_nbytes_counts_all_storage_and_shrinks_after_the_prompt():
     # Layers that hold the same columns share them.
     assert sizes["dense"] == 400 * kept + 400 * 8 + 16
     assert 20 * kept < sizes["streaming"] <= 21 * kept + 4 * 21 * 8 + 16
+
+
+def test_layers_that_share_columns_part_ways_when_one_drops_a_slot():
+    """The columns of a step are one tensor for all layers until a layer drops something."""
+    columns = torch.arange(6)[None]
+    layers = [SlotLayer(), SlotLayer(), SlotLayer()]
+    for layer in layers:
+        layer.append(torch.randn(1, 2, 6, D), torch.randn(1, 2, 6, D), columns, complete=True)
+    layers[0].free(torch.tensor([[[2]]]))
+    layers[1].keep(torch.tensor([[[True, False, True, True, True, True]]]))
+    for layer, hole in zip(layers[:2], (2, 1), strict=True):
+        layer.append(torch.randn(1, 2, 1, D), torch.randn(1, 2, 1, D), torch.tensor([[6]]), True)
+        assert layer.columns[0, 0, hole] == 6
+    assert torch.equal(layers[2].columns[0, 0], torch.arange(6))
