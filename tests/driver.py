@@ -141,7 +141,7 @@ class Oracles:
         return outputs
 
 
-def run_and_compare(driver: Driver, oracles: Oracles, steps: list[int], padding: list[int]) -> None:
+def check_each_step(driver: Driver, oracles: Oracles, steps: list[int], padding: list[int]) -> None:
     """Every step: the same outputs, kept sets and, where observed, scores."""
     groups = driver.heads // driver.kv_heads
     for count in steps:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvprune.policies import H2O
 
-from .driver import Driver, Oracles, Tokens, run_and_compare
+from .driver import Driver, Oracles, Tokens, check_each_step
 from .oracles import H2OOracle, budget_oracle
 from .strategies import chunked, head_counts, seeds
 
@@ -36,13 +36,13 @@ def test_every_step_equals_the_oracle(heads, heavy, recent, data, seed, window):
     driver = Driver([H2O(heavy, recent)], 2, *heads, seed=seed, window=window)
     oracles = h2o_oracles(driver, [(heavy, recent)] * 2)
     steps = data.draw(chunked(length)) + [1] * DECODE
-    run_and_compare(driver, oracles, steps, padding)
+    check_each_step(driver, oracles, steps, padding)
 
 
 def test_long_prompt_of_several_blocks_equals_the_oracle():
     """More queries than one block of the block-wise attention, with old slots before them."""
     driver = Driver([H2O(20, 10)], 2, 4, 2)
-    run_and_compare(driver, h2o_oracles(driver, [(20, 10)] * 2), [150, 70, 1, 1, 90, 1], [67, 3])
+    check_each_step(driver, h2o_oracles(driver, [(20, 10)] * 2), [150, 70, 1, 1, 90, 1], [67, 3])
 
 
 @given(st.floats(0.01, 1.0), st.floats(0.01, 1.0), st.integers(1, 40), st.integers(0, 20), seeds)
@@ -53,7 +53,7 @@ def test_shares_are_of_each_row_s_prompt(heavy, recent, length, padding, seed):
     prompts = [length, length - padding]
     driver = Driver([H2O(heavy, recent)], 2, 4, 2, seed=seed)
     budgets = [(budget_oracle(heavy, n), budget_oracle(recent, n)) for n in prompts]
-    run_and_compare(driver, h2o_oracles(driver, budgets), [length, 1, 1, 1], [0, padding])
+    check_each_step(driver, h2o_oracles(driver, budgets), [length, 1, 1, 1], [0, padding])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -37,7 +37,7 @@ def forward(model, cache, ids, mask, asked=1):
         ).logits
 
 
-def compare(family, policy, steps, padding, asked=1, seed=0):
+def check_forwards(family, policy, steps, padding, asked=1, seed=0):
     """Runs the same forwards through both; kept sets and asked logits must agree."""
     model, dense = tiny_model(family), MaskedDense(plain_model(family), policy)
     cache, ids, start = kvprune.ComposedCache([policy]), prompt(2, sum(steps), seed), 0
@@ -60,7 +60,7 @@ def compare(family, policy, steps, padding, asked=1, seed=0):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_and_decode_equal_the_masked_dense_model(family):
     """Batch of 2 with left padding, in float64, and 20 decode steps."""
-    cache, _ = compare(family, pruner(), [40] + [1] * 20, [0, 9], asked=3)
+    cache, _ = check_forwards(family, pruner(), [40] + [1] * 20, [0, 9], asked=3)
     counts = [cache.columns(layer).shape[-1] for layer in range(LAYERS)]
     assert counts == [60, 44, 44, 34]
 
@@ -79,7 +79,7 @@ def test_any_forwards_equal_the_masked_dense_model(family, keep, data, local, si
     padding = [0, data.draw(st.integers(0, length - 1))]
     policy = pruner(keep, local=local, sinks=sinks)
     steps = [*data.draw(chunked(length)), 1, 1, 7, 1]
-    compare(family, policy, steps, padding, asked, seed=data.draw(st.integers(0, 9)))
+    check_forwards(family, policy, steps, padding, asked, seed=data.draw(st.integers(0, 9)))
 
 
 @pytest.mark.parametrize("kind", ["last", "list", "negative", "mask"])

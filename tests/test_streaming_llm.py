@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvprune.policies import StreamingLLM
 
-from .driver import Driver, Oracles, run_and_compare
+from .driver import Driver, Oracles, check_each_step
 from .oracles import StreamingOracle, budget_oracle
 from .strategies import chunked, head_counts, seeds
 
@@ -28,7 +28,7 @@ def test_every_step_equals_the_oracle(heads, sinks, window, data, seed, sliding)
     padding = [0, data.draw(st.integers(0, length - 1))]
     driver = Driver([StreamingLLM(sinks, window)], 2, *heads, seed=seed, window=sliding)
     oracles = Oracles(driver, lambda row: StreamingOracle(sinks, window, first=padding[row]))
-    run_and_compare(driver, oracles, data.draw(chunked(length)) + [1] * DECODE, padding)
+    check_each_step(driver, oracles, data.draw(chunked(length)) + [1] * DECODE, padding)
 
 
 @given(st.floats(0.01, 1.0), st.integers(1, 40), st.integers(0, 20), seeds)
@@ -41,4 +41,4 @@ def test_a_share_is_of_each_row_s_prompt(share, length, padding, seed):
     def make(row: int) -> StreamingOracle:
         return StreamingOracle(2, budget_oracle(share, length - first[row]), first[row])
 
-    run_and_compare(driver, Oracles(driver, make), [length, 1, 1, 1], first)
+    check_each_step(driver, Oracles(driver, make), [length, 1, 1, 1], first)
