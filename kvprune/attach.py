@@ -167,7 +167,7 @@ def _before_base(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         return
     try:
         _open_step(cache, base, args, kwargs)
-    except KVPruneError:
+    except Exception:
         cache.refuse_step()
         raise
 
@@ -283,7 +283,12 @@ def _generate(model: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, ComposedCache):
         return type(model).generate(model, *args, **kwargs)
-    cache.bind(model.base_model._kvprune, model.base_model)
+    attachment = model.base_model.__dict__.get("_kvprune")
+    if attachment is None:
+        raise KVPruneError(
+            "the base model was detached by itself: call kvprune.attach(model) again"
+        )
+    cache.bind(attachment, model.base_model)
     _check_prompt(cache, *args, **kwargs)
     cache.enter_generate()
     try:

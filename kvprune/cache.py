@@ -241,7 +241,7 @@ class ComposedCache(Cache):
         if self._attachment is not None:
             raise KVPruneError(
                 f"this cache belongs to another model ({self._attachment.name}): expected the "
-                f"model it was first used with, came {attachment.name}. Make a new "
+                f"object it was first used with, came another ({attachment.name}). Make a new "
                 f"ComposedCache for each model"
             )
         for policy in leaves(self.policies):

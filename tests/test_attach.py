@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import filecmp
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -35,9 +36,9 @@ def _without_gradients() -> Iterator[None]:
 
 
 def pipeline() -> list[TokenPolicy]:
-    """Prunes before layers 1 and 3, then evicts by attention down to six slots."""
+    """Prunes before layers 1 and 3, then evicts by attention down to shares of the prompt."""
     pruner = SDTP(sdtp_heads(2), 0.7, first_layer=1, every=2, min_tokens=4)
-    return [pruner, H2O(heavy=3, recent=3)]
+    return [pruner, H2O(heavy=0.3, recent=0.3)]
 
 
 class Run:
@@ -126,7 +127,10 @@ def changed_by(statements: str) -> str:
     """What a fresh process says that some statements change."""
     script = IMPORT.replace("IMPORTS", statements)
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Without what importing kvprune may have set in this process already.
+    names = ("PATH", "HOME", "PYTHONPATH", "LD_LIBRARY_PATH")
+    clean = {name: os.environ[name] for name in names if name in os.environ}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
 
@@ -497,6 +501,7 @@ SECOND_USES: dict[str, tuple[str, Callable[[Any, ComposedCache], Any]]] = {
     "reorder": (IN_USE, lambda m, c: c.reorder_cache(torch.tensor([0]))),
     "deepcopy": (IN_USE, lambda m, c: copy.deepcopy(c)),
     "other model": (OTHERS, lambda m, c: other_model()(prompt(1, 1), past_key_values=c)),
+    "no tensor": ("no attribute", lambda m, c: m([[3]], past_key_values=c)),
     "no cache": ("use_cache", lambda m, c: m(prompt(1, 1), past_key_values=c, use_cache=False)),
 }
 
@@ -521,7 +526,8 @@ def test_second_use_in_the_middle_of_a_forward_is_refused(name, where):
         partial(attempted, use) if where == "same thread" else lambda: in_threads(use)[0]
     )
     run.steps(9, 1, 4)
-    assert isinstance(policy.done[1], KVPruneError) and match in str(policy.done[1])
+    expected = AttributeError if name == "no tensor" else KVPruneError
+    assert isinstance(policy.done[1], expected) and match in str(policy.done[1])
     assert_same(run, Run(tiny_model(), ComposedCache([Meanwhile()])).steps(9, 1, 4))
 
 
