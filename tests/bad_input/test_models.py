@@ -1,0 +1,198 @@
+"""Models that are refused, and what cannot work together with a cache that drops tokens."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import kvprune
+from kvprune import ComposedCache, KVPruneError
+from kvprune.policies import StreamingLLM
+
+from ..models import (
+    fresh_model,
+    plain_model,
+    prompt,
+    tiny_config,
+    tiny_model,
+)
+from .checks import LENGTH, assert_refused, assert_same_future, filled, follow, h2o, pruner
+
+# Caches and models that do not belong together.
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_model_that_is_not_attached(cache, backend):
+    """By forward and by generate (there `cache=` is refused by transformers itself)."""
+    other, ids = fresh_model(backend=backend), prompt(1, 2 * LENGTH)
+    assert_refused(
+        cache,
+        r"call kvprune\.attach\(model\)",
+        lambda: other(ids, past_key_values=cache),
+        lambda: other.generate(ids, past_key_values=cache, max_new_tokens=2),
+    )
+
+
+def test_cache_of_another_model():
+    """A cache stays with the model that it was first used with, its twin included."""
+    other, ids, cache = kvprune.attach(fresh_model()), prompt(1, 2 * LENGTH), filled(h2o())
+    assert_refused(
+        cache,
+        "belongs to another model.*Make a new ComposedCache",
+        lambda: other(ids, past_key_values=cache),
+        lambda: other.generate(ids, cache=cache, max_new_tokens=2),
+        lambda: other.generate(ids, past_key_values=cache, max_new_tokens=2),
+        lambda: other(ids, past_key_values=copy.deepcopy(cache)),
+    )
+
+
+# Models that are refused.
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("encoder-decoder", {}),
+    "bart": ("encoder-decoder", {"encoder_attention_heads": 4, "decoder_attention_heads": 4}),
+    "bloom": ("AttentionInterface", {}),
+    "falcon": ("AttentionInterface", {}),
+    "gptj": ("AttentionInterface", {"rotary_dim": 4}),
+    "mamba": ("linear_attention", {}),
+    "jamba": ("linear_attention", {}),
+    "lfm2": ("type conv", {"layer_types": ["conv", "full_attention"] * 2}),
+    "bert": ("decoder layers", {}),
+    "vit": ("self-attention", {}),
+}
+
+
+def changes(model: nn.Module) -> dict[str, Any]:
+    """What `attach` would leave on a model."""
+    own = {name: sorted(m.__dict__) for name, m in model.named_modules()}
+    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+    config: Any = getattr(model, "config", None)
+    return {"own": own, "hooks": hooks, "backend": getattr(config, "_attn_implementation", None)}
+
+
+def assert_not_attached(model: Any, match: str) -> None:
+    """Refused by name, and left as it was."""
+    before = changes(model)
+    match = rf"^{type(model).__name__} \(model type '{model.config.model_type}'\) is not.*{match}"
+    with pytest.raises(KVPruneError, match=match):
+        kvprune.attach(model)
+    assert changes(model) == before
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_family_that_is_refused_by_name(family):
+    """With the reason."""
+    reason, more = REFUSED[family]
+    assert_not_attached(tf.AutoModel.from_config(tiny_config(family, **more)), reason)
+
+
+def test_attention_implementation_that_is_refused():
+    """The error says how to load the model instead."""
+    model = fresh_model(backend="flex_attention")
+    assert_not_attached(model, "'flex_attention'; load it with .*'sdpa' or 'eager'")
+
+
+@pytest.mark.parametrize("wrong", [nn.Linear(2, 2), nn.ModuleList(), None, "gpt2", tf.GPT2Model])
+def test_model_that_is_none_of_transformers(wrong):
+    """A plain module, or no module at all."""
+    came = type(wrong).__name__
+    with pytest.raises(KVPruneError, match=f"expected a transformers PreTrainedModel, came {came}"):
+        kvprune.attach(wrong)
+
+
+# What cannot work together with a cache that drops tokens.
+
+
+def test_gradient_checkpointing_in_training(cache):
+    """Hides the cache from the layers, so nothing would be stored; evaluation is fine."""
+    model: Any = tiny_model()
+    ids = prompt(1, LENGTH)
+    model.gradient_checkpointing_enable()
+    model.train()
+    try:
+        with torch.enable_grad(), pytest.raises(KVPruneError, match=r"checkpointing_disable.*eval"):
+            model(ids, past_key_values=cache)
+    finally:
+        model.eval()
+    twin = copy.deepcopy(cache)
+    assert_same_future(cache, twin)
+    model.gradient_checkpointing_disable()
+
+
+@pytest.mark.parametrize("policies", [[pruner()], [h2o(), pruner()]], ids=repr)
+def test_labels_with_pruned_hidden_states(policies):
+    """A loss over tokens that left early would be wrong; the error says what to do instead."""
+    ids, cache = prompt(1, LENGTH), ComposedCache(policies)
+    assert_refused(
+        cache,
+        "labels with a policy that prunes.*logits_to_keep and compute the loss",
+        lambda: tiny_model()(ids, labels=ids, past_key_values=cache),
+    )
+
+
+def test_labels_without_pruned_hidden_states_are_fine():
+    """Eviction comes after a prompt's attention, so the loss is the dense one."""
+    ids = prompt(1, LENGTH)
+    got = tiny_model()(ids, labels=ids, past_key_values=ComposedCache([StreamingLLM(1, 2)])).loss
+    assert torch.equal(got, plain_model()(ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("policies", [[], [h2o()], [pruner()]], ids=repr)
+def test_assisted_decoding(policies):
+    """By a draft model, by the prompt or by early exit: it takes tokens back."""
+    model, ids, cache = tiny_model(), prompt(1, LENGTH), ComposedCache(policies)
+    options: Any = {"cache": cache, "max_new_tokens": 4}
+    assert_refused(
+        cache,
+        "not supported.*leave out assistant_model and prompt_lookup_num_tokens",
+        lambda: model.generate(ids, assistant_model=plain_model(), **options),
+        lambda: model.generate(ids, prompt_lookup_num_tokens=3, **options),
+        lambda: model.generate(ids, assistant_early_exit=2, **options),
+        cache.activate_past_recording,
+    )
+
+
+def test_generate_batch(model):
+    """Has a paged cache of its own; the error names the ways out."""
+    with pytest.raises(KVPruneError, match=r"use generate, or kvprune\.detach\(model\)"):
+        model.generate_batch([[1, 2, 3]])
+
+
+def test_attention_implementation_set_after_attach(cache):
+    """Refused until attached again, from where the cache goes on."""
+    model: Any = tiny_model()
+    ids = prompt(1, 2 * LENGTH)
+    twin = copy.deepcopy(cache)
+    expected = follow(model, copy.deepcopy(cache))
+    try:
+        model.set_attn_implementation("eager")
+        for use in (model, partial(model.generate, max_new_tokens=2)):
+            with pytest.raises(KVPruneError, match=r"call kvprune\.attach\(model\) again"):
+                use(ids, past_key_values=cache)
+        kvprune.attach(model)
+        assert_same_future(copy.deepcopy(cache), copy.deepcopy(twin), model)
+        for got, other in zip(follow(model, cache), expected, strict=True):
+            torch.testing.assert_close(got, other, rtol=1e-9, atol=1e-10)
+    finally:
+        model.set_attn_implementation("sdpa")
+        kvprune.attach(model)
+
+
+def test_attention_implementation_that_is_not_supported(cache):
+    """Attaching again is refused then, and a supported one mends it."""
+    model: Any = fresh_model()
+    kvprune.attach(model)
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(KVPruneError, match=r"'flex_attention'.*'sdpa' or 'eager'"):
+        kvprune.attach(model)
+    model.set_attn_implementation("sdpa")
+    kvprune.attach(model)
+    fresh = ComposedCache([h2o()])
+    assert_same_future(fresh, copy.deepcopy(fresh), model)

@@ -1,0 +1,338 @@
+"""Caches and policies of a wrong type, and policies that are wrong themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+
+from kvprune import ComposedCache, KVPruneError, Ranking, TokenPolicy
+from kvprune.policies import H2O, StreamingLLM
+
+from ..models import (
+    LAYERS,
+    prompt,
+    tiny_model,
+)
+from .checks import (
+    LENGTH,
+    NAN,
+    assert_refused,
+    assert_same_future,
+    assert_unusable,
+    h2o,
+    held,
+    pruner,
+)
+
+# Caches and policies of a wrong type.
+
+
+@pytest.mark.parametrize(
+    "policies",
+    [
+        h2o(),
+        H2O,
+        [H2O],
+        None,
+        [None],
+        "h2o",
+        "",
+        ["h2o"],
+        {},
+        {h2o()},
+        3,
+        [h2o(), 3],
+        [[h2o()]],
+        [h2o(), None],
+    ],
+    ids=repr,
+)
+def test_cache_of_no_list_of_policies(policies):
+    """The error shows what a list of policies looks like."""
+    with pytest.raises(KVPruneError, match=r"expected a list of policies, as ComposedCache\(\["):
+        ComposedCache(policies)
+
+
+def test_cache_handed_in_twice(cache):
+    """Also where it is the same one."""
+    model, ids = tiny_model(), prompt(1, 2 * LENGTH)
+    other = tf.DynamicCache(config=model.config)
+    assert_refused(
+        cache,
+        "cache= and past_key_values= were both given: leave out one",
+        lambda: model.generate(ids, cache=cache, past_key_values=other, max_new_tokens=2),
+        lambda: model.generate(ids, cache=cache, past_key_values=cache, max_new_tokens=2),
+        lambda: model.generate(ids, cache=other, past_key_values=cache, max_new_tokens=2),
+    )
+
+
+@pytest.mark.parametrize("wrong", [tf.DynamicCache(), "h2o", 3, [h2o()], h2o(), ComposedCache])
+def test_cache_argument_of_a_wrong_type(model, wrong):
+    """`cache=` takes a ComposedCache; others go to past_key_values=."""
+    came = type(wrong).__name__
+    with pytest.raises(KVPruneError, match=rf"cache= expects a ComposedCache, came {came}"):
+        model.generate(prompt(1, LENGTH), cache=wrong, max_new_tokens=2)
+
+
+def test_cache_switched_off(cache):
+    """`use_cache=False` by keyword, by configuration and in a forward."""
+    model, ids = tiny_model(), prompt(1, 2 * LENGTH)
+    off = tf.GenerationConfig(use_cache=False, max_new_tokens=2)
+    assert_refused(
+        cache,
+        "use_cache=False with a ComposedCache: leave out one",
+        lambda: model.generate(ids, cache=cache, use_cache=False, max_new_tokens=2),
+        lambda: model.generate(ids, cache=cache, generation_config=off),
+        lambda: model(ids, past_key_values=cache, use_cache=False),
+    )
+
+
+@pytest.mark.parametrize("wrong", [3, None, "h2o", H2O, tf.DynamicCache()])
+def test_union_with_something_else(wrong):
+    """`a | b` takes two policies."""
+    with pytest.raises(KVPruneError, match=r"a \| b: expected two policies, came"):
+        h2o() | wrong
+
+
+@pytest.mark.parametrize("parts", [(pruner(), h2o()), (h2o(), pruner()), (TokenPolicy(), h2o())])
+def test_union_that_would_keep_everything(parts):
+    """The error says what to write instead."""
+    with pytest.raises(KVPruneError, match=r"share no hook.*pipeline: ComposedCache\(\["):
+        parts[0] | parts[1]
+
+
+# Policies that are wrong themselves.
+
+
+@pytest.mark.parametrize(
+    "names", [("mass",), ("attention", "mass"), "attention", ["mass"], None, (None,), ([],)]
+)
+def test_statistics_that_nobody_observes(names):
+    """Told by the constructor of the cache, alone and in a union."""
+
+    class Wrong(H2O):
+        statistics = names
+
+    for policy in (Wrong(2, 3), h2o() | Wrong(2, 3)):
+        with pytest.raises(KVPruneError, match=r"Wrong.*statistics.*out of \['attention'\]"):
+            ComposedCache([policy])
+
+
+@pytest.mark.parametrize(
+    "layers", [[LAYERS], [-1], [0, 9], ["1"], "01", [1.0], [True], [None], 2, 2.5, True, object()]
+)
+def test_layers_that_the_model_has_not(layers):
+    """Told on first use, by forward and by generate, alone and in a union."""
+    ids, model = prompt(1, LENGTH), tiny_model()
+    for policy in (h2o(layers=layers), h2o() | h2o(layers=layers), pruner(layers=layers)):
+        cache = ComposedCache([policy])
+        for use in (model, partial(model.generate, max_new_tokens=2)):
+            with pytest.raises(KVPruneError, match=r"layers=.*expected layers of 0 to 3"):
+                use(ids, past_key_values=cache)
+            assert held(cache) == (0, 0, -1, []) and len(cache) == 0
+
+
+class Faulty(TokenPolicy):
+    """Keeps the newest six, until `fault` is set and makes something else of the answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fault: Callable[[Ranking], Any] | None = None
+
+    def answer(self, columns: Tensor, layer: int) -> Any:
+        """Faults come in a middle layer, when others are done already."""
+        nothing, six = columns < -1, torch.full((columns.shape[0],), 6)
+        ranking = Ranking(columns.double(), nothing, six)
+        return self.fault(ranking) if self.fault is not None and layer == 2 else ranking
+
+
+class FaultySlots(Faulty):
+    """Faulty in evicting."""
+
+    def rank_slots(self, slots):
+        """See `Faulty`."""
+        return self.answer(slots.columns, slots.layer)
+
+
+class FaultyHidden(Faulty):
+    """Faulty in pruning."""
+
+    def rank_hidden(self, tokens):
+        """See `Faulty`."""
+        return self.answer(tokens.columns[:, None], tokens.layer)
+
+
+def _with(name: str, change: Callable[[Tensor], Any]) -> Callable[[Ranking], Ranking]:
+    return lambda ranking: replace(ranking, **{name: change(getattr(ranking, name))})
+
+
+FAULTS: list[tuple[Callable[[Ranking], Any], str]] = [
+    (lambda r: "all of them", "a kvprune.Ranking or None, came str"),
+    (lambda r: (r.score, r.protected, r.budget), "a kvprune.Ranking or None, came tuple"),
+    (lambda r: r.score, "a kvprune.Ranking or None, came Tensor"),
+    (lambda r: True, "a kvprune.Ranking or None, came bool"),
+    (_with("score", lambda t: t[..., 1:]), "score as a float tensor"),
+    (_with("score", lambda t: t[:1]), "score as a float tensor"),
+    (_with("score", lambda t: t[:, 0]), "score as a float tensor"),
+    (_with("score", lambda t: t.expand(-1, 3, -1)), "score as a float tensor"),
+    (_with("score", lambda t: t.long()), "score as a float tensor"),
+    (_with("score", lambda t: t > 0), "score as a float tensor"),
+    (_with("score", lambda t: t + 1j), "score as a float tensor"),
+    (_with("score", lambda t: t.tolist()), "score as a float tensor"),
+    (_with("score", lambda t: t.where(t < t.max(), NAN)), "scores that can be compared, came NaN"),
+    (_with("protected", lambda t: t[..., 1:]), "protected as a bool tensor"),
+    (_with("protected", lambda t: t[:, 0]), "protected as a bool tensor"),
+    (_with("protected", lambda t: t.long()), "protected as a bool tensor"),
+    (_with("protected", lambda t: t.double()), "protected as a bool tensor"),
+    (_with("protected", lambda t: None), "protected as a bool tensor"),
+    (_with("budget", lambda t: t.double()), "budget as a int tensor"),
+    (_with("budget", lambda t: t > 0), "budget as a int tensor"),
+    (_with("budget", lambda t: t[:1]), "budget as a int tensor"),
+    (_with("budget", lambda t: t[0]), "budget as a int tensor"),
+    (_with("budget", lambda t: t[:, None, None]), "budget as a int tensor"),
+    (_with("budget", lambda t: t[:, None].expand(-1, 3)), "budget as a int tensor"),
+    (_with("budget", lambda t: 6), "budget as a int tensor"),
+    (_with("budget", lambda t: None), "budget as a int tensor"),
+]
+
+
+def assert_breaks(policy: Faulty, error: type[BaseException], match: str, refusal: str) -> None:
+    """The error ends the forward; the cache is out of use until reset, and then as new."""
+    ids, model = prompt(2, LENGTH), tiny_model()
+    fault, policy.fault = policy.fault, None
+    cache = ComposedCache([policy])
+    model(ids, past_key_values=cache)
+    policy.fault = fault
+    with pytest.raises(error, match=match):
+        model(ids, past_key_values=cache)
+    policy.fault = None
+    assert_unusable(cache, refusal)
+    cache.reset()
+    assert held(cache) == (0, 0, -1, [])
+    assert_same_future(cache, ComposedCache([policy]))
+
+
+FAILED = r"cannot be used any more.*Call cache\.reset\(\) and hand in the prompt again"
+
+
+@pytest.mark.parametrize(("fault", "match"), FAULTS, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("kind", [FaultySlots, FaultyHidden])
+def test_answer_that_is_no_ranking(kind, fault, match):
+    """The error names the policy, what was expected and what came."""
+    policy = kind()
+    policy.fault = fault
+    match = rf"{kind.__name__}\(\): expected {match}.*Mend the policy's hook"
+    assert_breaks(policy, KVPruneError, match, FAILED)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("score", Tensor.long), ("protected", Tensor.long), ("budget", Tensor.double)],
+)
+def test_answer_that_is_no_ranking_in_a_pipeline_or_union(name, change):
+    """The part that gave it is named."""
+    ids, model = prompt(2, LENGTH), tiny_model()
+    for compose in (lambda p: [h2o(), p], lambda p: [p, h2o()], lambda p: [p | h2o()]):
+        policy = FaultySlots()
+        policy.fault = _with(name, change)
+        with pytest.raises(KVPruneError, match=rf"^FaultySlots\(\): expected {name}"):
+            model(ids, past_key_values=ComposedCache(compose(policy)))
+
+
+class OwnError(Exception):
+    """What a policy raises by itself."""
+
+
+@pytest.mark.parametrize("kind", [FaultySlots, FaultyHidden])
+@pytest.mark.parametrize("error", [OwnError, ZeroDivisionError, KVPruneError])
+def test_error_of_a_policy_comes_through_as_it_is(kind, error):
+    """Neither swallowed nor wrapped."""
+
+    def fail(ranking):
+        raise error("of its own")
+
+    policy = kind()
+    policy.fault = fail
+    assert_breaks(policy, error, "^of its own$", FAILED)
+
+
+@pytest.mark.parametrize("kind", [FaultySlots, FaultyHidden])
+def test_forward_that_was_interrupted(kind):
+    """Ctrl-C runs no hooks of torch; the cache is out of use all the same."""
+
+    def interrupt(ranking):
+        raise KeyboardInterrupt
+
+    policy = kind()
+    policy.fault = interrupt
+    assert_breaks(policy, KeyboardInterrupt, "", r"cache\.reset\(\)")
+
+
+def test_error_while_decoding():
+    """`generate` ends with the policy's error; the cache is out of use until reset."""
+    policy, ids, model = FaultySlots(), prompt(2, LENGTH), tiny_model()
+    cache = ComposedCache([policy])
+
+    def fail_later(ranking):
+        if cache.seen == LENGTH + 2:
+            raise OwnError("late")
+        return ranking
+
+    policy.fault = fail_later
+    with pytest.raises(OwnError, match="late"):
+        model.generate(ids, cache=cache, max_new_tokens=6)
+    assert cache.seen == LENGTH + 2
+    policy.fault = None
+    assert_unusable(cache, FAILED)
+    cache.reset()
+    assert_same_future(cache, ComposedCache([policy]))
+
+
+class Asks(TokenPolicy):
+    """Asks for a statistic that it did not name."""
+
+    def rank_slots(self, slots):
+        """Raises."""
+        return slots.statistic("attention")
+
+
+class AsksTokens(TokenPolicy):
+    """Asks for a statistic that it did not name."""
+
+    def rank_hidden(self, tokens):
+        """Raises, from layer 1 on."""
+        return tokens.statistic("attention") if tokens.layer else None
+
+
+class AsksEarly(TokenPolicy):
+    """Asks before the first layer, where nothing can have been observed."""
+
+    statistics = ("attention",)
+
+    def rank_hidden(self, tokens):
+        """Raises."""
+        return tokens.statistic("attention")
+
+
+@pytest.mark.parametrize("policy", [Asks(), AsksTokens(), AsksEarly()], ids=repr)
+def test_statistic_that_was_not_named(policy):
+    """The error says where to name it, and that there is none before layer 0."""
+    cache = ComposedCache([policy])
+    match = "'attention' was not observed.*Name it in .*`statistics`; before layer 0 there is none"
+    with pytest.raises(KVPruneError, match=match):
+        tiny_model()(prompt(2, LENGTH), past_key_values=cache)
+    assert_unusable(cache, FAILED)
+
+
+@pytest.mark.parametrize("other", [h2o(), StreamingLLM(1, 4)], ids=repr)
+def test_statistic_that_another_policy_named(other):
+    """What others want is not for those who did not name it: results must not hang on them."""
+    with pytest.raises(KVPruneError, match="'attention' was not observed"):
+        tiny_model()(prompt(2, LENGTH), past_key_values=ComposedCache([Asks(), other]))
