@@ -177,22 +177,31 @@ def _open_step(
 ) -> None:
     _check_forward(base, args, kwargs)
     cache.bind(base._kvprune, base)
+    asks_probabilities = argument(base, args, kwargs, "output_attentions")
+    if asks_probabilities and any(layer.names for layer in cache.layers):
+        raise KVPruneError(
+            "output_attentions=True with a policy that observes attention: it is computed block "
+            "by block, and the probabilities are never there as a whole. Leave it out, or use "
+            "policies without statistics"
+        )
     tokens = argument(base, args, kwargs, "input_ids")
     if tokens is None:
         tokens = argument(base, args, kwargs, "inputs_embeds")
     if tokens is None:
         raise KVPruneError("a forward without tokens: expected input_ids or inputs_embeds")
     mask = argument(base, args, kwargs, "attention_mask")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise KVPruneError(f"attention_mask: expected a tensor, came {type(mask).__name__}")
     cache.open_step(tokens.shape[0], tokens.shape[1], mask, tokens.device)
 
 
 def _check_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if argument(base, args, kwargs, "use_cache") is False:
         raise KVPruneError("use_cache=False with a ComposedCache: leave out one of the two")
-    if base.training and base.is_gradient_checkpointing:
+    if base.training and base.is_activation_checkpointing:
         raise KVPruneError(
             "gradient checkpointing in training hides the cache from the layers: call "
-            "model.gradient_checkpointing_disable() or model.eval() first"
+            "model.activation_checkpointing_disable() or model.eval() first"
         )
     if not str(base.config._attn_implementation).startswith(PREFIX):
         raise KVPruneError(
@@ -208,6 +217,8 @@ def _before_layer(
     if cache is None:
         return None
     step = cache.step
+    if not step.prunes:
+        return None
     hidden = step.enter(index, argument(layer, args, kwargs, "hidden_states"))
     args, kwargs = with_argument(layer, args, kwargs, "hidden_states", hidden)
     for name in POSITION_ARGUMENTS:

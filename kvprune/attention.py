@@ -130,7 +130,7 @@ def _observed(
     how = _Scores(scaling, softcap, s_aux, dropout)
     run = _one_query if query.shape[2] == 1 else _block_by_block
     output, received = run(layer, query, key, value, mask, how)
-    layer.slots.statistics["attention"].add_(received)
+    layer.slots.observe("attention", received)
     return output
 
 
@@ -150,7 +150,11 @@ def _one_query(
     sinks = None if how.sinks is None else how.sinks.view(1, key.shape[1], -1, 1).to(scores.dtype)
     probabilities = how.probabilities(scores, sinks, out=None)
     output = torch.matmul(how.dropped(probabilities, value.dtype), value)
-    return output.view(rows, 1, heads, -1), probabilities.detach().sum(2)
+    received = probabilities.detach().sum(2)
+    if not layer.complete:
+        # Padding does not vote.
+        received = received * (layer.columns >= 0)[:, None]
+    return output.view(rows, 1, heads, -1), received
 
 
 def _hide(scores: Tensor, mask: Tensor) -> Tensor:

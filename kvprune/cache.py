@@ -62,7 +62,9 @@ class ComposedCache(Cache):
         self._promise: Tensor | int = 0
         self._in_generate = False
         self._logits_to_keep: int | Tensor = 0
-        # A dict, since its setdefault is atomic: two threads cannot both open a step.
+        # A dict, since its setdefault is atomic: two threads cannot both open a step. (A lock
+        # could be neither deep-copied nor pickled.) Then the threads whose forward was refused
+        # before it began, so that its end is not taken for that of another.
         self._open: dict[str, tuple[int, Step]] = {}
         self._refused: list[int] = []
         self._failure = ""
@@ -114,9 +116,10 @@ class ComposedCache(Cache):
         return "\n".join(lines)
 
     def reset(self) -> None:
-        """Forgets everything and frees the memory; the cache can be used anew."""
-        for layer in self.layers:
-            layer.reset()
+        """Forgets everything, also its model, and frees the memory; it can be used anew."""
+        self.layers = []
+        self._attachment = None
+        self._logits_to_keep = 0
         self.seen = 0
         self._rows, self._promise = None, 0
         self._in_generate = False
@@ -146,7 +149,9 @@ class ComposedCache(Cache):
             KVPruneError: called outside a forward of an attached model.
         """
         step = self.step
-        return self._slots(layer_idx).append(key_states, value_states, step.columns, step.complete)
+        return self._slots(layer_idx).append(
+            key_states, value_states, step.slot_columns, step.complete, in_hole=step.count == 1
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The logical length; the same for all layers."""
@@ -154,7 +159,7 @@ class ComposedCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """The logical length with this forward's tokens, and an offset of 0."""
-        assert self.step
+        self._check_in_forward()
         return LogicalLength(self.seen + query_length), 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -308,11 +313,7 @@ class ComposedCache(Cache):
         Raises:
             KVPruneError: there is none, so the model is not attached.
         """
-        if "step" not in self._open:
-            raise KVPruneError(
-                "this cache was used by a model that kvprune is not attached to: call "
-                "kvprune.attach(model) first"
-            )
+        self._check_in_forward()
         return self._open["step"][1]
 
     def at_layer(self, layer: int) -> LayerStep:
@@ -361,6 +362,13 @@ class ComposedCache(Cache):
         if not -len(self) <= layer < len(self):
             raise KVPruneError(f"layer {layer}: expected a layer of 0 to {len(self) - 1}")
         return self.layers[layer]
+
+    def _check_in_forward(self) -> None:
+        if "step" not in self._open:
+            raise KVPruneError(
+                "this cache was used by a model that kvprune is not attached to: call "
+                "kvprune.attach(model) first"
+            )
 
     def _check_usable(self) -> None:
         self._check_idle()

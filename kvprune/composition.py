@@ -19,7 +19,7 @@ def leaves(policies: Iterable[TokenPolicy]) -> Iterator[TokenPolicy]:
         yield from policy.parts if isinstance(policy, Union) else (policy,)
 
 
-def asked_of(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ranking | None:
+def answer_of(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ranking | None:
     """A policy's answer where it applies, from the statistics that it named."""
     if not policy.applies(view.layer):
         return None
@@ -44,7 +44,7 @@ def surviving_tokens(
     """
     ranked = False
     for policy in policies:
-        ranking = asked_of(policy, "rank_hidden", tokens)
+        ranking = answer_of(policy, "rank_hidden", tokens)
         if ranking is None:
             continue
         columns, valid = tokens.columns[:, None], tokens.valid[:, None]
@@ -72,13 +72,13 @@ def surviving_slots(
             in every row and head.
     """
     before, heads = slots.valid, slots.keys.shape[1]
-    for policy in policies:
-        ranking = asked_of(policy, "rank_slots", slots)
+    for number, policy in enumerate(policies, 1):
+        ranking = answer_of(policy, "rank_slots", slots)
         if ranking is None:
             continue
         check_ranking(policy, ranking, slots.columns, heads, look_for_nan=several)
         selection = Selection(ranking, slots.columns, slots.valid)
-        if selection.one_goes and slots.valid is before and policy is policies[-1]:
+        if selection.one_goes and slots.valid is before and number == len(policies):
             return None, selection.gone()
         if not selection.nothing_goes:
             kept = selection.kept()
@@ -143,7 +143,7 @@ class Union(TokenPolicy):
     def _rankings(self, hook: str, view: TokenView | SlotView) -> list[Ranking] | None:
         found: list[Ranking] = []
         for part in self.parts:
-            ranking = asked_of(part, hook, view)
+            ranking = answer_of(part, hook, view)
             if ranking is None:
                 return None
             found.append(ranking)
@@ -158,7 +158,7 @@ class Union(TokenPolicy):
             check_ranking(part, ranking, columns, heads, look_for_nan=False)
             kept = kept | select(ranking, columns, valid)
             # A part's NaN must still reach the engine, which looks for it.
-            score = score.masked_fill(ranking.score.isnan(), torch.nan)
+            score = score.masked_fill(ranking.score.isnan() & valid, torch.nan)
         return Ranking(score, kept, kept.sum(-1))
 
     def __repr__(self) -> str:

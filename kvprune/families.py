@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from .errors import KVPruneError
@@ -27,6 +27,7 @@ ATTENTION = ("self_attn", "attention", "attn")
 
 REFUSED = {
     "gemma3n": "its layers share keys and values and keep states per layer input",
+    "doge": "its attention computes a mask of its own",
     "recurrent_gemma": "its recurrent layers cannot leave tokens out",
 }
 
@@ -82,11 +83,23 @@ def check_family(model: PreTrainedModel) -> None:
     if not base._can_set_attn_implementation():
         raise unsupported(model, "its attention does not go through AttentionInterface")
     _check_layer_types(model)
+    _check_devices(model)
+    if isinstance(model, GenerationMixin) and not hasattr(model, "_prepare_cache_for_generation"):
+        raise unsupported(model, "this transformers release prepares caches in another place")
     if backend_of(config) not in BACKENDS:
         raise unsupported(
             model,
             f"its attention implementation is {backend_of(config)!r}; load it with "
             f"attn_implementation='sdpa' or 'eager'",
+        )
+
+
+def _check_devices(model: PreTrainedModel) -> None:
+    devices = {str(d) for d in getattr(model, "hf_device_map", {}).values()}
+    if len(devices) > 1:
+        raise KVPruneError(
+            f"attach: expected a model on one device, came one on {', '.join(sorted(devices))}. "
+            f"Load it without device_map, or with device_map={{'': 0}}"
         )
 
 
@@ -114,7 +127,7 @@ def unsupported(model: nn.Module, reason: str) -> KVPruneError:
     family = getattr(config, "model_type", type(model).__name__)
     return KVPruneError(
         f"{type(model).__name__} (model type {family!r}) is not supported: {reason}. Expected a "
-        f"decoder-only model with plain, sliding-window or chunked attention in every layer"
+        f"decoder-only model with plain or sliding-window attention in every layer"
     )
 
 

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .errors import KVPruneError
+
 
 class LogicalLength(int):
     """A cache's logical length, told apart from an ordinary int.
@@ -49,6 +51,14 @@ class LazyMask:
         self._rule = rule
         self.plainly_causal = plainly_causal
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise KVPruneError(
+            f"this model's code reads its attention mask by itself (.{name}), which kvprune "
+            f"cannot follow: the model is not supported"
+        )
 
     def at(self, queries: Tensor, slots: Tensor, row: int | None = None) -> Tensor:
         """See `Mask.at`; layers that hold the very same columns share one evaluation."""

@@ -40,12 +40,12 @@ class Selection:
         # A protected entry is never an excess one, which raises the budget where needed.
         over = self._valid.sum(-1, keepdim=True) - budget
         self._excess = over.minimum(self._free.sum(-1, keepdim=True)).clamp(min=0)
-        least, most = (int(n) for n in self._excess.aminmax())
-        self.nothing_goes = most == 0
-        self.one_goes = least == most == 1
+        least, self._most = torch.stack(self._excess.aminmax()).tolist()
+        self.nothing_goes = self._most == 0
+        self.one_goes = least == self._most == 1
 
     def gone(self) -> Tensor:
-        """The entry that goes, `[B, H, 1]` int64, where one goes: no sort needed."""
+        """The entry that goes first, `[B, H, 1]` int64: no sort needed to find it."""
         lowest = self._score.masked_fill(~self._free, torch.inf).amin(-1, keepdim=True)
         # Not `score == lowest`: with a NaN score (not looked for in decoding) one of the free
         # entries goes, never a protected one.
@@ -56,9 +56,10 @@ class Selection:
         """`[B, H, S]` bool, what stays; `valid` itself where everything does."""
         if self.nothing_goes:
             return self._before
-        if self.one_goes:
-            return self._valid.scatter(-1, self.gone(), False)
-        return self._ordered_kept()
+        if self._most > 1:
+            return self._ordered_kept()
+        gone = self.gone()
+        return self._valid.scatter(-1, gone, self._valid.gather(-1, gone) & (self._excess == 0))
 
     def _ordered_kept(self) -> Tensor:
         """Orders by (protected, score, column), best first, and cuts."""
@@ -88,7 +89,7 @@ def check_ranking(
     Args:
         policy: who answered; named in the error.
         ranking: the answer.
-        columns: `[B, 1|heads, S]`, the entries that were ranked.
+        columns: `[B, 1|heads, S]`, the entries that were ranked, -1 where not valid.
         heads: how many heads an answer may tell apart (1 for hidden tokens).
         look_for_nan: whether to read the scores, which waits for the device.
 
@@ -103,7 +104,7 @@ def check_ranking(
     _check_tensor(policy, "protected", ranking.protected, entries, "bool")
     budgets = [(rows,), *((rows, axis) for axis in axes)]
     _check_tensor(policy, "budget", ranking.budget, budgets, "int")
-    if look_for_nan and bool(ranking.score.isnan().any()):
+    if look_for_nan and bool((ranking.score.isnan() & (columns >= 0)).any()):
         raise _wrong(policy, "scores that can be compared", "NaN scores")
 
 

@@ -68,7 +68,7 @@ class SlotLayer:
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """Each `[B, Hkv, S]`, views: attention adds to them in place."""
+        """Each `[B, Hkv, S]`, views."""
         return {name: value[..., : self.used] for name, value in self._statistics.items()}
 
     @property
@@ -88,22 +88,24 @@ class SlotLayer:
         yield from self._statistics.values()
 
     def append(
-        self, keys: Tensor, values: Tensor, columns: Tensor, complete: bool
+        self, keys: Tensor, values: Tensor, columns: Tensor, complete: bool, in_hole: bool
     ) -> tuple[Tensor, Tensor]:
-        """Stores new tokens: one in the hole, if there is one, else behind the others.
+        """Stores new tokens.
 
         Args:
             keys: `[B, Hkv, Q, D]`.
             values: `[B, Hkv, Q, Dv]`.
-            columns: `[B, Q]` int64, -1 for padding.
+            columns: `[B, 1, Q]` int64, -1 for padding.
             complete: whether none of the columns is -1.
+            in_hole: whether a single token may take the hole, if there is one; else the new
+                tokens come behind the others, in order.
 
         Returns:
             keys and values of all slots in use.
         """
-        columns = columns[:, None]
-        if self.hole is not None and columns.shape[-1] == 1:
+        if in_hole and self.hole is not None:
             self._fill(self.hole, keys, values, columns)
+            self.gaps = self.gaps or not complete
         else:
             self.gaps = self.gaps or self.hole is not None or not complete
             self._extend(keys, values, columns)
@@ -114,9 +116,10 @@ class SlotLayer:
         assert self._columns is not None
         self._keys = _put(self._keys, hole, keys)
         self._values = _put(self._values, hole, values)
-        self._columns.scatter_(-1, hole, columns.expand_as(hole))
-        for value in self._statistics.values():
-            value.scatter_(-1, hole.expand(-1, value.shape[1], -1), 0.0)
+        self._columns = _put(self._columns, hole, columns.expand_as(hole))
+        for name, value in self._statistics.items():
+            where = hole.expand(-1, value.shape[1], -1)
+            self._statistics[name] = _put(value, where, torch.zeros_like(value[..., :1]))
 
     def _extend(self, keys: Tensor, values: Tensor, columns: Tensor) -> None:
         start, self.used = self.used, self.used + columns.shape[-1]
@@ -133,6 +136,14 @@ class SlotLayer:
             zeros = torch.zeros_like(keys[..., 0], dtype=statistic_dtype(keys))
             self._statistics[name] = _extended(self._statistics.get(name), zeros, start, 2)
 
+    def observe(self, name: str, received: Tensor) -> None:
+        """Adds to a statistic what each slot in use received, `[B, Hkv, S]`, detached."""
+        value = self._statistics[name]
+        if _watched(value):
+            self._statistics[name] = value + _widened(received, value.shape[-1], 0)
+        else:
+            value[..., : self.used].add_(received)
+
     def keep(self, kept: Tensor) -> None:
         """Drops every slot that is not named.
 
@@ -140,8 +151,8 @@ class SlotLayer:
             kept: `[B, 1|Hkv, S]` bool; with a head axis of Hkv the heads part ways.
         """
         columns = self.columns.masked_fill(~kept, -1)
-        fewest, most = (int(n) for n in (columns >= 0).sum(-1).aminmax())
-        if self.capacity - most > SLACK:
+        fewest, most = torch.stack((columns >= 0).sum(-1).aminmax()).tolist()
+        if self.used - most > 1 or self.capacity - most > SLACK:
             self._compact(columns, most)
             self.gaps, self.hole = fewest < most, None
             return
@@ -172,7 +183,7 @@ class SlotLayer:
         assert self._keys is not None and self._values is not None
         order = (columns < 0).byte().argsort(dim=-1, stable=True)[..., :size]
         self._columns = _widened(columns.gather(-1, order), size + 1, -1)
-        spare = 0 if self._keys.requires_grad else 1
+        spare = 0 if _watched(self._keys, self._values) else 1
         self._keys = _gathered(self._keys, order, spare)
         self._values = _gathered(self._values, order, spare)
         for name, value in self._statistics.items():
@@ -193,10 +204,10 @@ class SlotLayer:
 
 
 def _put(buffer: Tensor | None, hole: Tensor, new: Tensor) -> Tensor:
-    """Writes one slot per row and head; in place unless autograd watches."""
+    """Writes one slot per row and head; in place unless somebody watches."""
     assert buffer is not None
-    index = hole[..., None].expand_as(new)
-    if new.requires_grad or buffer.requires_grad:
+    index = hole.reshape(*hole.shape, *(1,) * (new.dim() - 3)).expand_as(new)
+    if _watched(buffer, new):
         return buffer.scatter(2, index, new)
     return buffer.scatter_(2, index, new)
 
@@ -204,12 +215,14 @@ def _put(buffer: Tensor | None, hole: Tensor, new: Tensor) -> Tensor:
 def _extended(buffer: Tensor | None, new: Tensor, used: int, dim: int) -> Tensor:
     """`new` behind the first `used` entries of `buffer`, which grows geometrically.
 
-    Written in place where there is room and autograd does not watch.
+    Written in place where there is room and nobody watches.
     """
     if buffer is None:
-        return _owned(new)
+        # A copy: what a model hands in may be a slice of a fused projection, which would keep
+        # three times the bytes, or what somebody else holds too.
+        return new.clone(memory_format=torch.contiguous_format)
     size = used + new.shape[dim]
-    if new.requires_grad or buffer.requires_grad:
+    if _watched(buffer, new):
         return torch.cat([buffer.narrow(dim, 0, used), new], dim)
     if size > buffer.shape[dim]:
         spare = max(SLACK, size // 8) if new.shape[dim] == 1 else 0
@@ -220,13 +233,14 @@ def _extended(buffer: Tensor | None, new: Tensor, used: int, dim: int) -> Tensor
     return buffer
 
 
-def _owned(new: Tensor) -> Tensor:
-    """The tensor itself if its storage holds nothing else, else a copy.
+def _watched(*tensors: Tensor) -> bool:
+    """Whether writing in place is forbidden: autograd may have saved what would be overwritten.
 
-    Some models hand in a slice of a fused projection, which would keep three times the bytes.
+    Not only where keys want a gradient themselves: attention saves them for the queries'.
     """
-    whole = new.is_contiguous() and new.untyped_storage().nbytes() == new.nbytes
-    return new if whole else new.clone(memory_format=torch.contiguous_format)
+    if torch.is_grad_enabled() or any(t.requires_grad for t in tensors):
+        return True
+    return not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors)
 
 
 def _widened(columns: Tensor, size: int, fill: int) -> Tensor:

@@ -62,6 +62,7 @@ def new_columns(
         KVPruneError: the mask does not fit, or pads on the right.
     """
     columns = torch.arange(seen, seen + count, device=device).expand(rows, -1)
+    mask = None if mask is None else mask.to(device)
     if mask is None or _is_four_d(mask, rows, count, seen, heads):
         return columns.contiguous()
     if not may_end_in_padding:
@@ -133,8 +134,10 @@ class Step:
     """The tokens of one forward on their way through the layers.
 
     seen: columns that the cache had been shown before. count: tokens of this forward.
-    columns: `[B, Q]` int64 of those still on their way, -1 where a row has fewer.
+    columns: `[B, Q]` int64 of those still on their way, -1 where a row has fewer;
+    slot_columns: the same `[B, 1, Q]`, one object for all layers, which masks go by.
     complete: none of `columns` is -1. rows: the rows' numbers, this forward included.
+    prunes: whether policies are asked before the layers.
     """
 
     def __init__(
@@ -157,14 +160,17 @@ class Step:
         self._previous: dict[str, Tensor] = {}
         self.seen = seen
         self.count = columns.shape[1]
+        self.prunes = self.count > 1 and bool(self._pruners)
         self.columns = columns
+        self.slot_columns = columns[:, None]
         self.complete = bool((columns >= 0).all())
         self.rows = rows
 
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
-        """Drops what no longer enters `layer`: `[B, Q, C]` to `[B, Q', C]`."""
-        if self.count == 1 or not self._pruners:
-            return hidden
+        """Drops what no longer enters `layer`: `[B, Q, C]` to `[B, Q', C]`.
+
+        Asked only where the step `prunes`: in forwards of several tokens, if a policy does.
+        """
         valid = self.columns >= 0
         tokens = TokenView(
             layer=layer,
@@ -183,12 +189,13 @@ class Step:
         return self._narrow(kept, hidden)
 
     def _narrow(self, kept: Tensor, hidden: Tensor) -> Tensor:
-        fewest, most = (int(n) for n in kept.sum(-1).aminmax())
+        fewest, most = torch.stack(kept.sum(-1).aminmax()).tolist()
         # The survivors in order; behind them, to fill shorter rows, some that are dropped.
         order = (~kept).byte().argsort(dim=-1, stable=True)[:, : max(most, 1)]
         self._parked = hidden if self._parked is None else self._written_back(hidden)
         self._places = order if self._places is None else self._places.gather(1, order)
         self.columns = self.columns.masked_fill(~kept, -1).gather(1, order)
+        self.slot_columns = self.columns[:, None]
         self.complete = fewest == max(most, 1)
         self._aligned = {}
         return _gathered(hidden, order)
@@ -225,7 +232,7 @@ class Step:
     def evict(self, layer: int, slots: SlotLayer) -> None:
         """Asks the policies after a layer's attention and drops what none keeps."""
         several = self.count > 1
-        if several and self._pruners:
+        if self.prunes:
             new = self.columns.shape[1]
             self._previous = {n: s[..., -new:].clone() for n, s in slots.statistics.items()}
         if not self._evicters:

@@ -57,7 +57,8 @@ class Driver:
         sharpness: float = 2.0,
     ) -> None:
         self.cache = kvprune.ComposedCache(policies)
-        self.cache.bind(Attachment("driver", 1, heads), nn.Module())
+        self.attachment = Attachment("driver", 1, heads)
+        self.cache.bind(self.attachment, nn.Module())
         self.rows, self.heads, self.kv_heads = rows, heads, kv_heads
         self.window, self.dtype, self.sharpness = window, dtype, sharpness
         self.module = _Attention(heads // kv_heads)
@@ -92,6 +93,12 @@ class Driver:
         self.cache.evict(0)
         self.cache.close_step(done=True)
         return output
+
+    def reset(self) -> None:
+        """Begins anew, with the same cache."""
+        self.cache.reset()
+        self.cache.bind(self.attachment, nn.Module())
+        self.mask = self.mask[:, :0]
 
     def _rule(self) -> LazyMask:
         rule: Any = causal_mask_function

@@ -41,7 +41,8 @@ class Listed:
         return self.name
 
 
-def _pruner(keep: float) -> SDTP:
+def sdtp_pruner(keep: float) -> SDTP:
+    """Two stages, before layers 1 and 3 of the tiny models."""
     return SDTP(sdtp_heads(2), keep, first_layer=1, every=2, sinks=2, min_tokens=6)
 
 
@@ -65,7 +66,7 @@ POLICIES = [
         lambda n: 2 * n + 1,
         lambda: H2O(heavy=500, recent=500) | StreamingLLM(sinks=1, window=1000),
     ),
-    Listed("sdtp", lambda n: _pruner(0.6), None, lambda: _pruner(1.0)),
+    Listed("sdtp", lambda n: sdtp_pruner(0.6), None, lambda: sdtp_pruner(1.0)),
 ]
 
 EVICTING = [p for p in POLICIES if p.bound is not None]

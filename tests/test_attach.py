@@ -314,7 +314,7 @@ def test_training_without_our_cache_is_unchanged():
     losses, gradients = [], []
     for model in (fresh_model(), kvprune.attach(fresh_model())):
         one: Any = model
-        one.gradient_checkpointing_enable()
+        one.activation_checkpointing_enable()
         one.train()
         with torch.enable_grad():
             loss = one(prompt(2, 9), labels=prompt(2, 9), use_cache=False).loss

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -62,21 +64,34 @@ def test_soft_capping_and_attention_sinks_equal_the_dense_model(family, policy):
 
 
 def test_no_n_by_n_matrix_is_ever_held():
-    """A prompt with statistics: the largest tensor is a block of scores."""
-    driver = Driver([H2O(8, 8)], 1, 4, 2, dtype=torch.float32)
-    tokens = driver.tokens(1024)
-    with OpCount() as ops:
-        driver.step(tokens)
-    assert ops.big() <= 2 * BLOCK * 1024
+    """Statistics, padding, a second turn: the largest tensor is a block of scores."""
+    for padding in (None, [0, 300]):
+        driver = Driver([H2O(80, 80)], 2, 4, 2, dtype=torch.float32)
+        for count in (1024, 900):
+            tokens = driver.tokens(count)
+            with torch.no_grad(), OpCount() as ops:
+                driver.step(tokens, padding)
+            padding = None
+            assert ops.big() <= 2 * BLOCK * 1064
+
+
+@contextmanager
+def generating(cache):
+    """As inside `generate`, where a chunk of a prompt may end in padding."""
+    cache.enter_generate()
+    yield
+    cache.leave_generate()
 
 
 def test_what_slots_receive_adds_up():
     """Every valid query of every query head gives one in all."""
     driver = Driver([H2O(999, 999)], 2, 4, 2)
-    for count, padding in ((100, [0, 30]), (1, None), (9, None)):
-        driver.step(driver.tokens(count), padding)
+    # The third step is of one token, which is padding in the second row.
+    for count, padding in ((100, [0, 30]), (1, None), (1, [0, 1]), (9, None)):
+        with generating(driver.cache):
+            driver.step(driver.tokens(count), padding)
     received = driver.cache.layers[0].statistics["attention"].sum(-1)
-    expected = torch.tensor([[220.0], [160.0]]).double().expand(2, 2)
+    expected = torch.tensor([[222.0], [160.0]]).double().expand(2, 2)
     torch.testing.assert_close(received, expected)
 
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvprune
+from kvprune.policies import H2O, StreamingLLM
 from kvprune.slots import SLACK
 
 from .driver import D, Driver, Tokens
@@ -29,6 +30,7 @@ from .strategies import (
     head_counts,
     listed,
     pipelines,
+    sdtp_pruner,
     seeds,
 )
 
@@ -227,8 +229,7 @@ def act(driver: Driver, action: str, index: list[int]) -> None:
     elif action == "deepcopy":
         driver.cache, rows = copy.deepcopy(driver.cache), torch.arange(driver.rows)
     elif action == "reset":
-        driver.cache.reset()
-        driver.mask = driver.mask[:, :0]
+        driver.reset()
         return
     driver.rows, driver.mask, driver.tags = len(rows), driver.mask[rows], driver.tags[rows]
 
@@ -436,13 +437,19 @@ def test_an_error_inside_a_forward_makes_the_cache_refuse_until_reset(layer, hoo
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-11)
 
 
-def test_gradients_flow_and_statistics_are_detached():
-    """With gradients enabled, through prefill and decode; the same numbers as without."""
-    model = fresh_model()
-    kvprune.attach(model)
-    from kvprune.policies import H2O
+@pytest.mark.parametrize("trained", ["all", "q", "v", "qv", "-"])
+@pytest.mark.parametrize("policies", [[], [H2O(3, 3)], [StreamingLLM(2, 4)]], ids=repr)
+def test_gradients_flow_and_statistics_are_detached(trained, policies):
+    """With gradients enabled, through prefill and decode; the same numbers as without.
 
-    cache, quiet = kvprune.ComposedCache([H2O(3, 3)]), kvprune.ComposedCache([H2O(3, 3)])
+    Also where only some projections are trained, as LoRA does: attention saves keys for the
+    queries' gradient even where keys have none of their own.
+    """
+    model = kvprune.attach(fresh_model())
+    for name, parameter in model.named_parameters():
+        wanted = any(f"self_attn.{letter}_proj" in name for letter in trained)
+        parameter.requires_grad_(trained == "all" or wanted)
+    cache, quiet = kvprune.ComposedCache(policies), kvprune.ComposedCache(policies)
     ids = prompt(2, 24)
     total = torch.zeros((), dtype=torch.float64)
     for new in (ids[:, :20], ids[:, 20:21], ids[:, 21:22], ids[:, 22:]):
@@ -451,7 +458,36 @@ def test_gradients_flow_and_statistics_are_detached():
             expected = model(new, past_key_values=quiet).logits
         torch.testing.assert_close(logits.detach(), expected, rtol=1e-10, atol=1e-11)
         total = total + logits.square().sum()
-    total.backward()
-    assert all(p.grad is not None for p in model.parameters())
+    if trained != "-":
+        total.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
     for layer in cache.layers:
-        assert not layer.statistics["attention"].requires_grad
+        assert not any(value.requires_grad for value in layer.statistics.values())
+
+
+def test_a_prompt_read_in_inference_mode_can_be_gone_on_with_outside():
+    """What inference mode made cannot be written in place outside of it."""
+    ids, logits = prompt(2, 24), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        run = Run(tiny_model(), [H2O(3, 3)])
+        with mode():
+            feed(run, ids[:, :20], torch.ones(2, 20, dtype=torch.long), [18, 1, 1])
+        logits.append(feed(run, ids[:, 20:], torch.ones(2, 4, dtype=torch.long), [1, 2, 1]))
+    assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
+
+
+@pytest.mark.parametrize("policies", [[], [sdtp_pruner(0.6)]], ids=["dense", "sdtp"])
+def test_crop_takes_back_what_was_read_last(policies):
+    """Where nothing evicts: the cache goes on as if the columns had never been shown."""
+    ids = prompt(2, 30)
+    mask = left_padded(ids, [0, 9])["attention_mask"]
+    run, twin = (Run(tiny_model(), policies) for _ in range(2))
+    feed(run, ids, mask, [20, 1, 1, 1, 1])
+    run.cache.crop(-3)
+    run.mask = run.mask[:, :-3]
+    feed(twin, ids, mask, [20, 1])
+    assert run.kept() == twin.kept() and run.cache.seen == 21
+    more = [1, 1, 1, 1, 2, 1]
+    one, two = (feed(r, ids[:, 21:], mask[:, 21:], more) for r in (run, twin))
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)

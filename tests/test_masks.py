@@ -19,7 +19,7 @@ from kvprune.masks import GivenMask, LazyMask, additive
 from kvprune.policies import H2O
 
 from .models import left_padded, plain_model, prompt, tiny_model
-from .strategies import sdtp_heads
+from .strategies import sdtp_heads, sdtp_pruner
 
 RULES = {
     "causal": causal_mask_function,
@@ -115,6 +115,23 @@ def test_a_causal_four_d_mask_changes_nothing_when_tokens_are_pruned_and_evicted
                 output = tiny_model()(ids[:, new], attention_mask=mask, past_key_values=cache)
                 logits.append(output.logits[:, -1])
     torch.testing.assert_close(logits[3:], logits[:3], rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("policies", [[], [sdtp_pruner(0.6)]], ids=["dense", "sdtp"])
+def test_layers_that_hold_the_same_columns_share_one_mask(policies, monkeypatch):
+    """A padded prompt: one evaluation for all layers, one more for each pruning."""
+    seen = []
+    evaluate = causal_mask_function
+
+    def counted(*indices):
+        seen.append(indices)
+        return evaluate(*indices)
+
+    monkeypatch.setattr("transformers.masking_utils.causal_mask_function", counted)
+    inputs = left_padded(prompt(2, 20), [0, 4])
+    with torch.no_grad():
+        tiny_model()(**inputs, past_key_values=kvprune.ComposedCache(policies))
+    assert len(seen) == (3 if policies else 1)
 
 
 def test_stock_caches_get_the_stock_mask():

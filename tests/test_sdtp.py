@@ -126,13 +126,15 @@ def test_default_stages_are_as_many_as_fit():
     heads = SDTPHeads(32, 30, 9)
     policy = SDTP(heads)
 
-    class Model(nn.Module):
+    class Model(nn.Linear):
         class config:
             hidden_size, num_hidden_layers = 32, 30
 
-    policy.check(Model())
+    policy.check(Model(1, 1))
     with pytest.raises(kvprune.KVPruneError, match="do not fit"):
-        SDTP(heads, stages=10).check(Model())
+        SDTP(heads, stages=10).check(Model(1, 1))
+    with pytest.raises(kvprune.KVPruneError, match=r"move them with heads.to\('meta'\)"):
+        policy.check(Model(1, 1, device="meta"))
 
 
 def test_heads_are_saved_and_loaded(tmp_path):

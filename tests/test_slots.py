@@ -14,6 +14,13 @@ from .models import fresh_model, prompt
 from .opcount import OpCount
 
 
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    # With them, nothing may be written in place.
+    with torch.no_grad():
+        yield
+
+
 @pytest.mark.parametrize("policy", [H2O(10, 10), StreamingLLM(4, 16)], ids=repr)
 def test_decode_at_a_full_budget_is_in_place(policy):
     """The new token takes the slot that the previous step freed: the buffers never move."""
@@ -59,7 +66,7 @@ def test_a_fused_projection_is_not_kept_alive():
     fused = torch.randn(1, 2, 30, 3 * D)
     keys, values = fused[..., :D], fused[..., D : 2 * D]
     layer = SlotLayer()
-    layer.append(keys, values, torch.arange(30)[None], complete=True)
+    layer.append(keys, values, torch.arange(30)[None, None], complete=True, in_hole=False)
     assert sum(t.untyped_storage().nbytes() for t in layer.tensors()) == 2 * 2 * 30 * D * 4 + 30 * 8
 
 
@@ -69,8 +76,7 @@ def test_nbytes_counts_all_storage_and_shrinks_after_the_prompt():
     sizes = {}
     for name, policies in {"dense": [], "streaming": [StreamingLLM(4, 16)]}.items():
         cache = kvprune.ComposedCache(policies)
-        with torch.no_grad():
-            model(prompt(1, 400), past_key_values=cache)
+        model(prompt(1, 400), past_key_values=cache)
         sizes[name] = cache.nbytes
     kept = 4 * 2 * 2 * D * 4
     # Layers that hold the same columns share them.
@@ -80,13 +86,15 @@ def test_nbytes_counts_all_storage_and_shrinks_after_the_prompt():
 
 def test_layers_that_share_columns_part_ways_when_one_drops_a_slot():
     """The columns of a step are one tensor for all layers until a layer drops something."""
-    columns = torch.arange(6)[None]
+    columns = torch.arange(6)[None, None]
     layers = [SlotLayer(), SlotLayer(), SlotLayer()]
     for layer in layers:
-        layer.append(torch.randn(1, 2, 6, D), torch.randn(1, 2, 6, D), columns, complete=True)
+        new = torch.randn(1, 2, 6, D)
+        layer.append(new, new, columns, complete=True, in_hole=False)
     layers[0].free(torch.tensor([[[2]]]))
     layers[1].keep(torch.tensor([[[True, False, True, True, True, True]]]))
     for layer, hole in zip(layers[:2], (2, 1), strict=True):
-        layer.append(torch.randn(1, 2, 1, D), torch.randn(1, 2, 1, D), torch.tensor([[6]]), True)
+        new = torch.randn(1, 2, 1, D)
+        layer.append(new, new, torch.tensor([[[6]]]), complete=True, in_hole=True)
         assert layer.columns[0, 0, hole] == 6
     assert torch.equal(layers[2].columns[0, 0], torch.arange(6))

@@ -37,7 +37,7 @@ class SDTPHeads(nn.Module):
             "num_layers": num_layers,
             "stages": stages,
         }
-        wrong = {k: v for k, v in self.configuration.items() if not isinstance(v, int) or v < 1}
+        wrong = {k: v for k, v in self.configuration.items() if type(v) is not int or v < 1}
         if wrong:
             raise KVPruneError(f"SDTPHeads: expected whole numbers of at least 1, came {wrong}")
         self.stages = nn.ModuleList(_head(hidden_size) for _ in range(stages))
@@ -46,15 +46,14 @@ class SDTPHeads(nn.Module):
         """How much a stage wants to keep each token.
 
         Args:
-            hidden: `[..., C]`, the input of the stage's layer, of any device and dtype.
+            hidden: `[..., C]`, the input of the stage's layer, of any dtype.
             stage: which head, from 0.
 
         Returns:
             `[...]` in the heads' dtype: keep-minus-drop logit.
         """
         head = self.stages[stage]
-        weight = next(head.parameters())
-        logits = head(hidden.to(weight.device, weight.dtype))
+        logits = head(hidden.to(next(head.parameters()).dtype))
         return logits[..., 0] - logits[..., 1]
 
     def save(self, path: str | os.PathLike[str]) -> None:

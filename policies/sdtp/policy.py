@@ -78,6 +78,12 @@ class SDTP(TokenPolicy):
                 f"layers has room for {room} (first_layer={self.first_layer}, every={self.every})"
             )
         assert self.heads is not None
+        heads_on, model_on = (next(m.parameters()).device for m in (self.heads, model))
+        if heads_on != model_on:
+            raise KVPruneError(
+                f"SDTP: the heads are on {heads_on}, the model is on {model_on}: move them with "
+                f"heads.to({str(model_on)!r})"
+            )
         expected = {
             "hidden_size": config.hidden_size,
             "num_layers": config.num_hidden_layers,
@@ -98,7 +104,7 @@ class SDTP(TokenPolicy):
         if int(tokens.length.max()) < self.min_tokens:
             return None
         with torch.no_grad():
-            score = self.heads(tokens.hidden, stage)[:, None].to(tokens.hidden.device)
+            score = self.heads(tokens.hidden, stage)[:, None]
         budget = Budget(self.keep ** (stage + 1)).of(tokens.length)
         budget = torch.where(tokens.length < self.min_tokens, tokens.length, budget)
         local = Budget(self.local, least=0).of(tokens.length)

@@ -13,6 +13,7 @@ from torch import nn
 
 import kvprune
 from kvprune import ComposedCache, KVPruneError
+from kvprune.masks import LazyMask
 from kvprune.policies import StreamingLLM
 
 from ..models import (
@@ -114,7 +115,7 @@ def test_gradient_checkpointing_in_training(cache):
     """Hides the cache from the layers, so nothing would be stored; evaluation is fine."""
     model: Any = tiny_model()
     ids = prompt(1, LENGTH)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.train()
     try:
         with torch.enable_grad(), pytest.raises(KVPruneError, match=r"checkpointing_disable.*eval"):
@@ -123,7 +124,7 @@ def test_gradient_checkpointing_in_training(cache):
         model.eval()
     twin = copy.deepcopy(cache)
     assert_same_future(cache, twin)
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
 
 
 @pytest.mark.parametrize("policies", [[pruner()], [h2o(), pruner()]], ids=repr)
@@ -196,3 +197,33 @@ def test_attention_implementation_that_is_not_supported(cache):
     kvprune.attach(model)
     fresh = ComposedCache([h2o()])
     assert_same_future(fresh, copy.deepcopy(fresh), model)
+
+
+def test_probabilities_that_are_never_there_as_a_whole():
+    """`output_attentions` with a policy that observes; without one the backend gives them."""
+    model = kvprune.attach(fresh_model(backend="eager"))
+    cache = ComposedCache([h2o()])
+    match = "output_attentions=True with a policy that observes"
+    with pytest.raises(KVPruneError, match=match):
+        model(prompt(1, LENGTH), past_key_values=cache, output_attentions=True)
+    assert cache.seen == 0
+    quiet = ComposedCache([StreamingLLM(1, 4)])
+    out = model(prompt(1, LENGTH), past_key_values=quiet, output_attentions=True)
+    assert len(out.attentions) == 4
+
+
+def test_model_on_several_devices():
+    """Columns and masks are made once a forward, on one device."""
+    model: Any = fresh_model()
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    before = changes(model)
+    with pytest.raises(KVPruneError, match="expected a model on one device"):
+        kvprune.attach(model)
+    assert changes(model) == before
+
+
+def test_mask_that_the_model_s_code_reads_by_itself():
+    """Where a family slipped through, the error says so; copies are no such reading."""
+    mask = copy.copy(LazyMask(lambda *_: torch.ones(1), plainly_causal=True))
+    with pytest.raises(KVPruneError, match=r"reads its attention mask by itself \(\.shape\)"):
+        mask.shape  # noqa: B018
