@@ -130,6 +130,8 @@ def _observed(
     how = _Scores(scaling, softcap, s_aux, dropout)
     run = _one_query if query.shape[2] == 1 else _block_by_block
     output, received = run(layer, query, key, value, mask, how)
+    # With latent attention (MLA) many heads read the slots of one.
+    received = received.unflatten(1, (layer.slots.keys.shape[1], -1)).sum(2)
     layer.slots.observe("attention", received)
     return output
 
@@ -188,7 +190,7 @@ def _block_by_block(
             outputs.append(output)
             received.append(mass)
     whole = torch.stack(outputs).reshape(rows, heads, count, -1).transpose(1, 2)
-    return whole, torch.stack(received).reshape(rows, -1, key.shape[2])
+    return whole.contiguous(), torch.stack(received).reshape(rows, -1, key.shape[2])
 
 
 class _Room:

@@ -19,7 +19,15 @@ from .masks import LogicalLength
 from .policy import TokenPolicy
 from .slots import SlotLayer
 from .statistics import check_statistics, wanted_at
-from .step import LayerStep, RowNumbers, Step, asked_tokens, new_columns, rows_after
+from .step import (
+    LayerStep,
+    RowNumbers,
+    Step,
+    asked_tokens,
+    new_columns,
+    padding_so_far,
+    rows_after,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +67,15 @@ class ComposedCache(Cache):
         self.seen = 0
         self._attachment: Attachment | None = None
         self._rows: RowNumbers | None = None
+        # Which columns are padding `[B, seen]`; None while none is.
+        self._padding: Tensor | None = None
         self._promise: Tensor | int = 0
         self._in_generate = False
         self._logits_to_keep: int | Tensor = 0
         # A dict, since its setdefault is atomic: two threads cannot both open a step. (A lock
         # could be neither deep-copied nor pickled.) Then the threads whose forward was refused
         # before it began, so that its end is not taken for that of another.
-        self._open: dict[str, tuple[int, Step]] = {}
+        self._open: dict[str, tuple[int, Step | None]] = {}
         self._refused: list[int] = []
         self._failure = ""
 
@@ -91,7 +101,7 @@ class ComposedCache(Cache):
         if not self.layers or not self._slots(layer).is_initialized:
             raise KVPruneError("the cache is empty: expected a forward of an attached model first")
         ordered = self._slots(layer).columns.sort(dim=-1).values
-        most = int((ordered >= 0).sum(-1).max())
+        most = int((ordered >= 0).sum(-1).amax()) if ordered.numel() else 0
         return ordered[..., ordered.shape[-1] - most :].clone()
 
     @property
@@ -100,6 +110,8 @@ class ComposedCache(Cache):
         held = [t for layer in self.layers for t in layer.tensors()]
         if self._rows is not None:
             held += [self._rows.first, self._rows.prompt_length]
+        if self._padding is not None:
+            held.append(self._padding)
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
         return sum(storages.values())
 
@@ -121,21 +133,27 @@ class ComposedCache(Cache):
         self._attachment = None
         self._logits_to_keep = 0
         self.seen = 0
-        self._rows, self._promise = None, 0
+        self._rows, self._padding, self._promise = None, None, 0
         self._in_generate = False
         self._open = {}
         self._refused = []
         self._failure = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ComposedCache:
-        self._check_idle()
         # Shared, not copied: the model it is bound to, and the policies, which hold no state.
         memo[id(self.policies)] = self.policies
         memo[id(self._attachment)] = self._attachment
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        for name, value in self.__dict__.items():
-            twin.__dict__[name] = copy.deepcopy(value, memo)
+        self._claim(None)
+        try:
+            for name, value in self.__dict__.items():
+                twin.__dict__[name] = {} if name == "_open" else copy.deepcopy(value, memo)
+        finally:
+            del self._open["step"]
+        # The copy of a cache in `generate` is in none.
+        twin._refused = []
+        twin.leave_generate()
         return twin
 
     # What transformers asks of a cache.
@@ -197,6 +215,8 @@ class ComposedCache(Cache):
         for layer in self.layers:
             layer.select_rows(rows)
         self._rows = self._rows.select(rows)
+        if self._padding is not None:
+            self._padding = self._padding.index_select(0, rows.to(self._padding.device))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the newest `-tokens_to_remove` columns.
@@ -218,6 +238,7 @@ class ComposedCache(Cache):
                 f"copy.deepcopy of the cache before the forward that may have to be undone"
             )
         self.seen += tokens_to_remove
+        self._padding = None if self._padding is None else self._padding[:, : self.seen]
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keep((layer.columns >= 0) & (layer.columns < self.seen))
@@ -299,12 +320,29 @@ class ComposedCache(Cache):
         # What counts as prompt: what `generate` promised, or any forward of several tokens.
         counts = count > 1 and not self._in_generate
         added = (columns >= 0).sum(-1) if counts else self._promise
-        numbers = rows_after(self._rows, columns, self.seen, added)
+        padding = padding_so_far(self._padding, columns, self.seen, mask)
+        numbers = rows_after(self._rows, columns, added, padding)
         asked = asked_tokens(self._logits_to_keep, rows, count, device)
-        step = Step(self.policies, len(self), self.seen, columns, numbers, asked)
+        step = Step(self.policies, len(self), self.seen, columns, numbers, asked, padding)
+        self._claim(step)
+        if padding is not None:
+            self._hide(padding[:, : self.seen])
+
+    def _claim(self, step: Step | None) -> None:
+        """Takes the one place for a step (None: for a copy), or refuses."""
         mine = (threading.get_ident(), step)
         if self._open.setdefault("step", mine) is not mine:
             raise self._in_use()
+
+    def _hide(self, padding: Tensor) -> None:
+        """Drops slots that a later mask hides `[B, seen]`, as a chat does with what follows eos."""
+        new = padding if self._padding is None else padding & ~self._padding
+        if not bool(new.any()):
+            return
+        for layer in self.layers:
+            shape = (*layer.columns.shape[:2], -1)
+            hidden = new[:, None].expand(shape).gather(-1, layer.columns.clamp(min=0))
+            layer.keep((layer.columns >= 0) & ~hidden)
 
     @property
     def step(self) -> Step:
@@ -314,7 +352,9 @@ class ComposedCache(Cache):
             KVPruneError: there is none, so the model is not attached.
         """
         self._check_in_forward()
-        return self._open["step"][1]
+        step = self._open["step"][1]
+        assert step is not None
+        return step
 
     def at_layer(self, layer: int) -> LayerStep:
         """What the attention function of `layer` needs to know."""
@@ -343,7 +383,7 @@ class ComposedCache(Cache):
             return
         if done:
             self.seen += step.count
-            self._rows = step.rows
+            self._rows, self._padding = step.rows, step.padding
             self._promise = 0
         else:
             self._failure = "an error ended a forward in its middle"

@@ -27,6 +27,7 @@ ATTENTION = ("self_attn", "attention", "attn")
 
 REFUSED = {
     "gemma3n": "its layers share keys and values and keep states per layer input",
+    "diffllama": "its heads are paired in attention, while each keeps slots of its own",
     "doge": "its attention computes a mask of its own",
     "recurrent_gemma": "its recurrent layers cannot leave tokens out",
 }
@@ -82,6 +83,8 @@ def check_family(model: PreTrainedModel) -> None:
         raise unsupported(model, REFUSED[config.model_type])
     if not base._can_set_attn_implementation():
         raise unsupported(model, "its attention does not go through AttentionInterface")
+    if getattr(config, "reorder_and_upcast_attn", False):
+        raise unsupported(model, "reorder_and_upcast_attn goes by the name of its attention")
     _check_layer_types(model)
     _check_devices(model)
     if isinstance(model, GenerationMixin) and not hasattr(model, "_prepare_cache_for_generation"):

@@ -95,24 +95,45 @@ def _check_left_padded(mask: Tensor) -> None:
         )
 
 
+def padding_so_far(
+    before: Tensor | None, columns: Tensor, seen: int, mask: Tensor | None
+) -> Tensor | None:
+    """Which of all columns are padding, `[B, seen + Q]` bool; None if none is.
+
+    What was padding once stays padding; a later mask may hide columns that were not.
+    """
+    four_d = mask is None or mask.dim() == 4
+    if four_d and before is None:
+        return None
+    padding = torch.zeros_like(columns[:, :1], dtype=torch.bool).repeat(1, seen + columns.shape[1])
+    if mask is not None and not four_d:
+        padding |= mask.to(columns.device) == 0
+    if before is not None:
+        padding[:, :seen] |= before
+    return padding if before is not None or bool(padding.any()) else None
+
+
 def rows_after(
-    before: RowNumbers | None, columns: Tensor, seen: int, prompt: Tensor | int
+    before: RowNumbers | None,
+    columns: Tensor,
+    prompt: Tensor | int,
+    padding: Tensor | None,
 ) -> RowNumbers:
     """The rows' numbers once a forward's tokens are in.
 
     Args:
         before: as they were; None for an empty cache.
         columns: `[B, Q]`, -1 for padding.
-        seen: columns before these.
         prompt: the prompt tokens that this adds, `[B]` or the same for all.
+        padding: see `padding_so_far`.
     """
-    valid = columns >= 0
+    first = torch.zeros_like(columns[:, 0])
+    if padding is not None:
+        # The number of a row's leading padding columns.
+        first = padding.long().cumprod(-1).sum(-1)
     prompt = torch.as_tensor(prompt, device=columns.device)
-    begins = valid.long().argmax(-1).masked_fill(~valid.any(-1), columns.shape[1]) + seen
-    if before is None:
-        return RowNumbers(begins, torch.zeros_like(begins) + prompt)
-    first = torch.where(before.first < seen, before.first, begins)
-    return RowNumbers(first, before.prompt_length + prompt)
+    so_far = torch.zeros_like(first) if before is None else before.prompt_length
+    return RowNumbers(first, so_far + prompt)
 
 
 def asked_tokens(
@@ -137,7 +158,7 @@ class Step:
     columns: `[B, Q]` int64 of those still on their way, -1 where a row has fewer;
     slot_columns: the same `[B, 1, Q]`, one object for all layers, which masks go by.
     complete: none of `columns` is -1. rows: the rows' numbers, this forward included.
-    prunes: whether policies are asked before the layers.
+    padding: see `padding_so_far`. prunes: whether policies are asked before the layers.
     """
 
     def __init__(
@@ -148,6 +169,7 @@ class Step:
         columns: Tensor,
         rows: RowNumbers,
         asked: Tensor,
+        padding: Tensor | None,
     ) -> None:
         self._pruners = [p for p in policies if "rank_hidden" in p.hooks]
         self._evicters = [p for p in policies if "rank_slots" in p.hooks]
@@ -165,6 +187,7 @@ class Step:
         self.slot_columns = columns[:, None]
         self.complete = bool((columns >= 0).all())
         self.rows = rows
+        self.padding = padding
 
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
         """Drops what no longer enters `layer`: `[B, Q, C]` to `[B, Q', C]`.

@@ -120,3 +120,24 @@ def test_dropout_in_training_reaches_the_output_but_not_the_statistic():
     assert not torch.equal(*logits)
     received = caches[0].layers[0].statistics["attention"]
     torch.testing.assert_close(received, caches[1].layers[0].statistics["attention"])
+
+
+@pytest.mark.parametrize("budget", [99, 4])
+def test_latent_attention_keeps_one_set_per_layer(budget):
+    """DeepSeek-V3: all query heads read the slots of one, and all of them vote."""
+    options = {"heads": 4, "kv_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+               "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+               "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
+               "moe_intermediate_size": 16, "first_k_dense_replace": 4}  # fmt: skip
+    plain, ours = (make("deepseek_v3", **options) for make in (plain_model, tiny_model))
+    dense, cache = DynamicCache(config=plain.config), kvprune.ComposedCache([H2O(budget, budget)])
+    ids, logits = prompt(2, 24), []
+    with torch.no_grad():
+        for new in (slice(0, 20), slice(20, 21), slice(21, 24)):
+            logits += [m(ids[:, new], past_key_values=c).logits for m, c in
+                       ((plain, dense), (ours, cache))]  # fmt: skip
+    assert cache.columns(0).shape == (2, 1, min(2 * budget, 24))
+    if budget == 99:
+        torch.testing.assert_close(logits[1::2], logits[::2], rtol=1e-9, atol=1e-10)
+        received = cache.layers[0].statistics["attention"].sum(-1)
+        torch.testing.assert_close(received, torch.full_like(received, 24 * 4))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -186,3 +188,58 @@ def test_inputs_embeds_equal_input_ids():
         for inputs in ({"input_ids": ids}, {"inputs_embeds": embeds, "attention_mask": ids * 0 + 1})
     ]
     assert torch.equal(tokens[0][:, 20:], tokens[1])
+
+
+@pytest.mark.parametrize("policy", [None, *POLICIES], ids=repr)
+def test_a_later_mask_may_hide_what_was_seen(policy):
+    """As a chat does with the padding that `generate` appends behind a row's eos token."""
+    ids = prompt(2, 26)
+    mask = left_padded(ids, [0, 6])["attention_mask"]
+    later = mask.clone()
+    later[1, 12:17] = 0
+    logits = []
+    for model, cache in (
+        (plain_model(), DynamicCache()),
+        (tiny_model(), kvprune.ComposedCache([policy.roomy()] if policy else [])),
+    ):
+        with torch.no_grad():
+            for start, stop, now in ((0, 20, mask), (20, 23, later), (23, 24, later)):
+                now = {"attention_mask": now[:, :stop], "past_key_values": cache}
+                where = (now["attention_mask"].cumsum(-1) - 1).clamp(min=0)[:, start:]
+                output = model(ids[:, start:stop], position_ids=where, **now)
+                logits.append(output.logits[:, -1])
+    torch.testing.assert_close(logits[3:], logits[:3], rtol=1e-9, atol=1e-10)
+    if policy is None or policy.name != "sdtp":
+        assert not set(range(12, 17)) & set(cache.columns(0)[1].flatten().tolist())
+
+
+@pytest.mark.parametrize("policy", [StreamingLLM(1, 4), H2O(0, 5), H2O(2, 3)], ids=repr)
+@pytest.mark.parametrize("chunk", [None, 1, 4])
+def test_an_id_under_a_zero_of_the_mask_does_not_matter(policy, chunk):
+    """Also where the padding takes a slot that was freed: chunks of one token."""
+    ids, logits = prompt(1, 16), []
+    mask = torch.ones_like(ids)
+    mask[0, 10] = 0
+    for token in (5, 6):
+        ids[0, 10] = token
+        cache = kvprune.ComposedCache([policy])
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        out = generate(tiny_model(), inputs, cache, new=4, prefill_chunk_size=chunk)
+        logits.append(torch.stack(out.logits))
+    assert torch.equal(*logits)
+
+
+def test_a_copy_made_inside_generate_is_in_none():
+    """It can be gone on with by forwards, whose tokens count, and by `generate`."""
+    model, cache, copies = tiny_model(), kvprune.ComposedCache([H2O(0.2, 0.2)]), []
+
+    def copied(ids, scores):
+        copies.append(copy.deepcopy(cache))
+        return scores
+
+    model.generate(prompt(1, 20), cache=cache, max_new_tokens=3, logits_processor=[copied])
+    with torch.no_grad():
+        model(prompt(1, 10), past_key_values=copies[0])
+    assert copies[0].columns(0).shape[-1] == 12
+    model.generate(prompt(1, 40), cache=copies[1], max_new_tokens=2)
+    assert copies[1].seen == 41
