@@ -5,8 +5,9 @@
 The candidates take turns (A B C A B C ...), each is timed against the dense run of its own
 turn, and medians of those ratios are reported with their spread: this machine's clock drifts
 more than the differences that matter. Prefill is compared with a dense prefill of the same
-prompt, a decode step at a budget of N slots with a dense step at a context of N tokens. SDTP
-runs with random heads, which cost what trained ones do.
+prompt, a decode step at a budget of N slots with a dense step at a context of N tokens (SDTP
+alone evicts nothing: its step reads what it left of the whole prompt). SDTP runs with random
+heads, which cost what trained ones do.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache
 import kvprune
 from kvprune.evaluation.assets import demo_model
 from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
+
+WHOLE = ("dense", "ComposedCache([])")
+"""What evicts nothing: its decode step is timed after a prompt of as many tokens as the budget."""
 
 STEPS = 12
 WARM_UP = 3
@@ -73,7 +77,7 @@ def measure(model: Any, context: int, budget: int, repeats: int) -> dict[str, di
         for name, make in runs.items():
             cache = make()
             rows[name]["prefill"].append(seconds(model, ids, cache))
-            if name == "dense":
+            if name in WHOLE:
                 cache = make()
                 seconds(model, ids[:, :budget], cache)
             rows[name]["decode"].append(decode_seconds(model, ids[:, :1], cache))
