@@ -22,13 +22,18 @@ from .oracles import budget_oracle
 
 @dataclass
 class MaskedDense:
-    """One batch of sequences under SDTP; all shapes `[B, columns]` over everything read."""
+    """One batch of sequences under SDTP; all shapes `[B, columns]` over everything read.
+
+    `alive` says by layer who reached it, `entered` what hidden states `[B, columns, C]` came to
+    it in the last forward.
+    """
 
     model: Any
     policy: SDTP
     ids: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
     mask: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
     alive: list[Tensor] = field(default_factory=list)
+    entered: dict[int, Tensor] = field(default_factory=dict)
 
     def forward(self, ids: Tensor, mask: Tensor, asked: int = 1) -> Tensor:
         """Reads new tokens; `asked` of them, at the end, are protected. Logits `[B, Q, V]`."""
@@ -50,6 +55,7 @@ class MaskedDense:
 
     def decide(self, layer: int, hidden: Tensor, count: int, asked: int) -> None:
         """Drops new tokens from `layer` on, given the whole hidden states `[B, columns, C]`."""
+        self.entered[layer] = hidden
         p, heads = self.policy, self.policy.heads
         assert heads is not None
         stage, rest = divmod(layer - p.first_layer, p.every)

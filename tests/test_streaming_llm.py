@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kvprune
 from kvprune.policies import StreamingLLM
 
 from .driver import Driver, Oracles, check_each_step
+from .models import left_padded, prompt, tiny_model
 from .oracles import StreamingOracle, budget_oracle
 from .strategies import chunked, head_counts, seeds
 
@@ -42,3 +45,19 @@ def test_a_share_is_of_each_row_s_prompt(share, length, padding, seed):
         return StreamingOracle(2, budget_oracle(share, length - first[row]), first[row])
 
     check_each_step(driver, Oracles(driver, make), [length, 1, 1, 1], first)
+
+
+def test_padding_stays_padding_where_a_later_forward_hands_in_no_mask():
+    """So that a row's sinks stay its own first tokens."""
+    ids, kept = prompt(2, 24), []
+    mask = left_padded(ids, [0, 9])["attention_mask"]
+    for later in (True, False):
+        cache = kvprune.ComposedCache([StreamingLLM(3, 5)])
+        with torch.no_grad():
+            tiny_model()(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+            for stop in range(21, 25):
+                now = mask[:, :stop] if later else None
+                tiny_model()(ids[:, stop - 1 : stop], attention_mask=now, past_key_values=cache)
+        kept.append(cache.columns(0).tolist())
+    assert kept[0] == kept[1]
+    assert kept[0][1] == [[9, 10, 11, 19, 20, 21, 22, 23]]
