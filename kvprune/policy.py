@@ -228,9 +228,12 @@ def newest(columns: Tensor, count: Tensor) -> Tensor:
     Returns:
         `[B, H, S]` bool; all valid entries where there are no more than `count`.
     """
-    count = count.reshape(count.shape[0], -1, 1).expand(-1, columns.shape[1], -1)
-    most = min(max(int(count.max()), 1), columns.shape[-1])
+    size = columns.shape[-1]
+    least, most = torch.stack(count.aminmax()).tolist()
     # Not a sort: in decoding, where S is a budget, topk takes a tenth of its time.
-    ordered = columns.topk(most, dim=-1).values
-    oldest = ordered.gather(-1, (count - 1).clamp(min=0, max=most - 1))
-    return (columns >= oldest) & (columns >= 0) & (count > 0)
+    oldest = columns.topk(min(max(most, 1), size), dim=-1).values
+    if least == most and least > 0:
+        return columns >= oldest[..., -1:].clamp(min=0)
+    count = count.reshape(count.shape[0], -1, 1).expand(-1, columns.shape[1], -1)
+    oldest = oldest.gather(-1, (count - 1).clamp(min=0, max=oldest.shape[-1] - 1))
+    return (columns >= oldest.clamp(min=0)) & (count > 0)

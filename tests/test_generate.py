@@ -116,6 +116,18 @@ def test_beams_equal_the_same_tokens_decoded_alone(policy, budget, data, seed):
     torch.testing.assert_close(transitions[0], scores.to(transitions.dtype), rtol=1e-5, atol=1e-5)
 
 
+class Lengths(kvprune.TokenPolicy):
+    """Notes the prompt lengths that it is shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def rank_slots(self, slots):
+        """Keeps everything."""
+        self.seen.add(tuple(slots.prompt_length.tolist()))
+
+
 @given(
     st.sampled_from([H2O(0.2, 0.2), H2O(0.15, 0.1), StreamingLLM(2, 0.3)]),
     st.integers(4, 40),
@@ -130,8 +142,10 @@ def test_a_share_is_the_same_whole_or_in_chunks(policy, length, chunk, data, see
     inputs["attention_mask"][:, holes] = 0
     counts = []
     for options in ({}, {"prefill_chunk_size": chunk}):
-        cache = kvprune.ComposedCache([policy])
+        watch = Lengths()
+        cache = kvprune.ComposedCache([policy, watch])
         generate(tiny_model(), inputs, cache, new=3, do_sample=False, **options)
+        assert watch.seen == {tuple(inputs["attention_mask"].sum(-1).tolist())}
         counts.append([(cache.columns(i) >= 0).sum(-1).tolist() for i in range(LAYERS)])
         for layer in range(LAYERS):
             listed = set(cache.columns(layer).flatten().tolist())

@@ -33,12 +33,22 @@ def test_a_share_of_a_very_long_prompt_does_not_overflow():
     assert Budget(1 / 3).of(torch.tensor([4 * 10**9])).tolist() == [1_333_333_333]
 
 
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=12, unique=True), st.integers(0, 14))
-def test_newest_is_by_column_whatever_the_order(columns, count):
-    """Empty slots do not count."""
-    shown = torch.tensor([[[*columns, -1, -1]]])
-    mask = newest(shown, torch.tensor([count]))
-    assert set(shown[mask].tolist()) == set(sorted(columns)[max(len(columns) - count, 0) :])
+@given(
+    st.lists(st.permutations(range(-2, 9)), min_size=4, max_size=4),
+    st.lists(st.integers(0, 12), min_size=4, max_size=4),
+    st.sampled_from(["row", "head", "same"]),
+)
+def test_newest_is_by_column_whatever_the_order(columns, counts, kind):
+    """Empty slots do not count; as many in every row and head, or not."""
+    shown = torch.tensor(columns).clamp(min=-1).view(2, 2, -1)
+    count = torch.tensor(counts).view(2, 2)
+    count = {"row": count[:, 0], "head": count, "same": count[:1, 0].expand(2)}[kind]
+    mask = newest(shown, count)
+    for row in range(2):
+        for head in range(2):
+            n = int(count[row] if count.dim() == 1 else count[row, head])
+            kept = shown[row, head][mask[row, head]].tolist()
+            assert sorted(kept) == list(range(max(9 - n, 0), 9))
 
 
 def test_repr_can_be_read_and_typed():
