@@ -61,3 +61,13 @@ def test_padding_stays_padding_where_a_later_forward_hands_in_no_mask():
         kept.append(cache.columns(0).tolist())
     assert kept[0] == kept[1]
     assert kept[0][1] == [[9, 10, 11, 19, 20, 21, 22, 23]]
+
+
+def test_a_sink_that_is_padding_leaves_the_window_as_it_is():
+    """Sinks are the columns first, first + 1, ...; the window is of its own size."""
+    mask = torch.ones(1, 20, dtype=torch.long)
+    mask[0, [0, 2]] = 0
+    cache = kvprune.ComposedCache([StreamingLLM(3, 5)])
+    with torch.no_grad():
+        tiny_model()(prompt(1, 20), attention_mask=mask, past_key_values=cache)
+    assert cache.columns(0)[0, 0].tolist() == [1, 3, 15, 16, 17, 18, 19]
