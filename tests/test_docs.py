@@ -49,6 +49,14 @@ def test_the_readme_s_first_commands_exist():
     assert set(first) <= set(targets)
 
 
+def test_the_readme_shows_the_demo_s_table():
+    """A row for each policy that the demo runs."""
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("<!-- demo -->") : text.index("<!-- /demo -->")]
+    for name in ("dense", "StreamingLLM 20 %", "H2O 20 %"):
+        assert re.search(rf"^\| {name} \| [\d.]+ \| [\d.]+ \| [\d.]+ \| \d+% \| \w", table, re.M)
+
+
 def test_the_readme_s_ten_lines_run(tmp_path, monkeypatch, capsys):
     """As they stand, on a tiny model with a tiny tokenizer."""
     tiny = fresh_model(dtype=torch.float32)

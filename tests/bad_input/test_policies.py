@@ -268,11 +268,11 @@ def test_forward_that_was_interrupted(kind):
     """Ctrl-C runs no hooks of torch; the cache is out of use all the same."""
 
     def interrupt(ranking):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("by hand")
 
     policy = kind()
     policy.fault = interrupt
-    assert_breaks(policy, KeyboardInterrupt, "", r"cache\.reset\(\)")
+    assert_breaks(policy, KeyboardInterrupt, "by hand", r"cache\.reset\(\)")
 
 
 def test_error_while_decoding():
