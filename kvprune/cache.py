@@ -145,7 +145,7 @@ class ComposedCache(Cache):
         memo[id(self._attachment)] = self._attachment
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        self._claim(None)
+        self._claim()
         try:
             for name, value in self.__dict__.items():
                 twin.__dict__[name] = {} if name == "_open" else copy.deepcopy(value, memo)
@@ -313,6 +313,17 @@ class ComposedCache(Cache):
                 changed, the mask does not fit or pads on the right. Nothing has changed then.
         """
         self._check_usable()
+        self._claim()
+        try:
+            step = self._new_step(rows, count, mask, device)
+        except BaseException:
+            del self._open["step"]
+            raise
+        self._open["step"] = (threading.get_ident(), step)
+        if step.padding is not None:
+            self._hide(step.padding[:, : self.seen])
+
+    def _new_step(self, rows: int, count: int, mask: Tensor | None, device: torch.device) -> Step:
         self._check_size(rows, count)
         assert self._attachment is not None
         heads = self._attachment.num_heads
@@ -323,14 +334,11 @@ class ComposedCache(Cache):
         padding = padding_so_far(self._padding, columns, self.seen, mask)
         numbers = rows_after(self._rows, columns, added, padding)
         asked = asked_tokens(self._logits_to_keep, rows, count, device)
-        step = Step(self.policies, len(self), self.seen, columns, numbers, asked, padding)
-        self._claim(step)
-        if padding is not None:
-            self._hide(padding[:, : self.seen])
+        return Step(self.policies, len(self), self.seen, columns, numbers, asked, padding)
 
-    def _claim(self, step: Step | None) -> None:
-        """Takes the one place for a step (None: for a copy), or refuses."""
-        mine = (threading.get_ident(), step)
+    def _claim(self) -> None:
+        """Takes the one place for a step, or for a copy, or refuses."""
+        mine = (threading.get_ident(), None)
         if self._open.setdefault("step", mine) is not mine:
             raise self._in_use()
 
