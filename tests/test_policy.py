@@ -160,3 +160,50 @@ def test_what_the_views_show():
     # Aligned: the newest token has received from itself alone.
     newest_token = looks.slots[2 * LAYERS][1][..., -1]
     torch.testing.assert_close(looks.tokens[5][1][..., -1], newest_token)
+
+
+class OneLeft(kvprune.TokenPolicy):
+    """Lets only the token whose logits are asked for enter layer 1."""
+
+    def rank_hidden(self, tokens):
+        """Nothing is worth keeping."""
+        if tokens.layer != 1:
+            return None
+        score = torch.zeros_like(tokens.valid[:, None], dtype=torch.float64)
+        return kvprune.Ranking(score, score > 0, torch.ones_like(tokens.first))
+
+
+def test_the_statistic_is_that_of_the_tokens_when_one_is_left():
+    """Of several tokens, one that is left does not take a freed slot: they stay in order."""
+    looks, model = Looks(), tiny_model()
+    cache, ids = kvprune.ComposedCache([looks, OneLeft(), H2O(1, 1)]), prompt(2, 16)
+    with torch.no_grad():
+        for stop, new in ((10, 10), (11, 1), (12, 1), (16, 4)):
+            model(ids[:, stop - new : stop], past_key_values=cache)
+    tokens, received = looks.tokens[-LAYERS + 2]
+    slots, attention = looks.slots[-LAYERS + 1]
+    assert (tokens.layer, slots.layer) == (2, 1)
+    assert tokens.columns.tolist() == [[15], [15]]
+    here = slots.columns.expand(-1, 2, -1) == 15
+    assert torch.equal(received.flatten(), attention[here])
+
+
+class DropsOne(kvprune.TokenPolicy):
+    """Keeps all but the oldest slot."""
+
+    def rank_slots(self, slots):
+        """Columns rank."""
+        count = slots.valid.sum(-1) - 1
+        return kvprune.Ranking(slots.columns.double(), torch.zeros_like(slots.valid), count)
+
+
+def test_one_object_twice_in_a_pipeline_is_two_policies():
+    """The second sees what the first left."""
+    one = DropsOne()
+    columns = []
+    for policies in ([one, one], [DropsOne(), DropsOne()]):
+        cache = kvprune.ComposedCache(policies)
+        with torch.no_grad():
+            tiny_model()(prompt(1, 12), past_key_values=cache)
+        columns.append(cache.columns(0)[0, 0].tolist())
+    assert columns[0] == columns[1] == list(range(2, 12))

@@ -98,3 +98,14 @@ def test_layers_that_share_columns_part_ways_when_one_drops_a_slot():
         layer.append(new, new, torch.tensor([[[6]]]), complete=True, in_hole=True)
         assert layer.columns[0, 0, hole] == 6
     assert torch.equal(layers[2].columns[0, 0], torch.arange(6))
+
+
+@pytest.mark.parametrize("over", range(1, SLACK + 3))
+def test_a_prompt_that_overflows_the_budget_leaves_no_gaps(over):
+    """By however little: a gap would cost a mask in every step from then on."""
+    driver = Driver([StreamingLLM(4, 16)], 1, 4, 2)
+    driver.step(driver.tokens(20 + over))
+    layer = driver.cache.layers[0]
+    for _ in range(3):
+        driver.step(driver.tokens(1))
+        assert not layer.gaps and layer.used == 21
