@@ -129,12 +129,12 @@ class SlotLayer:
             self._columns = columns
         else:
             columns = columns.expand(-1, self._columns.shape[1], -1)
-            self._columns = _extended(self._columns, columns, start, 2)
-        self._keys = _extended(self._keys, keys, start, 2)
-        self._values = _extended(self._values, values, start, 2)
+            self._columns = _extended(self._columns, columns, start)
+        self._keys = _extended(self._keys, keys, start)
+        self._values = _extended(self._values, values, start)
         for name in self.names:
             zeros = torch.zeros_like(keys[..., 0], dtype=statistic_dtype(keys))
-            self._statistics[name] = _extended(self._statistics.get(name), zeros, start, 2)
+            self._statistics[name] = _extended(self._statistics.get(name), zeros, start)
 
     def observe(self, name: str, received: Tensor) -> None:
         """Adds to a statistic what each slot in use received, `[B, Hkv, S]`, detached."""
@@ -212,8 +212,8 @@ def _put(buffer: Tensor | None, hole: Tensor, new: Tensor) -> Tensor:
     return buffer.scatter_(2, index, new)
 
 
-def _extended(buffer: Tensor | None, new: Tensor, used: int, dim: int) -> Tensor:
-    """`new` behind the first `used` entries of `buffer`, which grows geometrically.
+def _extended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
+    """`new` behind the first `used` slots of `buffer`, which grows geometrically.
 
     Written in place where there is room and nobody watches.
     """
@@ -221,15 +221,15 @@ def _extended(buffer: Tensor | None, new: Tensor, used: int, dim: int) -> Tensor
         # A copy: what a model hands in may be a slice of a fused projection, which would keep
         # three times the bytes, or what somebody else holds too.
         return new.clone(memory_format=torch.contiguous_format)
-    size = used + new.shape[dim]
+    size = used + new.shape[2]
     if _watched(buffer, new):
-        return torch.cat([buffer.narrow(dim, 0, used), new], dim)
-    if size > buffer.shape[dim]:
-        spare = max(SLACK, size // 8) if new.shape[dim] == 1 else 0
-        larger = buffer.new_empty((*buffer.shape[:dim], size + spare, *buffer.shape[dim + 1 :]))
-        larger.narrow(dim, 0, used).copy_(buffer.narrow(dim, 0, used))
+        return torch.cat([buffer[:, :, :used], new], 2)
+    if size > buffer.shape[2]:
+        spare = max(SLACK, size // 8) if new.shape[2] == 1 else 0
+        larger = buffer.new_empty((*buffer.shape[:2], size + spare, *buffer.shape[3:]))
+        larger[:, :, :used] = buffer[:, :, :used]
         buffer = larger
-    buffer.narrow(dim, used, new.shape[dim]).copy_(new)
+    buffer[:, :, used:size] = new
     return buffer
 
 

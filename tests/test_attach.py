@@ -448,7 +448,7 @@ def test_threads_with_a_cache_each():
             run.step(count)
         return run
 
-    runs = in_threads(*(lambda s=s: work(s) for s in range(len(steps))))  # type: ignore[misc]
+    runs = in_threads(*(partial(work, s) for s in range(len(steps))))
     for seed, run in enumerate(runs):
         assert_same(run, alone(model, *steps[seed], seed=seed))
 
@@ -462,7 +462,7 @@ def test_threads_that_generate():
         return model.generate(prompt(2, 10 + seed, seed), cache=cache, max_new_tokens=12)
 
     expected = [work(seed) for seed in range(6)]
-    got = in_threads(*(lambda s=s: work(s) for s in range(6)))  # type: ignore[misc]
+    got = in_threads(*(partial(work, s) for s in range(6)))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 

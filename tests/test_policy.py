@@ -207,3 +207,26 @@ def test_one_object_twice_in_a_pipeline_is_two_policies():
             tiny_model()(prompt(1, 12), past_key_values=cache)
         columns.append(cache.columns(0)[0, 0].tolist())
     assert columns[0] == columns[1] == list(range(2, 12))
+
+
+class NanOnPadding(kvprune.TokenPolicy):
+    """Divides by what padding has none of."""
+
+    def rank_slots(self, slots):
+        """Columns rank."""
+        score = slots.columns.double().masked_fill(~slots.valid, torch.nan)
+        return kvprune.Ranking(score, ~slots.valid, torch.full_like(slots.first, 5))
+
+
+@pytest.mark.parametrize(
+    "policy", [NanOnPadding(), NanOnPadding() | NanOnPadding()], ids=["alone", "united"]
+)
+def test_scores_of_padding_do_not_matter(policy):
+    """Not even NaN: what is not valid neither counts nor stays."""
+    ids = prompt(2, 20)
+    mask = torch.ones_like(ids)
+    mask[1, :12] = 0
+    cache = kvprune.ComposedCache([policy])
+    with torch.no_grad():
+        tiny_model()(ids, attention_mask=mask, past_key_values=cache)
+    assert cache.columns(0)[:, 0].tolist() == [[15, 16, 17, 18, 19]] * 2
