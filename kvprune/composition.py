@@ -158,7 +158,7 @@ class Union(TokenPolicy):
             check_ranking(part, ranking, columns, heads, look_for_nan=False)
             kept = kept | select(ranking, columns, valid)
             # A part's NaN must still reach the engine, which looks for it.
-            score = score.masked_fill(ranking.score.isnan() & valid, torch.nan)
+            score = score.masked_fill(ranking.score.isnan(), torch.nan)
         return Ranking(score, kept, kept.sum(-1))
 
     def __repr__(self) -> str:
