@@ -2,7 +2,7 @@
 
 ```python
 model = kvprune.attach(AutoModelForCausalLM.from_pretrained(name))
-cache = kvprune.ComposedCache([SDTP(heads), H2O()])
+cache = kvprune.ComposedCache([SDTP(), H2O()])
 model.generate(**inputs, cache=cache, max_new_tokens=128)
 ```
 """

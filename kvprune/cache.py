@@ -64,6 +64,8 @@ class ComposedCache(Cache):
     def __init__(self, policies: Sequence[TokenPolicy] = ()) -> None:
         super().__init__(layers=[])
         self.policies = _checked(policies)
+        # What they are on the model that the cache is tied to.
+        self._working: tuple[TokenPolicy, ...] = ()
         self.seen = 0
         self._attachment: Attachment | None = None
         self._rows: RowNumbers | None = None
@@ -130,7 +132,7 @@ class ComposedCache(Cache):
     def reset(self) -> None:
         """Forgets everything, also its model, and frees the memory; it can be used anew."""
         self.layers = []
-        self._attachment = None
+        self._attachment, self._working = None, ()
         self._logits_to_keep = 0
         self.seen = 0
         self._rows, self._padding, self._promise = None, None, 0
@@ -142,6 +144,7 @@ class ComposedCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> ComposedCache:
         # Shared, not copied: the model it is bound to, and the policies, which hold no state.
         memo[id(self.policies)] = self.policies
+        memo[id(self._working)] = self._working
         memo[id(self._attachment)] = self._attachment
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
@@ -272,10 +275,10 @@ class ComposedCache(Cache):
             )
         for policy in leaves(self.policies):
             _check_layers(policy, attachment)
-            policy.check(model)
+        working = tuple(policy.for_model(model) for policy in self.policies)
         layers = range(attachment.num_layers)
-        self.layers = [SlotLayer(wanted_at(self.policies, i)) for i in layers]
-        self._attachment = attachment
+        self.layers = [SlotLayer(wanted_at(working, i)) for i in layers]
+        self._working, self._attachment = working, attachment
 
     def announce_prompt(self, new: Tensor | int) -> None:
         """`generate` tells how many valid prompt tokens `[B]` follow, however it splits them."""
@@ -334,7 +337,7 @@ class ComposedCache(Cache):
         padding = padding_so_far(self._padding, columns, self.seen, mask)
         numbers = rows_after(self._rows, columns, added, padding)
         asked = asked_tokens(self._logits_to_keep, rows, count, device)
-        return Step(self.policies, len(self), self.seen, columns, numbers, asked, padding)
+        return Step(self._working, len(self), self.seen, columns, numbers, asked, padding)
 
     def _claim(self) -> None:
         """Takes the one place for a step, or for a copy, or refuses."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
 
 from .errors import KVPruneError
@@ -13,17 +16,113 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _commands() -> None:
-    """Keeps `demo` a command of its own while it is the only one."""
-
-
 @app.command()
 def demo() -> None:
     """A real prompt of 2,000 tokens and a question, with each policy: one table."""
     from .evaluation.demo import run_demo
 
     run_demo()
+
+
+@app.command("train-sdtp")
+def train_sdtp(
+    model: Annotated[str, typer.Option(help="Name or path of the model to train heads for.")],
+    data: Annotated[
+        str, typer.Option(help="A text, a JSON-lines file, a folder of these, or a dataset's name.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the heads and training.json.")],
+    tokens: Annotated[int, typer.Option(help="The most tokens of an example.")] = 1024,
+    completion: Annotated[int, typer.Option(help="Tokens of a text that are to be likely.")] = 64,
+    limit: Annotated[int | None, typer.Option(help="Use only so many examples.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Where to train; accelerate's choice.")] = None,
+    keep: Annotated[float, typer.Option(help="The share that each stage keeps.")] = 0.9,
+    stages: Annotated[int | None, typer.Option(help="How many; as many as fit.")] = None,
+    query_heads: Annotated[
+        int, typer.Option(help="Heads of the low-rank term; 0 for the paper's module.")
+    ] = 4,
+    target: Annotated[str, typer.Option(help="attention, or the paper's gradient.")] = "attention",
+    marking_epochs: Annotated[int, typer.Option()] = 2,
+    pruning_epochs: Annotated[int, typer.Option()] = 1,
+    ranking: Annotated[float, typer.Option(help="Weight of this loss; 0 leaves it out.")] = 1.0,
+    mse: Annotated[float, typer.Option(help="Likewise.")] = 0.3,
+    cross_entropy: Annotated[float, typer.Option(help="Likewise.")] = 1.0,
+    distillation: Annotated[float, typer.Option(help="Likewise.")] = 0.0,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Trains SDTP's heads for a model. Stopped, it goes on where it was when called again."""
+    from .policies import SDTP
+    from .policies.sdtp import Training, read_examples, train, untrained
+
+    options = Training(
+        marking_epochs=marking_epochs,
+        pruning_epochs=pruning_epochs,
+        ranking=ranking,
+        mse=mse,
+        cross_entropy=cross_entropy,
+        distillation=distillation,
+        target=target,
+        seed=seed,
+    )
+    tokenizer, loaded = _loaded(model, dtype, device)
+    examples = read_examples(data, tokenizer, tokens, completion)[:limit]
+    heads = untrained(loaded, seed, keep=keep, stages=stages, query_heads=query_heads)
+    train(loaded, examples, out, options, SDTP(heads), note={"model_name": model, "data": data})
+    typer.echo(f"{out}: pass them as SDTP(SDTPHeads.from_pretrained({str(out)!r}))")
+
+
+@app.command("explain")
+def explain_text(
+    text: Annotated[str, typer.Argument(help="What to read, or a file that holds it.")],
+    model: Annotated[str | None, typer.Option(help="Name or path; the demo model.")] = None,
+    heads: Annotated[Path | None, typer.Option(help="Heads; those that ship.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page as well.")] = None,
+) -> None:
+    """Shows which tokens of a text survive to which layer under SDTP."""
+    from rich.console import Console
+
+    from .attach import attach
+    from .evaluation.assets import demo_model
+    from .evaluation.explain import as_page, as_terminal, explain
+    from .files import write_text
+    from .policies import SDTP, SDTPHeads
+
+    policy = SDTP(None if heads is None else SDTPHeads.from_pretrained(heads).float())
+    path = (
+        str(demo_model(report=lambda line: typer.echo(line, err=True))) if model is None else model
+    )
+    tokenizer, loaded = _loaded(path, "auto", None)
+    explained = explain(attach(loaded), tokenizer, _text(text), [policy])
+    Console().print(as_terminal(explained))
+    if html is not None:
+        write_text(html, as_page(explained))
+
+
+def _text(given: str) -> str:
+    """The text itself, or that of a file."""
+    try:
+        return Path(given).read_text(encoding="utf-8") if Path(given).is_file() else given
+    except (OSError, ValueError):
+        # Too long for the name of a file, or not text.
+        return given
+
+
+def _loaded(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
+    """Tokenizer and model.
+
+    Raises:
+        KVPruneError: there is no such model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise KVPruneError(
+            f"--model {name}: expected the name or the folder of a transformers model: {error}"
+        ) from error
+    return tokenizer, model if device is None else model.to(device)
 
 
 def main() -> None:

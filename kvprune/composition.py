@@ -126,6 +126,10 @@ class Union(TokenPolicy):
         """What any part wants observed."""
         return tuple(dict.fromkeys(name for p in self.parts for name in p.statistics))
 
+    def for_model(self, model: torch.nn.Module) -> Union:
+        """The union of what its parts are on `model`."""
+        return replace(self, parts=tuple(part.for_model(model) for part in self.parts))
+
     def rank_hidden(self, tokens: TokenView) -> Ranking | None:
         """Protects what any part keeps."""
         found = self._rankings("rank_hidden", tokens)

@@ -140,12 +140,15 @@ class TokenPolicy:
         mine = type(self)
         return frozenset(h for h in HOOKS if getattr(mine, h) is not getattr(TokenPolicy, h))
 
-    def check(self, model: torch.nn.Module) -> None:
-        """Called once, before a cache with this policy is first used with `model`.
+    def for_model(self, model: torch.nn.Module) -> TokenPolicy:
+        """The policy that works on `model`: itself, or a copy with what it needs of the model.
+
+        Called once, before a cache with this policy is first used with `model`.
 
         Raises:
             KVPruneError: the policy cannot work on this model.
         """
+        return self
 
     def applies(self, layer: int) -> bool:
         """Whether the policy ranks at this layer at all."""

@@ -58,31 +58,63 @@ class MaskedDense:
         self.entered[layer] = hidden
         p, heads = self.policy, self.policy.heads
         assert heads is not None
-        stage, rest = divmod(layer - p.first_layer, p.every)
-        if count == 1 or rest or not 0 <= stage < len(heads.stages):
+        if count == 1 or layer not in heads.layers[: p.stages]:
             return
-        scores = heads(hidden, stage)
+        stage = heads.layers.index(layer)
         for row in range(hidden.shape[0]):
             new = range(hidden.shape[1] - count, hidden.shape[1])
             length = sum(int(self.mask[row, c]) for c in new)
             if length < p.min_tokens:
                 continue
             present = [c for c in new if self.alive[layer][row, c]]
-            stay = self._stay(row, stage, present, length, scores[row], new[-asked:])
+            stay = self._stay(row, stage, present, length, hidden[row], new[-asked:])
             for deeper in self.alive[layer:]:
                 for column in set(present) - stay:
                     deeper[row, column] = False
 
     def _stay(
-        self, row: int, stage: int, present: list[int], length: int, score: Tensor, asked: Any
+        self, row: int, stage: int, present: list[int], length: int, hidden: Tensor, asked: Any
     ) -> set[int]:
+        score = self._scores(stage, present, hidden)
         p, first = self.policy, int(self.mask[row].nonzero()[0, 0])
         local = budget_oracle(p.local, length)
         protected = {c for c in present if c < first + p.sinks or c in asked}
         protected |= set(present[len(present) - local :])
-        budget = max(budget_oracle(p.keep ** (stage + 1), length), len(protected))
-        rest = sorted(set(present) - protected, key=lambda c: (float(score[c]), c), reverse=True)
+        assert p.heads is not None
+        share = p.heads.keep if p.keep is None else p.keep
+        budget = max(budget_oracle(share ** (stage + 1), length), len(protected))
+        rest = sorted(set(present) - protected, key=lambda c: (score[c], c), reverse=True)
         return protected | set(rest[: budget - len(protected)])
+
+    def _scores(self, stage: int, present: list[int], hidden: Tensor) -> dict[int, float]:
+        """By column, each token by itself; the newest ones that are still there ask."""
+        heads: Any = self.policy.heads
+        head = heads.stages[stage]
+        states = [head.norm(hidden[c]) for c in present]
+        features = []
+        for state in states:
+            keep, drop = head.down(torch.nn.functional.gelu(head.up(state))).tolist()
+            asked = []
+            for h in range(heads.asks.heads if heads.asks else 0):
+                part = slice(h * heads.asks.size, (h + 1) * heads.asks.size)
+                key = heads.asks.key(state)[part] * head.scale[h]
+                asking = [heads.asks.query(s)[part] for s in states[-heads.query_tokens :]]
+                products = torch.stack([key @ q / heads.asks.size**0.5 for q in asking])
+                asked.append(float(products.exp().mean().log()))
+            features.append([keep - drop, *asked])
+        if not heads.asks:
+            return {c: f[0] for c, f in zip(present, features, strict=True)}
+        weights, half = head.smooth.weight[0], head.smooth.weight.shape[-1] // 2
+        score = {}
+        for place, column in enumerate(present):
+            total = float(head.smooth.bias)
+            for other in range(max(place - half, 0), min(place + half + 1, len(present))):
+                total += sum(
+                    float(w) * f
+                    for w, f in zip(weights[:, other - place + half], features[other], strict=True)
+                )
+            score[column] = total
+        return score
 
     def columns(self, layer: int, row: int) -> list[int]:
         """The columns that reached `layer`."""

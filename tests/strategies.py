@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -14,13 +15,14 @@ from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
 from .models import LAYERS
 
 
-def sdtp_heads(stages: int, hidden_size: int = 32) -> SDTPHeads:
-    """Heads with fixed random weights for the tiny models."""
+def sdtp_heads(stages: int = 2, hidden_size: int = 32, **options: Any) -> SDTPHeads:
+    """Heads with fixed random weights for the tiny models, before layers 1 and 3."""
     import torch
 
     with torch.random.fork_rng():
         torch.manual_seed(stages)
-        return SDTPHeads(hidden_size, LAYERS, stages).double()
+        heads = SDTPHeads(hidden_size, LAYERS, first_layer=1, every=2, stages=stages, **options)
+        return heads.double()
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Listed:
 
 def sdtp_pruner(keep: float) -> SDTP:
     """Two stages, before layers 1 and 3 of the tiny models."""
-    return SDTP(sdtp_heads(2), keep, first_layer=1, every=2, sinks=2, min_tokens=6)
+    return SDTP(sdtp_heads(), keep, sinks=2, min_tokens=6)
 
 
 POLICIES = [

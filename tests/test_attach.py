@@ -37,7 +37,7 @@ def _without_gradients() -> Iterator[None]:
 
 def pipeline() -> list[TokenPolicy]:
     """Prunes before layers 1 and 3, then evicts by attention down to shares of the prompt."""
-    pruner = SDTP(sdtp_heads(2), 0.7, first_layer=1, every=2, min_tokens=4)
+    pruner = SDTP(sdtp_heads(), 0.7, min_tokens=4)
     return [pruner, H2O(heavy=0.3, recent=0.3)]
 
 

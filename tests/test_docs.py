@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import kvprune
-from kvprune.policies import SDTPHeads
 
-from .models import LAYERS, VOCAB, fresh_model, prompt, tiny_model
+from .models import VOCAB, fresh_model, prompt, tiny_model
+from .strategies import sdtp_heads
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,13 +67,14 @@ def test_the_readme_s_ten_lines_run(tmp_path, monkeypatch, capsys):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
     fast.save_pretrained(tmp_path / "model")
-    SDTPHeads(32, LAYERS, 1).save(tmp_path / "heads.safetensors")
     monkeypatch.chdir(tmp_path)
-    given = {"name": str(tmp_path / "model"), "long_text": " ".join(["5 6 7 8 9"] * 30)}
+    given: dict[str, Any] = {"name": str(tmp_path / "model")}
+    given["long_text"] = " ".join(["5 6 7 8 9"] * 30)
     block = code_blocks("README.md")[0]
     assert len(block.strip().splitlines()) <= 12
-    # Stages stand before layer 4 and deeper, and the tiny model has four layers.
-    exec(block.replace("SDTP(SDTPHeads", "SDTP(first_layer=3, heads=SDTPHeads"), given)
+    # No heads ship for the tiny model.
+    given["heads"] = sdtp_heads().float()
+    exec(block.replace("SDTP()", "SDTP(heads)"), given)
     assert given["cache"].seen == 150 + 127
     assert "layers 0-3: 30/277 slots" in capsys.readouterr().out
 

@@ -103,7 +103,7 @@ def test_a_causal_four_d_mask_changes_nothing_when_tokens_are_pruned_and_evicted
     from kvprune.policies import SDTP
 
     def policies():
-        return [SDTP(sdtp_heads(2), 0.6, first_layer=1, every=2, min_tokens=6), H2O(3, 4)]
+        return [SDTP(sdtp_heads(), 0.6, min_tokens=6), H2O(3, 4)]
 
     ids, logits = prompt(2, 24), []
     causal = torch.ones(24, 24, dtype=torch.bool).tril().expand(2, 1, -1, -1)

@@ -1,6 +1,20 @@
 """SDTP: Saliency-driven Dynamic Token Pruning (arXiv 2504.04514v2)."""
 
+from .examples import Example, read_examples
 from .heads import SDTPHeads
 from .policy import SDTP
+from .saliency import saliency
+from .shipped import fingerprint
+from .training import Training, train, untrained
 
-__all__ = ["SDTP", "SDTPHeads"]
+__all__ = [
+    "SDTP",
+    "Example",
+    "SDTPHeads",
+    "Training",
+    "fingerprint",
+    "read_examples",
+    "saliency",
+    "train",
+    "untrained",
+]

@@ -1,105 +1,266 @@
-"""The learned modules of SDTP: one small MLP per stage, which tells how salient a token is."""
+"""The learned modules of SDTP: one small network per stage, which tells how salient a token is."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
+from typing import Any, cast
 
-from safetensors import SafetensorError, safe_open
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kvprune.errors import KVPruneError
+from kvprune.files import write_text, write_whole
 
 FORMAT = "kvprune.SDTPHeads"
 
+_LEAST = {"first_layer": 0, "query_heads": 0}
 
-class SDTPHeads(nn.Module):
-    """One MLP with GELU per stage, hidden -> hidden/4 -> 2 (paper, section 3.2).
 
-    The two outputs are the logits of keeping and of dropping a token; keep minus drop ranks.
+class SDTPHeads(
+    nn.Module,
+    ModelHubMixin,
+    library_name="kvprune",
+    tags=["token-pruning", "sdtp"],
+    license="apache-2.0",
+):
+    """One network per stage: LayerNorm, then an MLP with GELU, hidden -> hidden/4 -> 2.
+
+    The two outputs are the logits of keeping and of dropping a token; keep minus drop ranks
+    (paper, section 3.2; the LayerNorm is ours).
+
+    With `query_heads` the tokens are also judged by the prompt's last tokens, which the paper's
+    head cannot do: in a causal model the hidden state of a token does not know the question that
+    follows it. Each head of this low-rank term makes a key of every token and a query of each of
+    the `query_tokens` newest, with projections that all stages share; the log-mean-exp over the
+    queries of their scaled products is one feature. A stage's score is then a weighted sum of the
+    MLP's score and these features over the `window` tokens around a token, since what answers a
+    question stands beside the words that the two have in common.
 
     Args:
         hidden_size: C of the model that the heads are for.
         num_layers: how many decoder layers that model has.
-        stages: how many heads.
+        first_layer: the layer that the first stage stands before, from 0.
+        every: layers from one stage to the next.
+        stages: how many stages; None for as many as the model has room for.
+        keep: the share that each stage keeps of what the one before kept, in (0, 1].
+        query_heads: heads of the low-rank term, 0 for none (the paper's module).
+        query_size: features of each of them.
+        query_tokens: how many of the newest tokens make queries.
+        window: tokens that a score is a weighted sum over, itself in the middle, an odd number;
+            of effect with `query_heads` alone.
+        fingerprint: of the model that they were trained for, see `fingerprint`.
 
     Raises:
-        KVPruneError: a number below 1.
+        KVPruneError: a number out of range, an even window, or more stages than the model has room
+            for.
     """
 
-    def __init__(self, hidden_size: int, num_layers: int, stages: int) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_layers: int,
+        first_layer: int = 4,
+        every: int = 3,
+        stages: int | None = None,
+        keep: float = 0.9,
+        query_heads: int = 0,
+        query_size: int = 32,
+        query_tokens: int = 64,
+        window: int = 15,
+        fingerprint: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
-        self.configuration = {
+        numbers = {
             "hidden_size": hidden_size,
             "num_layers": num_layers,
-            "stages": stages,
+            "first_layer": first_layer,
+            "every": every,
+            "query_heads": query_heads,
+            "query_size": query_size,
+            "query_tokens": query_tokens,
+            "window": window,
         }
-        wrong = {k: v for k, v in self.configuration.items() if type(v) is not int or v < 1}
-        if wrong:
-            raise KVPruneError(f"SDTPHeads: expected whole numbers of at least 1, came {wrong}")
-        self.stages = nn.ModuleList(_head(hidden_size) for _ in range(stages))
+        _check_numbers(numbers)
+        check_keep(keep, "SDTPHeads")
+        self.layers = _layers(num_layers, first_layer, every, stages)
+        self.keep = keep
+        self.query_tokens = query_tokens
+        self.configuration: dict[str, Any] = {
+            **numbers,
+            "stages": len(self.layers),
+            "keep": keep,
+            "fingerprint": fingerprint,
+        }
+        self.stages = nn.ModuleList(
+            _Head(hidden_size, query_heads, query_size, window) for _ in self.layers
+        )
+        self.asks = _Asks(hidden_size, query_heads, query_size) if query_heads else None
 
-    def forward(self, hidden: Tensor, stage: int) -> Tensor:
+    def forward(self, hidden: Tensor, columns: Tensor, stage: int) -> Tensor:
         """How much a stage wants to keep each token.
 
         Args:
-            hidden: `[..., C]`, the input of the stage's layer, of any dtype.
+            hidden: `[B, Q, C]`, the input of the stage's layer, of any dtype; the tokens that are
+                left, in order.
+            columns: `[B, Q]` int64, unique in a row, -1 where there is no token.
             stage: which head, from 0.
 
         Returns:
-            `[...]` in the heads' dtype: keep-minus-drop logit.
+            `[B, Q]` in the heads' dtype: keep-minus-drop logit.
         """
-        head = self.stages[stage]
-        logits = head(hidden.to(next(head.parameters()).dtype))
-        return logits[..., 0] - logits[..., 1]
+        head: Any = self.stages[stage]
+        hidden = head.norm(hidden.to(head.norm.weight.dtype))
+        score: Tensor = head.own(hidden)
+        if self.asks is None:
+            return score
+        features = torch.cat(
+            [score[..., None], self.asks(hidden, columns, self.query_tokens, head.scale)], -1
+        )
+        return cast(Tensor, head.smoothed(features.masked_fill((columns < 0)[..., None], 0.0)))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes weights and configuration to one safetensors file, whole or not at all."""
-        target = Path(path)
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors = {name: t.contiguous() for name, t in self.state_dict().items()}
         header = {"format": FORMAT, "configuration": json.dumps(self.configuration)}
-        descriptor, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(descriptor)
-        try:
-            tensors = {name: t.contiguous() for name, t in self.state_dict().items()}
-            save_file(tensors, scratch, metadata=header)
-            os.replace(scratch, target)
-        finally:
-            Path(scratch).unlink(missing_ok=True)
+        write_whole(
+            save_directory / SAFETENSORS_SINGLE_FILE,
+            lambda scratch: save_file(tensors, scratch, metadata=header),
+        )
+        write_text(save_directory / CONFIG_NAME, json.dumps(self.configuration, indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SDTPHeads:
-        """Reads what `save` wrote.
+    def from_pretrained(  # type: ignore[override]
+        cls, name: str | os.PathLike[str], **options: Any
+    ) -> SDTPHeads:
+        """Reads what `save_pretrained` wrote, in eval mode.
+
+        Args:
+            name: a folder, or a repository on the hub.
+            options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
         Raises:
-            KVPruneError: no such file, or not a file of SDTP heads.
+            KVPruneError: no such folder or repository, or not one of SDTP heads.
         """
         try:
-            with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if header.get("format") != FORMAT:
-                raise KVPruneError(f"its header says format={header.get('format')!r}")
-            heads = cls(**json.loads(header["configuration"]))
-            heads.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
-        except (
-            OSError,
-            SafetensorError,
-            KVPruneError,
-            KeyError,
-            TypeError,
-            RuntimeError,
-            json.JSONDecodeError,
-            StopIteration,
-        ) as error:
+            heads: SDTPHeads = super().from_pretrained(os.fspath(name), **options)
+        # The hub, safetensors and JSON have an error class each for every way to go wrong.
+        except Exception as error:
             raise KVPruneError(
-                f"SDTPHeads.load({str(path)!r}): expected a file that SDTPHeads.save wrote: {error}"
+                f"SDTPHeads.from_pretrained({str(name)!r}): expected a folder, or a repository on "
+                f"the hub, that SDTPHeads.save_pretrained wrote: {error}"
             ) from error
         return heads
 
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> SDTPHeads:
+        if os.path.isdir(model_id):
+            return _read(Path(model_id) / SAFETENSORS_SINGLE_FILE)
+        hub = {name: options[name] for name in _HUB if name in options}
+        return _read(Path(hf_hub_download(model_id, SAFETENSORS_SINGLE_FILE, **hub)))
 
-def _head(hidden_size: int) -> nn.Module:
-    inner = max(hidden_size // 4, 1)
-    return nn.Sequential(nn.Linear(hidden_size, inner), nn.GELU(), nn.Linear(inner, 2))
+
+_HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+
+
+class _Head(nn.Module):
+    """What a stage has for itself."""
+
+    def __init__(self, hidden_size: int, heads: int, size: int, window: int) -> None:
+        super().__init__()
+        inner = max(hidden_size // 4, 1)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.up = nn.Linear(hidden_size, inner)
+        self.down = nn.Linear(inner, 2)
+        if heads:
+            self.scale = nn.Parameter(torch.ones(heads, size))
+            self.smooth = nn.Conv1d(1 + heads, 1, window, padding=window // 2)
+            _start(self.smooth, heads, window)
+
+    def own(self, hidden: Tensor) -> Tensor:
+        """The paper's score of normalised tokens: `[B, Q, C]` to `[B, Q]`."""
+        keep, drop = self.down(F.gelu(self.up(hidden))).unbind(-1)
+        score: Tensor = keep - drop
+        return score
+
+    def smoothed(self, features: Tensor) -> Tensor:
+        """`[B, Q, 1 + heads]` to `[B, Q]`."""
+        score: Tensor = self.smooth(features.transpose(1, 2))[:, 0]
+        return score
+
+
+def _start(smooth: nn.Conv1d, heads: int, window: int) -> None:
+    """The MLP's score of the token itself, and the plain mean of what the queries say."""
+    with torch.no_grad():
+        smooth.weight.fill_(1.0 / heads / window)
+        smooth.weight[0, 0] = 0.0
+        smooth.weight[0, 0, window // 2] = 1.0
+
+
+class _Asks(nn.Module):
+    """The low-rank term's projections, which all stages share."""
+
+    def __init__(self, hidden_size: int, heads: int, size: int) -> None:
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.key = nn.Linear(hidden_size, heads * size)
+        self.query = nn.Linear(hidden_size, heads * size)
+        # Alike at first: a token asks for what resembles it.
+        nn.init.normal_(self.key.weight, std=hidden_size**-0.5)
+        with torch.no_grad():
+            self.query.weight.copy_(self.key.weight)
+            self.key.bias.zero_()
+            self.query.bias.zero_()
+
+    def forward(self, hidden: Tensor, columns: Tensor, count: int, scale: Tensor) -> Tensor:
+        """What the `count` newest of the tokens `[B, Q, C]` say of each: `[B, Q, heads]`."""
+        newest = columns.topk(min(count, columns.shape[1]), dim=-1)
+        there = newest.values >= 0
+        asking = hidden.gather(1, newest.indices[..., None].expand(-1, -1, hidden.shape[-1]))
+        keys = self.key(hidden).unflatten(-1, (self.heads, self.size)) * scale
+        queries = self.query(asking).unflatten(-1, (self.heads, self.size))
+        products = torch.einsum("bnhd,bwhd->bnhw", keys, queries) / self.size**0.5
+        products = products.masked_fill(~there[:, None, None, :], -torch.inf)
+        return products.logsumexp(-1) - there.sum(-1).clamp(min=1).log()[:, None, None]
+
+
+def _read(path: Path) -> SDTPHeads:
+    with safe_open(str(path), framework="pt") as file:
+        header = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if header.get("format") != FORMAT:
+        raise KVPruneError(f"its header says format={header.get('format')!r}")
+    heads = SDTPHeads(**json.loads(header["configuration"]))
+    heads.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
+    return heads.eval()
+
+
+def check_keep(keep: Any, who: str) -> None:
+    """Refuses what is not a share."""
+    if not isinstance(keep, float) or not 0.0 < keep <= 1.0:
+        raise KVPruneError(f"{who}: keep={keep!r}: expected a share (a float in (0, 1])")
+
+
+def _check_numbers(numbers: dict[str, Any]) -> None:
+    for name, number in numbers.items():
+        least = _LEAST.get(name, 1)
+        if type(number) is not int or number < least:
+            raise KVPruneError(f"SDTPHeads: {name}={number!r}: expected an int of at least {least}")
+    if numbers["window"] % 2 == 0:
+        raise KVPruneError(f"SDTPHeads: window={numbers['window']}: expected an odd number")
+
+
+def _layers(num_layers: int, first_layer: int, every: int, stages: int | None) -> tuple[int, ...]:
+    room = range(first_layer, num_layers, every)
+    wanted = len(room) if stages is None else stages
+    if type(wanted) is not int or not 1 <= wanted <= len(room):
+        raise KVPruneError(
+            f"SDTPHeads: stages={stages!r}: a model of {num_layers} layers has room for "
+            f"{len(room)} (first_layer={first_layer}, every={every}); expected 1 to {len(room)}"
+        )
+    return tuple(room[:wanted])

@@ -33,8 +33,7 @@ def h2o(**options: Any) -> H2O:
 
 def pruner(**options: Any) -> SDTP:
     """Prunes before layers 1 and 3, in forwards of four tokens or more."""
-    stages = {"first_layer": 1, "every": 2, "min_tokens": 4}
-    return SDTP(**{"heads": sdtp_heads(2), "keep": 0.6, **stages, **options})
+    return SDTP(**{"heads": sdtp_heads(), "keep": 0.6, "min_tokens": 4, **options})
 
 
 def filled(*policies: TokenPolicy, rows: int = 1) -> ComposedCache:

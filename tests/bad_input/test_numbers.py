@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..models import (
     prompt,
     tiny_model,
 )
+from ..strategies import sdtp_heads
 from .checks import INF, LENGTH, NAN, assert_refused, h2o, held, pruner
 
 # Numbers out of range.
@@ -71,13 +73,11 @@ def test_budget_that_would_not_keep_the_newest_token(make, name, value):
     [
         (lambda v: StreamingLLM(sinks=v), "StreamingLLM: sinks", 0),
         (lambda v: pruner(sinks=v), "SDTP: sinks", 0),
-        (lambda v: pruner(first_layer=v), "SDTP: first_layer", 0),
-        (lambda v: pruner(every=v), "SDTP: every", 1),
         (lambda v: pruner(min_tokens=v), "SDTP: min_tokens", 1),
     ],
 )
 def test_count_that_is_none(make, name, least, value):
-    """Sinks, layers and stages are whole numbers."""
+    """Sinks and the like are whole numbers."""
     with pytest.raises(KVPruneError) as caught:
         make(value)
     assert str(caught.value).startswith(f"{name}={value!r}: expected")
@@ -86,14 +86,12 @@ def test_count_that_is_none(make, name, least, value):
 
 @pytest.mark.parametrize("value", [*NO_COUNT, 0], ids=repr)
 def test_stages_that_are_none(value):
-    """None alone is allowed: as many as fit."""
+    """None alone is allowed: as many as the heads have."""
     with pytest.raises(KVPruneError, match=r"SDTP: stages=.*expected an int of at least 1"):
         pruner(stages=value)
 
 
-@pytest.mark.parametrize(
-    "value", [0.0, -0.5, 1.1, 2.0, NAN, INF, 0, 2, True, "0.5", None], ids=repr
-)
+@pytest.mark.parametrize("value", [0.0, -0.5, 1.1, 2.0, NAN, INF, 0, 2, True, "0.5"], ids=repr)
 def test_share_that_sdtp_cannot_keep(value):
     """`keep` is a share, never a count."""
     with pytest.raises(KVPruneError, match=r"SDTP: keep=.*expected a share \(a float in \(0, 1\]"):
@@ -103,32 +101,48 @@ def test_share_that_sdtp_cannot_keep(value):
 # The learned heads of SDTP.
 
 
-@pytest.mark.parametrize("heads", [None, "heads.safetensors", SDTPHeads, nn.Linear(32, 2)])
-def test_sdtp_without_heads_says_where_to_get_them(heads):
+@pytest.mark.parametrize("heads", ["heads.safetensors", SDTPHeads, nn.Linear(32, 2)])
+def test_sdtp_heads_that_are_none(heads):
     """Also where the path is passed instead of the heads."""
-    with pytest.raises(KVPruneError, match=r"SDTP\(SDTPHeads\.load\(path\)\).*or untrained"):
+    with pytest.raises(KVPruneError, match=r"SDTP: heads: .*SDTPHeads\.from_pretrained\(folder\)"):
         SDTP(heads)
-    with pytest.raises(KVPruneError, match=r"SDTP\(SDTPHeads\.load\(path\)\).*or untrained"):
-        SDTP()
 
 
-@pytest.mark.parametrize("sizes", [(0, 4, 2), (32, -1, 2), (32, 4, 0), (32.0, 4, 2), (32, 4, "2")])
-def test_sdtp_heads_of_no_size(sizes):
-    """Every size is a whole number of at least 1."""
-    with pytest.raises(KVPruneError, match="SDTPHeads: expected whole numbers of at least 1"):
-        SDTPHeads(*sizes)
+SIZES_OF_HEADS: dict[str, Any] = {"hidden_size": 32, "num_layers": 8, "first_layer": 1, "every": 2}
+
+
+@pytest.mark.parametrize("value", [*NO_COUNT, None], ids=repr)
+@pytest.mark.parametrize(
+    "name", [*SIZES_OF_HEADS, "query_heads", "query_size", "query_tokens", "window"]
+)
+def test_heads_of_no_size(name, value):
+    """Every size is a whole number."""
+    with pytest.raises(KVPruneError, match=f"SDTPHeads: {name}=.*expected an int of at least"):
+        SDTPHeads(**{**SIZES_OF_HEADS, name: value})
+
+
+@pytest.mark.parametrize("stages", [0, -1, 5, 2.0, "2"])
+def test_heads_with_stages_that_do_not_fit(stages):
+    """A model of 8 layers has room for 4, before layers 1, 3, 5, 7."""
+    with pytest.raises(KVPruneError, match=r"stages=.*room for 4 .*expected 1 to 4"):
+        SDTPHeads(**SIZES_OF_HEADS, stages=stages)
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.5, 1, NAN, None, "0.9"])
+def test_heads_with_a_share_that_is_none(keep):
+    """`keep` is a share, never a count."""
+    with pytest.raises(KVPruneError, match=r"SDTPHeads: keep=.*expected a share"):
+        SDTPHeads(**SIZES_OF_HEADS, keep=keep)
 
 
 @pytest.mark.parametrize(
     ("policy", "match"),
     [
-        (lambda: pruner(stages=3), r"stages=3 do not fit: .* has room for 2"),
-        (lambda: pruner(first_layer=LAYERS), r"do not fit: .* has room for 0"),
-        (lambda: pruner(heads=SDTPHeads(16, LAYERS, 2)), "hidden_size.*Load the heads"),
-        (lambda: pruner(heads=SDTPHeads(32, LAYERS + 1, 2)), "num_layers.*Load the heads"),
-        (lambda: pruner(heads=SDTPHeads(32, LAYERS, 1)), "stages.*Load the heads"),
-        (lambda: pruner(heads=SDTPHeads(32, LAYERS, 3)), "stages.*Load the heads"),
-        (lambda: pruner(stages=1), "stages.*Load the heads"),
+        (lambda: pruner(stages=3), r"stages=3: the heads have 2"),
+        (lambda: pruner(heads=sdtp_heads(hidden_size=16)), "hidden_size.*Load the heads"),
+        (lambda: pruner(heads=SDTPHeads(32, LAYERS + 1)), "num_layers.*Load the heads"),
+        (lambda: pruner(heads=sdtp_heads().to("meta")), r"on meta.*move them with heads.to"),
+        (lambda: pruner(heads=None), r"no heads ship.*Llama.*kvprune train-sdtp --model"),
     ],
 )
 def test_sdtp_that_does_not_fit_the_model(policy, match):
@@ -144,7 +158,7 @@ def test_sdtp_that_does_not_fit_the_model(policy, match):
 
 def test_cache_refused_by_one_model_works_with_another():
     """Heads of another hidden size leave the cache free for the model that they fit."""
-    cache = ComposedCache([pruner(heads=SDTPHeads(16, LAYERS, 2).double())])
+    cache = ComposedCache([pruner(heads=sdtp_heads(hidden_size=16))])
     fitting: Any = kvprune.attach(fresh_model(hidden_size=16))
     ids = prompt(1, LENGTH)
     assert_refused(
@@ -156,26 +170,24 @@ def test_cache_refused_by_one_model_works_with_another():
     )
 
 
-def whole_file(path: Path) -> bytes:
-    """The bytes of a file of heads."""
-    SDTPHeads(8, 4, 1).save(path)
-    SDTPHeads.load(path)
-    return path.read_bytes()
+EIGHT: dict[str, Any] = {"hidden_size": 8, "num_layers": 6}
+NOT_HEADS = r"from_pretrained\(.*expected a folder.*that SDTPHeads\.save_pretrained wrote"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.999])
 def test_heads_file_that_is_cut_off(tmp_path, share):
     """In its header or in its tensors."""
-    path = tmp_path / "heads.safetensors"
-    whole = whole_file(path)
+    SDTPHeads(**EIGHT).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(KVPruneError, match=r"heads\.safetensors.*expected a file that SDTPHeads.s"):
-        SDTPHeads.load(path)
+    with pytest.raises(KVPruneError, match=NOT_HEADS):
+        SDTPHeads.from_pretrained(tmp_path)
 
 
-SIZES = '{"hidden_size": 8, "num_layers": 4, "stages": 1}'
+SIZES = json.dumps(EIGHT)
 OURS = {"format": "kvprune.SDTPHeads"}
-ALL_BUT_ONE = dict(list(SDTPHeads(8, 4, 1).state_dict().items())[1:])
+ALL_BUT_ONE = dict(list(SDTPHeads(**EIGHT).state_dict().items())[1:])
 
 
 def _file(tensors: dict[str, Tensor], **metadata: str) -> Callable[[Path], None]:
@@ -183,7 +195,7 @@ def _file(tensors: dict[str, Tensor], **metadata: str) -> Callable[[Path], None]
 
 
 def _header(**metadata: str) -> Callable[[Path], None]:
-    return _file(SDTPHeads(8, 4, 1).state_dict(), **metadata)
+    return _file(SDTPHeads(**EIGHT).state_dict(), **metadata)
 
 
 @pytest.mark.parametrize(
@@ -201,13 +213,20 @@ def _header(**metadata: str) -> Callable[[Path], None]:
         _header(**OURS, configuration="not JSON"),
         _header(**OURS, configuration="[8, 4, 1]"),
         _header(**OURS, configuration=SIZES.replace("8", "0")),
-        _header(**OURS, configuration=SIZES.replace("stages", "steps")),
+        _header(**OURS, configuration=SIZES.replace("num_layers", "steps")),
         _header(**OURS, configuration=SIZES.replace("8", "16")),
     ],
 )
 def test_heads_file_of_something_else(tmp_path, write):
     """Missing, a folder, a text, or safetensors with another content."""
-    path = tmp_path / "heads.safetensors"
-    write(path)
-    with pytest.raises(KVPruneError, match=r"heads\.safetensors.*expected a file that SDTPHeads.s"):
-        SDTPHeads.load(path)
+    write(tmp_path / "model.safetensors")
+    with pytest.raises(KVPruneError, match=NOT_HEADS):
+        SDTPHeads.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "no/such/repository/at/all", ""])
+def test_heads_that_are_nowhere(name, monkeypatch):
+    """Neither a folder nor a name that a hub could know."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(KVPruneError, match=NOT_HEADS):
+        SDTPHeads.from_pretrained(name)

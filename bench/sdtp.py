@@ -1,0 +1,319 @@
+"""What pruning hidden states loses: SDTP against everything that needs no training.
+
+    python -m bench.sdtp --out bench/results/sdtp                # all of it: hours
+    python -m bench.sdtp --tasks squad --questions 20            # a look
+
+Questions about contexts of 1,000 to 2,000 tokens from splits that nothing was trained on or chosen
+by (see `kvprune.evaluation.questions`), by the teacher-forced negative log-likelihood of the gold
+answer's tokens; needles, by whether the number is repeated; and plain text, by the likelihood of
+its next 128 tokens, which hardly notices what was dropped. Every row runs through `generate`'s own
+cache, on the same questions; shares and differences are paired, with bootstrap intervals.
+
+Each result is appended to `OUT.jsonl` as it comes: a run that was stopped goes on where it was.
+`OUT.json` is the summary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import transformers
+from scipy.stats import bootstrap
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kvprune
+from kvprune.evaluation.assets import demo_model, ruler_data
+from kvprune.evaluation.questions import LongQuestion, hotpotqa, squad
+from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
+from kvprune.policies.sdtp import saliency
+
+from .baselines import GivenScores, HiddenNorm, LastQueryAttention, Scheduled
+
+LENGTHS = (900, 1900)
+NEEDLE_LENGTHS = (1024, 2048)
+NEXT = 128
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt `[1, n]` and the tokens to be likely after it `[1, m]`.
+
+    facts: for each of the prompt's columns 1 for a supporting sentence, 0 for another one, -1 for
+    what is no sentence of the context; or None where that is not known.
+    """
+
+    task: str
+    number: int
+    prompt: torch.Tensor
+    answer: torch.Tensor
+    facts: torch.Tensor | None = None
+
+
+class Bench:
+    """A model, and what its rows need."""
+
+    def __init__(self, dtype: torch.dtype, heads: dict[str, Path]) -> None:
+        path = demo_model(report=lambda line: print(line, file=sys.stderr))
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        self.model = kvprune.attach(model.eval().requires_grad_(False))
+        self.default = SDTP().for_model(self.model)
+        self.others = {
+            name: replace(self.default, heads=SDTPHeads.from_pretrained(folder).float())
+            for name, folder in heads.items()
+        }
+
+    def rows(self, item: Item) -> dict[str, Callable[[], list[Any]]]:
+        """Policies by name, made when they are asked for."""
+        model, plan = self.model, self.default
+        h2o, streaming = H2O(heavy=0.2, recent=0.2), StreamingLLM(sinks=4, window=0.4)
+        generator = torch.Generator().manual_seed(item.number)
+        heads = plan.heads
+        assert heads is not None
+        stages, columns = len(heads.layers), item.prompt.shape[1]
+        chance = torch.rand(columns, generator=generator).expand(stages, -1)
+        oracle: Any = cache(lambda: saliency(model, item.prompt, heads.layers, signed=True)[0])
+        return {
+            "dense": list,
+            "random": lambda: [GivenScores(plan, chance)],
+            "SDTP": lambda: [plan],
+            **{name: partial(list, [policy]) for name, policy in self.others.items()},
+            "SDTP-low": lambda: [replace(plan, stages=5)],
+            "newest": lambda: [Scheduled(plan)],
+            "hidden norm": lambda: [HiddenNorm(plan)],
+            "last-query attention": lambda: [LastQueryAttention(plan, model)],
+            "saliency oracle": lambda: [GivenScores(plan, oracle().abs())],
+            "signed saliency oracle": lambda: [GivenScores(plan, oracle())],
+            "H2O 40 %": lambda: [h2o],
+            "SDTP + H2O 40 %": lambda: [plan, h2o],
+            "StreamingLLM 40 %": lambda: [streaming],
+        }
+
+    @torch.no_grad()
+    def nll(self, item: Item, policies: list[kvprune.TokenPolicy]) -> dict[str, float]:
+        """Mean over the answer's tokens, and what was kept of the sentences at the last layer."""
+        held = kvprune.ComposedCache(policies)
+        logits = self.model(item.prompt, past_key_values=held, logits_to_keep=1).logits
+        said: dict[str, float] = {}
+        if item.facts is not None:
+            kept = torch.zeros_like(item.facts, dtype=torch.bool)
+            last = held.columns(len(held) - 1)[0]
+            kept[last[last >= 0]] = True
+            said = {
+                name: float(kept[item.facts == fact].float().mean())
+                for name, fact in (("supporting_kept", 1), ("others_kept", 0))
+            }
+        if item.answer.shape[1] > 1:
+            rest: Any = self.model(item.answer[:, :-1], past_key_values=held).logits
+            logits = torch.cat([logits, rest], 1)
+        return {"value": float(F.cross_entropy(logits[0].float(), item.answer[0])), **said}
+
+    @torch.no_grad()
+    def found(self, item: Item, policies: list[kvprune.TokenPolicy]) -> dict[str, float]:
+        """1 if the tokens of the answer are generated, 0 otherwise."""
+        count = item.answer.shape[1]
+        tokens = self.model.generate(
+            item.prompt,
+            attention_mask=torch.ones_like(item.prompt),
+            cache=kvprune.ComposedCache(policies),
+            max_new_tokens=count,
+            do_sample=False,
+        )[:, item.prompt.shape[1] :]
+        said, wanted = (self.tokenizer.decode(t[0]).strip() for t in (tokens, item.answer))
+        return {"value": float(said.startswith(wanted))}
+
+    def items(self, task: str, count: int) -> list[Item]:
+        """The first `count` of a task."""
+        if task in ("squad", "hotpotqa"):
+            make = {"squad": squad, "hotpotqa": hotpotqa}[task]
+            questions = make("final", count, LENGTHS, self.tokenizer)
+            return [self._asked(task, i, q) for i, q in enumerate(questions)]
+        if task.startswith("needle"):
+            return [self._needle(int(task.removeprefix("needle-")), i) for i in range(count)]
+        return [self._text(i) for i in range(count)]
+
+    def _asked(self, task: str, number: int, question: LongQuestion) -> Item:
+        prompt, answer = question.encoded(self.tokenizer)
+        facts = self._facts(question) if task == "hotpotqa" else None
+        return Item(task, number, torch.tensor([prompt]), torch.tensor([answer]), facts)
+
+    def _facts(self, question: LongQuestion) -> torch.Tensor:
+        text = question.prompt(self.tokenizer)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts = torch.tensor([start for start, _ in encoded["offset_mapping"]])
+        facts = torch.full_like(starts, -1)
+        at = text.index(question.context[0].text)
+        for passage in question.context:
+            end = at + len(passage.text)
+            facts[(starts >= at) & (starts < end)] = int(passage.supporting)
+            at = end
+        return facts
+
+    def _needle(self, length: int, number: int) -> Item:
+        """One seven-digit number in essays, after RULER's template, its prefix as the lead."""
+        draw = random.Random(f"needle {length} {number}")
+        words = self._essays()
+        city = draw.choice(_CITIES)
+        value = str(draw.randint(10**6, 10**7 - 1))
+        room = length - 110
+        start = draw.randrange(len(words) - room)
+        hay = self.tokenizer.decode(words[start : start + room])
+        ends = [i + 2 for i in range(len(hay) - 1) if hay[i : i + 2] == ". "]
+        place = ends[int(draw.random() * len(ends))]
+        needle = f"One of the special magic numbers for {city} is: {value}. "
+        content = (
+            "Some special magic numbers are hidden within the following text. Make sure to memorize"
+            " it. I will quiz you about the numbers afterwards.\n"
+            f"{hay[:place]}{needle}{hay[place:]}"
+            f"\nWhat is the special magic number for {city} mentioned in the provided text?"
+        )
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        text += f"The special magic number for {city} mentioned in the provided text is:"
+        prompt = self.tokenizer.encode(text, add_special_tokens=False)
+        answer = self.tokenizer.encode(f" {value}", add_special_tokens=False)
+        return Item(f"needle-{length}", number, torch.tensor([prompt]), torch.tensor([answer]))
+
+    def _text(self, number: int) -> Item:
+        words = self._essays()
+        start = random.Random(f"text {number}").randrange(len(words) - 1024 - NEXT)
+        ids = torch.tensor([words[start : start + 1024 + NEXT]])
+        return Item("text", number, ids[:, :1024], ids[:, 1024:])
+
+    @cache  # noqa: B019
+    def _essays(self) -> list[int]:
+        essays = ruler_data("PaulGrahamEssays.json")["text"]
+        ids: list[int] = self.tokenizer.encode(essays[:400_000], add_special_tokens=False)
+        return ids
+
+    def run(self, task: str, count: int, out: Path, skip: tuple[str, ...] = ()) -> None:
+        """Appends what is missing."""
+        done = {(r["task"], r["number"], r["row"]) for r in results(out)}
+        measure = self.found if task.startswith("needle") else self.nll
+        for item in self.items(task, count):
+            for name, policies in self.rows(item).items():
+                if name in skip or (task, item.number, name) in done:
+                    continue
+                result = {"task": task, "number": item.number, "row": name}
+                result |= measure(item, policies())
+                with out.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+
+
+_CITIES = ("Lisbon", "Oslo", "Nairobi", "Lima", "Hanoi", "Quito", "Riga", "Perth", "Dakar", "Turin")
+
+
+def results(path: Path) -> list[dict[str, Any]]:
+    """What was measured so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(found: list[dict[str, Any]], task: str, name: str = "value") -> dict[str, Any]:
+    """By row, one number per item, for the items that all rows have."""
+    rows: dict[str, dict[int, float]] = {}
+    for r in found:
+        if r["task"] == task and name in r:
+            rows.setdefault(r["row"], {})[r["number"]] = r[name]
+    numbers = sorted(set.intersection(*(set(r) for r in rows.values()))) if rows else []
+    return {row: numpy.array([r[n] for n in numbers]) for row, r in rows.items()}
+
+
+def interval(statistic: Callable[..., Any], *samples: Any) -> list[float]:
+    """95 %, by items, paired."""
+    low, high = bootstrap(
+        samples, statistic, paired=True, n_resamples=5000, method="percentile", rng=0
+    ).confidence_interval
+    return [round(float(low), 4), round(float(high), 4)]
+
+
+def recovered(random: Any, row: Any, dense: Any, axis: int = -1) -> Any:
+    """The share of what random scores lose that a row does not lose."""
+    return (random - row).mean(axis) / (random - dense).mean(axis)
+
+
+def summary(found: list[dict[str, Any]], tasks: list[str]) -> dict[str, Any]:
+    """All figures of the tasks that were measured."""
+    return {task: _summary(found, task) for task in tasks if table(found, task)}
+
+
+def _summary(found: list[dict[str, Any]], task: str) -> dict[str, Any]:
+    rows = table(found, task)
+    said: dict[str, Any] = {"items": len(rows["dense"]), "rows": {}}
+    for name, values in rows.items():
+        row: dict[str, Any] = {"mean": round(float(values.mean()), 4)}
+        if task in ("squad", "hotpotqa") and name not in ("dense", "random"):
+            share = (rows["random"], values, rows["dense"])
+            row["recovered"] = round(float(recovered(*share)), 4)
+            row["recovered_95"] = interval(recovered, *share)
+            row["minus_SDTP_95"] = interval(_difference, values, rows["SDTP"])
+        said["rows"][name] = row
+    if task == "hotpotqa":
+        for name in ("supporting_kept", "others_kept"):
+            for row_name, values in table(found, task, name).items():
+                said["rows"][row_name][name] = round(float(numpy.nanmean(values)), 4)
+    if "SDTP + H2O 40 %" in rows and task in ("squad", "hotpotqa"):
+        four = [rows[n] for n in ("SDTP + H2O 40 %", "SDTP", "H2O 40 %", "dense")]
+        said["compound_error"] = round(float(_compound(*four)), 4)
+        said["compound_error_95"] = interval(_compound, *four)
+    return said
+
+
+def _difference(one: Any, two: Any, axis: int = -1) -> Any:
+    return (one - two).mean(axis)
+
+
+def _compound(both: Any, sdtp: Any, h2o: Any, dense: Any, axis: int = -1) -> Any:
+    """How much more H2O costs after SDTP than it costs alone."""
+    return (both - sdtp - h2o + dense).mean(axis)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
+    tasks = ["squad", "hotpotqa", *(f"needle-{n}" for n in NEEDLE_LENGTHS), "text"]
+    parser.add_argument("--tasks", nargs="*", default=tasks, choices=tasks)
+    parser.add_argument("--questions", type=int, default=120, help="of each of the two data sets")
+    parser.add_argument("--needles", type=int, default=30, help="of each length, and texts")
+    parser.add_argument("--heads", nargs="*", default=[], metavar="NAME=FOLDER", help="more rows")
+    parser.add_argument("--skip", nargs="*", default=[], help="rows to leave out")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/sdtp"))
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    heads = {name: Path(folder) for name, folder in (h.split("=", 1) for h in asked.heads)}
+    bench = Bench(getattr(torch, asked.dtype), heads)
+    lines = asked.out.with_suffix(".jsonl")
+    for task in asked.tasks:
+        count = asked.questions if task in ("squad", "hotpotqa") else asked.needles
+        bench.run(task, count, lines, tuple(asked.skip))
+    report = {
+        "command": " ".join(sys.argv),
+        "dtype": asked.dtype,
+        "machine": platform.processor() or platform.machine(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "tasks": summary(results(lines), tasks),
+    }
+    asked.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report["tasks"], indent=1))
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+if __name__ == "__main__":
+    main()

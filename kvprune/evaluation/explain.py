@@ -1,0 +1,146 @@
+"""Which tokens survive to which layer, to look at: coloured text in a terminal, or a page."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.text import Text
+
+from kvprune.cache import ComposedCache
+from kvprune.errors import KVPruneError
+from kvprune.policy import TokenPolicy
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What became of a prompt's tokens.
+
+    tokens: their texts, n of them. layers: for each, how many layers hold it at the end, over all
+    key/value heads that hold it anywhere. num_layers: how many there are.
+    policies: what decided, as text.
+    """
+
+    tokens: tuple[str, ...]
+    layers: tuple[int, ...]
+    num_layers: int
+    policies: str
+
+
+def explain(model: Any, tokenizer: Any, text: str, policies: Sequence[TokenPolicy]) -> Explanation:
+    """Reads a text once and says which layers still hold which of its tokens.
+
+    Args:
+        model: attached.
+        tokenizer: of the model.
+        text: what to read, taken as it is, with no chat template.
+        policies: as for `ComposedCache`.
+
+    Raises:
+        KVPruneError: no text, or the policies do not work on the model.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if not ids:
+        raise KVPruneError("explain: expected a text of at least one token, came an empty one")
+    cache = ComposedCache(policies)
+    with torch.no_grad():
+        model(torch.tensor([ids], device=model.device), past_key_values=cache, logits_to_keep=1)
+    held = torch.zeros(len(ids), dtype=torch.long)
+    for layer in range(len(cache)):
+        columns = cache.columns(layer).unique()
+        held[columns[columns >= 0].cpu()] += 1
+    tokens = tuple(_pieces(tokenizer, ids))
+    return Explanation(tokens, tuple(held.tolist()), len(cache), repr(list(cache.policies)))
+
+
+def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Each token's text; bytes of a character go to the token that completes it."""
+    pieces: list[str] = []
+    start = 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd") and end - start < 8 and end < len(ids):
+            pieces.append("")
+            continue
+        pieces.append(text)
+        start = end
+    return pieces
+
+
+SHADES = 5
+"""How many steps a colour scale has: a reader tells no more apart."""
+
+_TERMINAL = ("grey30", "grey50", "grey70", "bold white on dark_green", "bold black on green3")
+
+
+def _shade(held: int, num_layers: int) -> int:
+    """0 for the first to go, SHADES - 1 for what every layer holds."""
+    return SHADES - 1 if held == num_layers else min(held * (SHADES - 1) // num_layers, SHADES - 2)
+
+
+def as_terminal(explained: Explanation) -> Text:
+    """For rich: dark where tokens left early, green where most or all layers keep them."""
+    text = Text()
+    for token, held in zip(explained.tokens, explained.layers, strict=True):
+        text.append(token, style=_TERMINAL[_shade(held, explained.num_layers)])
+    text.append("\n\n" + _caption(explained) + "\n")
+    for shade, style in enumerate(_TERMINAL):
+        text.append(f" {_range(shade, explained.num_layers)} ", style=style)
+        text.append(" ")
+    return text
+
+
+def _range(shade: int, num_layers: int) -> str:
+    counts = [n for n in range(num_layers + 1) if _shade(n, num_layers) == shade]
+    if not counts:
+        return "-"
+    span = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+    return f"{span} layers"
+
+
+def _caption(explained: Explanation) -> str:
+    whole = sum(n == explained.num_layers for n in explained.layers)
+    mean = sum(explained.layers) / len(explained.layers) / explained.num_layers
+    return (
+        f"{len(explained.tokens)} tokens, {explained.num_layers} layers, {explained.policies}: "
+        f"{whole} tokens are in every layer, {mean:.0%} of all slots are held"
+    )
+
+
+def as_page(explained: Explanation) -> str:
+    """A self-contained HTML page; pointing at a token tells how many layers hold it."""
+    spans = "".join(
+        f'<span class="s{_shade(held, explained.num_layers)}" title="held by {held} of '
+        f'{explained.num_layers} layers">{html.escape(token)}</span>'
+        for token, held in zip(explained.tokens, explained.layers, strict=True)
+    )
+    key = "".join(
+        f'<span class="s{s}">{_range(s, explained.num_layers)}</span> ' for s in range(SHADES)
+    )
+    caption = html.escape(_caption(explained))
+    return _PAGE.format(caption=caption, key=key, text=spans)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>kvprune explain</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.6 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; }}
+body {{ padding: 0 1rem; }}
+pre {{ font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; }}
+p {{ font-size: 0.9rem; }}
+span {{ border-radius: 0.2em; }}
+.s0 {{ opacity: 0.35; text-decoration: line-through; }}
+.s1 {{ opacity: 0.5; }}
+.s2 {{ opacity: 0.75; }}
+.s3 {{ background: rgb(46 160 67 / 0.25); }}
+.s4 {{ background: rgb(46 160 67 / 0.55); }}
+@media print {{ span {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }} }}
+</style></head>
+<body><p>{caption}</p><p>{key}</p><pre>{text}</pre></body></html>
+"""

@@ -1,0 +1,180 @@
+"""Questions about long contexts, from SQuAD and HotpotQA: what to train on and what to test with.
+
+Nothing of one split is in another. SQuAD is split by article, in file order: 0-24 to train on,
+25-26 to choose by, 27-34 for final figures. HotpotQA is split by question (the last 600 are final,
+the first 300 are to choose by), and a question is left out of a split to train on, or to choose
+by, if one of its paragraphs is in a later one. Questions whose answer is yes or no, which the
+context hardly makes more likely, are left out.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from .assets import ruler_data
+
+ARTICLES = {"train": range(25), "choose": range(25, 27), "final": range(27, 35)}
+FINAL_QUESTIONS = 600
+CHOOSE_QUESTIONS = 300
+
+ASK = "{context}\n\nQuestion: {question}\nAnswer in a few words, with words of the text."
+LEAD = "Answer:"
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A stretch of a context; `supporting` says whether the answer needs it, if that is known."""
+
+    text: str
+    supporting: bool = False
+
+
+@dataclass(frozen=True)
+class LongQuestion:
+    """A question with its context in pieces, which follow each other without a gap."""
+
+    context: tuple[Passage, ...]
+    question: str
+    answer: str
+
+    def prompt(self, tokenizer: Any) -> str:
+        """As a chat: the context and the question, and the beginning of an answer."""
+        context = "".join(p.text for p in self.context)
+        content = ASK.format(context=context, question=self.question)
+        message = [{"role": "user", "content": content}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return str(text) + LEAD
+
+    def encoded(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+        """The token ids of the prompt, and of the answer."""
+        prompt = tokenizer.encode(self.prompt(tokenizer), add_special_tokens=False)
+        return prompt, tokenizer.encode(" " + self.answer, add_special_tokens=False)
+
+
+def squad(
+    split: str, count: int, tokens: tuple[int, int], tokenizer: Any, seed: int = 0
+) -> list[LongQuestion]:
+    """Questions of a split, with whole consecutive paragraphs of the article as context.
+
+    Args:
+        split: "train", "choose" or "final".
+        count: how many at most.
+        tokens: the fewest and the most tokens of a context; it is drawn from between them for
+            each question, and is less where the article ends.
+        tokenizer: to count with.
+        seed: of the questions, the lengths, and where in the context the answer stands.
+    """
+    draw, found = random.Random(f"squad {split} {seed}"), list[LongQuestion]()
+    lengths = _Lengths(tokenizer)
+    asked = [q for article in ARTICLES[split] for q in _squad_article(article)]
+    draw.shuffle(asked)
+    for paragraphs, place, question, answer in asked:
+        if len(found) == count:
+            break
+        most = draw.randint(*tokens)
+        if lengths.of(paragraphs[place]) <= most:
+            window = _window(paragraphs, place, most, lengths, draw)
+            found.append(LongQuestion((Passage("\n\n".join(window)),), question, answer))
+    return found
+
+
+def hotpotqa(
+    split: str, count: int, tokens: tuple[int, int], tokenizer: Any, seed: int = 0
+) -> list[LongQuestion]:
+    """Questions of a split, with their paragraphs: those that support the answer, and others.
+
+    The other paragraphs are drawn while there is room; all stay in their order. Arguments as for
+    `squad`; a passage is a sentence.
+    """
+    draw, lengths = random.Random(f"hotpotqa {split} {seed}"), _Lengths(tokenizer)
+    entries = list(_hotpotqa_splits()[split])
+    draw.shuffle(entries)
+    return [_hotpotqa_question(e, draw.randint(*tokens), lengths, draw) for e in entries[:count]]
+
+
+class _Lengths:
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, int] = {}
+
+    def of(self, text: str) -> int:
+        """Tokens, with a paragraph's end."""
+        if text not in self._known:
+            encoded = self._tokenizer.encode(text + "\n\n", add_special_tokens=False)
+            self._known[text] = len(encoded)
+        return self._known[text]
+
+
+@cache
+def _squad_article(number: int) -> list[tuple[list[str], int, str, str]]:
+    """Answerable questions: all paragraphs, the answering one's number, question, answer."""
+    entry = ruler_data("squad.json")["data"][number]
+    paragraphs = list(dict.fromkeys(p["context"] for p in entry["paragraphs"]))
+    return [
+        (
+            paragraphs,
+            paragraphs.index(paragraph["context"]),
+            item["question"].strip(),
+            item["answers"][0]["text"],
+        )
+        for paragraph in entry["paragraphs"]
+        for item in paragraph["qas"]
+        if not item["is_impossible"]
+    ]
+
+
+def _window(
+    paragraphs: list[str], place: int, most: int, lengths: _Lengths, draw: random.Random
+) -> list[str]:
+    """Paragraphs around one, on either side by turns of a coin, while there is room."""
+    start, stop, used = place, place + 1, lengths.of(paragraphs[place])
+    while True:
+        room = most - used
+        before = start > 0 and lengths.of(paragraphs[start - 1]) <= room
+        after = stop < len(paragraphs) and lengths.of(paragraphs[stop]) <= room
+        if not before and not after:
+            return paragraphs[start:stop]
+        if before and (not after or draw.random() < 0.5):
+            start -= 1
+            used += lengths.of(paragraphs[start])
+        else:
+            used += lengths.of(paragraphs[stop])
+            stop += 1
+
+
+@cache
+def _hotpotqa_splits() -> dict[str, list[dict[str, Any]]]:
+    entries = [e for e in ruler_data("hotpotqa.json") if e["answer"] not in ("yes", "no")]
+    final = entries[-FINAL_QUESTIONS:]
+    choose = list(_apart(entries[:CHOOSE_QUESTIONS], final))
+    train = list(_apart(entries[CHOOSE_QUESTIONS:-FINAL_QUESTIONS], final + choose))
+    return {"train": train, "choose": choose, "final": final}
+
+
+def _apart(entries: list[dict[str, Any]], others: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The entries that share no paragraph with the others."""
+    taken = {title for entry in others for title, _ in entry["context"]}
+    return (e for e in entries if not any(title in taken for title, _ in e["context"]))
+
+
+def _hotpotqa_question(
+    entry: dict[str, Any], most: int, lengths: _Lengths, draw: random.Random
+) -> LongQuestion:
+    needed = {title for title, _ in entry["supporting_facts"]}
+    facts = {(title, number) for title, number in entry["supporting_facts"]}
+    size = {title: lengths.of("".join([title, "\n", *s])) for title, s in entry["context"]}
+    taken = {title for title in size if title in needed}
+    for title in draw.sample(list(size), len(size)):
+        if sum(size[t] for t in taken) + size[title] <= most:
+            taken.add(title)
+    passages = [
+        Passage(text, (title, number - 1) in facts)
+        for title, sentences in entry["context"]
+        if title in taken
+        for number, text in enumerate([title + "\n", *sentences[:-1], sentences[-1] + "\n\n"])
+    ]
+    return LongQuestion(tuple(passages), entry["question"].strip(), entry["answer"])

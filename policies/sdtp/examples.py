@@ -1,0 +1,158 @@
+"""What SDTP's heads are trained on: prompts with their completions, read from common formats."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvprune.errors import KVPruneError
+
+SUFFIXES = (".txt", ".md", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids: a prompt, which is pruned, and what follows it, which the loss is over."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+
+
+def read_examples(
+    source: str | Path | Iterable[str | Mapping[str, Any]],
+    tokenizer: Any,
+    tokens: int = 1024,
+    completion: int = 64,
+    least: int = 64,
+) -> list[Example]:
+    """Reads training examples.
+
+    A record is a text, or a mapping with the keys that TRL uses: `text`; `prompt` and
+    `completion`; or `messages`, of which the last is the completion. A text is cut into
+    stretches of `tokens` tokens whose last `completion` ones are the completion. Left out are
+    what is left of a text at its end, and records whose prompt has fewer than `least` tokens or
+    that are longer than `tokens`.
+
+    Args:
+        source: a text file, a JSON-lines file, a folder of these, the name of a dataset that
+            the `datasets` library loads, or any iterable of records, such as one of its datasets.
+        tokenizer: of the model.
+        tokens: the most tokens of an example.
+        completion: how many tokens at the end of a stretch of text are its completion.
+        least: the fewest tokens of a prompt.
+
+    Raises:
+        KVPruneError: numbers that do not fit, no such file or dataset, a record that is none
+            of the above, or nothing left to train on.
+    """
+    if not 0 < completion <= tokens - least or least < 2:
+        raise KVPruneError(
+            f"examples: tokens={tokens}, completion={completion}, least={least}: expected at least "
+            f"1 token of completion and {max(least, 2)} of prompt within {tokens}"
+        )
+    found, left_out = list[Example](), 0
+    for number, record in enumerate(_records(source), 1):
+        fitting = [
+            e
+            for e in _examples(record, number, tokenizer, tokens, completion)
+            if len(e.prompt) >= least and e.completion and len(e.prompt + e.completion) <= tokens
+        ]
+        left_out += not fitting
+        found += fitting
+    if not found:
+        raise KVPruneError(
+            f"examples: nothing to train on: of {left_out} records in {_name(source)} none has a "
+            f"prompt of at least {least} tokens (what is protected is never pruned) and is at most "
+            f"{tokens} tokens long. Name longer texts, or another number of tokens"
+        )
+    return found
+
+
+def _name(source: Any) -> str:
+    return repr(str(source)) if isinstance(source, str | Path) else "what was given"
+
+
+def _records(source: Any) -> Iterator[Any]:
+    if not isinstance(source, str | Path):
+        yield from source
+        return
+    path = Path(source)
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES):
+            yield from _file(file)
+    elif path.is_file():
+        yield from _file(path)
+    else:
+        yield from _dataset(str(source))
+
+
+def _file(path: Path) -> Iterator[Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise KVPruneError(f"{path}: expected a text in UTF-8, came {error}") from error
+    if path.suffix != ".jsonl":
+        yield text
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise KVPruneError(f"{path}:{number}: expected JSON, came {error}") from error
+
+
+def _dataset(name: str) -> Iterator[Any]:
+    if importlib.util.find_spec("datasets") is None:
+        raise KVPruneError(
+            f"examples: {name!r} is no file or folder. If it is a dataset on the hub, install the "
+            f"library that loads it: pip install datasets"
+        )
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(name, split="train")
+    except Exception as error:
+        raise KVPruneError(
+            f"examples: expected a file, a folder or a dataset, came {name!r}: {error}"
+        ) from error
+
+
+def _examples(
+    record: Any, number: int, tokenizer: Any, tokens: int, completion: int
+) -> Iterator[Example]:
+    record = {"text": record} if isinstance(record, str) else record
+    try:
+        if "text" in record:
+            yield from _stretches(tuple(tokenizer(record["text"])["input_ids"]), tokens, completion)
+        elif "messages" in record:
+            yield _conversation(record["messages"], tokenizer)
+        else:
+            yield _pair(tokenizer(record["prompt"])["input_ids"], record["completion"], tokenizer)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise KVPruneError(
+            f"examples: record {number}: expected a text, or a mapping with `text`, `prompt` and "
+            f"`completion`, or `messages`, came {str(record)[:80]!r} ({error!r})"
+        ) from error
+
+
+def _stretches(ids: tuple[int, ...], tokens: int, completion: int) -> Iterator[Example]:
+    # A text shorter than a stretch is one of its own; what is left of a longer one is not.
+    for start in range(0, max(len(ids) - tokens, 0) + 1, tokens):
+        stretch = ids[start : start + tokens]
+        yield Example(stretch[:-completion], stretch[-completion:])
+
+
+def _conversation(messages: list[dict[str, str]], tokenizer: Any) -> Example:
+    *before, last = messages
+    text = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
+    return _pair(tokenizer.encode(text, add_special_tokens=False), last["content"], tokenizer)
+
+
+def _pair(prompt: list[int], completion: str, tokenizer: Any) -> Example:
+    after = tokenizer.encode(completion, add_special_tokens=False)
+    return Example(tuple(prompt), tuple(after))

@@ -1,0 +1,78 @@
+"""The ranking loss of SDTP (paper, section 3.3): over all pairs, exactly, or over some."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK = 1024
+
+
+def ranking_loss(
+    score: Tensor,
+    target: Tensor,
+    pairs: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """How badly scores order the tokens, on average over the pairs of tokens.
+
+    `mean over i < j of log(1 + exp(-(s_i - s_j) * sign(t_i - t_j)))`: L_r of the paper, divided
+    by the number of pairs so that it does not grow with the length. A pair that ties in
+    `target` costs log 2 and has no gradient.
+
+    Args:
+        score: `[N]` float, N at least 2; gets the gradient.
+        target: `[N]`, the true saliency; gets none.
+        pairs: how many pairs to draw instead (uniformly, with replacement; the estimate is
+            unbiased); None for all of them, in blocks, in O(N) memory.
+        generator: to draw with.
+
+    Returns:
+        a scalar, 0 where N is below 2.
+    """
+    if score.shape[0] < 2:
+        return score.sum() * 0.0
+    if pairs is None:
+        loss: Tensor = _AllPairs.apply(score, target.detach())
+        return loss
+    one, two = _drawn(score.shape[0], pairs, generator, score.device)
+    order = torch.sign(target[one] - target[two]).to(score.dtype)
+    return F.softplus(-(score[one] - score[two]) * order).mean()
+
+
+def _drawn(
+    size: int, pairs: int, generator: torch.Generator | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Two different tokens per pair."""
+    one = torch.randint(size, (pairs,), generator=generator)
+    gap = torch.randint(1, size, (pairs,), generator=generator)
+    return one.to(device), ((one + gap) % size).to(device)
+
+
+class _AllPairs(torch.autograd.Function):
+    """All ordered pairs, twice what is wanted; the gradient is made on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, score: Tensor, target: Tensor) -> Tensor:
+        size = score.shape[0]
+        total, gradient = score.new_zeros(()), torch.empty_like(score)
+        for start in range(0, size, BLOCK):
+            rows = slice(start, start + BLOCK)
+            order = torch.sign(target[rows, None] - target[None]).to(score.dtype)
+            margin = (score[rows, None] - score[None]) * order
+            total = total + F.softplus(-margin).sum()
+            gradient[rows] = -(torch.sigmoid(-margin) * order).sum(-1)
+        # Each token with itself is no pair; it has added log 2 and no gradient.
+        itself = F.softplus(score.new_zeros(())) * size
+        count = size * (size - 1)
+        ctx.save_for_backward(gradient * (2 / count))
+        return (total - itself) / count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return outer * gradient, None

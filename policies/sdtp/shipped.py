@@ -1,0 +1,105 @@
+"""Heads that ship with kvprune, found by what a model is and not by what it is called."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvprune.errors import KVPruneError
+
+from .heads import SDTPHeads
+
+FOLDER = Path(__file__).parent / "pretrained"
+
+ARCHITECTURE = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+SAMPLES = 8
+ALIKE = 0.98
+
+
+def fingerprint(model: Any) -> dict[str, Any]:
+    """What tells a model from all others, whatever it was loaded as.
+
+    Returns:
+        `architecture`: named fields of its config. `vectors` and `matrices`: by name, a few
+        weights of the first, middle and last parameter of one dimension and of two, rounded to
+        bfloat16.
+    """
+    config = model.config.get_text_config(decoder=True)
+    named = [(n, p) for n, p in model.base_model.named_parameters() if p.numel() > SAMPLES]
+    return {
+        "architecture": {name: getattr(config, name, None) for name in ARCHITECTURE},
+        "vectors": _some([(n, p) for n, p in named if p.dim() == 1]),
+        "matrices": _some([(n, p) for n, p in named if p.dim() == 2]),
+    }
+
+
+def same_model(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Whether two fingerprints are of one checkpoint.
+
+    Vectors (norms, biases) must agree within a bfloat16 unit: float16 and bfloat16 round
+    differently, and no format quantises them. Matrices must correlate: 4-bit quantisation
+    moves them by some percent.
+    """
+    if one["architecture"] != two["architecture"]:
+        return False
+    if any(list(one[kind]) != list(two[kind]) for kind in ("vectors", "matrices")):
+        return False
+    matrices = torch.stack([_flat(f["matrices"]) for f in (one, two)])
+    close = torch.allclose(_flat(one["vectors"]), _flat(two["vectors"]), rtol=2**-7, atol=1e-4)
+    return close and float(torch.corrcoef(matrices)[0, 1]) > ALIKE
+
+
+def heads_for(model: torch.nn.Module) -> SDTPHeads:
+    """The heads that ship for a model, in float32 on its device; the same object every time.
+
+    Raises:
+        KVPruneError: there are none for this model.
+    """
+    mine = fingerprint(model)
+    for folder in sorted(FOLDER.iterdir()):
+        if folder.is_dir() and same_model(
+            _loaded(folder, "cpu").configuration["fingerprint"], mine
+        ):
+            return _loaded(folder, str(next(model.parameters()).device))
+    name = getattr(getattr(model, "config", None), "name_or_path", "") or "NAME_OR_PATH"
+    raise KVPruneError(
+        f"SDTP(): no heads ship with kvprune for this model ({type(model).__name__}, {name}); "
+        f"expected one of {sorted(f.name for f in FOLDER.iterdir())}. Train heads for it with "
+        f"`kvprune train-sdtp --model {name} --data TEXT --out FOLDER` and pass them as "
+        f"SDTP(SDTPHeads.from_pretrained(FOLDER))"
+    )
+
+
+@cache
+def _loaded(folder: Path, device: str) -> SDTPHeads:
+    heads: SDTPHeads = SDTPHeads.from_pretrained(folder)
+    return heads.float().to(device).requires_grad_(False)
+
+
+def _some(parameters: list[tuple[str, Tensor]]) -> dict[str, list[float]]:
+    chosen = dict([parameters[0], parameters[len(parameters) // 2], parameters[-1]])
+    return {name: _sampled(weight) for name, weight in chosen.items()}
+
+
+def _sampled(weight: Tensor) -> list[float]:
+    """`SAMPLES` of a parameter's weights, evenly spread."""
+    step = weight.numel() // SAMPLES
+    places = torch.arange(SAMPLES, device=weight.device) * step + step // 2
+    values: list[float] = weight.detach().flatten()[places].to(torch.bfloat16).tolist()
+    return values
+
+
+def _flat(weights: dict[str, list[float]]) -> Tensor:
+    return torch.tensor([w for values in weights.values() for w in values])

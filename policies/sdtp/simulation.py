@@ -1,0 +1,150 @@
+"""The pruning pass of SDTP's training: what pruning would do, by attention masks, with gradients.
+
+Nothing leaves the model, so shapes stay; from the stage on that drops a token, nobody attends
+to it (paper, section 3.3, as DynamicViT does). Which tokens those are is decided as in
+inference, by the policy's schedule and the engine's selection, on scores with Gumbel noise. The
+backward pass takes each decision for its straight-through relaxation, so that a head learns
+from the tokens that it dropped as well as from those that it kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvprune.families import argument, decoder_layers, with_argument
+from kvprune.masks import additive
+from kvprune.policy import TokenView, _Statistics
+from kvprune.selection import select
+
+from .policy import SDTP
+
+LEAK = 1e-5
+"""What a dropped token still weighs in attention, so that its gate has a gradient."""
+
+
+@dataclass
+class PruningPass:
+    """One row's way through the stages.
+
+    policy: with heads, which get the gradients. prompt: how many tokens can be pruned, the
+    first ones; those behind them always stay. temperature: of the noise and of the relaxation;
+    0 for no noise, as in inference.
+    columns: by stage, the `[n]` tokens that came to it. scores: theirs, with gradients.
+    kept: `[n]` bool, which of them went on.
+    """
+
+    policy: SDTP
+    prompt: int
+    temperature: float
+    generator: torch.Generator | None = None
+    columns: list[Tensor] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+    gate: Tensor | None = None
+
+    def enter(self, layer: int, num_layers: int, hidden: Tensor) -> None:
+        """Decides before a stage's layer, given its input `[1, N, C]`."""
+        heads = self.policy.heads
+        assert heads is not None
+        if layer not in heads.layers[: self.policy.stages]:
+            return
+        tokens = self._view(layer, num_layers, hidden.detach())
+        stage = len(self.scores)
+        score = heads(tokens.hidden, tokens.columns, stage)
+        noisy = score + self._noise(score)
+        ranking = self.policy.ranking(tokens, stage, noisy.detach())
+        kept = select(ranking, tokens.columns[:, None], tokens.valid[:, None])[0, 0]
+        gate = _gate(noisy[0], kept, ranking.protected[0, 0], self.temperature)
+        self._close(tokens.columns[0], gate)
+        self.columns.append(tokens.columns[0])
+        self.scores.append(score[0])
+        self.kept.append(kept)
+
+    def _view(self, layer: int, num_layers: int, hidden: Tensor) -> TokenView:
+        """The tokens that are left."""
+        columns = torch.arange(self.prompt, device=hidden.device)
+        if self.kept:
+            columns = self.columns[-1][self.kept[-1]]
+        columns = columns[None]
+        return TokenView(
+            layer=layer,
+            num_layers=num_layers,
+            hidden=hidden[:, columns[0]],
+            columns=columns,
+            valid=columns >= 0,
+            first=columns.new_zeros(1),
+            length=columns.new_full((1,), self.prompt),
+            statistic=_Statistics({}),
+        )
+
+    def _noise(self, score: Tensor) -> Tensor:
+        """The difference of two Gumbel variables, those of keeping and of dropping."""
+        if self.temperature == 0:
+            return torch.zeros_like(score)
+        uniform = torch.rand(score.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6)
+        return self.temperature * uniform.logit().to(score)
+
+    def _close(self, columns: Tensor, gate: Tensor) -> None:
+        """Multiplies the gates of tokens; what was dropped before stays so, with its gradient."""
+        before = gate.new_ones(self.prompt) if self.gate is None else self.gate
+        self.gate = before * torch.ones_like(before).index_copy(0, columns, gate)
+
+    def mask(self, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
+        """A layer's own mask with the dropped tokens hidden; as it is before the first stage."""
+        if self.gate is None:
+            return mask
+        size = hidden.shape[1]
+        if mask is None:
+            mask = torch.ones(1, 1, size, size, dtype=torch.bool, device=hidden.device).tril()
+        weight = (self.gate.clamp(min=0) + LEAK).log()
+        weight = nn.functional.pad(weight, (0, size - self.prompt))
+        return additive(mask, hidden.dtype) + weight.to(hidden.dtype)
+
+
+def _gate(noisy: Tensor, kept: Tensor, protected: Tensor, temperature: float) -> Tensor:
+    """1 for kept and 0 for dropped tokens `[n]`; its gradient is that of the Gumbel-softmax."""
+    chosen = kept & ~protected
+    if not bool(chosen.any()) or bool(kept.all()):
+        return kept.to(noisy.dtype)
+    # Where the schedule cuts: the least score that stayed.
+    edge = noisy.detach()[chosen].min()
+    soft = torch.sigmoid((noisy - edge) / (temperature or 1.0))
+    return torch.where(protected, 1.0, kept.to(noisy.dtype) + soft - soft.detach())
+
+
+@contextmanager
+def simulated(model: Any, run: PruningPass) -> Iterator[PruningPass]:
+    """While open, one forward of `model` with one row and no cache is pruned by `run`."""
+    layers = decoder_layers(model.base_model)
+    handles = [
+        layer.register_forward_pre_hook(
+            partial(_before_layer, run, index, len(layers)), with_kwargs=True
+        )
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        yield run
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _before_layer(
+    run: PruningPass,
+    index: int,
+    count: int,
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    hidden = argument(layer, args, kwargs, "hidden_states")
+    run.enter(index, count, hidden)
+    mask = run.mask(hidden, argument(layer, args, kwargs, "attention_mask"))
+    return with_argument(layer, args, kwargs, "attention_mask", mask)
