@@ -68,7 +68,7 @@ class Bench:
         path = demo_model(report=lambda line: print(line, file=sys.stderr))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        self.model = kvprune.attach(model.eval().requires_grad_(False))
+        self.model: Any = kvprune.attach(model.eval().requires_grad_(False))
         self.default = SDTP().for_model(self.model)
         self.others = {
             name: replace(self.default, heads=SDTPHeads.from_pretrained(folder).float())
@@ -124,7 +124,7 @@ class Bench:
     def found(self, item: Item, policies: list[kvprune.TokenPolicy]) -> dict[str, float]:
         """1 if the tokens of the answer are generated, 0 otherwise."""
         count = item.answer.shape[1]
-        tokens = self.model.generate(
+        tokens: Any = self.model.generate(
             item.prompt,
             attention_mask=torch.ones_like(item.prompt),
             cache=kvprune.ComposedCache(policies),

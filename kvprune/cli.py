@@ -42,12 +42,12 @@ def train_sdtp(
         int, typer.Option(help="Heads of the low-rank term; 0 for the paper's module.")
     ] = 4,
     target: Annotated[str, typer.Option(help="attention, or the paper's gradient.")] = "attention",
-    marking_epochs: Annotated[int, typer.Option()] = 2,
+    marking_epochs: Annotated[int, typer.Option()] = 1,
     pruning_epochs: Annotated[int, typer.Option()] = 1,
     ranking: Annotated[float, typer.Option(help="Weight of this loss; 0 leaves it out.")] = 1.0,
     mse: Annotated[float, typer.Option(help="Likewise.")] = 0.3,
     cross_entropy: Annotated[float, typer.Option(help="Likewise.")] = 1.0,
-    distillation: Annotated[float, typer.Option(help="Likewise.")] = 0.0,
+    distillation: Annotated[float, typer.Option(help="Likewise.")] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Trains SDTP's heads for a model. Stopped, it goes on where it was when called again."""

@@ -24,6 +24,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.close(descriptor)
         write(scratch)
         _reach_the_disk(scratch)
+        scratch.chmod(0o666 & ~_umask())
         os.replace(scratch, path)
     # Libraries write through code of their own: a full disk is not an OSError in all of them.
     except Exception as error:
@@ -44,3 +45,10 @@ def write_text(path: Path, text: str) -> None:
 def _reach_the_disk(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    """What new files may not be; a scratch file is for its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -47,7 +47,7 @@ def test_all_pairs_equal_a_double_loop(size, block, data):
         loss = ranking_loss(leaf, torch.tensor(target))
         (3.0 * loss).backward()
     value, gradient = naive(score, target)
-    torch.testing.assert_close(float(loss), value, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss.item(), value, rtol=1e-12, atol=1e-12)
     expected = 3.0 * torch.tensor(gradient, dtype=torch.float64)
     torch.testing.assert_close(leaf.grad, expected, rtol=1e-10, atol=1e-13)
 
@@ -58,7 +58,7 @@ def test_pairs_that_tie_cost_log_2_and_have_no_gradient(pairs):
     leaf = double([0.0, 5.0, -3.0])
     loss = ranking_loss(leaf, torch.ones(3), pairs)
     loss.backward()
-    assert float(loss) == pytest.approx(math.log(2), rel=1e-12)
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-12)
     assert torch.equal(leaf.grad, torch.zeros(3, dtype=torch.float64))
 
 
@@ -69,7 +69,7 @@ def test_no_pair_is_no_loss(size, pairs):
     leaf = torch.zeros(size, requires_grad=True)
     loss = ranking_loss(leaf, torch.zeros(size), pairs)
     loss.backward()
-    assert loss.shape == () and float(loss) == 0.0
+    assert loss.shape == () and loss.item() == 0.0
     assert leaf.grad is not None and not leaf.grad.any()
 
 
@@ -78,7 +78,8 @@ def test_the_target_gets_no_gradient(pairs):
     """Also where it could have one."""
     score, target = double([0.1, 0.2, 0.3]), double([2.0, 1.0, 3.0])
     ranking_loss(score, target, pairs).backward()
-    assert target.grad is None and score.grad is not None
+    assert target.grad is None or not target.grad.any()
+    assert score.grad is not None and score.grad.any()
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
@@ -101,7 +102,7 @@ def test_drawn_pairs_estimate_the_loss_and_its_gradient():
     loss = ranking_loss(leaf, torch.tensor(target), 100_000, generator)
     loss.backward()
     value, gradient = naive(score, target)
-    assert float(loss) == pytest.approx(value, abs=0.015)
+    assert loss.item() == pytest.approx(value, abs=0.015)
     expected = torch.tensor(gradient, dtype=torch.float64)
     torch.testing.assert_close(leaf.grad, expected, rtol=0, atol=0.01)
 

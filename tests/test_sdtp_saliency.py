@@ -94,6 +94,17 @@ def test_padding_gives_0_and_rows_do_not_influence_each_other(family):
         torch.testing.assert_close(found[row, :, padding:], alone[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_behind_a_row_has_no_say(family):
+    """It attends to the row's tokens, but what it says does not count."""
+    ids, mask = prompt(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[1, 14:] = 0
+    found = saliency(tiny_model(family), ids, attention_mask=mask)[1]
+    alone = saliency(tiny_model(family), ids[1:, :14])[0]
+    assert not found[:, 14:].any()
+    torch.testing.assert_close(found[:, :14], alone, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_weights_and_their_gradients_are_not_touched(frozen):
     """Nor is `requires_grad`; no hook is left behind."""

@@ -21,8 +21,20 @@ ARTICLES = {"train": range(25), "choose": range(25, 27), "final": range(27, 35)}
 FINAL_QUESTIONS = 600
 CHOOSE_QUESTIONS = 300
 
-ASK = "{context}\n\nQuestion: {question}\nAnswer in a few words, with words of the text."
-LEAD = "Answer:"
+ASK = (
+    "{context}\n\nQuestion: {question}\nAnswer in a few words, with words of the text.",
+    "Answer:",
+)
+"""What is asked, and how the answer begins."""
+
+ASK_OTHERWISE = (
+    ASK,
+    ("{context}\n\n{question}", "The answer is"),
+    ("Read this.\n\n{context}\n\nNow tell me: {question}", "It is"),
+    ("Text:\n{context}\n\nBriefly, {question}", "Briefly,"),
+    ("{question} Find it in this text.\n\n{context}\n\nAgain: {question}", "Found:"),
+)
+"""Ways of asking, to train on, so that nothing depends on how the final figures ask."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +53,17 @@ class LongQuestion:
     question: str
     answer: str
 
-    def prompt(self, tokenizer: Any) -> str:
+    def prompt(self, tokenizer: Any, ask: tuple[str, str] = ASK) -> str:
         """As a chat: the context and the question, and the beginning of an answer."""
         context = "".join(p.text for p in self.context)
-        content = ASK.format(context=context, question=self.question)
+        content = ask[0].format(context=context, question=self.question)
         message = [{"role": "user", "content": content}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return str(text) + LEAD
+        return str(text) + ask[1]
 
-    def encoded(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+    def encoded(self, tokenizer: Any, ask: tuple[str, str] = ASK) -> tuple[list[int], list[int]]:
         """The token ids of the prompt, and of the answer."""
-        prompt = tokenizer.encode(self.prompt(tokenizer), add_special_tokens=False)
+        prompt = tokenizer.encode(self.prompt(tokenizer, ask), add_special_tokens=False)
         return prompt, tokenizer.encode(" " + self.answer, add_special_tokens=False)
 
 

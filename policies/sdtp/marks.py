@@ -72,6 +72,13 @@ class Marks:
         hidden = torch.stack([x.detach()[0, :size] for x in inputs])
         return Mark(hidden, saliency.to(device))
 
+    def saliency(self, example: Example) -> Tensor:
+        """The mark's saliency alone: without a forward, if it is on disk."""
+        path = self.folder / f"{self._key(example)}.safetensors"
+        if path.exists():
+            return _read(path).to(self.model.device)
+        return self.of(example).saliency
+
     def _key(self, example: Example) -> str:
         model = (fingerprint(self.model), str(self.model.dtype))
         said = repr((model, self.target, tuple(self.layers), example))

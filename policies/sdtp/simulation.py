@@ -48,6 +48,7 @@ class PruningPass:
     scores: list[Tensor] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
     gate: Tensor | None = None
+    _masks: dict[int, Tensor] = field(default_factory=dict)
 
     def enter(self, layer: int, num_layers: int, hidden: Tensor) -> None:
         """Decides before a stage's layer, given its input `[1, N, C]`."""
@@ -93,6 +94,7 @@ class PruningPass:
 
     def _close(self, columns: Tensor, gate: Tensor) -> None:
         """Multiplies the gates of tokens; what was dropped before stays so, with its gradient."""
+        self._masks = {}
         before = gate.new_ones(self.prompt) if self.gate is None else self.gate
         self.gate = before * torch.ones_like(before).index_copy(0, columns, gate)
 
@@ -100,6 +102,13 @@ class PruningPass:
         """A layer's own mask with the dropped tokens hidden; as it is before the first stage."""
         if self.gate is None:
             return mask
+        # The layers of a stage share masks: one for each that the model made.
+        if id(mask) not in self._masks:
+            self._masks[id(mask)] = self._gated(hidden, mask)
+        return self._masks[id(mask)]
+
+    def _gated(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        assert self.gate is not None
         size = hidden.shape[1]
         if mask is None:
             mask = torch.ones(1, 1, size, size, dtype=torch.bool, device=hidden.device).tril()

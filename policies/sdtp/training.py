@@ -53,6 +53,7 @@ class Training:
         pruning_epochs: passes in the second, through the pruned model.
         ranking: weight of the pairwise ranking loss.
         mse: weight of the squared error against the standardised saliency.
+        pruning_marks: what both of these weigh in the second phase, against 1 in the first.
         cross_entropy: weight of the completion's cross-entropy in the pruned model.
         distillation: weight of the completion's KL divergence from the dense model.
         pairs: pairs that the ranking loss draws per stage; None for all.
@@ -71,20 +72,21 @@ class Training:
         KVPruneError: a number out of range, or nothing to learn from.
     """
 
-    marking_epochs: int = 2
+    marking_epochs: int = 1
     pruning_epochs: int = 1
     ranking: float = 1.0
     mse: float = 0.3
+    pruning_marks: float = 0.1
     cross_entropy: float = 1.0
-    distillation: float = 0.0
+    distillation: float = 1.0
     pairs: int | None = None
     target: str = "attention"
     signed: bool = False
-    temperature: float = 1.0
+    temperature: float = 0.5
     learning_rate: float = 1e-3
-    pruning_learning_rate: float = 3e-4
+    pruning_learning_rate: float = 7e-4
     weight_decay: float = 0.01
-    batch: int = 4
+    batch: int = 2
     validation: float = 0.05
     seed: int = 0
     checkpoint_every: int = 20
@@ -112,6 +114,7 @@ _LEAST = {
     "pruning_epochs": 0,
     "ranking": 0,
     "mse": 0,
+    "pruning_marks": 0,
     "cross_entropy": 0,
     "distillation": 0,
     "temperature": 0,
@@ -284,7 +287,7 @@ class _Trainer:
                 random.Random(f"{self.options.seed} {number} {epoch} {place} {row}").getrandbits(48)
             )
             terms = self._terms(phase, example)
-            loss = self._weighed(terms)
+            loss = self._weighed(terms, phase)
             self.accelerator.backward(loss / len(batch))
             for name, term in terms.items():
                 said[name] = said.get(name, 0.0) + float(term.detach()) / len(batch)
@@ -294,21 +297,24 @@ class _Trainer:
         optimizer.zero_grad()
         return said
 
-    def _weighed(self, terms: dict[str, Tensor]) -> Tensor:
-        return torch.stack([getattr(self.options, n) * t for n, t in terms.items()]).sum()
+    def _weighed(self, terms: dict[str, Tensor], phase: _Phase) -> Tensor:
+        marks = self.options.pruning_marks if phase.through_model else 1.0
+        shares = {"ranking": marks, "mse": marks}
+        weights = {name: getattr(self.options, name) * shares.get(name, 1.0) for name in terms}
+        return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
     def _terms(self, phase: _Phase, example: Example) -> dict[str, Tensor]:
         """The losses that have a weight, by the names of those."""
-        options = self.options
-        terms: dict[str, Tensor] = {}
-        if phase.through_model:
-            run, terms = self._through_model(example)
-        if options.ranking > 0 or options.mse > 0:
+        if not phase.through_model:
             mark = self.marks.of(example)
-            everything = [torch.arange(mark.saliency.shape[1], device=self.model.device)]
-            scores = run.scores if phase.through_model else self._scores(mark)
-            columns = run.columns if phase.through_model else everything * len(scores)
-            terms |= self._against_marks(scores, columns, mark)
+            scores = self._scores(mark)
+            everything = torch.arange(mark.saliency.shape[1], device=self.model.device)
+            return self._against_marks(scores, [everything] * len(scores), mark.saliency)
+        run, terms = self._through_model(example)
+        marks = self.options.ranking > 0 or self.options.mse > 0
+        if marks and self.options.pruning_marks > 0:
+            saliency = self.marks.saliency(example)
+            terms |= self._against_marks(run.scores, run.columns, saliency)
         return terms
 
     def _scores(self, mark: Mark) -> list[Tensor]:
@@ -316,11 +322,11 @@ class _Trainer:
         return [self.heads(x[None], columns, s)[0] for s, x in enumerate(mark.hidden)]
 
     def _against_marks(
-        self, scores: list[Tensor], columns: list[Tensor], mark: Mark
+        self, scores: list[Tensor], columns: list[Tensor], saliency: Tensor
     ) -> dict[str, Tensor]:
         """By how much the tokens that came to each stage are scored otherwise than marked."""
         options, sinks = self.options, self.policy.sinks
-        targets = standardised(mark.saliency, sinks, options.signed)
+        targets = standardised(saliency, sinks, options.signed)
         pairs = [
             (s[c >= sinks], t[c[c >= sinks] - sinks])
             for s, c, t in zip(scores, columns, targets, strict=False)

@@ -1,0 +1,112 @@
+"""Trains the SDTP heads that ship for SmolLM2-135M-Instruct.
+
+    python -m bench.heads                                        # those that ship
+    python -m bench.heads --row "paper's head" --out build/heads/paper
+
+Questions about SQuAD articles and HotpotQA paragraphs of the splits to train on (see
+`kvprune.evaluation.questions`), asked in several ways, with the gold answer as completion; and
+stretches of the same articles with their next 64 tokens. Stopped, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kvprune.evaluation.assets import demo_model
+from kvprune.evaluation.questions import ASK_OTHERWISE, hotpotqa, squad
+from kvprune.policies import SDTP, SDTPHeads
+from kvprune.policies.sdtp import Example, Training, read_examples, train, untrained
+
+NAME = "SmolLM2-135M-Instruct"
+SHIPPED = Path(__file__).parent.parent / "policies" / "sdtp" / "pretrained" / NAME
+
+STAGES = 9
+KEEP = round(0.35 ** (1 / STAGES), 4)
+"""The model has room for nine stages; this share leaves 35 % after the last."""
+
+TOKENS = (350, 700)
+LIMIT = 1024
+TEXTS = 0.1
+
+FULL = Training()
+ROWS: dict[str, tuple[Training, dict[str, Any]]] = {
+    "SDTP": (FULL, {}),
+    "paper's head": (FULL, {"query_heads": 0}),
+    "without ranking": (replace(FULL, ranking=0.0), {"query_heads": 0}),
+    "without ranking and MSE": (replace(FULL, ranking=0.0, mse=0.0), {"query_heads": 0}),
+}
+"""What is trained: options, and how the heads differ from the default."""
+
+
+def examples(tokenizer: Any, count: int, seed: int) -> list[Example]:
+    """`count` of them, half of the questions from each data set."""
+    draw = random.Random(f"examples {seed}")
+    texts = round(TEXTS * count)
+    half = (count - texts) // 2
+    asked = squad("train", half, TOKENS, tokenizer, seed)
+    asked += hotpotqa("train", count - texts - half, TOKENS, tokenizer, seed)
+    found = []
+    for question in asked:
+        prompt, answer = question.encoded(tokenizer, draw.choice(ASK_OTHERWISE))
+        if len(prompt) + len(answer) <= LIMIT:
+            found.append(Example(tuple(prompt), tuple(answer)))
+    stories = squad("train", 3 * texts, TOKENS, tokenizer, seed + 1)
+    contexts = ["".join(p.text for p in q.context) for q in stories]
+    return found + read_examples(contexts, tokenizer, LIMIT, 64)[:texts]
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
+    parser.add_argument("--row", default="SDTP", choices=list(ROWS))
+    parser.add_argument("--examples", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--marks", type=Path, default=Path("build/heads/marks"))
+    parser.add_argument("--out", type=Path, default=Path("build/heads/sdtp"))
+    parser.add_argument("--ship", action="store_true", help=f"put them into {SHIPPED}")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    path = demo_model(report=print)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    options, shape = ROWS[asked.row]
+    heads = untrained(model, asked.seed, stages=STAGES, keep=KEEP, **shape)
+    note = {"row": asked.row, "model_name": NAME, "data": " ".join((__doc__ or "").split())}
+    train(
+        model,
+        examples(tokenizer, asked.examples, asked.seed),
+        asked.out,
+        replace(options, seed=asked.seed),
+        SDTP(heads),
+        marks=asked.marks,
+        note=note,
+    )
+    if asked.ship:
+        ship(asked.out)
+
+
+def ship(folder: Path) -> None:
+    """Puts heads into the package, as float16; the model card there stays."""
+    heads = SDTPHeads.from_pretrained(folder).half()
+    heads.save_pretrained(SHIPPED)
+    shutil.copy(folder / "training.json", SHIPPED / "training.json")
+    size = (SHIPPED / "model.safetensors").stat().st_size
+    print(json.dumps({"shipped": str(SHIPPED), "bytes": size}))
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+if __name__ == "__main__":
+    main()

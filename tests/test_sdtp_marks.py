@@ -1,0 +1,152 @@
+"""What the marking pass says, against the probabilities of an eager model."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvprune import KVPruneError
+from kvprune.families import decoder_layers
+from kvprune.policies.sdtp import Example, saliency
+from kvprune.policies.sdtp.marks import Marks, standardised
+
+from .models import plain_model, prompt, tiny_model
+
+FAMILIES = ["llama", "qwen3", "mistral-window", "gpt_neox", "gemma2"]
+IDS = prompt(1, 37)
+SIZE = 30
+EXAMPLE = Example(tuple(IDS[0, :SIZE].tolist()), tuple(IDS[0, SIZE:].tolist()))
+STAGES = (1, 3)
+
+
+def options(family: str) -> dict[str, Any]:
+    """Scores that are capped and every second layer with a window, in gemma2."""
+    if family != "gemma2":
+        return {}
+    return {"head_dim": 8, "sliding_window": 9, "backend": "eager", "dtype": torch.float32}
+
+
+def marks(family: str, folder: Any, target: str = "attention") -> Marks:
+    """Of an attached model, with stages before layers 1 and 3."""
+    return Marks(tiny_model(family, **options(family)), STAGES, folder, target)
+
+
+def inputs(family: str) -> torch.Tensor:
+    """What enters the stages' layers of the plain model, `[2, n, C]`."""
+    entered: list[torch.Tensor] = []
+    model: Any = plain_model(family, **options(family))
+    layers = decoder_layers(model.base_model)
+    handles = [
+        layers[i].register_forward_pre_hook(
+            lambda m, a, k: entered.append((a[0] if a else k["hidden_states"])[0, :SIZE]),
+            with_kwargs=True,
+        )
+        for i in STAGES
+    ]
+    with torch.no_grad():
+        model(IDS, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(entered)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_what_the_completion_attends_to_from_the_stage_on(family, tmp_path):
+    """Of an eager model's `output_attentions`, written out; hidden states are its own."""
+    found = marks(family, tmp_path).of(EXAMPLE)
+    eager: Any = plain_model(family, **{**options(family), "backend": "eager"})
+    with torch.no_grad():
+        paid = eager(IDS, use_cache=False, output_attentions=True).attentions
+    # From the last prompt token on: from there come the logits of the first token to follow.
+    means = [p[0, :, SIZE - 1 :, :SIZE].mean((0, 1)) for p in paid]
+    expected = torch.stack([means[1] + means[2] + means[3], means[3]]).float()
+    assert found.saliency.dtype == torch.float32 and found.saliency.shape == (2, SIZE)
+    torch.testing.assert_close(found.saliency, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found.hidden, inputs(family), rtol=1e-6, atol=1e-6)
+    assert not found.hidden.requires_grad
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_gradient_is_the_signed_saliency_of_the_whole_example(family, tmp_path):
+    """Its part that is about the prompt."""
+    found = marks(family, tmp_path, "gradient").of(EXAMPLE)
+    expected = saliency(plain_model(family), IDS, STAGES, signed=True)[0, :, :SIZE]
+    torch.testing.assert_close(found.saliency, expected, rtol=1e-5, atol=1e-6)
+    assert bool((found.saliency < 0).any())
+    torch.testing.assert_close(found.hidden, inputs(family), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["attention", "gradient"])
+def test_the_second_call_reads_from_disk(target, tmp_path, monkeypatch):
+    """The same numbers, and nothing is marked again; one file per example and target."""
+    first = marks("llama", tmp_path, target).of(EXAMPLE)
+    monkeypatch.setattr("kvprune.policies.sdtp.marks.contribution", None)
+    monkeypatch.setattr("kvprune.policies.sdtp.marks.watched", None)
+    second = marks("llama", tmp_path, target).of(EXAMPLE)
+    assert torch.equal(first.saliency, second.saliency)
+    assert torch.equal(first.hidden, second.hidden)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_another_model_example_target_or_stage_is_marked_anew(tmp_path):
+    """None of them finds the file of another; where the completion begins counts as well."""
+    other = Example(EXAMPLE.prompt + EXAMPLE.completion[:1], EXAMPLE.completion[1:])
+    marks("llama", tmp_path).of(EXAMPLE)
+    marks("llama", tmp_path).of(other)
+    marks("llama", tmp_path, "gradient").of(EXAMPLE)
+    marks("qwen3", tmp_path).of(EXAMPLE)
+    Marks(tiny_model("llama"), (1,), tmp_path, "attention").of(EXAMPLE)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
+def test_a_mark_that_is_cut_off(share, tmp_path):
+    """The error names the file to remove."""
+    marks("llama", tmp_path).of(EXAMPLE)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(KVPruneError, match=rf"{path.name}: expected a mark, came .*; remove it"):
+        marks("llama", tmp_path).of(EXAMPLE)
+
+
+def test_no_hook_is_left_on_the_model(tmp_path):
+    """Neither by marking nor by reading."""
+    model = tiny_model("llama")
+    before = [list(m._forward_pre_hooks) for m in model.modules()]
+    for target in ("attention", "gradient", "attention"):
+        marks("llama", tmp_path, target).of(EXAMPLE)
+    assert before == [list(m._forward_pre_hooks) for m in model.modules()]
+
+
+SALIENCIES = st.lists(
+    st.one_of(st.floats(-100, 100, width=32), st.just(0.0)), min_size=8, max_size=8
+)
+
+
+@given(SALIENCIES, SALIENCIES, st.integers(0, 5), st.booleans())
+def test_standardised_has_mean_0_and_variance_1_and_keeps_the_order(one, two, sinks, signed):
+    """Per stage, without the sinks; constant ones become 0, and all are finite."""
+    given_ = torch.tensor([one, two])
+    found = standardised(given_, sinks, signed)
+    assert found.shape == (2, 8 - sinks) and bool(found.isfinite().all())
+    torch.testing.assert_close(found.mean(1), torch.zeros(2), rtol=0, atol=1e-3)
+    for row, values in zip(found.tolist(), given_[:, sinks:].tolist(), strict=True):
+        size = values if signed else [abs(v) for v in values]
+        pairs = sorted(zip(size, row, strict=True))
+        assert all(a[1] <= b[1] + 1e-5 for a, b in itertools.pairwise(pairs))
+        if max(size) - min(size) > 1e-3 * max(map(abs, size)) > 1e-3:
+            assert torch.tensor(row).std().item() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_standardised_takes_the_logarithm_of_unsigned_saliency():
+    """Equal ratios become equal steps; signed saliency keeps equal differences."""
+    ratios = standardised(torch.tensor([[99.0, 1.0, -10.0, 100.0]]), 1, signed=False)[0]
+    torch.testing.assert_close(ratios, torch.tensor([-1.0, 0.0, 1.0]), rtol=0, atol=1e-5)
+    steps = standardised(torch.tensor([[99.0, -10.0, 0.0, 10.0]]), 1, signed=True)[0]
+    torch.testing.assert_close(steps, torch.tensor([-1.0, 0.0, 1.0]), rtol=0, atol=1e-5)
