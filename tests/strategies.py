@@ -43,9 +43,10 @@ class Listed:
         return self.name
 
 
-def sdtp_pruner(keep: float) -> SDTP:
-    """Two stages, before layers 1 and 3 of the tiny models."""
-    return SDTP(sdtp_heads(), keep, sinks=2, min_tokens=6)
+def sdtp_pruner(keep: float, asking: int = 0) -> SDTP:
+    """Two stages, before layers 1 and 3; with `asking` newest tokens in a low-rank term."""
+    low_rank = {"query_heads": 2, "query_size": 3, "query_tokens": asking, "window": 3}
+    return SDTP(sdtp_heads(**low_rank if asking else {}), keep, sinks=2, min_tokens=6)
 
 
 POLICIES = [
@@ -69,6 +70,7 @@ POLICIES = [
         lambda: H2O(heavy=500, recent=500) | StreamingLLM(sinks=1, window=1000),
     ),
     Listed("sdtp", lambda n: sdtp_pruner(0.6), None, lambda: sdtp_pruner(1.0)),
+    Listed("sdtp-asked", lambda n: sdtp_pruner(0.6, 3), None, lambda: sdtp_pruner(1.0, 3)),
 ]
 
 EVICTING = [p for p in POLICIES if p.bound is not None]

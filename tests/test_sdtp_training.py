@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import kvprune
+from kvprune import KVPruneError
 from kvprune.policies import SDTP, SDTPHeads
 from kvprune.policies.sdtp import Example, Training, saliency, train, training, untrained
 from kvprune.policies.sdtp.training import CHECKPOINT
@@ -209,7 +210,7 @@ def terms_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     check = training._Trainer._check_finite
 
     def note(self: Any, said: dict[str, float], phase: Any, *place: int) -> None:
-        found.setdefault(phase.name, set()).update(said)
+        found.setdefault(phase.name, set()).update(set(said) - {"gradient"})
         check(self, said, phase, *place)
 
     monkeypatch.setattr(training._Trainer, "_check_finite", note)
@@ -254,12 +255,13 @@ def test_each_option_has_a_say_in_the_heads(other, whole, tmp_path):
     assert not equal(trained(tmp_path, **other), whole)
 
 
-@pytest.mark.parametrize("mixed", ["no", "bf16"])
-def test_precisions_can_follow_each_other_in_one_process(mixed, tmp_path):
-    """Whatever a training before was set to."""
-    trained(tmp_path / "first")
-    heads = trained(tmp_path / "second", mixed_precision=mixed)
-    assert all(bool(p.isfinite().all()) for p in heads.parameters())
+def test_a_process_has_one_precision(tmp_path):
+    """It is accelerate's, and global: another one is refused, the same one and none are fine."""
+    for name, mixed in (("first", None), ("second", "no"), ("third", None)):
+        heads = trained(tmp_path / name, mixed_precision=mixed)
+        assert all(bool(p.isfinite().all()) for p in heads.parameters())
+    with pytest.raises(KVPruneError, match="mixed_precision='bf16'"):
+        trained(tmp_path / "fourth", mixed_precision="bf16")
 
 
 def test_held_out_examples_are_never_trained_on(tmp_path, monkeypatch):

@@ -42,7 +42,8 @@ def explain(model: Any, tokenizer: Any, text: str, policies: Sequence[TokenPolic
     Raises:
         KVPruneError: no text, or the policies do not work on the model.
     """
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, starts = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
     if not ids:
         raise KVPruneError("explain: expected a text of at least one token, came an empty one")
     cache = ComposedCache(policies)
@@ -52,22 +53,10 @@ def explain(model: Any, tokenizer: Any, text: str, policies: Sequence[TokenPolic
     for layer in range(len(cache)):
         columns = cache.columns(layer).unique()
         held[columns[columns >= 0].cpu()] += 1
-    tokens = tuple(_pieces(tokenizer, ids))
+    # Tokens of one character share its place: the last of them is given it.
+    ends = [*starts[1:], len(text)]
+    tokens = tuple(text[a:b] for a, b in zip([0, *starts[1:]], ends, strict=True))
     return Explanation(tokens, tuple(held.tolist()), len(cache), repr(list(cache.policies)))
-
-
-def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Each token's text; bytes of a character go to the token that completes it."""
-    pieces: list[str] = []
-    start = 0
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
-        if text.endswith("\ufffd") and end - start < 8 and end < len(ids):
-            pieces.append("")
-            continue
-        pieces.append(text)
-        start = end
-    return pieces
 
 
 SHADES = 5

@@ -98,7 +98,7 @@ def _file(path: Path) -> Iterator[Any]:
     if path.suffix != ".jsonl":
         yield text
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield json.loads(line)
@@ -128,16 +128,24 @@ def _examples(
     record = {"text": record} if isinstance(record, str) else record
     try:
         if "text" in record:
-            yield from _stretches(tuple(tokenizer(record["text"])["input_ids"]), tokens, completion)
+            yield from _stretches(_ids(tokenizer, record["text"]), tokens, completion)
         elif "messages" in record:
             yield _conversation(record["messages"], tokenizer)
         else:
-            yield _pair(tokenizer(record["prompt"])["input_ids"], record["completion"], tokenizer)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+            yield _pair(_ids(tokenizer, record["prompt"]), record["completion"], tokenizer)
+    # A chat template may refuse a conversation with an error of its own.
+    except Exception as error:
         raise KVPruneError(
             f"examples: record {number}: expected a text, or a mapping with `text`, `prompt` and "
             f"`completion`, or `messages`, came {str(record)[:80]!r} ({error!r})"
         ) from error
+
+
+def _ids(tokenizer: Any, text: Any) -> tuple[int, ...]:
+    """As the tokenizer begins a text by itself."""
+    if not isinstance(text, str):
+        raise TypeError(f"expected a text, came {type(text).__name__}")
+    return tuple(tokenizer(text)["input_ids"])
 
 
 def _stretches(ids: tuple[int, ...], tokens: int, completion: int) -> Iterator[Example]:
@@ -150,9 +158,11 @@ def _stretches(ids: tuple[int, ...], tokens: int, completion: int) -> Iterator[E
 def _conversation(messages: list[dict[str, str]], tokenizer: Any) -> Example:
     *before, last = messages
     text = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
-    return _pair(tokenizer.encode(text, add_special_tokens=False), last["content"], tokenizer)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return _pair(tuple(ids), last["content"], tokenizer)
 
 
-def _pair(prompt: list[int], completion: str, tokenizer: Any) -> Example:
-    after = tokenizer.encode(completion, add_special_tokens=False)
-    return Example(tuple(prompt), tuple(after))
+def _pair(prompt: tuple[int, ...], completion: Any, tokenizer: Any) -> Example:
+    if not isinstance(completion, str):
+        raise TypeError(f"expected a text as completion, came {type(completion).__name__}")
+    return Example(prompt, tuple(tokenizer.encode(completion, add_special_tokens=False)))

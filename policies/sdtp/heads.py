@@ -125,6 +125,43 @@ class SDTPHeads(
         )
         return cast(Tensor, head.smoothed(features.masked_fill((columns < 0)[..., None], 0.0)))
 
+    def save_pretrained(  # type: ignore[override]
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **options: Any,
+    ) -> str | None:
+        """Writes weights, configuration and, where there is none yet, a model card.
+
+        Args:
+            folder: made if it is not there.
+            push_to_hub: whether to push it afterwards.
+            repo_id: where to; by default the folder's name.
+            options: what else huggingface_hub's mixin takes.
+
+        Returns:
+            the commit on the hub, if there is one.
+
+        Raises:
+            KVPruneError: a file cannot be written; what was there before is unchanged.
+        """
+        place = Path(folder)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise KVPruneError(
+                f"SDTPHeads.save_pretrained({str(folder)!r}): expected a folder that can be "
+                f"written: {error}"
+            ) from error
+        # Not the mixin's own, which begins with removing what was there.
+        self._save_pretrained(place)
+        if not push_to_hub:
+            return None
+        said: str = self.push_to_hub(repo_id or place.name, **options)
+        return said
+
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {name: t.contiguous() for name, t in self.state_dict().items()}
         header = {"format": FORMAT, "configuration": json.dumps(self.configuration)}
@@ -133,6 +170,9 @@ class SDTPHeads(
             lambda scratch: save_file(tensors, scratch, metadata=header),
         )
         write_text(save_directory / CONFIG_NAME, json.dumps(self.configuration, indent=2) + "\n")
+        card = save_directory / "README.md"
+        if not card.exists():
+            write_text(card, str(self.generate_model_card()))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -67,6 +67,7 @@ class Marks:
         if known:
             saliency = _read(path)
         else:
+            _check_finite(saliency)
             kept = {"saliency": saliency.cpu()}
             write_whole(path, lambda scratch: save_file(kept, scratch))
         hidden = torch.stack([x.detach()[0, :size] for x in inputs])
@@ -175,6 +176,14 @@ def standardised(saliency: Tensor, sinks: int, signed: bool) -> Tensor:
     # A gradient in bfloat16 can be exactly 0.
     values = rest if signed else (size + 1e-8 * size.amax(1, keepdim=True) + 1e-30).log()
     return (values - values.mean(1, keepdim=True)) / values.std(1, keepdim=True).clamp(min=1e-6)
+
+
+def _check_finite(saliency: Tensor) -> None:
+    if not bool(saliency.isfinite().all()):
+        raise KVPruneError(
+            "the marking pass of an example is not finite: the model has NaN weights, or overflows "
+            "in its dtype. Load it in float32"
+        )
 
 
 def _read(path: Path) -> Tensor:

@@ -68,15 +68,14 @@ def heads_for(model: torch.nn.Module) -> SDTPHeads:
         KVPruneError: there are none for this model.
     """
     mine = fingerprint(model)
-    for folder in sorted(FOLDER.iterdir()):
-        if folder.is_dir() and same_model(
-            _loaded(folder, "cpu").configuration["fingerprint"], mine
-        ):
+    folders = sorted(path.parent for path in FOLDER.glob("*/model.safetensors"))
+    for folder in folders:
+        if same_model(_loaded(folder, "cpu").configuration["fingerprint"], mine):
             return _loaded(folder, str(next(model.parameters()).device))
     name = getattr(getattr(model, "config", None), "name_or_path", "") or "NAME_OR_PATH"
     raise KVPruneError(
         f"SDTP(): no heads ship with kvprune for this model ({type(model).__name__}, {name}); "
-        f"expected one of {sorted(f.name for f in FOLDER.iterdir())}. Train heads for it with "
+        f"expected one of {[folder.name for folder in folders]}. Train heads for it with "
         f"`kvprune train-sdtp --model {name} --data TEXT --out FOLDER` and pass them as "
         f"SDTP(SDTPHeads.from_pretrained(FOLDER))"
     )
@@ -89,6 +88,8 @@ def _loaded(folder: Path, device: str) -> SDTPHeads:
 
 
 def _some(parameters: list[tuple[str, Tensor]]) -> dict[str, list[float]]:
+    if not parameters:
+        return {}
     chosen = dict([parameters[0], parameters[len(parameters) // 2], parameters[-1]])
     return {name: _sampled(weight) for name, weight in chosen.items()}
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from kvprune.selection import select
 
 from .policy import SDTP
 
-LEAK = 1e-5
+LEAK = 1e-8
 """What a dropped token still weighs in attention, so that its gate has a gradient."""
 
 
@@ -36,7 +36,8 @@ class PruningPass:
     policy: with heads, which get the gradients. prompt: how many tokens can be pruned, the
     first ones; those behind them always stay. temperature: of the noise and of the relaxation;
     0 for no noise, as in inference.
-    columns: by stage, the `[n]` tokens that came to it. scores: theirs, with gradients.
+    stages: those that were met. columns: for each, the `[n]` tokens that came to it.
+    scores: theirs, with gradients.
     kept: `[n]` bool, which of them went on.
     """
 
@@ -44,26 +45,32 @@ class PruningPass:
     prompt: int
     temperature: float
     generator: torch.Generator | None = None
+    stages: list[int] = field(default_factory=list)
     columns: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
     gate: Tensor | None = None
-    _masks: dict[int, Tensor] = field(default_factory=dict)
+    _masks: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
 
     def enter(self, layer: int, num_layers: int, hidden: Tensor) -> None:
         """Decides before a stage's layer, given its input `[1, N, C]`."""
         heads = self.policy.heads
         assert heads is not None
-        if layer not in heads.layers[: self.policy.stages]:
+        stages = heads.layers[: self.policy.stages]
+        if layer not in stages or not self.policy.applies(layer):
             return
         tokens = self._view(layer, num_layers, hidden.detach())
-        stage = len(self.scores)
+        stage = stages.index(layer)
         score = heads(tokens.hidden, tokens.columns, stage)
         noisy = score + self._noise(score)
         ranking = self.policy.ranking(tokens, stage, noisy.detach())
+        # The logits of the prompt's last token are asked for.
+        asked = tokens.columns[:, None] == self.prompt - 1
+        ranking = replace(ranking, protected=ranking.protected | asked)
         kept = select(ranking, tokens.columns[:, None], tokens.valid[:, None])[0, 0]
         gate = _gate(noisy[0], kept, ranking.protected[0, 0], self.temperature)
         self._close(tokens.columns[0], gate)
+        self.stages.append(stage)
         self.columns.append(tokens.columns[0])
         self.scores.append(score[0])
         self.kept.append(kept)
@@ -104,8 +111,8 @@ class PruningPass:
             return mask
         # The layers of a stage share masks: one for each that the model made.
         if id(mask) not in self._masks:
-            self._masks[id(mask)] = self._gated(hidden, mask)
-        return self._masks[id(mask)]
+            self._masks[id(mask)] = (mask, self._gated(hidden, mask))
+        return self._masks[id(mask)][1]
 
     def _gated(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         assert self.gate is not None

@@ -7,6 +7,7 @@ pruned by the heads (see `simulation`), and the loss of the answer reaches them 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import importlib.util
@@ -17,6 +18,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +97,13 @@ class Training:
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not least <= value < math.inf:
+            kind = int if name in _COUNTS else int | float
+            number = isinstance(value, kind) and not isinstance(value, bool)
+            drawn = name == "pairs" and value is None
+            if not drawn and (not number or not least <= value < math.inf):
+                whole = "whole number" if name in _COUNTS else "number"
                 raise KVPruneError(
-                    f"Training: {name}={value!r}: expected a number of at least {least}"
+                    f"Training: {name}={value!r}: expected a {whole} of at least {least}"
                 )
         if self.target not in TARGETS:
             raise KVPruneError(f"Training: target={self.target!r}: expected one of {TARGETS}")
@@ -125,7 +130,9 @@ _LEAST = {
     "validation": 0,
     "seed": 0,
     "checkpoint_every": 1,
+    "pairs": 1,
 }
+_COUNTS = ("marking_epochs", "pruning_epochs", "batch", "seed", "checkpoint_every", "pairs")
 
 
 @dataclass(frozen=True)
@@ -166,8 +173,8 @@ def train(
         out: a folder for the heads (`SDTPHeads.from_pretrained(out)`), `training.json` (what was
             done and measured) and the checkpoint.
         options: how.
-        policy: the schedule to train for, with untrained heads; None for the paper's, with a
-            low-rank term. Its heads are trained in place.
+        policy: the schedule to train for, with the heads to begin with, which stay as they are;
+            None for the paper's, with untrained heads that have a low-rank term.
         marks: a folder for marked examples that outlives this training; None for one in `out`.
         progress: whether to draw a bar with the losses.
         note: what else `training.json` should say, such as where the data comes from.
@@ -200,6 +207,10 @@ def untrained(model: Any, seed: int = 0, **options: Any) -> SDTPHeads:
         )
 
 
+_Scored = tuple[int, Tensor, Tensor]
+"""A stage, the columns of tokens `[n]`, and their scores."""
+
+
 class _Trainer:
     def __init__(
         self,
@@ -211,25 +222,30 @@ class _Trainer:
         marks: str | Path | None,
         progress: bool,
     ) -> None:
-        from accelerate import Accelerator
-
         self.options, self.out, self.progress = options, out, progress
-        self.accelerator = Accelerator(mixed_precision=options.mixed_precision)
-        if self.accelerator.num_processes > 1:
-            raise KVPruneError("train: expected one process; run it without `accelerate launch`")
+        self.accelerator = _accelerator(options.mixed_precision)
         self.model = model.to(self.accelerator.device)
-        self.policy = policy or SDTP(untrained(model, options.seed))
-        assert self.policy.heads is not None
-        self.heads = self.policy.heads.float().to(self.accelerator.device)
-        self.policy._check_heads(self.model)
-        _check_examples(examples, self.policy)
+        policy = policy or SDTP(untrained(model, options.seed))
+        _check_examples(examples, policy)
         self.training, self.held_out = _split(examples, options)
+        self.heads = self._prepared(policy)
+        self.policy = dataclasses.replace(policy, heads=self.heads)
         _make(out)
         folder = Path(marks or out / "marks")
         self.marks = Marks(self.model, self.heads.layers, folder, options.target)
         _make(self.marks.folder)
         self.generator = torch.Generator()
         self.metrics: list[dict[str, Any]] = []
+
+    def _prepared(self, policy: SDTP) -> SDTPHeads:
+        """The policy's heads, ready to be trained for the model."""
+        if policy.heads is None:
+            raise KVPruneError("train: expected a policy with heads: SDTP(untrained(model))")
+        heads = copy.deepcopy(policy.heads).float().to(self.accelerator.device)
+        heads.requires_grad_(True)
+        dataclasses.replace(policy, heads=heads).for_model(self.model)
+        heads.configuration["fingerprint"] = fingerprint(self.model)
+        return heads
 
     def run(self, note: dict[str, Any]) -> None:
         """All phases, from the checkpoint on; then writes the heads and what was done."""
@@ -291,8 +307,11 @@ class _Trainer:
             self.accelerator.backward(loss / len(batch))
             for name, term in terms.items():
                 said[name] = said.get(name, 0.0) + float(term.detach()) / len(batch)
+        norm = self.accelerator.clip_grad_norm_(self.heads.parameters(), CLIP)
+        # A gradient scaler (float16) skips the steps whose gradients overflow.
+        if self.accelerator.scaler is None:
+            said["gradient"] = float(norm)
         self._check_finite(said, phase, epoch, place)
-        self.accelerator.clip_grad_norm_(self.heads.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
         return said
@@ -307,30 +326,28 @@ class _Trainer:
         """The losses that have a weight, by the names of those."""
         if not phase.through_model:
             mark = self.marks.of(example)
-            scores = self._scores(mark)
-            everything = torch.arange(mark.saliency.shape[1], device=self.model.device)
-            return self._against_marks(scores, [everything] * len(scores), mark.saliency)
+            return self._against_marks(self._whole(mark), mark.saliency)
         run, terms = self._through_model(example)
         marks = self.options.ranking > 0 or self.options.mse > 0
         if marks and self.options.pruning_marks > 0:
             saliency = self.marks.saliency(example)
-            terms |= self._against_marks(run.scores, run.columns, saliency)
+            scored = zip(run.stages, run.columns, run.scores, strict=True)
+            terms |= self._against_marks(list(scored), saliency)
         return terms
 
-    def _scores(self, mark: Mark) -> list[Tensor]:
-        columns = torch.arange(mark.hidden.shape[1], device=mark.hidden.device)[None]
-        return [self.heads(x[None], columns, s)[0] for s, x in enumerate(mark.hidden)]
+    def _whole(self, mark: Mark) -> list[_Scored]:
+        """What the heads make of all tokens, with nothing pruned."""
+        columns = torch.arange(mark.hidden.shape[1], device=mark.hidden.device)
+        heads = self.heads
+        return [
+            (s, columns, heads(x[None], columns[None], s)[0]) for s, x in enumerate(mark.hidden)
+        ]
 
-    def _against_marks(
-        self, scores: list[Tensor], columns: list[Tensor], saliency: Tensor
-    ) -> dict[str, Tensor]:
+    def _against_marks(self, scored: list[_Scored], saliency: Tensor) -> dict[str, Tensor]:
         """By how much the tokens that came to each stage are scored otherwise than marked."""
         options, sinks = self.options, self.policy.sinks
         targets = standardised(saliency, sinks, options.signed)
-        pairs = [
-            (s[c >= sinks], t[c[c >= sinks] - sinks])
-            for s, c, t in zip(scores, columns, targets, strict=False)
-        ]
+        pairs = [(s[c >= sinks], targets[i][c[c >= sinks] - sinks]) for i, c, s in scored]
         terms = {}
         if options.ranking > 0:
             losses = [ranking_loss(s, t, options.pairs, self.generator) for s, t in pairs]
@@ -377,7 +394,7 @@ class _Trainer:
         losses: list[float] = []
         for example in self.held_out:
             mark = self.marks.of(example)
-            found.append(self._agreement(self._scores(mark), mark))
+            found.append(self._agreement(self._whole(mark), mark))
             if phase.through_model:
                 logits = self._logits(example, PruningPass(self.policy, len(example.prompt), 0.0))
                 truth = torch.tensor(example.completion, device=logits.device)
@@ -389,15 +406,15 @@ class _Trainer:
         }
         return {**means, **({"pruned_nll": sum(losses) / len(losses)} if losses else {})}
 
-    def _agreement(self, scores: list[Tensor], mark: Mark) -> dict[str, list[float]]:
+    def _agreement(self, scored: list[_Scored], mark: Mark) -> dict[str, list[float]]:
         """Per stage, the sinks left out: rank correlations, and the share of the top found."""
         from scipy.stats import kendalltau, spearmanr
 
         sinks = self.policy.sinks
         targets = standardised(mark.saliency, sinks, self.options.signed).cpu()
         said: dict[str, list[float]] = {"spearman": [], "kendall": [], "recall": []}
-        for stage, target in enumerate(targets):
-            score = scores[stage][sinks:].float().cpu()
+        for (stage, _, score), target in zip(scored, targets, strict=True):
+            score = score[sinks:].float().cpu()
             count = max(round(self.heads.keep ** (stage + 1) * len(score)), 1)
             top = (set(x.topk(count).indices.tolist()) for x in (score, target))
             said["spearman"].append(float(spearmanr(score, target).statistic))
@@ -415,11 +432,12 @@ class _Trainer:
 
     # Going on after being killed.
 
+    @cached_property
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a training to go on."""
+        """What must be the same for a training to go on, as JSON gives it back."""
         policy = {f.name: getattr(self.policy, f.name) for f in dataclasses.fields(self.policy)}
         del policy["heads"]
-        return {
+        identity = {
             "model": fingerprint(self.model),
             "dtype": str(self.model.dtype),
             "heads": self.heads.configuration,
@@ -427,10 +445,12 @@ class _Trainer:
             "options": dataclasses.asdict(self.options),
             "examples": _digest(self.training + self.held_out),
         }
+        same: dict[str, Any] = json.loads(json.dumps(identity))
+        return same
 
     def _checkpoint(self, number: int, step: int, optimizer: Any) -> None:
         state = {
-            "identity": json.dumps(self._identity()),
+            "identity": json.dumps(self._identity),
             "phase": number,
             "step": step,
             "heads": self.heads.state_dict(),
@@ -447,10 +467,12 @@ class _Trainer:
         try:
             state = torch.load(path, map_location=self.model.device, weights_only=True)
             theirs = json.loads(state["identity"])
+            other = [name for name, value in self._identity.items() if value != theirs.get(name)]
         except Exception as error:
-            raise KVPruneError(f"{path}: expected a checkpoint, came {error}; remove it") from error
-        mine = json.loads(json.dumps(self._identity()))
-        other = [name for name in mine if mine[name] != theirs.get(name)]
+            raise KVPruneError(
+                f"{path}: expected a checkpoint of a training, came something else "
+                f"({type(error).__name__}); remove it, or name another folder for the output"
+            ) from error
         if other:
             raise KVPruneError(
                 f"{path}: expected a checkpoint of this training, came one with another "
@@ -464,11 +486,24 @@ class _Trainer:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         return {
             **note,
-            **self._identity(),
+            **self._identity,
             "split": {"training": len(self.training), "held_out": len(self.held_out)},
             "versions": {**versions, "python": platform.python_version()},
             "metrics": self.metrics,
         }
+
+
+def _accelerator(mixed_precision: str | None) -> Any:
+    from accelerate import Accelerator
+
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision)
+    # Not a known one; or this process has used accelerate with another.
+    except ValueError as error:
+        raise KVPruneError(f"train: mixed_precision={mixed_precision!r}: {error}") from error
+    if accelerator.num_processes > 1:
+        raise KVPruneError("train: expected one process; run it without `accelerate launch`")
+    return accelerator
 
 
 def _split(
