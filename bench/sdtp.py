@@ -4,10 +4,11 @@
     python -m bench.sdtp --tasks squad --questions 20            # a look
 
 Questions about contexts of 1,000 to 2,000 tokens from splits that nothing was trained on or chosen
-by (see `kvprune.evaluation.questions`), by the teacher-forced negative log-likelihood of the gold
-answer's tokens; needles, by whether the number is repeated; and plain text, by the likelihood of
-its next 128 tokens, which hardly notices what was dropped. Every row runs through `generate`'s own
-cache, on the same questions; shares and differences are paired, with bootstrap intervals.
+by (see `kvprune.evaluation.questions`; `--split choose` is for choosing), by the teacher-forced
+negative log-likelihood of the gold answer's tokens; needles, by whether the number is repeated;
+and plain text, by the likelihood of its next 128 tokens, which hardly notices what was dropped.
+Every row runs through `generate`'s own cache, on the same questions; shares and differences are
+paired, with bootstrap intervals.
 
 Each result is appended to `OUT.jsonl` as it comes: a run that was stopped goes on where it was.
 `OUT.json` is the summary.
@@ -134,11 +135,11 @@ class Bench:
         said, wanted = (self.tokenizer.decode(t[0]).strip() for t in (tokens, item.answer))
         return {"value": float(said.startswith(wanted))}
 
-    def items(self, task: str, count: int) -> list[Item]:
-        """The first `count` of a task."""
+    def items(self, task: str, count: int, split: str) -> list[Item]:
+        """The first `count` of a task; `split` is of the questions."""
         if task in ("squad", "hotpotqa"):
             make = {"squad": squad, "hotpotqa": hotpotqa}[task]
-            questions = make("final", count, LENGTHS, self.tokenizer)
+            questions = make(split, count, LENGTHS, self.tokenizer)
             return [self._asked(task, i, q) for i, q in enumerate(questions)]
         if task.startswith("needle"):
             return [self._needle(int(task.removeprefix("needle-")), i) for i in range(count)]
@@ -199,13 +200,13 @@ class Bench:
         ids: list[int] = self.tokenizer.encode(essays[:400_000], add_special_tokens=False)
         return ids
 
-    def run(self, task: str, count: int, out: Path, skip: tuple[str, ...] = ()) -> None:
-        """Appends what is missing."""
+    def run(self, task: str, count: int, split: str, out: Path, only: list[str]) -> None:
+        """Appends what is missing; all rows, if none is named."""
         done = {(r["task"], r["number"], r["row"]) for r in results(out)}
         measure = self.found if task.startswith("needle") else self.nll
-        for item in self.items(task, count):
+        for item in self.items(task, count, split):
             for name, policies in self.rows(item).items():
-                if name in skip or (task, item.number, name) in done:
+                if (only and name not in only) or (task, item.number, name) in done:
                     continue
                 result = {"task": task, "number": item.number, "row": name}
                 result |= measure(item, policies())
@@ -251,10 +252,11 @@ def summary(found: list[dict[str, Any]], tasks: list[str]) -> dict[str, Any]:
 
 def _summary(found: list[dict[str, Any]], task: str) -> dict[str, Any]:
     rows = table(found, task)
-    said: dict[str, Any] = {"items": len(rows["dense"]), "rows": {}}
+    said: dict[str, Any] = {"items": len(next(iter(rows.values()))), "rows": {}}
     for name, values in rows.items():
         row: dict[str, Any] = {"mean": round(float(values.mean()), 4)}
-        if task in ("squad", "hotpotqa") and name not in ("dense", "random"):
+        known = {"dense", "random", "SDTP"} <= set(rows)
+        if task in ("squad", "hotpotqa") and known and name not in ("dense", "random"):
             share = (rows["random"], values, rows["dense"])
             row["recovered"] = round(float(recovered(*share)), 4)
             row["recovered_95"] = interval(recovered, *share)
@@ -288,7 +290,8 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=120, help="of each of the two data sets")
     parser.add_argument("--needles", type=int, default=30, help="of each length, and texts")
     parser.add_argument("--heads", nargs="*", default=[], metavar="NAME=FOLDER", help="more rows")
-    parser.add_argument("--skip", nargs="*", default=[], help="rows to leave out")
+    parser.add_argument("--rows", nargs="*", default=[], help="only these")
+    parser.add_argument("--split", default="final", choices=["choose", "final"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("bench/results/sdtp"))
@@ -299,7 +302,7 @@ def main() -> None:
     lines = asked.out.with_suffix(".jsonl")
     for task in asked.tasks:
         count = asked.questions if task in ("squad", "hotpotqa") else asked.needles
-        bench.run(task, count, lines, tuple(asked.skip))
+        bench.run(task, count, asked.split, lines, asked.rows)
     report = {
         "command": " ".join(sys.argv),
         "dtype": asked.dtype,

@@ -111,26 +111,20 @@ def run_demo(console: Console | None = None) -> list[Outcome]:
         # Once without taking the time: the first run of a process is slower.
         model.generate(inputs["input_ids"][:, :256], max_new_tokens=2, do_sample=False)
         demo.run("dense", DynamicCache(config=model.config))
-        for name, policies in _rows(console):
+        for name, policies in _rows():
             demo.run(name, kvprune.ComposedCache(policies))
     console.print(_table(demo.outcomes))
     return demo.outcomes
 
 
-def _rows(console: Console) -> list[tuple[str, list[kvprune.TokenPolicy]]]:
-    h2o, streaming = H2O(heavy=0.1, recent=0.1), StreamingLLM(sinks=4, window=0.2)
-    rows: list[tuple[str, list[kvprune.TokenPolicy]]] = [
+def _rows() -> list[tuple[str, list[kvprune.TokenPolicy]]]:
+    h2o, streaming, sdtp = H2O(heavy=0.1, recent=0.1), StreamingLLM(sinks=4, window=0.2), SDTP()
+    return [
         ("StreamingLLM 20 %", [streaming]),
         ("H2O 20 %", [h2o]),
+        ("SDTP", [sdtp]),
+        ("SDTP + H2O 20 %", [sdtp, h2o]),
     ]
-    try:
-        sdtp = SDTP()
-    except kvprune.KVPruneError:
-        console.print(
-            "SDTP needs trained heads, and none ship with kvprune yet: its two rows are left out."
-        )
-        return rows
-    return [*rows, ("SDTP", [sdtp]), ("SDTP + H2O 20 %", [sdtp, h2o])]
 
 
 def _prompt(tokenizer: Any, console: Console) -> dict[str, torch.Tensor]:

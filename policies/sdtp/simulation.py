@@ -25,7 +25,7 @@ from kvprune.selection import select
 
 from .policy import SDTP
 
-LEAK = 1e-8
+LEAK = 1e-5
 """What a dropped token still weighs in attention, so that its gate has a gradient."""
 
 

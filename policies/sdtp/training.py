@@ -78,7 +78,7 @@ class Training:
     pruning_epochs: int = 1
     ranking: float = 1.0
     mse: float = 0.3
-    pruning_marks: float = 0.1
+    pruning_marks: float = 0.0
     cross_entropy: float = 1.0
     distillation: float = 1.0
     pairs: int | None = None
