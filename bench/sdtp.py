@@ -32,6 +32,7 @@ import torch
 import transformers
 from scipy.stats import bootstrap
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvprune
@@ -213,6 +214,24 @@ class Bench:
                 with out.open("a") as file:
                     file.write(json.dumps(result) + "\n")
 
+    @torch.no_grad()
+    def heads_flops(self, tokens: int = 1024) -> dict[str, float]:
+        """Each kind of heads' FLOPs in a prefill, as a share of the dense model's.
+
+        The rest is the same with scores that cost nothing, since the schedule is.
+        """
+        ids = torch.arange(tokens)[None] + 1000
+        item = Item("flops", 0, ids, ids[:, :1])
+        rows = self.rows(item)
+        count = {}
+        for name in ("dense", "random", "SDTP", *self.others):
+            with FlopCounterMode(display=False) as counter:
+                held = kvprune.ComposedCache(rows[name]())
+                self.model(ids, past_key_values=held, logits_to_keep=1)
+            count[name] = counter.get_total_flops()
+        plain, dense = count.pop("random"), count.pop("dense")
+        return {name: round((n - plain) / dense, 5) for name, n in count.items()}
+
 
 _CITIES = ("Lisbon", "Oslo", "Nairobi", "Lima", "Hanoi", "Quito", "Riga", "Perth", "Dakar", "Turin")
 
@@ -308,6 +327,7 @@ def main() -> None:
         "dtype": asked.dtype,
         "machine": platform.processor() or platform.machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "heads_flops": bench.heads_flops(),
         "tasks": summary(results(lines), tasks),
     }
     asked.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")

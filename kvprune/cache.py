@@ -275,7 +275,7 @@ class ComposedCache(Cache):
             )
         for policy in leaves(self.policies):
             _check_layers(policy, attachment)
-        working = tuple(policy.for_model(model) for policy in self.policies)
+        working = _checked([policy.for_model(model) for policy in self.policies])
         layers = range(attachment.num_layers)
         self.layers = [SlotLayer(wanted_at(working, i)) for i in layers]
         self._working, self._attachment = working, attachment

@@ -35,7 +35,6 @@ def train_sdtp(
     completion: Annotated[int, typer.Option(help="Tokens of a text that are to be likely.")] = 64,
     limit: Annotated[int | None, typer.Option(help="Use only so many examples.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="Where to train; accelerate's choice.")] = None,
     keep: Annotated[float, typer.Option(help="The share that each stage keeps.")] = 0.9,
     stages: Annotated[int | None, typer.Option(help="How many; as many as fit.")] = None,
     query_heads: Annotated[
@@ -43,11 +42,14 @@ def train_sdtp(
     ] = 4,
     target: Annotated[str, typer.Option(help="attention, or the paper's gradient.")] = "attention",
     marking_epochs: Annotated[int, typer.Option()] = 1,
-    pruning_epochs: Annotated[int, typer.Option()] = 1,
+    pruning_epochs: Annotated[int, typer.Option()] = 0,
     ranking: Annotated[float, typer.Option(help="Weight of this loss; 0 leaves it out.")] = 1.0,
     mse: Annotated[float, typer.Option(help="Likewise.")] = 0.3,
     cross_entropy: Annotated[float, typer.Option(help="Likewise.")] = 1.0,
     distillation: Annotated[float, typer.Option(help="Likewise.")] = 1.0,
+    pairs: Annotated[int | None, typer.Option(help="Pairs to rank per stage; all.")] = None,
+    batch: Annotated[int, typer.Option(help="Examples per step.")] = 2,
+    mixed_precision: Annotated[str | None, typer.Option(help="no or bf16; accelerate's.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Trains SDTP's heads for a model. Stopped, it goes on where it was when called again."""
@@ -62,9 +64,12 @@ def train_sdtp(
         cross_entropy=cross_entropy,
         distillation=distillation,
         target=target,
+        pairs=pairs,
+        batch=batch,
+        mixed_precision=mixed_precision,
         seed=seed,
     )
-    tokenizer, loaded = _loaded(model, dtype, device)
+    tokenizer, loaded = _loaded(model, dtype)
     examples = read_examples(data, tokenizer, tokens, completion)[:limit]
     heads = untrained(loaded, seed, keep=keep, stages=stages, query_heads=query_heads)
     train(loaded, examples, out, options, SDTP(heads), note={"model_name": model, "data": data})
@@ -91,7 +96,7 @@ def explain_text(
     path = (
         str(demo_model(report=lambda line: typer.echo(line, err=True))) if model is None else model
     )
-    tokenizer, loaded = _loaded(path, "auto", None)
+    tokenizer, loaded = _loaded(path, "auto")
     explained = explain(attach(loaded), tokenizer, _text(text), [policy])
     Console().print(as_terminal(explained))
     if html is not None:
@@ -107,7 +112,7 @@ def _text(given: str) -> str:
         return given
 
 
-def _loaded(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
+def _loaded(name: str, dtype: str) -> tuple[Any, Any]:
     """Tokenizer and model.
 
     Raises:
@@ -122,7 +127,7 @@ def _loaded(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
         raise KVPruneError(
             f"--model {name}: expected the name or the folder of a transformers model: {error}"
         ) from error
-    return tokenizer, model if device is None else model.to(device)
+    return tokenizer, model
 
 
 def main() -> None:

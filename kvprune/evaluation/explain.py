@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -36,14 +37,17 @@ def explain(model: Any, tokenizer: Any, text: str, policies: Sequence[TokenPolic
     Args:
         model: attached.
         tokenizer: of the model.
-        text: what to read, taken as it is, with no chat template.
+        text: what to read, with the special tokens that the tokenizer begins with, and no chat
+            template.
         policies: as for `ComposedCache`.
 
     Raises:
-        KVPruneError: no text, or the policies do not work on the model.
+        KVPruneError: no text, a slow tokenizer, or policies that do not work on the model.
     """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, starts = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
+    if not tokenizer.is_fast:
+        raise KVPruneError("explain: expected a fast tokenizer, which knows where tokens begin")
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ids, spans = encoded["input_ids"], encoded["offset_mapping"]
     if not ids:
         raise KVPruneError("explain: expected a text of at least one token, came an empty one")
     cache = ComposedCache(policies)
@@ -53,9 +57,10 @@ def explain(model: Any, tokenizer: Any, text: str, policies: Sequence[TokenPolic
     for layer in range(len(cache)):
         columns = cache.columns(layer).unique()
         held[columns[columns >= 0].cpu()] += 1
-    # Tokens of one character share its place: the last of them is given it.
-    ends = [*starts[1:], len(text)]
-    tokens = tuple(text[a:b] for a, b in zip([0, *starts[1:]], ends, strict=True))
+    # What lies between two tokens goes to the second; special tokens have no place in the text.
+    ends = list(accumulate((end for _, end in spans), max))
+    ends[-1] = len(text)
+    tokens = tuple(text[a:b] for a, b in pairwise([0, *ends]))
     return Explanation(tokens, tuple(held.tolist()), len(cache), repr(list(cache.policies)))
 
 
@@ -92,6 +97,8 @@ def _range(shade: int, num_layers: int) -> str:
 
 def _caption(explained: Explanation) -> str:
     whole = sum(n == explained.num_layers for n in explained.layers)
+    if whole == len(explained.layers):
+        return f"{explained.policies}: nothing is dropped from these {whole} tokens"
     mean = sum(explained.layers) / len(explained.layers) / explained.num_layers
     return (
         f"{len(explained.tokens)} tokens, {explained.num_layers} layers, {explained.policies}: "

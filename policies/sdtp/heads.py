@@ -275,8 +275,10 @@ def _read(path: Path) -> SDTPHeads:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if header.get("format") != FORMAT:
         raise KVPruneError(f"its header says format={header.get('format')!r}")
-    heads = SDTPHeads(**json.loads(header["configuration"]))
-    heads.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
+    # Not initialised: that would draw from the user's random numbers.
+    with torch.device("meta"):
+        heads = SDTPHeads(**json.loads(header["configuration"]))
+    heads.load_state_dict(tensors, assign=True)
     return heads.eval()
 
 

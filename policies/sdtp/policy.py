@@ -110,13 +110,17 @@ class SDTP(TokenPolicy):
 
     def ranking(self, tokens: TokenView, stage: int, score: Tensor) -> Ranking:
         """What SDTP's schedule makes of any scores `[B, Q]` for a stage's tokens."""
-        share = self._with_heads().keep if self.keep is None else self.keep
-        budget = Budget(share ** (stage + 1)).of(tokens.length)
+        budget = Budget(self.share ** (stage + 1)).of(tokens.length)
         budget = torch.where(tokens.length < self.min_tokens, tokens.length, budget)
         local = Budget(self.local, least=0).of(tokens.length)
         columns = tokens.columns[:, None]
         protected = newest(columns, local) | (columns < (tokens.first + self.sinks)[:, None, None])
         return Ranking(score[:, None], protected, budget)
+
+    @property
+    def share(self) -> float:
+        """What each stage keeps of what the one before kept."""
+        return self._with_heads().keep if self.keep is None else self.keep
 
     def _with_heads(self) -> SDTPHeads:
         if self.heads is None:

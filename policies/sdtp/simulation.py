@@ -23,6 +23,7 @@ from kvprune.masks import additive
 from kvprune.policy import TokenView, _Statistics
 from kvprune.selection import select
 
+from .heads import SDTPHeads
 from .policy import SDTP
 
 LEAK = 1e-5
@@ -61,6 +62,11 @@ class PruningPass:
             return
         tokens = self._view(layer, num_layers, hidden.detach())
         stage = stages.index(layer)
+        # As in inference, where nothing is under autocast.
+        with torch.autocast(hidden.device.type, enabled=False):
+            self._decide(stage, tokens, heads)
+
+    def _decide(self, stage: int, tokens: TokenView, heads: SDTPHeads) -> None:
         score = heads(tokens.hidden, tokens.columns, stage)
         noisy = score + self._noise(score)
         ranking = self.policy.ranking(tokens, stage, noisy.detach())

@@ -68,14 +68,15 @@ class Training:
         validation: the share of the examples that is held out, at least one.
         seed: of the split, the order, the initial weights and the noise.
         checkpoint_every: steps.
-        mixed_precision: accelerate's: "no", "bf16" or "fp16"; None for what it is set up for.
+        mixed_precision: "no" or "bf16", through accelerate; None for what that is set up for. The
+            heads are in float32 all the same. (The gradient of a gate is too large for float16.)
 
     Raises:
         KVPruneError: a number out of range, or nothing to learn from.
     """
 
     marking_epochs: int = 1
-    pruning_epochs: int = 1
+    pruning_epochs: int = 0
     ranking: float = 1.0
     mse: float = 0.3
     pruning_marks: float = 0.0
@@ -146,6 +147,7 @@ class _Phase:
 def _phases(options: Training) -> list[_Phase]:
     marks = options.ranking > 0 or options.mse > 0
     model = options.cross_entropy > 0 or options.distillation > 0
+    model = model or (marks and options.pruning_marks > 0)
     return [
         _Phase("marking", options.marking_epochs * marks, options.learning_rate, False),
         _Phase("pruning", options.pruning_epochs * model, options.pruning_learning_rate, True),
@@ -193,7 +195,7 @@ def train(
     with _frozen(model):
         trainer = _Trainer(model, examples, Path(out), options, policy, marks, progress)
         trainer.run(note or {})
-    return trainer.heads
+    return trainer.heads.to(model.device)
 
 
 def untrained(model: Any, seed: int = 0, **options: Any) -> SDTPHeads:
@@ -201,7 +203,7 @@ def untrained(model: Any, seed: int = 0, **options: Any) -> SDTPHeads:
     config = model.config.get_text_config(decoder=True)
     options.setdefault("query_heads", 4)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return SDTPHeads(
             config.hidden_size, config.num_hidden_layers, fingerprint=fingerprint(model), **options
         )
@@ -224,7 +226,9 @@ class _Trainer:
     ) -> None:
         self.options, self.out, self.progress = options, out, progress
         self.accelerator = _accelerator(options.mixed_precision)
-        self.model = model.to(self.accelerator.device)
+        self.model = (
+            model if model.device == self.accelerator.device else model.to(self.accelerator.device)
+        )
         policy = policy or SDTP(untrained(model, options.seed))
         _check_examples(examples, policy)
         self.training, self.held_out = _split(examples, options)
@@ -259,12 +263,10 @@ class _Trainer:
 
     def _run_phase(self, number: int, phase: _Phase, state: dict[str, Any]) -> None:
         self.heads.train()
-        optimizer = self.accelerator.prepare(
-            torch.optim.AdamW(
-                self.heads.parameters(),
-                lr=phase.learning_rate,
-                weight_decay=self.options.weight_decay,
-            )
+        optimizer = torch.optim.AdamW(
+            self.heads.parameters(),
+            lr=phase.learning_rate,
+            weight_decay=self.options.weight_decay,
         )
         if state:
             optimizer.load_state_dict(state["optimizer"])
@@ -304,13 +306,11 @@ class _Trainer:
             )
             terms = self._terms(phase, example)
             loss = self._weighed(terms, phase)
-            self.accelerator.backward(loss / len(batch))
+            (loss / len(batch)).backward()
             for name, term in terms.items():
                 said[name] = said.get(name, 0.0) + float(term.detach()) / len(batch)
-        norm = self.accelerator.clip_grad_norm_(self.heads.parameters(), CLIP)
-        # A gradient scaler (float16) skips the steps whose gradients overflow.
-        if self.accelerator.scaler is None:
-            said["gradient"] = float(norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.heads.parameters(), CLIP)
+        said["gradient"] = float(norm)
         self._check_finite(said, phase, epoch, place)
         optimizer.step()
         optimizer.zero_grad()
@@ -325,7 +325,7 @@ class _Trainer:
     def _terms(self, phase: _Phase, example: Example) -> dict[str, Tensor]:
         """The losses that have a weight, by the names of those."""
         if not phase.through_model:
-            mark = self.marks.of(example)
+            mark = self._marked(example)
             return self._against_marks(self._whole(mark), mark.saliency)
         run, terms = self._through_model(example)
         marks = self.options.ranking > 0 or self.options.mse > 0
@@ -334,6 +334,10 @@ class _Trainer:
             scored = zip(run.stages, run.columns, run.scores, strict=True)
             terms |= self._against_marks(list(scored), saliency)
         return terms
+
+    def _marked(self, example: Example) -> Mark:
+        with self.accelerator.autocast():
+            return self.marks.of(example)
 
     def _whole(self, mark: Mark) -> list[_Scored]:
         """What the heads make of all tokens, with nothing pruned."""
@@ -393,7 +397,7 @@ class _Trainer:
         found: list[dict[str, list[float]]] = []
         losses: list[float] = []
         for example in self.held_out:
-            mark = self.marks.of(example)
+            mark = self._marked(example)
             found.append(self._agreement(self._whole(mark), mark))
             if phase.through_model:
                 logits = self._logits(example, PruningPass(self.policy, len(example.prompt), 0.0))
@@ -415,7 +419,7 @@ class _Trainer:
         said: dict[str, list[float]] = {"spearman": [], "kendall": [], "recall": []}
         for (stage, _, score), target in zip(scored, targets, strict=True):
             score = score[sinks:].float().cpu()
-            count = max(round(self.heads.keep ** (stage + 1) * len(score)), 1)
+            count = max(round(self.policy.share ** (stage + 1) * len(score)), 1)
             top = (set(x.topk(count).indices.tolist()) for x in (score, target))
             said["spearman"].append(float(spearmanr(score, target).statistic))
             said["kendall"].append(float(kendalltau(score, target).statistic))
@@ -501,6 +505,10 @@ def _accelerator(mixed_precision: str | None) -> Any:
     # Not a known one; or this process has used accelerate with another.
     except ValueError as error:
         raise KVPruneError(f"train: mixed_precision={mixed_precision!r}: {error}") from error
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise KVPruneError(
+            f"train: mixed_precision={accelerator.mixed_precision!r}: expected 'no' or 'bf16'"
+        )
     if accelerator.num_processes > 1:
         raise KVPruneError("train: expected one process; run it without `accelerate launch`")
     return accelerator
@@ -554,8 +562,9 @@ def _require(*packages: str) -> None:
 
 @contextmanager
 def _frozen(model: Any) -> Iterator[None]:
-    """Attached, in eval mode and without gradients; afterwards as it was."""
+    """Attached, in eval mode and without gradients; afterwards as it was, and where it was."""
     attached = "_kvprune" in model.base_model.__dict__
+    device = model.device
     wanted = [p for p in model.parameters() if p.requires_grad]
     training = [m for m in model.modules() if m.training]
     attach(model).requires_grad_(False).eval()
@@ -564,6 +573,8 @@ def _frozen(model: Any) -> Iterator[None]:
     finally:
         if not attached:
             detach(model)
+        if model.device != device:
+            model.to(device)
         for parameter in wanted:
             parameter.requires_grad_(True)
         for module in training:
