@@ -41,8 +41,8 @@ FULL = Training()
 ROWS: dict[str, tuple[Training, dict[str, Any]]] = {
     "SDTP": (FULL, {}),
     "paper's head": (FULL, {"query_heads": 0}),
-    "without ranking": (replace(FULL, ranking=0.0), {"query_heads": 0}),
-    "without ranking and MSE": (replace(FULL, ranking=0.0, mse=0.0), {"query_heads": 0}),
+    "paper's head and target": (replace(FULL, target="gradient"), {"query_heads": 0}),
+    "paper's head without ranking": (replace(FULL, ranking=0.0), {"query_heads": 0}),
 }
 """What is trained: options, and how the heads differ from the default."""
 
@@ -68,7 +68,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
     parser.add_argument("--row", default="SDTP", choices=list(ROWS))
-    parser.add_argument("--examples", type=int, default=2000)
+    parser.add_argument("--examples", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--marks", type=Path, default=Path("build/heads/marks"))
