@@ -54,7 +54,7 @@ def test_the_readme_shows_the_demo_s_table():
     """A row for each policy that the demo runs."""
     text = (ROOT / "README.md").read_text()
     table = text[text.index("<!-- demo -->") : text.index("<!-- /demo -->")]
-    for name in ("dense", "StreamingLLM 20 %", "H2O 20 %"):
+    for name in ("dense", "StreamingLLM 20 %", "H2O 20 %", "SDTP", r"SDTP \+ H2O 20 %"):
         assert re.search(rf"^\| {name} \| [\d.]+ \| [\d.]+ \| [\d.]+ \| \d+% \| \w", table, re.M)
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import kvprune
 from kvprune import KVPruneError
+from kvprune.evaluation.assets import demo_model
 from kvprune.policies import SDTP, SDTPHeads
 from kvprune.policies.sdtp import fingerprint, shipped, untrained
 from kvprune.policies.sdtp.shipped import same_model
@@ -156,3 +157,24 @@ def test_a_model_that_no_heads_ship_for(there, folder, monkeypatch):
     names = r"\['another', 'ours'\]" if there == "others" else r"\[\]"
     with pytest.raises(KVPruneError, match=rf"{names}.*kvprune train-sdtp --model someone/tiny"):
         SDTP().for_model(model)
+
+
+def test_finding_heads_draws_no_random_numbers(folder):
+    """Or the first sampled text of a process would not be the second."""
+    shipped._loaded.cache_clear()
+    before = torch.get_rng_state()
+    SDTP().for_model(model_of())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_demo_model_has_heads(dtype):
+    """Whatever it is loaded as; they prune 65 % of a prompt at the end, in 2 MB."""
+    model: Any = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype)
+    cache = kvprune.ComposedCache([SDTP()])
+    with torch.no_grad():
+        kvprune.attach(model)(torch.arange(1000)[None], past_key_values=cache, logits_to_keep=1)
+    assert cache.columns(29).shape[-1] == 350
+    files = list((shipped.FOLDER / "SmolLM2-135M-Instruct").iterdir())
+    assert sum(f.stat().st_size for f in files) < 2e6

@@ -29,6 +29,8 @@ EXAMPLES = [
 # Four examples are trained on, two to a step: two steps an epoch, six in all.
 BRIEF: dict[str, Any] = {
     "marking_epochs": 2,
+    "pruning_epochs": 1,
+    "pruning_marks": 0.1,
     "distillation": 0.0,
     "temperature": 1.0,
     "batch": 2,
@@ -227,8 +229,7 @@ def test_each_term_can_be_switched_off(off, tmp_path, monkeypatch):
     left = {n: w for n, w in WEIGHTS.items() if n not in (off or "").split()}
     trained(tmp_path, **dict.fromkeys(WEIGHTS, 0.0) | left)
     marking = {"ranking", "mse"} & set(left)
-    pruning = set(left) if {"cross_entropy", "distillation"} & set(left) else set()
-    expected = {"marking": marking, "pruning": pruning}
+    expected = {"marking": marking, "pruning": set(left)}
     assert found == {phase: terms for phase, terms in expected.items() if terms}
 
 

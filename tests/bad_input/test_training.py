@@ -24,6 +24,7 @@ from .checks import INF, NAN
 EXAMPLES = [Example(tuple(r[:20]), tuple(r[20:])) for r in prompt(5, 23, seed=8).tolist()]
 BRIEF: dict[str, Any] = {
     "marking_epochs": 2,
+    "pruning_epochs": 1,
     "distillation": 0.0,
     "temperature": 1.0,
     "batch": 2,
