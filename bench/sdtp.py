@@ -17,6 +17,7 @@ Each result is appended to `OUT.jsonl` as it comes: a run that was stopped goes 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import random
@@ -72,6 +73,8 @@ class Bench:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         self.model: Any = kvprune.attach(model.eval().requires_grad_(False))
         self.default = SDTP().for_model(self.model)
+        assert self.default.heads is not None
+        self.heads_digest = _digest(self.default.heads)
         self.others = {
             name: replace(self.default, heads=SDTPHeads.from_pretrained(folder).float())
             for name, folder in heads.items()
@@ -143,8 +146,9 @@ class Bench:
             questions = make(split, count, LENGTHS, self.tokenizer)
             return [self._asked(task, i, q) for i, q in enumerate(questions)]
         if task.startswith("needle"):
-            return [self._needle(int(task.removeprefix("needle-")), i) for i in range(count)]
-        return [self._text(i) for i in range(count)]
+            length = int(task.removeprefix("needle-"))
+            return [self._needle(length, i, split) for i in range(count)]
+        return [self._text(i, split) for i in range(count)]
 
     def _asked(self, task: str, number: int, question: LongQuestion) -> Item:
         prompt, answer = question.encoded(self.tokenizer)
@@ -163,9 +167,9 @@ class Bench:
             at = end
         return facts
 
-    def _needle(self, length: int, number: int) -> Item:
+    def _needle(self, length: int, number: int, split: str) -> Item:
         """One seven-digit number in essays, after RULER's template, its prefix as the lead."""
-        draw = random.Random(f"needle {length} {number}")
+        draw = random.Random(f"needle {split} {length} {number}")
         words = self._essays()
         city = draw.choice(_CITIES)
         value = str(draw.randint(10**6, 10**7 - 1))
@@ -189,9 +193,9 @@ class Bench:
         answer = self.tokenizer.encode(f" {value}", add_special_tokens=False)
         return Item(f"needle-{length}", number, torch.tensor([prompt]), torch.tensor([answer]))
 
-    def _text(self, number: int) -> Item:
+    def _text(self, number: int, split: str) -> Item:
         words = self._essays()
-        start = random.Random(f"text {number}").randrange(len(words) - 1024 - NEXT)
+        start = random.Random(f"text {split} {number}").randrange(len(words) - 1024 - NEXT)
         ids = torch.tensor([words[start : start + 1024 + NEXT]])
         return Item("text", number, ids[:, :1024], ids[:, 1024:])
 
@@ -203,13 +207,19 @@ class Bench:
 
     def run(self, task: str, count: int, split: str, out: Path, only: list[str]) -> None:
         """Appends what is missing; all rows, if none is named."""
-        done = {(r["task"], r["number"], r["row"]) for r in results(out)}
+        setting = {"split": split, "dtype": str(self.model.dtype), "heads": self.heads_digest}
+        found = results(out)
+        if any({name: r.get(name) for name in setting} != setting for r in found):
+            raise kvprune.KVPruneError(
+                f"{out}: expected results of {setting}, came others; name another file with --out"
+            )
+        done = {(r["task"], r["number"], r["row"]) for r in found}
         measure = self.found if task.startswith("needle") else self.nll
         for item in self.items(task, count, split):
             for name, policies in self.rows(item).items():
                 if (only and name not in only) or (task, item.number, name) in done:
                     continue
-                result = {"task": task, "number": item.number, "row": name}
+                result = {"task": task, "number": item.number, "row": name, **setting}
                 result |= measure(item, policies())
                 with out.open("a") as file:
                     file.write(json.dumps(result) + "\n")
@@ -231,6 +241,11 @@ class Bench:
             count[name] = counter.get_total_flops()
         plain, dense = count.pop("random"), count.pop("dense")
         return {name: round((n - plain) / dense, 5) for name, n in count.items()}
+
+
+def _digest(heads: SDTPHeads) -> str:
+    weights = b"".join(t.numpy().tobytes() for t in heads.state_dict().values())
+    return hashlib.sha256(weights).hexdigest()[:16]
 
 
 _CITIES = ("Lisbon", "Oslo", "Nairobi", "Lima", "Hanoi", "Quito", "Riga", "Perth", "Dakar", "Turin")

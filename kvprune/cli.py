@@ -70,7 +70,7 @@ def train_sdtp(
         seed=seed,
     )
     tokenizer, loaded = _loaded(model, dtype)
-    examples = read_examples(data, tokenizer, tokens, completion)[:limit]
+    examples = read_examples(data, tokenizer, tokens, completion, limit=limit)
     heads = untrained(loaded, seed, keep=keep, stages=stages, query_heads=query_heads)
     train(loaded, examples, out, options, SDTP(heads), note={"model_name": model, "data": data})
     typer.echo(f"{out}: pass them as SDTP(SDTPHeads.from_pretrained({str(out)!r}))")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import itertools
 import json
 import sys
 import types
@@ -247,3 +248,20 @@ def test_numbers_that_do_not_fit(tokens, completion, least):
 def test_numbers_that_just_fit():
     """A prompt of `least` and a completion fill a stretch."""
     assert read([ALPHABET], 5, 3, 2)[0] == Example((START, *ids("a")), ids("bcd"))
+
+
+def test_reading_stops_at_the_limit():
+    """What comes after is not even looked at."""
+    endless = itertools.repeat({"prompt": "what?", "completion": "that"})
+    assert read_examples(endless, Letters(), 10, 3, 2, limit=3) == [OF_PAIR] * 3
+
+
+def test_prompts_and_completions_may_be_conversations():
+    """As TRL has them; the completion is the assistant's."""
+    asked, said = {"role": "user", "content": "eh"}, {"role": "assistant", "content": "oh"}
+    whole = read([{"messages": [asked, said]}], tokens=40)
+    assert read([{"prompt": [asked], "completion": [said]}], tokens=40) == whole
+    assert whole == [Example(ids("<user>eh<assistant>"), ids("oh"))]
+    for wrong in ([asked], [], [said, said]):
+        with pytest.raises(KVPruneError, match="record 1: expected a text"):
+            read([{"prompt": [asked], "completion": wrong}], tokens=40)

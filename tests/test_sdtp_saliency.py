@@ -129,3 +129,12 @@ def test_a_model_that_is_not_supported():
     """Refused by name."""
     with pytest.raises(KVPruneError, match="PreTrainedModel"):
         saliency(torch.nn.Linear(2, 2), prompt(1, 5))
+
+
+def test_saliency_is_that_of_the_model_in_eval_mode():
+    """Dropout is off, and the modules are in training mode again afterwards."""
+    model = fresh_model(attention_dropout=0.5)
+    expected = saliency(model, prompt(1, 20))
+    model.train()
+    assert torch.equal(saliency(model, prompt(1, 20)), expected)
+    assert all(m.training for m in model.modules())

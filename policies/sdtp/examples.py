@@ -28,11 +28,13 @@ def read_examples(
     tokens: int = 1024,
     completion: int = 64,
     least: int = 64,
+    limit: int | None = None,
 ) -> list[Example]:
     """Reads training examples.
 
     A record is a text, or a mapping with the keys that TRL uses: `text`; `prompt` and
-    `completion`; or `messages`, of which the last is the completion. A text is cut into
+    `completion`, texts or lists of messages; or `messages`, of which the last is the completion. A
+    text is cut into
     stretches of `tokens` tokens whose last `completion` ones are the completion. Left out are
     what is left of a text at its end, and records whose prompt has fewer than `least` tokens or
     that are longer than `tokens`.
@@ -44,6 +46,7 @@ def read_examples(
         tokens: the most tokens of an example.
         completion: how many tokens at the end of a stretch of text are its completion.
         least: the fewest tokens of a prompt.
+        limit: stop reading at so many examples; None for all there are.
 
     Raises:
         KVPruneError: numbers that do not fit, no such file or dataset, a record that is none
@@ -63,6 +66,8 @@ def read_examples(
         ]
         left_out += not fitting
         found += fitting
+        if limit is not None and len(found) >= limit:
+            return found[:limit]
     if not found:
         raise KVPruneError(
             f"examples: nothing to train on: of {left_out} records in {_name(source)} none has a "
@@ -130,7 +135,9 @@ def _examples(
         if "text" in record:
             yield from _stretches(_ids(tokenizer, record["text"]), tokens, completion)
         elif "messages" in record:
-            yield _conversation(record["messages"], tokenizer)
+            yield _conversation(record["messages"][:-1], record["messages"][-1:], tokenizer)
+        elif isinstance(record["prompt"], list):
+            yield _conversation(record["prompt"], record["completion"], tokenizer)
         else:
             yield _pair(_ids(tokenizer, record["prompt"]), record["completion"], tokenizer)
     # A chat template may refuse a conversation with an error of its own.
@@ -155,8 +162,10 @@ def _stretches(ids: tuple[int, ...], tokens: int, completion: int) -> Iterator[E
         yield Example(stretch[:-completion], stretch[-completion:])
 
 
-def _conversation(messages: list[dict[str, str]], tokenizer: Any) -> Example:
-    *before, last = messages
+def _conversation(before: list[dict[str, str]], after: Any, tokenizer: Any) -> Example:
+    (last,) = after
+    if last["role"] != "assistant":
+        raise ValueError(f"expected a completion by the assistant, came one by {last['role']!r}")
     text = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
     ids = tokenizer.encode(text, add_special_tokens=False)
     return _pair(tuple(ids), last["content"], tokenizer)

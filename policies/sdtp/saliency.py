@@ -45,10 +45,22 @@ def saliency(
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     inputs = {name: t.to(model.device) for name, t in inputs.items() if t is not None}
     wanted = _wanted(model, layers)
-    with torch.enable_grad(), layer_inputs(model, wanted) as entered:
+    with torch.enable_grad(), evaluating(model), layer_inputs(model, wanted) as entered:
         logits = model(**inputs, use_cache=False).logits
         scores = contribution(logits, [entered[i] for i in wanted], attention_mask)
     return scores if signed else scores.abs()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode; afterwards each module as it was."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def contribution(logits: Tensor, inputs: list[Tensor], mask: Tensor | None = None) -> Tensor:

@@ -38,6 +38,7 @@ from .heads import SDTPHeads
 from .losses import ranking_loss
 from .marks import TARGETS, Mark, Marks, standardised
 from .policy import SDTP
+from .saliency import evaluating
 from .shipped import fingerprint
 from .simulation import PruningPass, simulated
 
@@ -566,10 +567,10 @@ def _frozen(model: Any) -> Iterator[None]:
     attached = "_kvprune" in model.base_model.__dict__
     device = model.device
     wanted = [p for p in model.parameters() if p.requires_grad]
-    training = [m for m in model.modules() if m.training]
-    attach(model).requires_grad_(False).eval()
+    attach(model).requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         if not attached:
             detach(model)
@@ -577,5 +578,3 @@ def _frozen(model: Any) -> Iterator[None]:
             model.to(device)
         for parameter in wanted:
             parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
