@@ -24,7 +24,7 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,7 @@ class Bench:
     def _needle(self, length: int, number: int, split: str) -> Item:
         """One seven-digit number in essays, after RULER's template, its prefix as the lead."""
         draw = random.Random(f"needle {split} {length} {number}")
-        words = self._essays()
+        words = self._essays
         city = draw.choice(_CITIES)
         value = str(draw.randint(10**6, 10**7 - 1))
         room = length - 110
@@ -194,12 +194,12 @@ class Bench:
         return Item(f"needle-{length}", number, torch.tensor([prompt]), torch.tensor([answer]))
 
     def _text(self, number: int, split: str) -> Item:
-        words = self._essays()
+        words = self._essays
         start = random.Random(f"text {split} {number}").randrange(len(words) - 1024 - NEXT)
         ids = torch.tensor([words[start : start + 1024 + NEXT]])
         return Item("text", number, ids[:, :1024], ids[:, 1024:])
 
-    @cache  # noqa: B019
+    @cached_property
     def _essays(self) -> list[int]:
         essays = ruler_data("PaulGrahamEssays.json")["text"]
         ids: list[int] = self.tokenizer.encode(essays[:400_000], add_special_tokens=False)

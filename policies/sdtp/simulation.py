@@ -27,7 +27,10 @@ from .heads import SDTPHeads
 from .policy import SDTP
 
 LEAK = 1e-5
-"""What a dropped token still weighs in attention, so that its gate has a gradient."""
+"""What a dropped token still weighs in attention, so that its gate has a gradient.
+
+It bounds that gradient, by its inverse: at 1e-8 single tokens drowned all others.
+"""
 
 
 @dataclass
@@ -99,7 +102,7 @@ class PruningPass:
         )
 
     def _noise(self, score: Tensor) -> Tensor:
-        """The difference of two Gumbel variables, those of keeping and of dropping."""
+        """The temperature times the difference of two Gumbel variables, to keep and to drop."""
         if self.temperature == 0:
             return torch.zeros_like(score)
         uniform = torch.rand(score.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6)
