@@ -33,7 +33,7 @@ STAGES = 9
 KEEP = round(0.35 ** (1 / STAGES), 4)
 """The model has room for nine stages; this share leaves 35 % after the last."""
 
-TOKENS = (350, 700)
+TOKENS = (350, 900)
 LIMIT = 1024
 TEXTS = 0.1
 

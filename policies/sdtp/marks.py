@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from kvprune.masks import additive
 
 from .examples import Example
 from .saliency import contribution, layer_inputs
-from .shipped import fingerprint
+from .shipped import weights_digest
 
 TARGETS = ("attention", "gradient")
 
@@ -44,46 +44,59 @@ class Marks:
     """What heads are to learn of a model's examples; each is computed once.
 
     model: attached. layers: the stages'. folder: where saliency is kept (4 bytes per token and
-    stage); hidden states are computed anew, which takes a plain forward.
+    stage).
     target: "gradient" is the paper's, gradient times input (see `saliency`), signed.
     "attention" is what the completion's tokens attend to in the stage's layer and all deeper ones,
     the mean over heads and queries, summed over layers: what a token that is dropped there takes
     with it. It costs a forward instead of a forward and a backward, and is far less noisy.
+    keep_hidden: whether to keep hidden states there as well (C times as much), which spares each
+    further epoch, and each further training on the same examples, a forward of the model.
     """
 
     model: Any
     layers: Sequence[int]
     folder: Path
     target: str
+    keep_hidden: bool = False
 
     def of(self, example: Example) -> Mark:
-        """The mark of an example; its saliency from disk if it is there."""
-        path = self.folder / f"{self._key(example)}.safetensors"
-        size, device = len(example.prompt), self.model.device
-        ids = torch.tensor([example.prompt + example.completion], device=device)
-        known = path.exists()
-        make = self._hidden if known else _MAKE[self.target].__get__(self)
-        inputs, saliency = make(ids, size)
-        if known:
-            saliency = _read(path)
-        else:
-            _check_finite(saliency)
-            kept = {"saliency": saliency.cpu()}
-            write_whole(path, lambda scratch: save_file(kept, scratch))
-        hidden = torch.stack([x.detach()[0, :size] for x in inputs])
-        return Mark(hidden, saliency.to(device))
+        """The mark of an example; what of it is on disk is read from there."""
+        known, device = self._known(example), self.model.device
+        size = len(example.prompt)
+        if "hidden" not in known:
+            ids = torch.tensor([example.prompt + example.completion], device=device)
+            make = self._hidden if known else _MAKE[self.target].__get__(self)
+            inputs, saliency = make(ids, size)
+            new = {"hidden": torch.stack([x.detach()[0, :size] for x in inputs])}
+            if not known:
+                new["saliency"] = saliency
+            known |= new
+            self._keep(example, known)
+        return Mark(known["hidden"].to(device), known["saliency"].to(device))
 
     def saliency(self, example: Example) -> Tensor:
         """The mark's saliency alone: without a forward, if it is on disk."""
-        path = self.folder / f"{self._key(example)}.safetensors"
-        if path.exists():
-            return _read(path).to(self.model.device)
-        return self.of(example).saliency
+        known = self._known(example)
+        return known["saliency"].to(self.model.device) if known else self.of(example).saliency
 
-    def _key(self, example: Example) -> str:
-        model = (fingerprint(self.model), str(self.model.dtype))
-        said = repr((model, self.target, tuple(self.layers), example))
-        return hashlib.sha256(said.encode()).hexdigest()[:32]
+    def _known(self, example: Example) -> dict[str, Tensor]:
+        path = self._path(example)
+        return _read(path) if path.exists() else {}
+
+    def _keep(self, example: Example, mark: dict[str, Tensor]) -> None:
+        path = self._path(example)
+        kept = {n: t.cpu() for n, t in mark.items() if n == "saliency" or self.keep_hidden}
+        if self.keep_hidden or not path.exists():
+            _check_finite(mark["saliency"])
+            write_whole(path, lambda scratch: save_file(kept, scratch))
+
+    def _path(self, example: Example) -> Path:
+        said = repr((self._model, self.target, tuple(self.layers), example))
+        return self.folder / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.safetensors"
+
+    @cached_property
+    def _model(self) -> str:
+        return weights_digest(self.model)
 
     def _hidden(self, ids: Tensor, size: int) -> tuple[list[Tensor], Tensor]:
         with torch.no_grad(), layer_inputs(self.model, self.layers) as entered:
@@ -186,8 +199,11 @@ def _check_finite(saliency: Tensor) -> None:
         )
 
 
-def _read(path: Path) -> Tensor:
+def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)["saliency"]
-    except (OSError, SafetensorError, KeyError) as error:
+        kept = load_file(path)
+    except (OSError, SafetensorError) as error:
         raise KVPruneError(f"{path}: expected a mark, came {error}; remove it") from error
+    if "saliency" not in kept:
+        raise KVPruneError(f"{path}: expected a mark, came {sorted(kept)}; remove it")
+    return kept

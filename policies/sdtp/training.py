@@ -1,8 +1,8 @@
 """Trains SDTP's heads for a frozen model (paper, section 3.3).
 
 Two phases. In the first, heads learn the saliency of the marking pass from what the dense model's
-layers are handed. In the second, the model runs
-pruned by the heads (see `simulation`), and the loss of the answer reaches them too. It is off by default: as it stands it made heads worse.
+layers are handed. In the second, the model runs pruned by the heads (see `simulation`), and the
+loss of the answer reaches them too. It is off by default: as it stands it made heads worse.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .losses import ranking_loss
 from .marks import TARGETS, Mark, Marks, standardised
 from .policy import SDTP
 from .saliency import evaluating
-from .shipped import fingerprint
+from .shipped import fingerprint, weights_digest
 from .simulation import PruningPass, simulated
 
 CHECKPOINT = "checkpoint.pt"
@@ -162,6 +162,7 @@ def train(
     options: Training | None = None,
     policy: SDTP | None = None,
     marks: str | Path | None = None,
+    keep_hidden: bool = False,
     progress: bool = True,
     note: dict[str, Any] | None = None,
 ) -> SDTPHeads:
@@ -179,6 +180,8 @@ def train(
         policy: the schedule to train for, with the heads to begin with, which stay as they are;
             None for the paper's, with untrained heads that have a low-rank term.
         marks: a folder for marked examples that outlives this training; None for one in `out`.
+        keep_hidden: keep what enters the stages' layers there as well, on which the first phase
+            trains: stages times prompt tokens times C numbers per example; see `Marks`.
         progress: whether to draw a bar with the losses.
         note: what else `training.json` should say, such as where the data comes from.
 
@@ -194,7 +197,10 @@ def train(
     _require("accelerate", "scipy")
     options = options or Training()
     with _frozen(model):
-        trainer = _Trainer(model, examples, Path(out), options, policy, marks, progress)
+        folder = Path(marks or Path(out) / "marks")
+        trainer = _Trainer(
+            model, examples, Path(out), options, policy, folder, keep_hidden, progress
+        )
         trainer.run(note or {})
     return trainer.heads.to(model.device)
 
@@ -222,7 +228,8 @@ class _Trainer:
         out: Path,
         options: Training,
         policy: SDTP | None,
-        marks: str | Path | None,
+        marks: Path,
+        keep_hidden: bool,
         progress: bool,
     ) -> None:
         self.options, self.out, self.progress = options, out, progress
@@ -236,8 +243,7 @@ class _Trainer:
         self.heads = self._prepared(policy)
         self.policy = dataclasses.replace(policy, heads=self.heads)
         _make(out)
-        folder = Path(marks or out / "marks")
-        self.marks = Marks(self.model, self.heads.layers, folder, options.target)
+        self.marks = Marks(self.model, self.heads.layers, marks, options.target, keep_hidden)
         _make(self.marks.folder)
         self.generator = torch.Generator()
         self.metrics: list[dict[str, Any]] = []
@@ -444,6 +450,7 @@ class _Trainer:
         del policy["heads"]
         identity = {
             "model": fingerprint(self.model),
+            "weights": weights_digest(self.model),
             "dtype": str(self.model.dtype),
             "heads": self.heads.configuration,
             "policy": policy,

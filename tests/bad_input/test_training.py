@@ -253,8 +253,8 @@ def test_marks_of_nan_are_not_kept(tmp_path):
 @pytest.mark.parametrize(
     ("other", "name"),
     [
-        ({"model": {"hidden_size": 64}}, "model"),
-        ({"model": {"initializer_range": 0.1}}, "model"),
+        ({"model": {"hidden_size": 64}}, "model and weights"),
+        ({"model": {"initializer_range": 0.1}}, "model and weights"),
         ({"mse": 0.7}, "options"),
         ({"seed": 1}, "options and examples"),
         ({"policy": {"keep": 0.5}}, "policy"),
