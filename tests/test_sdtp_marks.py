@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from kvprune import KVPruneError
 from kvprune.families import decoder_layers
 from kvprune.policies.sdtp import Example, saliency
 from kvprune.policies.sdtp.marks import Marks, standardised
+from kvprune.policies.sdtp.shipped import weights_digest
 
-from .models import plain_model, prompt, tiny_model
+from .models import fresh_model, plain_model, prompt, tiny_model
 
 FAMILIES = ["llama", "qwen3", "mistral-window", "gpt_neox", "gemma2"]
 IDS = prompt(1, 37)
@@ -91,6 +93,29 @@ def test_the_second_call_reads_from_disk(target, tmp_path, monkeypatch):
     assert torch.equal(first.saliency, second.saliency)
     assert torch.equal(first.hidden, second.hidden)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("target", ["attention", "gradient"])
+def test_hidden_states_are_kept_where_that_is_asked_for(target, tmp_path, monkeypatch):
+    """Also beside a mark that was kept without; then the model is not run again."""
+    plain = marks("llama", tmp_path, target)
+    first, keeping = plain.of(EXAMPLE), replace(plain, keep_hidden=True)
+    again = keeping.of(EXAMPLE)
+    monkeypatch.setattr("kvprune.policies.sdtp.marks.layer_inputs", None)
+    for found in (again, keeping.of(EXAMPLE), plain.of(EXAMPLE)):
+        assert torch.equal(found.saliency, first.saliency)
+        assert torch.equal(found.hidden, first.hidden)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_known_by_all_of_its_weights(dtype):
+    """One bit of one of them is enough; where it runs and what it is called is not."""
+    one, two = (fresh_model(dtype=dtype) for _ in range(2))
+    assert weights_digest(one) == weights_digest(two)
+    weight = two.model.layers[2].mlp.up_proj.weight
+    weight.data[3, 5] = torch.nextafter(weight.data[3, 5], torch.tensor(9.0, dtype=dtype))
+    assert weights_digest(one) != weights_digest(two)
 
 
 def test_another_model_example_target_or_stage_is_marked_anew(tmp_path):

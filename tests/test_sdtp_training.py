@@ -16,8 +16,8 @@ from torch import Tensor
 import kvprune
 from kvprune import KVPruneError
 from kvprune.policies import SDTP, SDTPHeads
-from kvprune.policies.sdtp import Example, Training, saliency, train, training, untrained
-from kvprune.policies.sdtp.training import CHECKPOINT
+from kvprune.policies.sdtp import Example, Training, saliency, train, trainer, untrained
+from kvprune.policies.sdtp.trainer import CHECKPOINT
 
 from .models import fresh_model, prompt
 
@@ -107,7 +107,7 @@ def test_the_model_stays_as_it_is(family, attached, tmp_path):
 def test_the_model_is_as_before_after_a_failure(tmp_path, monkeypatch):
     """An error in the middle leaves no hook and no flag behind."""
     model = model_of().train()
-    monkeypatch.setattr(training.F, "cross_entropy", _bomb(0))
+    monkeypatch.setattr(trainer.F, "cross_entropy", _bomb(0))
     with pytest.raises(Killed):
         trained(tmp_path, model)
     assert all(m.training for m in model.modules())
@@ -158,7 +158,7 @@ def test_killed_in_a_step_it_goes_on_to_the_same_heads(steps, every, whole, tmp_
     ]
 
 
-@pytest.mark.parametrize("place", ["training", "heads", "marks"])
+@pytest.mark.parametrize("place", ["trainer", "heads", "marks"])
 @pytest.mark.parametrize("writes", [0, 1, 3])
 def test_killed_while_writing_it_goes_on_to_the_same_heads(
     writes, place, whole, tmp_path, monkeypatch
@@ -209,13 +209,13 @@ def test_another_seed_is_another_training(whole, tmp_path):
 def terms_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     """The losses of each phase, filled while heads are trained."""
     found: dict[str, set[str]] = {}
-    check = training._Trainer._check_finite
+    check = trainer.Trainer._check_finite
 
     def note(self: Any, said: dict[str, float], phase: Any, *place: int) -> None:
         found.setdefault(phase.name, set()).update(set(said) - {"gradient"})
         check(self, said, phase, *place)
 
-    monkeypatch.setattr(training._Trainer, "_check_finite", note)
+    monkeypatch.setattr(trainer.Trainer, "_check_finite", note)
     return found
 
 
@@ -268,13 +268,13 @@ def test_a_process_has_one_precision(tmp_path):
 def test_held_out_examples_are_never_trained_on(tmp_path, monkeypatch):
     """Each other one is, once an epoch; duplicates count as one example."""
     seen: list[Example] = []
-    terms = training._Trainer._terms
+    terms = trainer.Trainer._terms
 
     def note(self: Any, phase: Any, example: Example) -> dict[str, Tensor]:
         seen.append(example)
         return terms(self, phase, example)
 
-    monkeypatch.setattr(training._Trainer, "_terms", note)
+    monkeypatch.setattr(trainer.Trainer, "_terms", note)
     trained(tmp_path, examples=EXAMPLES + EXAMPLES[:3])
     assert len(seen) == 3 * 4
     for epoch in (seen[:4], seen[4:8], seen[8:]):
@@ -305,10 +305,46 @@ def test_the_account_says_what_was_done(tmp_path):
 def test_marks_are_shared_between_trainings(tmp_path, monkeypatch):
     """One folder for all: the second marks nothing."""
     model, how = model_of(), Training(**BRIEF)
-    train(model, EXAMPLES, tmp_path / "a", how, policy_of(model), tmp_path / "m", progress=False)
+    more: dict[str, Any] = {"marks": tmp_path / "m", "progress": False}
+    train(model, EXAMPLES, tmp_path / "a", how, policy_of(model), **more)
     assert len(list((tmp_path / "m").iterdir())) == 6 and not (tmp_path / "a" / "marks").exists()
     monkeypatch.setattr("kvprune.policies.sdtp.marks.watched", _bomb(0))
-    train(model, EXAMPLES, tmp_path / "b", how, policy_of(model), tmp_path / "m", progress=False)
+    train(model, EXAMPLES, tmp_path / "b", how, policy_of(model), **more)
+
+
+def test_kept_hidden_states_change_nothing(whole, tmp_path):
+    """But what is on disk."""
+    model = model_of()
+    for place in ("a", "b"):
+        heads = train(
+            model,
+            EXAMPLES,
+            tmp_path / place,
+            Training(**BRIEF),
+            policy_of(model),
+            marks=tmp_path / "m",
+            keep_hidden=True,
+            progress=False,
+        )
+        assert equal(heads, whole)
+
+
+def test_it_measures_by_examples_that_are_given(tmp_path, monkeypatch):
+    """And as often as it is asked to, besides each epoch's end."""
+    model, measured = model_of(), list[Example]()
+    marked = trainer.Trainer._agreement
+
+    def note(self: Any, scored: Any, mark: Any) -> Any:
+        measured.append(mark)
+        return marked(self, scored, mark)
+
+    monkeypatch.setattr(trainer.Trainer, "_agreement", note)
+    how = Training(**{**BRIEF, "batch": 1, "pruning_epochs": 0, "evaluate_every": 3})
+    more: dict[str, Any] = {"held_out": EXAMPLES[4:], "progress": False}
+    train(model, EXAMPLES[:4], tmp_path, how, policy_of(model), **more)
+    account = json.loads((tmp_path / "training.json").read_text())
+    assert account["split"] == {"training": 4, "held_out": 2}
+    assert [m["step"] for m in account["metrics"]] == [3, 4, 6, 8] and len(measured) == 8
 
 
 def test_heads_can_learn_one_example_by_heart(tmp_path):
@@ -351,10 +387,10 @@ def test_pruning_alone_lowers_the_loss_of_the_pruned_model(tmp_path):
         checkpoint_every=1000,
         validation=0.5,
     )
-    check = training._Trainer._check_finite
+    check = trainer.Trainer._check_finite
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            training._Trainer,
+            trainer.Trainer,
             "_check_finite",
             lambda self, terms, *a: said.append(terms["cross_entropy"]) or check(self, terms, *a),
         )

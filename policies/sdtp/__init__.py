@@ -2,10 +2,11 @@
 
 from .examples import Example, read_examples
 from .heads import SDTPHeads
+from .options import Training
 from .policy import SDTP
 from .saliency import saliency
 from .shipped import fingerprint
-from .training import Training, train, untrained
+from .training import train, untrained
 
 __all__ = [
     "SDTP",

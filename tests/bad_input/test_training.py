@@ -16,7 +16,7 @@ from kvprune import KVPruneError
 from kvprune.files import write_text, write_whole
 from kvprune.policies import SDTP, SDTPHeads
 from kvprune.policies.sdtp import Example, Training, train, untrained
-from kvprune.policies.sdtp.training import CHECKPOINT
+from kvprune.policies.sdtp.trainer import CHECKPOINT
 
 from ..models import fresh_model, prompt
 from .checks import INF, NAN
@@ -101,10 +101,11 @@ def test_counts_are_whole(name):
 
 
 @pytest.mark.parametrize("value", [0, -3, 2.5, True, "many"], ids=repr)
-def test_pairs_that_are_none(value):
-    """A positive count, or None for all."""
-    with pytest.raises(KVPruneError, match=r"Training: pairs=.*expected"):
-        Training(pairs=value)
+@pytest.mark.parametrize("name", ["pairs", "evaluate_every"])
+def test_counts_that_may_be_absent(name, value):
+    """A positive count, or None."""
+    with pytest.raises(KVPruneError, match=rf"Training: {name}=.*expected"):
+        Training(**{name: value})
 
 
 @pytest.mark.parametrize("target", ["gradients", "", None, 3])
@@ -145,6 +146,18 @@ def test_too_few_examples(examples, tmp_path):
     """One is held out, so two different ones it takes."""
     with pytest.raises(KVPruneError, match=r"at least 2 different examples .*came [01] and"):
         attempt(tmp_path, examples)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "said"),
+    [([], "5 and 0, with 0 in both"), (EXAMPLES[:1], "5 and 1, with 1 in both")],
+)
+def test_held_out_examples_that_measure_nothing(held_out, said, tmp_path):
+    """None at all, or ones that are trained on."""
+    model = model_of()
+    policy = SDTP(untrained(model, first_layer=1), min_tokens=6)
+    with pytest.raises(KVPruneError, match=f"others that are held out, came {said}"):
+        train(model, EXAMPLES, tmp_path, None, policy, held_out=held_out, progress=False)
 
 
 @pytest.mark.parametrize("validation", [1, 0.95, 5.0])

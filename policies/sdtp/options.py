@@ -1,0 +1,130 @@
+"""How SDTP's heads are trained: the options, and the two phases that they make."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from kvprune.errors import KVPruneError
+
+from .marks import TARGETS
+
+
+@dataclass(frozen=True)
+class Training:
+    """How heads are trained; a weight of 0 switches a term off (paper, table 4).
+
+    Args:
+        marking_epochs: passes over the examples in the first phase, through the dense model.
+        pruning_epochs: passes in the second, through the pruned model.
+        ranking: weight of the pairwise ranking loss.
+        mse: weight of the squared error against the standardised saliency.
+        pruning_marks: what both of these weigh in the second phase, against 1 in the first.
+        cross_entropy: weight of the completion's cross-entropy in the pruned model.
+        distillation: weight of the completion's KL divergence from the dense model.
+        pairs: pairs that the ranking loss draws per stage; None for all.
+        target: what saliency is, "attention" or the paper's "gradient"; see `Marks`.
+        signed: learn the signed saliency instead of its magnitude.
+        temperature: of the Gumbel noise on the scores, and of the relaxation.
+        learning_rate, pruning_learning_rate: AdamW's, at their highest, in each phase.
+        weight_decay: AdamW's.
+        batch: examples per step, one after the other.
+        validation: the share of the examples that is held out, at least one.
+        seed: of the split, the order, the initial weights and the noise.
+        evaluate_every: steps from one measurement on held-out examples to the next, besides
+            those at the end of each epoch; None for no others.
+        checkpoint_every: steps from one checkpoint to the next.
+        mixed_precision: "no" or "bf16", through accelerate; None for what that is set up for. The
+            heads are in float32 all the same. (The gradient of a gate is too large for float16.)
+
+    Raises:
+        KVPruneError: a number out of range, or nothing to learn from.
+    """
+
+    marking_epochs: int = 1
+    pruning_epochs: int = 0
+    ranking: float = 1.0
+    mse: float = 0.3
+    pruning_marks: float = 0.0
+    cross_entropy: float = 1.0
+    distillation: float = 1.0
+    pairs: int | None = None
+    target: str = "attention"
+    signed: bool = False
+    temperature: float = 0.5
+    learning_rate: float = 1e-3
+    pruning_learning_rate: float = 7e-4
+    weight_decay: float = 0.01
+    batch: int = 2
+    validation: float = 0.05
+    seed: int = 0
+    evaluate_every: int | None = None
+    checkpoint_every: int = 20
+    mixed_precision: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            kind = int if name in _COUNTS else int | float
+            number = isinstance(value, kind) and not isinstance(value, bool)
+            absent = name in ("pairs", "evaluate_every") and value is None
+            if not absent and (not number or not least <= value < math.inf):
+                whole = "whole number" if name in _COUNTS else "number"
+                raise KVPruneError(
+                    f"Training: {name}={value!r}: expected a {whole} of at least {least}"
+                )
+        if self.target not in TARGETS:
+            raise KVPruneError(f"Training: target={self.target!r}: expected one of {TARGETS}")
+        if not any(phase.epochs for phase in phases(self)):
+            raise KVPruneError(
+                "Training: nothing to learn from: expected an epoch of marking with a weight of "
+                "ranking or mse, or one of pruning with a weight of anything"
+            )
+
+
+_LEAST = {
+    "marking_epochs": 0,
+    "pruning_epochs": 0,
+    "ranking": 0,
+    "mse": 0,
+    "pruning_marks": 0,
+    "cross_entropy": 0,
+    "distillation": 0,
+    "temperature": 0,
+    "learning_rate": 0,
+    "pruning_learning_rate": 0,
+    "weight_decay": 0,
+    "batch": 1,
+    "validation": 0,
+    "seed": 0,
+    "checkpoint_every": 1,
+    "evaluate_every": 1,
+    "pairs": 1,
+}
+_COUNTS = (
+    "marking_epochs",
+    "pruning_epochs",
+    "batch",
+    "seed",
+    "checkpoint_every",
+    "evaluate_every",
+    "pairs",
+)
+
+
+@dataclass(frozen=True)
+class Phase:
+    name: str
+    epochs: int
+    learning_rate: float
+    through_model: bool
+
+
+def phases(options: Training) -> list[Phase]:
+    marks = options.ranking > 0 or options.mse > 0
+    model = options.cross_entropy > 0 or options.distillation > 0
+    model = model or (marks and options.pruning_marks > 0)
+    return [
+        Phase("marking", options.marking_epochs * marks, options.learning_rate, False),
+        Phase("pruning", options.pruning_epochs * model, options.pruning_learning_rate, True),
+    ]

@@ -1,0 +1,319 @@
+"""The loop that trains SDTP's heads, and goes on after being killed; see `training`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import platform
+import random
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from kvprune.errors import KVPruneError
+from kvprune.files import write_text, write_whole
+
+from .examples import Example
+from .losses import ranking_loss
+from .marks import Mark, Marks, standardised
+from .options import Phase, Training, phases
+from .policy import SDTP
+from .shipped import fingerprint, weights_digest
+from .simulation import PruningPass, simulated
+
+CHECKPOINT = "checkpoint.pt"
+CLIP = 1.0
+WARM_UP = 20
+
+_Scored = tuple[int, Tensor, Tensor]
+"""A stage, the columns of tokens `[n]`, and their scores."""
+
+
+class Trainer:
+    """One training.
+
+    model: attached and frozen. policy: with the heads that are trained. training, held_out:
+    examples. accelerator: accelerate's.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        policy: SDTP,
+        training: Sequence[Example],
+        held_out: Sequence[Example],
+        marks: Marks,
+        options: Training,
+        out: Path,
+        accelerator: Any,
+        progress: bool,
+    ) -> None:
+        assert policy.heads is not None
+        self.model, self.policy, self.heads = model, policy, policy.heads
+        self.training, self.held_out, self.marks = tuple(training), tuple(held_out), marks
+        self.options, self.out, self.accelerator = options, out, accelerator
+        self.progress = progress
+        self.generator = torch.Generator()
+        self.metrics: list[dict[str, Any]] = []
+
+    def run(self, note: dict[str, Any]) -> None:
+        """All phases, from the checkpoint on; then writes the heads and what was done."""
+        at, state = self._resumed()
+        for number, phase in enumerate(phases(self.options)):
+            if number >= at and phase.epochs:
+                self._run_phase(number, phase, state if number == at else {})
+        self.heads.eval()
+        self.heads.save_pretrained(self.out)
+        write_text(self.out / "training.json", json.dumps(self._account(note), indent=2) + "\n")
+
+    def _run_phase(self, number: int, phase: Phase, state: dict[str, Any]) -> None:
+        self.heads.train()
+        optimizer = torch.optim.AdamW(
+            self.heads.parameters(),
+            lr=phase.learning_rate,
+            weight_decay=self.options.weight_decay,
+        )
+        if state:
+            optimizer.load_state_dict(state["optimizer"])
+        per_epoch = math.ceil(len(self.training) / self.options.batch)
+        steps, done = per_epoch * phase.epochs, state.get("step", 0)
+        bar = tqdm(total=steps, initial=done, desc=phase.name, disable=not self.progress)
+        for step in range(done, steps):
+            self._set_rate(optimizer, phase.learning_rate, step, steps)
+            bar.set_postfix(self._step(optimizer, number, phase, *divmod(step, per_epoch)))
+            bar.update()
+            if (step + 1) % per_epoch == 0 or (step + 1) % (
+                self.options.evaluate_every or steps
+            ) == 0:
+                self.metrics.append(
+                    {"phase": phase.name, "step": step + 1, **self._measured(phase)}
+                )
+            if (step + 1) % self.options.checkpoint_every == 0 or step + 1 == steps:
+                self._checkpoint(number, step + 1, optimizer)
+        bar.close()
+
+    def _set_rate(self, optimizer: Any, highest: float, step: int, steps: int) -> None:
+        """A short warm-up, then a cosine down to a fiftieth."""
+        rising = min(1.0, (step + 1) / min(WARM_UP, steps))
+        falling = 0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = highest * rising * falling
+
+    def _step(
+        self, optimizer: Any, number: int, phase: Phase, epoch: int, place: int
+    ) -> dict[str, float]:
+        order = list(self.training)
+        # A function of where it stands, so that nothing of it needs to be kept to go on.
+        random.Random(f"{self.options.seed} {number} {epoch}").shuffle(order)
+        batch = order[place * self.options.batch :][: self.options.batch]
+        said: dict[str, float] = {}
+        for row, example in enumerate(batch):
+            self.generator.manual_seed(
+                random.Random(f"{self.options.seed} {number} {epoch} {place} {row}").getrandbits(48)
+            )
+            terms = self._terms(phase, example)
+            loss = self._weighed(terms, phase)
+            (loss / len(batch)).backward()
+            for name, term in terms.items():
+                said[name] = said.get(name, 0.0) + float(term.detach()) / len(batch)
+        norm = torch.nn.utils.clip_grad_norm_(self.heads.parameters(), CLIP)
+        said["gradient"] = float(norm)
+        self._check_finite(said, phase, epoch, place)
+        optimizer.step()
+        optimizer.zero_grad()
+        return said
+
+    def _weighed(self, terms: dict[str, Tensor], phase: Phase) -> Tensor:
+        marks = self.options.pruning_marks if phase.through_model else 1.0
+        shares = {"ranking": marks, "mse": marks}
+        weights = {name: getattr(self.options, name) * shares.get(name, 1.0) for name in terms}
+        return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+
+    def _terms(self, phase: Phase, example: Example) -> dict[str, Tensor]:
+        """The losses that have a weight, by the names of those."""
+        if not phase.through_model:
+            mark = self._marked(example)
+            return self._against_marks(self._whole(mark), mark.saliency)
+        run, terms = self._through_model(example)
+        marks = self.options.ranking > 0 or self.options.mse > 0
+        if marks and self.options.pruning_marks > 0:
+            saliency = self.marks.saliency(example)
+            scored = zip(run.stages, run.columns, run.scores, strict=True)
+            terms |= self._against_marks(list(scored), saliency)
+        return terms
+
+    def _marked(self, example: Example) -> Mark:
+        with self.accelerator.autocast():
+            return self.marks.of(example)
+
+    def _whole(self, mark: Mark) -> list[_Scored]:
+        """What the heads make of all tokens, with nothing pruned."""
+        columns = torch.arange(mark.hidden.shape[1], device=mark.hidden.device)
+        heads = self.heads
+        return [
+            (s, columns, heads(x[None], columns[None], s)[0]) for s, x in enumerate(mark.hidden)
+        ]
+
+    def _against_marks(self, scored: list[_Scored], saliency: Tensor) -> dict[str, Tensor]:
+        """By how much the tokens that came to each stage are scored otherwise than marked."""
+        options, sinks = self.options, self.policy.sinks
+        targets = standardised(saliency, sinks, options.signed)
+        pairs = [(s[c >= sinks], targets[i][c[c >= sinks] - sinks]) for i, c, s in scored]
+        terms = {}
+        if options.ranking > 0:
+            losses = [ranking_loss(s, t, options.pairs, self.generator) for s, t in pairs]
+            terms["ranking"] = torch.stack(losses).mean()
+        if options.mse > 0:
+            terms["mse"] = torch.stack([F.mse_loss(s, t) for s, t in pairs]).mean()
+        return terms
+
+    def _through_model(self, example: Example) -> tuple[PruningPass, dict[str, Tensor]]:
+        options = self.options
+        run = PruningPass(self.policy, len(example.prompt), options.temperature, self.generator)
+        logits = self._logits(example, run)
+        truth = torch.tensor(example.completion, device=logits.device)
+        terms = {}
+        if options.cross_entropy > 0:
+            terms["cross_entropy"] = F.cross_entropy(logits, truth)
+        if options.distillation > 0:
+            with torch.no_grad():
+                dense = self._logits(example)
+            terms["distillation"] = F.kl_div(
+                logits.log_softmax(-1),
+                dense.log_softmax(-1),
+                log_target=True,
+                reduction="batchmean",
+            )
+        return run, terms
+
+    def _logits(self, example: Example, run: PruningPass | None = None) -> Tensor:
+        """Logits of the completion's tokens, `[m, V]` float32, in the dense or pruned model."""
+        ids = torch.tensor([example.prompt + example.completion], device=self.model.device)
+        asked = len(example.completion) + 1
+        with (
+            nullcontext() if run is None else simulated(self.model, run),
+            self.accelerator.autocast(),
+        ):
+            logits = self.model(ids, use_cache=False, logits_to_keep=asked).logits
+        return logits[0, :-1].float()
+
+    @torch.no_grad()
+    def _measured(self, phase: Phase) -> dict[str, Any]:
+        """On the held-out examples: how well saliency is predicted, and the pruned loss."""
+        self.heads.eval()
+        found: list[dict[str, list[float]]] = []
+        losses: list[float] = []
+        for example in self.held_out:
+            mark = self._marked(example)
+            found.append(self._agreement(self._whole(mark), mark))
+            if phase.through_model:
+                logits = self._logits(example, PruningPass(self.policy, len(example.prompt), 0.0))
+                truth = torch.tensor(example.completion, device=logits.device)
+                losses.append(float(F.cross_entropy(logits, truth)))
+        self.heads.train()
+        means = {
+            name: [round(sum(s) / len(s), 4) for s in zip(*(f[name] for f in found), strict=True)]
+            for name in found[0]
+        }
+        return {**means, **({"pruned_nll": sum(losses) / len(losses)} if losses else {})}
+
+    def _agreement(self, scored: list[_Scored], mark: Mark) -> dict[str, list[float]]:
+        """Per stage, the sinks left out: rank correlations, and the share of the top found."""
+        from scipy.stats import kendalltau, spearmanr
+
+        sinks = self.policy.sinks
+        targets = standardised(mark.saliency, sinks, self.options.signed).cpu()
+        said: dict[str, list[float]] = {"spearman": [], "kendall": [], "recall": []}
+        for (stage, _, score), target in zip(scored, targets, strict=True):
+            score = score[sinks:].float().cpu()
+            count = max(round(self.policy.share ** (stage + 1) * len(score)), 1)
+            top = (set(x.topk(count).indices.tolist()) for x in (score, target))
+            said["spearman"].append(float(spearmanr(score, target).statistic))
+            said["kendall"].append(float(kendalltau(score, target).statistic))
+            said["recall"].append(len(set.intersection(*top)) / count)
+        return said
+
+    def _check_finite(self, said: dict[str, float], phase: Phase, epoch: int, place: int) -> None:
+        if not all(math.isfinite(value) for value in said.values()):
+            raise KVPruneError(
+                f"train: the loss is not finite in phase {phase.name}, epoch {epoch}, step "
+                f"{place}: {said}. Lower the learning rate, or load the model in float32; the "
+                f"checkpoint in {self.out} is from before"
+            )
+
+    # Going on after being killed.
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a training to go on, as JSON gives it back."""
+        policy = {f.name: getattr(self.policy, f.name) for f in dataclasses.fields(self.policy)}
+        del policy["heads"]
+        identity = {
+            "model": fingerprint(self.model),
+            "weights": weights_digest(self.model),
+            "dtype": str(self.model.dtype),
+            "heads": self.heads.configuration,
+            "policy": policy,
+            "options": dataclasses.asdict(self.options),
+            "examples": _digest(self.training + self.held_out),
+        }
+        same: dict[str, Any] = json.loads(json.dumps(identity))
+        return same
+
+    def _checkpoint(self, number: int, step: int, optimizer: Any) -> None:
+        state = {
+            "identity": json.dumps(self._identity),
+            "phase": number,
+            "step": step,
+            "heads": self.heads.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "metrics": json.dumps(self.metrics),
+        }
+        write_whole(self.out / CHECKPOINT, lambda scratch: torch.save(state, scratch))
+
+    def _resumed(self) -> tuple[int, dict[str, Any]]:
+        """The phase that the checkpoint is of, and its state; at the start without one."""
+        path = self.out / CHECKPOINT
+        if not path.exists():
+            return 0, {}
+        try:
+            state = torch.load(path, map_location=self.model.device, weights_only=True)
+            theirs = json.loads(state["identity"])
+            other = [name for name, value in self._identity.items() if value != theirs.get(name)]
+        except Exception as error:
+            raise KVPruneError(
+                f"{path}: expected a checkpoint of a training, came something else "
+                f"({type(error).__name__}); remove it, or name another folder for the output"
+            ) from error
+        if other:
+            raise KVPruneError(
+                f"{path}: expected a checkpoint of this training, came one with another "
+                f"{' and '.join(other)}. Name another folder for the output, or remove the file"
+            )
+        self.heads.load_state_dict(state["heads"])
+        self.metrics = json.loads(state["metrics"])
+        return state["phase"], state
+
+    def _account(self, note: dict[str, Any]) -> dict[str, Any]:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        return {
+            **note,
+            **self._identity,
+            "split": {"training": len(self.training), "held_out": len(self.held_out)},
+            "versions": {**versions, "python": platform.python_version()},
+            "metrics": self.metrics,
+        }
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    return hashlib.sha256(repr(examples).encode()).hexdigest()
