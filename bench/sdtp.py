@@ -46,6 +46,8 @@ from .baselines import GivenScores, HiddenNorm, LastQueryAttention, Scheduled
 
 LENGTHS = (900, 1900)
 NEEDLE_LENGTHS = (1024, 2048)
+QUESTIONS = ("squad", "hotpotqa")
+ORACLES = ("saliency oracle", "signed saliency oracle")
 NEXT = 128
 
 
@@ -99,8 +101,8 @@ class Bench:
             "newest": lambda: [Scheduled(plan)],
             "hidden norm": lambda: [HiddenNorm(plan)],
             "last-query attention": lambda: [LastQueryAttention(plan, model)],
-            "saliency oracle": lambda: [GivenScores(plan, oracle().abs())],
-            "signed saliency oracle": lambda: [GivenScores(plan, oracle())],
+            ORACLES[0]: lambda: [GivenScores(plan, oracle().abs())],
+            ORACLES[1]: lambda: [GivenScores(plan, oracle())],
             "H2O 40 %": lambda: [h2o],
             "SDTP + H2O 40 %": lambda: [plan, h2o],
             "StreamingLLM 40 %": lambda: [streaming],
@@ -141,7 +143,7 @@ class Bench:
 
     def items(self, task: str, count: int, split: str) -> list[Item]:
         """The first `count` of a task; `split` is of the questions."""
-        if task in ("squad", "hotpotqa"):
+        if task in QUESTIONS:
             make = {"squad": squad, "hotpotqa": hotpotqa}[task]
             questions = make(split, count, LENGTHS, self.tokenizer)
             return [self._asked(task, i, q) for i, q in enumerate(questions)]
@@ -205,8 +207,10 @@ class Bench:
         ids: list[int] = self.tokenizer.encode(essays[:400_000], add_special_tokens=False)
         return ids
 
-    def run(self, task: str, count: int, split: str, out: Path, only: list[str]) -> None:
-        """Appends what is missing; all rows, if none is named."""
+    def run(
+        self, task: str, count: int, split: str, out: Path, only: list[str], oracles: int
+    ) -> None:
+        """Appends what is missing; all rows, if none is named, oracles for the first items."""
         setting = {"split": split, "dtype": str(self.model.dtype), "heads": self.heads_digest}
         found = results(out)
         if any({name: r.get(name) for name in setting} != setting for r in found):
@@ -217,7 +221,8 @@ class Bench:
         measure = self.found if task.startswith("needle") else self.nll
         for item in self.items(task, count, split):
             for name, policies in self.rows(item).items():
-                if (only and name not in only) or (task, item.number, name) in done:
+                left_out = name in ORACLES and (task not in QUESTIONS or item.number >= oracles)
+                if (only and name not in only) or (task, item.number, name) in done or left_out:
                     continue
                 result = {"task": task, "number": item.number, "row": name, **setting}
                 result |= measure(item, policies())
@@ -256,14 +261,19 @@ def results(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def table(found: list[dict[str, Any]], task: str, name: str = "value") -> dict[str, Any]:
-    """By row, one number per item, for the items that all rows have."""
+def values(found: list[dict[str, Any]], task: str, name: str = "value") -> dict[str, Any]:
+    """By row, one number for each item that was measured."""
     rows: dict[str, dict[int, float]] = {}
     for r in found:
         if r["task"] == task and name in r:
             rows.setdefault(r["row"], {})[r["number"]] = r[name]
-    numbers = sorted(set.intersection(*(set(r) for r in rows.values()))) if rows else []
-    return {row: numpy.array([r[n] for n in numbers]) for row, r in rows.items()}
+    return rows
+
+
+def paired(*rows: dict[int, float]) -> tuple[Any, ...]:
+    """Those of the items that all of the rows have."""
+    numbers = sorted(set.intersection(*(set(r) for r in rows)))
+    return tuple(numpy.array([r[n] for n in numbers]) for r in rows)
 
 
 def interval(statistic: Callable[..., Any], *samples: Any) -> list[float]:
@@ -281,30 +291,35 @@ def recovered(random: Any, row: Any, dense: Any, axis: int = -1) -> Any:
 
 def summary(found: list[dict[str, Any]], tasks: list[str]) -> dict[str, Any]:
     """All figures of the tasks that were measured."""
-    return {task: _summary(found, task) for task in tasks if table(found, task)}
+    return {task: _summary(found, task) for task in tasks if values(found, task)}
 
 
 def _summary(found: list[dict[str, Any]], task: str) -> dict[str, Any]:
-    rows = table(found, task)
-    said: dict[str, Any] = {"items": len(next(iter(rows.values()))), "rows": {}}
-    for name, values in rows.items():
-        row: dict[str, Any] = {"mean": round(float(values.mean()), 4)}
-        known = {"dense", "random", "SDTP"} <= set(rows)
-        if task in ("squad", "hotpotqa") and known and name not in ("dense", "random"):
-            share = (rows["random"], values, rows["dense"])
-            row["recovered"] = round(float(recovered(*share)), 4)
-            row["recovered_95"] = interval(recovered, *share)
-            row["minus_SDTP_95"] = interval(_difference, values, rows["SDTP"])
-        said["rows"][name] = row
+    rows = values(found, task)
+    said: dict[str, Any] = {"rows": {name: _row(rows, name, task) for name in rows}}
     if task == "hotpotqa":
         for name in ("supporting_kept", "others_kept"):
-            for row_name, values in table(found, task, name).items():
-                said["rows"][row_name][name] = round(float(numpy.nanmean(values)), 4)
-    if "SDTP + H2O 40 %" in rows and task in ("squad", "hotpotqa"):
-        four = [rows[n] for n in ("SDTP + H2O 40 %", "SDTP", "H2O 40 %", "dense")]
-        said["compound_error"] = round(float(_compound(*four)), 4)
-        said["compound_error_95"] = interval(_compound, *four)
+            for row, kept in values(found, task, name).items():
+                said["rows"][row][name] = round(float(numpy.nanmean(list(kept.values()))), 4)
+    four = ("SDTP + H2O 40 %", "SDTP", "H2O 40 %", "dense")
+    if set(four) <= set(rows) and task in QUESTIONS:
+        samples = paired(*(rows[name] for name in four))
+        said["compound_error"] = round(float(_compound(*samples)), 4)
+        said["compound_error_95"] = interval(_compound, *samples)
     return said
+
+
+def _row(rows: dict[str, dict[int, float]], name: str, task: str) -> dict[str, Any]:
+    row = {"items": len(rows[name]), "mean": round(float(numpy.mean(list(rows[name].values()))), 4)}
+    if task not in QUESTIONS or name in ("dense", "random") or not {"dense", "random"} <= set(rows):
+        return row
+    share = paired(rows["random"], rows[name], rows["dense"])
+    row["recovered"] = round(float(recovered(*share)), 4)
+    row["recovered_95"] = interval(recovered, *share)
+    for other in ("SDTP", "paper's head"):
+        if other in rows and other != name:
+            row[f"minus {other}_95"] = interval(_difference, *paired(rows[name], rows[other]))
+    return row
 
 
 def _difference(one: Any, two: Any, axis: int = -1) -> Any:
@@ -319,9 +334,10 @@ def _compound(both: Any, sdtp: Any, h2o: Any, dense: Any, axis: int = -1) -> Any
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
-    tasks = ["squad", "hotpotqa", *(f"needle-{n}" for n in NEEDLE_LENGTHS), "text"]
+    tasks = [*QUESTIONS, *(f"needle-{n}" for n in NEEDLE_LENGTHS), "text"]
     parser.add_argument("--tasks", nargs="*", default=tasks, choices=tasks)
     parser.add_argument("--questions", type=int, default=120, help="of each of the two data sets")
+    parser.add_argument("--oracles", type=int, default=40, help="of these, those with oracles")
     parser.add_argument("--needles", type=int, default=30, help="of each length, and texts")
     parser.add_argument("--heads", nargs="*", default=[], metavar="NAME=FOLDER", help="more rows")
     parser.add_argument("--rows", nargs="*", default=[], help="only these")
@@ -335,8 +351,8 @@ def main() -> None:
     bench = Bench(getattr(torch, asked.dtype), heads)
     lines = asked.out.with_suffix(".jsonl")
     for task in asked.tasks:
-        count = asked.questions if task in ("squad", "hotpotqa") else asked.needles
-        bench.run(task, count, asked.split, lines, asked.rows)
+        count = asked.questions if task in QUESTIONS else asked.needles
+        bench.run(task, count, asked.split, lines, asked.rows, asked.oracles)
     report = {
         "command": " ".join(sys.argv),
         "dtype": asked.dtype,
