@@ -15,6 +15,8 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvprune.evaluation.assets import demo_model
-from kvprune.evaluation.questions import ASK_OTHERWISE, hotpotqa, squad
+from kvprune.evaluation.questions import ASK_OTHERWISE, LongQuestion, hotpotqa, squad
 from kvprune.policies import SDTP, SDTPHeads
-from kvprune.policies.sdtp import Example, Training, read_examples, train, untrained
+from kvprune.policies.sdtp import Example, Training, read_examples, sharing, train, untrained
 
 NAME = "SmolLM2-135M-Instruct"
 SHIPPED = Path(__file__).parent.parent / "policies" / "sdtp" / "pretrained" / NAME
@@ -35,9 +37,12 @@ KEEP = round(0.35 ** (1 / STAGES), 4)
 
 TOKENS = (350, 900)
 LIMIT = 1024
-TEXTS = 0.1
+HELD_OUT = 80
+TOGETHER = 8
+"""Questions about one SQuAD context, which are marked in little more time than one."""
+PARTS = {"squad": 0.8, "hotpotqa": 0.17, "texts": 0.03}
 
-FULL = Training()
+FULL = Training(marking_epochs=3, pairs=20000, learning_rate=3e-3)
 ROWS: dict[str, tuple[Training, dict[str, Any]]] = {
     "SDTP": (FULL, {}),
     "paper's head": (FULL, {"query_heads": 0}),
@@ -47,21 +52,27 @@ ROWS: dict[str, tuple[Training, dict[str, Any]]] = {
 """What is trained: options, and how the heads differ from the default."""
 
 
-def examples(tokenizer: Any, count: int, seed: int) -> list[Example]:
-    """`count` of them, half of the questions from each data set."""
-    draw = random.Random(f"examples {seed}")
-    texts = round(TEXTS * count)
-    half = (count - texts) // 2
-    asked = squad("train", half, TOKENS, tokenizer, seed)
-    asked += hotpotqa("train", count - texts - half, TOKENS, tokenizer, seed)
-    found = []
-    for question in asked:
-        prompt, answer = question.encoded(tokenizer, draw.choice(ASK_OTHERWISE))
-        if len(prompt) + len(answer) <= LIMIT:
-            found.append(Example(tuple(prompt), tuple(answer)))
-    stories = squad("train", 3 * texts, TOKENS, tokenizer, seed + 1)
+def examples(tokenizer: Any, count: int, seed: int, split: str = "train") -> list[Example]:
+    """`count` of them, in the shares that `PARTS` says."""
+    draw, encode = random.Random(f"examples {seed}"), partial(_encoded, tokenizer)
+    counts = {name: round(share * count) for name, share in PARTS.items()}
+    alone = hotpotqa(split, counts["hotpotqa"], TOKENS, tokenizer, seed)
+    found = [encode(q, draw.choice(ASK_OTHERWISE)) for q in alone]
+    asked = squad(split, counts["squad"], TOKENS, tokenizer, seed, TOGETHER)
+    # Not those that also ask before the context, which would then not be shared.
+    behind = [way for way in ASK_OTHERWISE if way[0].count("{question}") == 1]
+    for _, group in groupby(asked, key=lambda q: q.context):
+        way = draw.choice(behind)
+        found += sharing([encode(q, way) for q in group])
+    stories = squad(split, 3 * counts["texts"], TOKENS, tokenizer, seed + 1)
     contexts = ["".join(p.text for p in q.context) for q in stories]
-    return found + read_examples(contexts, tokenizer, LIMIT, 64)[:texts]
+    found += read_examples(contexts, tokenizer, LIMIT, 64)[: counts["texts"]]
+    return [e for e in found if len(e.prompt) + len(e.completion) <= LIMIT]
+
+
+def _encoded(tokenizer: Any, question: LongQuestion, way: tuple[str, str]) -> Example:
+    prompt, answer = question.encoded(tokenizer, way)
+    return Example(tuple(prompt), tuple(answer))
 
 
 def main() -> None:
@@ -71,7 +82,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--marks", type=Path, default=Path("build/heads/marks"))
+    parser.add_argument("--marks", type=Path, default=Path("build/heads/marks"), help="20 GB")
     parser.add_argument("--out", type=Path, default=Path("build/heads/sdtp"))
     parser.add_argument("--ship", action="store_true", help=f"put them into {SHIPPED}")
     asked = parser.parse_args()
@@ -88,7 +99,9 @@ def main() -> None:
         asked.out,
         replace(options, seed=asked.seed),
         SDTP(heads),
+        held_out=examples(tokenizer, HELD_OUT, asked.seed, "choose"),
         marks=asked.marks,
+        keep_hidden=True,
         note=note,
     )
     if asked.ship:

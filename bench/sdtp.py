@@ -310,7 +310,10 @@ def _summary(found: list[dict[str, Any]], task: str) -> dict[str, Any]:
 
 
 def _row(rows: dict[str, dict[int, float]], name: str, task: str) -> dict[str, Any]:
-    row = {"items": len(rows[name]), "mean": round(float(numpy.mean(list(rows[name].values()))), 4)}
+    row: dict[str, Any] = {
+        "items": len(rows[name]),
+        "mean": round(float(numpy.mean(list(rows[name].values()))), 4),
+    }
     if task not in QUESTIONS or name in ("dense", "random") or not {"dense", "random"} <= set(rows):
         return row
     share = paired(rows["random"], rows[name], rows["dense"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from kvprune.evaluation import questions
@@ -120,3 +122,16 @@ def test_every_way_of_asking_has_context_question_and_lead():
         assert text(question) in prompt and question.question in prompt
         assert prompt.endswith(f"<assistant>{ask[1]}")
         assert question.encoded(Words(), ask)[1] == Words().encode(question.answer, False)
+
+
+def test_several_questions_about_one_context():
+    """Other ones, whose paragraphs are in it too; one by one it is as without."""
+    alone = squad("choose", 8, (60, 90), Words())
+    found = squad("choose", 1000, (60, 90), Words(), together=3)
+    assert squad("choose", 8, (60, 90), Words(), together=1) == alone
+    assert squad("choose", 4, (60, 90), Words(), together=3) == found[:4]
+    groups = [list(g) for _, g in itertools.groupby(found, key=lambda q: id(q.context))]
+    assert max(len(g) for g in groups) == 3 and len(groups) > 5
+    for group in groups:
+        assert len({q.question for q in group}) == len(group)
+        assert all(q.answer in text(q) and q.context is group[0].context for q in group)

@@ -14,7 +14,7 @@ import jinja2
 import pytest
 
 from kvprune import KVPruneError
-from kvprune.policies.sdtp import Example, read_examples
+from kvprune.policies.sdtp import Example, read_examples, sharing
 
 START = 1
 """What the tokenizer puts before a text."""
@@ -265,3 +265,20 @@ def test_prompts_and_completions_may_be_conversations():
     for wrong in ([asked], [], [said, said]):
         with pytest.raises(KVPruneError, match="record 1: expected a text"):
             read([{"prompt": [asked], "completion": wrong}], tokens=40)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shared"),
+    [
+        ([(1, 2, 3, 4), (1, 2, 5)], [2, 2]),
+        ([(1, 2), (1, 2, 3)], [1, 2]),
+        ([(1, 2), (3, 4)], [0, 0]),
+        ([(1, 2, 3)], [2]),
+    ],
+)
+def test_sharing_tells_what_all_have_in_common(prompts, shared):
+    """The last token of a prompt is never among it; all else stays."""
+    given = [Example(p, (9,)) for p in prompts]
+    found = sharing(given)
+    assert [e.shared for e in found] == shared
+    assert [(e.prompt, e.completion) for e in found] == [(p, (9,)) for p in prompts]

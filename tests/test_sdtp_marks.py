@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvprune import KVPruneError
 from kvprune.families import decoder_layers
-from kvprune.policies.sdtp import Example, saliency
+from kvprune.policies.sdtp import Example, saliency, sharing
 from kvprune.policies.sdtp.marks import Marks, standardised
 from kvprune.policies.sdtp.shipped import weights_digest
 
@@ -106,6 +106,86 @@ def test_hidden_states_are_kept_where_that_is_asked_for(target, tmp_path, monkey
         assert torch.equal(found.saliency, first.saliency)
         assert torch.equal(found.hidden, first.hidden)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def group(count: int = 3) -> list[Example]:
+    """Examples that begin alike, with questions and answers of different lengths."""
+    ends = [prompt(1, 9 + i, seed=20 + i)[0].tolist() for i in range(count)]
+    return sharing([Example((*EXAMPLE.prompt, *end[:-3]), tuple(end[-3:])) for end in ends])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("target", ["attention", "gradient"])
+def test_what_examples_share_is_marked_as_if_they_did_not(family, target, tmp_path):
+    """Within rounding; once made and once from disk, in whatever order."""
+    shared, examples = (
+        Marks(
+            tiny_model(family, **options(family)), STAGES, tmp_path / "a", target, keep_hidden=True
+        ),
+        group(),
+    )
+    alone = marks(family, tmp_path / "b", target)
+    for folder in (shared.folder, alone.folder):
+        folder.mkdir()
+    rtol, atol = (1e-4, 1e-6) if family == "gemma2" else (1e-9, 1e-12)
+    for example in (*examples, examples[1], *examples):
+        found, expected = shared.of(example), alone.of(replace(example, shared=0))
+        torch.testing.assert_close(found.hidden, expected.hidden, rtol=rtol, atol=atol)
+        # The target is float32 whatever the model's precision.
+        torch.testing.assert_close(found.saliency, expected.saliency, rtol=1e-4, atol=1e-6)
+
+
+def test_what_examples_share_is_read_and_kept_once(tmp_path, monkeypatch):
+    """One after the other; and the files of the examples hold the rest alone."""
+    model, read = tiny_model("llama"), list[int]()
+    handle = model.base_model.register_forward_pre_hook(
+        lambda m, args: read.append(args[0].shape[1])
+    )
+    examples = group()
+    keeping = Marks(model, STAGES, tmp_path, "attention", keep_hidden=True)
+    for example in examples:
+        keeping.ensure(example)
+    lengths = [len(e.prompt) + len(e.completion) - SIZE for e in examples]
+    assert read == [SIZE, *lengths] and len(list(tmp_path.iterdir())) == 4
+    for example in examples:
+        keeping.ensure(example)
+        assert keeping.of(example).hidden.shape[1] == len(example.prompt)
+    handle.remove()
+    assert len(read) == 4
+
+
+def test_a_beginning_that_is_gone_is_made_again(tmp_path):
+    """Nor must an example say that it shares what is kept apart."""
+    keeping = Marks(tiny_model("llama"), STAGES, tmp_path, "attention", keep_hidden=True)
+    example = group()[0]
+    whole = keeping.of(example)
+    found = keeping.of(replace(example, shared=0))
+    assert torch.equal(found.hidden, whole.hidden)
+    keeping._named(example.prompt[:SIZE]).unlink()
+    for shared in (SIZE, 0):
+        found = replace(keeping).of(replace(example, shared=shared))
+        torch.testing.assert_close(found.hidden, whole.hidden, rtol=1e-9, atol=1e-12)
+
+
+def test_an_error_leaves_no_longer_beginning_behind(tmp_path, monkeypatch):
+    """What was read of an example that failed is not taken for shared."""
+    keeping = Marks(tiny_model("llama"), STAGES, tmp_path, "attention", keep_hidden=True)
+    one, two, _ = group()
+    keeping.of(one)
+    with monkeypatch.context() as patch:
+        patch.setattr(Marks, "_attention", _fail_after(Marks._attention))
+        with pytest.raises(RuntimeError):
+            keeping.of(two)
+    found, expected = keeping.of(two), marks("llama", tmp_path).of(replace(two, shared=0))
+    torch.testing.assert_close(found.saliency, expected.saliency, rtol=1e-4, atol=1e-6)
+
+
+def _fail_after(work: Any) -> Any:
+    def failing(*args: Any) -> None:
+        work(*args)
+        raise RuntimeError
+
+    return failing
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

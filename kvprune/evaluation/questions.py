@@ -68,7 +68,12 @@ class LongQuestion:
 
 
 def squad(
-    split: str, count: int, tokens: tuple[int, int], tokenizer: Any, seed: int = 0
+    split: str,
+    count: int,
+    tokens: tuple[int, int],
+    tokenizer: Any,
+    seed: int = 0,
+    together: int = 1,
 ) -> list[LongQuestion]:
     """Questions of a split, with whole consecutive paragraphs of the article as context.
 
@@ -79,6 +84,7 @@ def squad(
             each question, and is less where the article ends.
         tokenizer: to count with.
         seed: of the questions, the lengths, and where in the context the answer stands.
+        together: how many questions to ask about each context, at most.
     """
     draw, found = random.Random(f"squad {split} {seed}"), list[LongQuestion]()
     lengths = _Lengths(tokenizer)
@@ -90,7 +96,13 @@ def squad(
         most = draw.randint(*tokens)
         if lengths.of(paragraphs[place]) <= most:
             window = _window(paragraphs, place, most, lengths, draw)
-            found.append(LongQuestion((Passage("\n\n".join(window)),), question, answer))
+            context = (Passage("\n\n".join(window)),)
+            found.append(LongQuestion(context, question, answer))
+            if together > 1:
+                others = [(q, a) for ps, i, q, a in asked if ps is paragraphs and ps[i] in window]
+                others.remove((question, answer))
+                more = draw.sample(others, min(together - 1, len(others), count - len(found)))
+                found += [LongQuestion(context, q, a) for q, a in more]
     return found
 
 

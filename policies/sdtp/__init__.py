@@ -1,6 +1,6 @@
 """SDTP: Saliency-driven Dynamic Token Pruning (arXiv 2504.04514v2)."""
 
-from .examples import Example, read_examples
+from .examples import Example, read_examples, sharing
 from .heads import SDTPHeads
 from .options import Training
 from .policy import SDTP
@@ -16,6 +16,7 @@ __all__ = [
     "fingerprint",
     "read_examples",
     "saliency",
+    "sharing",
     "train",
     "untrained",
 ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,26 @@ SUFFIXES = (".txt", ".md", ".jsonl")
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids: a prompt, which is pruned, and what follows it, which the loss is over."""
+    """Token ids: a prompt, which is pruned, and what follows it, which the loss is over.
+
+    shared: how many of the prompt's first tokens others begin with as well; see `sharing`.
+    """
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
+    shared: int = 0
+
+
+def sharing(group: Sequence[Example]) -> list[Example]:
+    """The same examples, each knowing how many first tokens all of them have in common.
+
+    Several questions about one text are marked much faster so, where hidden states are kept: the
+    model reads the text once (see `Marks`). Nothing else changes.
+    """
+    places = enumerate(zip(*(e.prompt for e in group), strict=False))
+    least = min(len(e.prompt) for e in group)
+    common = next((i for i, tokens in places if len(set(tokens)) > 1), least)
+    return [replace(e, shared=min(common, len(e.prompt) - 1)) for e in group]
 
 
 def read_examples(

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from kvprune.errors import KVPruneError
 from kvprune.families import attention_of, decoder_layers
@@ -50,7 +51,9 @@ class Marks:
     the mean over heads and queries, summed over layers: what a token that is dropped there takes
     with it. It costs a forward instead of a forward and a backward, and is far less noisy.
     keep_hidden: whether to keep hidden states there as well (C times as much), which spares each
-    further epoch, and each further training on the same examples, a forward of the model.
+    further epoch, and each further training on the same examples, a forward of the model. What
+    examples share is kept once; with the target "attention" it is also read once, if they are
+    marked one after the other.
     """
 
     model: Any
@@ -61,27 +64,50 @@ class Marks:
 
     def of(self, example: Example) -> Mark:
         """The mark of an example; what of it is on disk is read from there."""
-        known, device = self._known(example), self.model.device
-        size = len(example.prompt)
+        known = self._known(example)
         if "hidden" not in known:
-            ids = torch.tensor([example.prompt + example.completion], device=device)
-            make = self._hidden if known else _MAKE[self.target].__get__(self)
-            inputs, saliency = make(ids, size)
-            new = {"hidden": torch.stack([x.detach()[0, :size] for x in inputs])}
-            if not known:
-                new["saliency"] = saliency
-            known |= new
+            known |= self._made(example, known)
             self._keep(example, known)
+            known = self._whole(example, known)
+        device = self.model.device
         return Mark(known["hidden"].to(device), known["saliency"].to(device))
+
+    def ensure(self, example: Example) -> None:
+        """Marks it, if it is not on disk."""
+        if not self._path(example).exists():
+            self.of(example)
 
     def saliency(self, example: Example) -> Tensor:
         """The mark's saliency alone: without a forward, if it is on disk."""
         known = self._known(example)
         return known["saliency"].to(self.model.device) if known else self.of(example).saliency
 
+    def _made(self, example: Example, known: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`hidden`, of what is not shared if that is kept apart, and `saliency` if not known."""
+        size = len(example.prompt)
+        whole = example.prompt + example.completion
+        if self.keep_hidden and example.shared and self.target == "attention":
+            inputs, saliency = self._continued(example)
+        else:
+            ids = torch.tensor([whole], device=self.model.device)
+            make = self._hidden if known else _MAKE[self.target].__get__(self)
+            inputs, saliency = make(ids, size)
+        hidden = torch.stack([x.detach()[0, : size - len(whole) + x.shape[1]] for x in inputs])
+        return {"hidden": hidden} if known else {"hidden": hidden, "saliency": saliency}
+
     def _known(self, example: Example) -> dict[str, Tensor]:
         path = self._path(example)
-        return _read(path) if path.exists() else {}
+        return self._whole(example, _read(path, "saliency")) if path.exists() else {}
+
+    def _whole(self, example: Example, mark: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With the hidden states of a beginning that is kept apart; without any, if it is gone."""
+        apart = len(example.prompt) - mark["hidden"].shape[1] if "hidden" in mark else 0
+        if not apart:
+            return mark
+        rest, path = mark.pop("hidden"), self._named(example.prompt[:apart])
+        if not path.exists():
+            return mark
+        return {**mark, "hidden": torch.cat([_read(path, "hidden")["hidden"].to(rest), rest], 1)}
 
     def _keep(self, example: Example, mark: dict[str, Tensor]) -> None:
         path = self._path(example)
@@ -91,17 +117,48 @@ class Marks:
             write_whole(path, lambda scratch: save_file(kept, scratch))
 
     def _path(self, example: Example) -> Path:
-        said = repr((self._model, self.target, tuple(self.layers), example))
+        return self._named(self.target, example.prompt, example.completion)
+
+    def _named(self, *what: Any) -> Path:
+        said = repr((self._model, tuple(self.layers), *what))
         return self.folder / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.safetensors"
 
     @cached_property
     def _model(self) -> str:
         return weights_digest(self.model)
 
-    def _hidden(self, ids: Tensor, size: int) -> tuple[list[Tensor], Tensor]:
+    def _hidden(
+        self, ids: Tensor, size: int, cache: DynamicCache | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         with torch.no_grad(), layer_inputs(self.model, self.layers) as entered:
-            self.model.base_model(ids, use_cache=False)
+            self.model.base_model(ids, past_key_values=cache, use_cache=cache is not None)
         return [entered[i] for i in self.layers], ids.new_zeros(0)
+
+    def _continued(self, example: Example) -> tuple[list[Tensor], Tensor]:
+        """What `_attention` makes of an example, given what it makes of the shared beginning."""
+        shared, size = example.shared, len(example.prompt)
+        ids = torch.tensor([example.prompt + example.completion], device=self.model.device)
+        beginning = example.prompt[:shared]
+        # Taken out while it is longer, so that an error leaves no such cache behind.
+        cache = self._last.pop(beginning, None) or self._begun(beginning)
+        made = self._attention(ids[:, shared:], size - shared, cache)
+        cache.crop(shared - ids.shape[1])
+        self._last.clear()
+        self._last[beginning] = cache
+        return made
+
+    def _begun(self, beginning: tuple[int, ...]) -> DynamicCache:
+        """The stock cache of a shared beginning, whose hidden states are kept."""
+        cache, ids = DynamicCache(), torch.tensor([beginning], device=self.model.device)
+        hidden = torch.stack([x[0] for x in self._hidden(ids, len(beginning), cache)[0]])
+        kept = {"hidden": hidden.detach().cpu()}
+        write_whole(self._named(beginning), lambda scratch: save_file(kept, scratch))
+        return cache
+
+    # The cache of the beginning that was read last.
+    @cached_property
+    def _last(self) -> dict[tuple[int, ...], DynamicCache]:
+        return {}
 
     def _gradient(self, ids: Tensor, size: int) -> tuple[list[Tensor], Tensor]:
         with torch.enable_grad(), layer_inputs(self.model, self.layers) as entered:
@@ -110,12 +167,16 @@ class Marks:
             scores = contribution(logits, inputs)[0]
         return inputs, scores[:, :size].contiguous()
 
-    def _attention(self, ids: Tensor, size: int) -> tuple[list[Tensor], Tensor]:
+    def _attention(
+        self, ids: Tensor, size: int, cache: DynamicCache | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """ids: what is not in the cache, of which `size` are of the prompt."""
+        before = 0 if cache is None else cache.get_seq_length()
         # The last prompt token is the one that the first token of the completion comes from.
         rows = slice(size - 1, ids.shape[1])
         with watched(self.model, rows) as paid:
-            inputs, _ = self._hidden(ids, size)
-        layers = torch.stack([paid[i][0, :size] for i in range(len(paid))])
+            inputs, _ = self._hidden(ids, size, cache)
+        layers = torch.stack([paid[i][0, : before + size] for i in range(len(paid))])
         return inputs, torch.stack([layers[i:].sum(0) for i in self.layers])
 
 
@@ -168,8 +229,8 @@ def _note(
     mask: Tensor | None,
 ) -> None:
     if mask is None:
-        size = key.shape[2]
-        mask = torch.ones(1, 1, size, size, dtype=torch.bool, device=key.device).tril()
+        mask = torch.ones(1, 1, key.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+        mask = mask.tril()[:, :, -query.shape[2] :]
     _, probabilities = eager(query[:, :, rows], key, value, additive(mask[:, :, rows], query.dtype))
     paid[index] = probabilities.float().mean((1, 2))
 
@@ -199,11 +260,11 @@ def _check_finite(saliency: Tensor) -> None:
         )
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, wanted: str) -> dict[str, Tensor]:
     try:
         kept = load_file(path)
     except (OSError, SafetensorError) as error:
         raise KVPruneError(f"{path}: expected a mark, came {error}; remove it") from error
-    if "saliency" not in kept:
+    if wanted not in kept:
         raise KVPruneError(f"{path}: expected a mark, came {sorted(kept)}; remove it")
     return kept

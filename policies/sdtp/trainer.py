@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from kvprune.errors import KVPruneError
+from kvprune.families import decoder_layers
 from kvprune.files import write_text, write_whole
 
 from .examples import Example
@@ -69,12 +70,20 @@ class Trainer:
     def run(self, note: dict[str, Any]) -> None:
         """All phases, from the checkpoint on; then writes the heads and what was done."""
         at, state = self._resumed()
+        if self.marks.keep_hidden:
+            self._mark_all()
         for number, phase in enumerate(phases(self.options)):
             if number >= at and phase.epochs:
                 self._run_phase(number, phase, state if number == at else {})
         self.heads.eval()
         self.heads.save_pretrained(self.out)
         write_text(self.out / "training.json", json.dumps(self._account(note), indent=2) + "\n")
+
+    def _mark_all(self) -> None:
+        """Ahead of all, since those that share a beginning are to follow each other."""
+        examples = sorted(self.training + self.held_out, key=lambda e: e.prompt[: e.shared])
+        for example in tqdm(examples, desc="marks", disable=not self.progress):
+            self.marks.ensure(example)
 
     def _run_phase(self, number: int, phase: Phase, state: dict[str, Any]) -> None:
         self.heads.train()
@@ -143,7 +152,7 @@ class Trainer:
         """The losses that have a weight, by the names of those."""
         if not phase.through_model:
             mark = self._marked(example)
-            return self._against_marks(self._whole(mark), mark.saliency)
+            return self._against_marks(self._coming(mark), mark.saliency)
         run, terms = self._through_model(example)
         marks = self.options.ranking > 0 or self.options.mse > 0
         if marks and self.options.pruning_marks > 0:
@@ -155,6 +164,17 @@ class Trainer:
     def _marked(self, example: Example) -> Mark:
         with self.accelerator.autocast():
             return self.marks.of(example)
+
+    def _coming(self, mark: Mark) -> list[_Scored]:
+        """What the heads make of the tokens that come to them, as the dense model hands them.
+
+        Which these are the heads before say: each is to tell apart what those leave.
+        """
+        run = PruningPass(self.policy, mark.hidden.shape[1], temperature=0.0)
+        count = len(decoder_layers(self.model.base_model))
+        for layer, hidden in zip(self.heads.layers, mark.hidden, strict=True):
+            run.enter(layer, count, hidden[None])
+        return list(zip(run.stages, run.columns, run.scores, strict=True))
 
     def _whole(self, mark: Mark) -> list[_Scored]:
         """What the heads make of all tokens, with nothing pruned."""

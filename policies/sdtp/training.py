@@ -1,8 +1,9 @@
 """Trains SDTP's heads for a frozen model (paper, section 3.3).
 
 Two phases. In the first, heads learn the saliency of the marking pass from what the dense model's
-layers are handed. In the second, the model runs pruned by the heads (see `simulation`), and the
-loss of the answer reaches them too. It is off by default: as it stands it made heads worse.
+layers are handed, each on the tokens that the heads before it leave. In the second, the model runs
+pruned by the heads (see `simulation`), and the loss of the answer reaches them too. It is off by
+default: as it stands it made heads worse.
 """
 
 from __future__ import annotations
