@@ -3,7 +3,7 @@
     python -m bench.sdtp --out bench/results/sdtp                # all of it: hours
     python -m bench.sdtp --tasks squad --questions 20            # a look
 
-Questions about contexts of 1,000 to 2,000 tokens from splits that nothing was trained on or chosen
+Questions about contexts of 1,000 to 1,500 tokens from splits that nothing was trained on or chosen
 by (see `kvprune.evaluation.questions`; `--split choose` is for choosing), by the teacher-forced
 negative log-likelihood of the gold answer's tokens; needles, by whether the number is repeated;
 and plain text, by the likelihood of its next 128 tokens, which hardly notices what was dropped.
@@ -11,7 +11,7 @@ Every row runs through `generate`'s own cache, on the same questions; shares and
 paired, with bootstrap intervals.
 
 Each result is appended to `OUT.jsonl` as it comes: a run that was stopped goes on where it was.
-`OUT.json` is the summary.
+`OUT.json` is the summary, `OUT.md` a table of it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
 from kvprune.policies.sdtp import saliency
 
 from .baselines import GivenScores, HiddenNorm, LastQueryAttention, Scheduled
+from .tables import sdtp_table
 
-LENGTHS = (900, 1900)
+LENGTHS = (1000, 1500)
 NEEDLE_LENGTHS = (1024, 2048)
 QUESTIONS = ("squad", "hotpotqa")
 ORACLES = ("saliency oracle", "signed saliency oracle")
@@ -319,6 +320,7 @@ def _row(rows: dict[str, dict[int, float]], name: str, task: str) -> dict[str, A
     share = paired(rows["random"], rows[name], rows["dense"])
     row["recovered"] = round(float(recovered(*share)), 4)
     row["recovered_95"] = interval(recovered, *share)
+    row["few"] = len(rows[name]) < len(rows["dense"])
     for other in ("SDTP", "paper's head"):
         if other in rows and other != name:
             row[f"minus {other}_95"] = interval(_difference, *paired(rows[name], rows[other]))
@@ -365,7 +367,8 @@ def main() -> None:
         "tasks": summary(results(lines), tasks),
     }
     asked.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report["tasks"], indent=1))
+    asked.out.with_suffix(".md").write_text(sdtp_table(report))
+    print(sdtp_table(report))
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

@@ -41,15 +41,23 @@ def train_sdtp(
         int, typer.Option(help="Heads of the low-rank term; 0 for the paper's module.")
     ] = 4,
     target: Annotated[str, typer.Option(help="attention, or the paper's gradient.")] = "attention",
-    marking_epochs: Annotated[int, typer.Option()] = 1,
-    pruning_epochs: Annotated[int, typer.Option()] = 0,
+    held_out: Annotated[
+        str | None, typer.Option(help="Data to measure by, as --data; a share of that.")
+    ] = None,
+    marking_epochs: Annotated[int, typer.Option(help="Through the dense model.")] = 3,
+    pruning_epochs: Annotated[int, typer.Option(help="Through the pruned model.")] = 0,
     ranking: Annotated[float, typer.Option(help="Weight of this loss; 0 leaves it out.")] = 1.0,
     mse: Annotated[float, typer.Option(help="Likewise.")] = 0.3,
     cross_entropy: Annotated[float, typer.Option(help="Likewise.")] = 1.0,
     distillation: Annotated[float, typer.Option(help="Likewise.")] = 1.0,
     pairs: Annotated[int | None, typer.Option(help="Pairs to rank per stage; all.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="The highest, in the first phase.")] = 1e-3,
     batch: Annotated[int, typer.Option(help="Examples per step.")] = 2,
     mixed_precision: Annotated[str | None, typer.Option(help="no or bf16; accelerate's.")] = None,
+    evaluate_every: Annotated[int | None, typer.Option(help="Steps; each epoch's end.")] = None,
+    keep_hidden: Annotated[
+        bool, typer.Option(help="Keep hidden states on disk: many epochs for one forward.")
+    ] = False,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Trains SDTP's heads for a model. Stopped, it goes on where it was when called again."""
@@ -65,14 +73,26 @@ def train_sdtp(
         distillation=distillation,
         target=target,
         pairs=pairs,
+        learning_rate=learning_rate,
         batch=batch,
+        evaluate_every=evaluate_every,
         mixed_precision=mixed_precision,
         seed=seed,
     )
     tokenizer, loaded = _loaded(model, dtype)
     examples = read_examples(data, tokenizer, tokens, completion, limit=limit)
+    apart = held_out and read_examples(held_out, tokenizer, tokens, completion)
     heads = untrained(loaded, seed, keep=keep, stages=stages, query_heads=query_heads)
-    train(loaded, examples, out, options, SDTP(heads), note={"model_name": model, "data": data})
+    train(
+        loaded,
+        examples,
+        out,
+        options,
+        SDTP(heads),
+        held_out=apart or None,
+        keep_hidden=keep_hidden,
+        note={"model_name": model, "data": data},
+    )
     typer.echo(f"{out}: pass them as SDTP(SDTPHeads.from_pretrained({str(out)!r}))")
 
 

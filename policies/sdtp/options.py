@@ -41,7 +41,7 @@ class Training:
         KVPruneError: a number out of range, or nothing to learn from.
     """
 
-    marking_epochs: int = 1
+    marking_epochs: int = 3
     pruning_epochs: int = 0
     ranking: float = 1.0
     mse: float = 0.3
