@@ -77,7 +77,6 @@ class Bench:
         self.model: Any = kvprune.attach(model.eval().requires_grad_(False))
         self.default = SDTP().for_model(self.model)
         assert self.default.heads is not None
-        self.heads_digest = _digest(self.default.heads)
         self.others = {
             name: replace(self.default, heads=SDTPHeads.from_pretrained(folder).float())
             for name, folder in heads.items()
@@ -212,12 +211,13 @@ class Bench:
         self, task: str, count: int, split: str, out: Path, only: list[str], oracles: int
     ) -> None:
         """Appends what is missing; all rows, if none is named, oracles for the first items."""
-        setting = {"split": split, "dtype": str(self.model.dtype), "heads": self.heads_digest}
         found = results(out)
-        if any({name: r.get(name) for name in setting} != setting for r in found):
-            raise kvprune.KVPruneError(
-                f"{out}: expected results of {setting}, came others; name another file with --out"
-            )
+        for r in found:
+            setting = self.setting(split, r["row"])
+            if {name: r.get(name) for name in setting} != setting:
+                raise kvprune.KVPruneError(
+                    f"{out}: expected results of {setting}, came {r}; name another file with --out"
+                )
         done = {(r["task"], r["number"], r["row"]) for r in found}
         measure = self.found if task.startswith("needle") else self.nll
         for item in self.items(task, count, split):
@@ -225,10 +225,17 @@ class Bench:
                 left_out = name in ORACLES and (task not in QUESTIONS or item.number >= oracles)
                 if (only and name not in only) or (task, item.number, name) in done or left_out:
                     continue
-                result = {"task": task, "number": item.number, "row": name, **setting}
+                result = {"task": task, "number": item.number, "row": name}
+                result |= self.setting(split, name)
                 result |= measure(item, policies())
                 with out.open("a") as file:
                     file.write(json.dumps(result) + "\n")
+
+    def setting(self, split: str, row: str) -> dict[str, str]:
+        """What results of a row must have in common to be put together."""
+        heads = self.others.get(row, self.default).heads
+        assert heads is not None
+        return {"split": split, "dtype": str(self.model.dtype), "heads": _digest(heads)}
 
     @torch.no_grad()
     def heads_flops(self, tokens: int = 1024) -> dict[str, float]:
@@ -249,6 +256,7 @@ class Bench:
         return {name: round((n - plain) / dense, 5) for name, n in count.items()}
 
 
+@cache
 def _digest(heads: SDTPHeads) -> str:
     weights = b"".join(t.numpy().tobytes() for t in heads.state_dict().values())
     return hashlib.sha256(weights).hexdigest()[:16]
