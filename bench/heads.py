@@ -58,7 +58,9 @@ def examples(tokenizer: Any, count: int, seed: int, split: str = "train") -> lis
     counts = {name: round(share * count) for name, share in PARTS.items()}
     alone = hotpotqa(split, counts["hotpotqa"], TOKENS, tokenizer, seed)
     found = [encode(q, draw.choice(ASK_OTHERWISE)) for q in alone]
-    asked = squad(split, counts["squad"], TOKENS, tokenizer, seed, TOGETHER)
+    # Held-out examples are few: each with a context of its own.
+    together = TOGETHER if split == "train" else 1
+    asked = squad(split, counts["squad"], TOKENS, tokenizer, seed, together)
     # Not those that also ask before the context, which would then not be shared.
     behind = [way for way in ASK_OTHERWISE if way[0].count("{question}") == 1]
     for _, group in groupby(asked, key=lambda q: q.context):

@@ -7,8 +7,9 @@ Questions about contexts of 1,000 to 1,500 tokens from splits that nothing was t
 by (see `kvprune.evaluation.questions`; `--split choose` is for choosing), by the teacher-forced
 negative log-likelihood of the gold answer's tokens; needles, by whether the number is repeated;
 and plain text, by the likelihood of its next 128 tokens, which hardly notices what was dropped.
-Every row runs through `generate`'s own cache, on the same questions; shares and differences are
-paired, with bootstrap intervals.
+All rows run on the same items; shares and differences are paired, with bootstrap intervals. These
+resample questions, not articles: what they say is of these articles (SQuAD's final split has
+seven).
 
 Each result is appended to `OUT.jsonl` as it comes: a run that was stopped goes on where it was.
 `OUT.json` is the summary, `OUT.md` a table of it.
@@ -110,21 +111,25 @@ class Bench:
 
     @torch.no_grad()
     def nll(self, item: Item, policies: list[kvprune.TokenPolicy]) -> dict[str, float]:
-        """Mean over the answer's tokens, and what was kept of the sentences at the last layer."""
+        """Mean over the answer's tokens, and what was kept of the sentences at the last layer.
+
+        The answer is one forward: what evicts does so after it.
+        """
         held = kvprune.ComposedCache(policies)
         logits = self.model(item.prompt, past_key_values=held, logits_to_keep=1).logits
         said: dict[str, float] = {}
         if item.facts is not None:
-            kept = torch.zeros_like(item.facts, dtype=torch.bool)
             last = held.columns(len(held) - 1)[0]
-            kept[last[last >= 0]] = True
             said = {
-                name: float(kept[item.facts == fact].float().mean())
+                name: float((item.facts == fact)[last].float().sum(-1).mean())
+                / int((item.facts == fact).sum())
                 for name, fact in (("supporting_kept", 1), ("others_kept", 0))
             }
-        if item.answer.shape[1] > 1:
-            rest: Any = self.model(item.answer[:, :-1], past_key_values=held).logits
-            logits = torch.cat([logits, rest], 1)
+        count = item.answer.shape[1] - 1
+        if count:
+            # All of them asked for, so that none of them is pruned.
+            rest: Any = {"past_key_values": held, "logits_to_keep": count}
+            logits = torch.cat([logits, self.model(item.answer[:, :-1], **rest).logits], 1)
         return {"value": float(F.cross_entropy(logits[0].float(), item.answer[0])), **said}
 
     @torch.no_grad()
@@ -172,7 +177,7 @@ class Bench:
     def _needle(self, length: int, number: int, split: str) -> Item:
         """One seven-digit number in essays, after RULER's template, its prefix as the lead."""
         draw = random.Random(f"needle {split} {length} {number}")
-        words = self._essays
+        words = self._essays[split]
         city = draw.choice(_CITIES)
         value = str(draw.randint(10**6, 10**7 - 1))
         room = length - 110
@@ -196,16 +201,18 @@ class Bench:
         return Item(f"needle-{length}", number, torch.tensor([prompt]), torch.tensor([answer]))
 
     def _text(self, number: int, split: str) -> Item:
-        words = self._essays
-        start = random.Random(f"text {split} {number}").randrange(len(words) - 1024 - NEXT)
+        words, start = self._essays[split], number * (1024 + NEXT)
         ids = torch.tensor([words[start : start + 1024 + NEXT]])
         return Item("text", number, ids[:, :1024], ids[:, 1024:])
 
     @cached_property
-    def _essays(self) -> list[int]:
+    def _essays(self) -> dict[str, list[int]]:
         essays = ruler_data("PaulGrahamEssays.json")["text"]
-        ids: list[int] = self.tokenizer.encode(essays[:400_000], add_special_tokens=False)
-        return ids
+        parts = {"choose": essays[:400_000], "final": essays[400_000:800_000]}
+        return {
+            split: self.tokenizer.encode(text, add_special_tokens=False)
+            for split, text in parts.items()
+        }
 
     def run(
         self, task: str, count: int, split: str, out: Path, only: list[str], oracles: int
@@ -231,11 +238,12 @@ class Bench:
                 with out.open("a") as file:
                     file.write(json.dumps(result) + "\n")
 
-    def setting(self, split: str, row: str) -> dict[str, str]:
+    def setting(self, split: str, row: str) -> dict[str, Any]:
         """What results of a row must have in common to be put together."""
         heads = self.others.get(row, self.default).heads
         assert heads is not None
-        return {"split": split, "dtype": str(self.model.dtype), "heads": _digest(heads)}
+        known = {"split": split, "dtype": str(self.model.dtype), "lengths": list(LENGTHS)}
+        return {**known, "heads": _digest(heads)}
 
     @torch.no_grad()
     def heads_flops(self, tokens: int = 1024) -> dict[str, float]:
@@ -266,8 +274,13 @@ _CITIES = ("Lisbon", "Oslo", "Nairobi", "Lima", "Hanoi", "Quito", "Riga", "Perth
 
 
 def results(path: Path) -> list[dict[str, Any]]:
-    """What was measured so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """What was measured so far; a last line that a kill cut off is removed."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        path.write_text("".join(lines[:-1]))
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def values(found: list[dict[str, Any]], task: str, name: str = "value") -> dict[str, Any]:
@@ -363,6 +376,9 @@ def main() -> None:
     heads = {name: Path(folder) for name, folder in (h.split("=", 1) for h in asked.heads)}
     bench = Bench(getattr(torch, asked.dtype), heads)
     lines = asked.out.with_suffix(".jsonl")
+    known = set(bench.rows(Item("", 0, torch.zeros(1, 1), torch.zeros(1, 1))))
+    if not set(asked.rows) <= known:
+        parser.error(f"--rows {asked.rows}: expected some of {sorted(known)}")
     for task in asked.tasks:
         count = asked.questions if task in QUESTIONS else asked.needles
         bench.run(task, count, asked.split, lines, asked.rows, asked.oracles)

@@ -267,6 +267,21 @@ def test_prompts_and_completions_may_be_conversations():
             read([{"prompt": [asked], "completion": wrong}], tokens=40)
 
 
+class Begun(Letters):
+    """Says that what it puts before a text begins every sequence."""
+
+    bos_token_id = START
+
+
+def test_each_stretch_begins_as_a_text_does():
+    """Where that is a token of its own; it counts, and no letter is lost."""
+    found = read_examples([ALPHABET], Begun(), 10, 3, 2)
+    assert found == [
+        Example((START, *ids("abcdef")), ids("ghi")),
+        Example((START, *ids("jklmno")), ids("pqr")),
+    ]
+
+
 @pytest.mark.parametrize(
     ("prompts", "shared"),
     [

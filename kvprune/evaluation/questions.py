@@ -1,10 +1,10 @@
 """Questions about long contexts, from SQuAD and HotpotQA: what to train on and what to test with.
 
 Nothing of one split is in another. SQuAD is split by article, in file order: 0-24 to train on,
-25-26 to choose by, 27-34 for final figures. HotpotQA is split by question (the last 600 are final,
-the first 300 are to choose by), and a question is left out of a split to train on, or to choose
-by, if one of its paragraphs is in a later one. Questions whose answer is yes or no, which the
-context hardly makes more likely, are left out.
+25-26 to choose by, 27-34 for final figures (without 29, which the demo shows). HotpotQA is split
+by question (the last 600 are final, the first 300 are to choose by), and a question is left out of
+a split to train on, or to choose by, if one of its paragraphs is in a later one. Questions whose
+answer is yes or no, which the context hardly makes more likely, are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from .assets import ruler_data
 
-ARTICLES = {"train": range(25), "choose": range(25, 27), "final": range(27, 35)}
+ARTICLES = {"train": range(25), "choose": range(25, 27), "final": (27, 28, *range(30, 35))}
 FINAL_QUESTIONS = 600
 CHOOSE_QUESTIONS = 300
 
@@ -34,7 +34,7 @@ ASK_OTHERWISE = (
     ("Text:\n{context}\n\nBriefly, {question}", "Briefly,"),
     ("{question} Find it in this text.\n\n{context}\n\nAgain: {question}", "Found:"),
 )
-"""Ways of asking, to train on, so that nothing depends on how the final figures ask."""
+"""Ways of asking, to train on: those figures ask in the first, which heads are not to rely on."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class Example:
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
-    shared: int = 0
+    shared: int = field(default=0, compare=False)
 
 
 def sharing(group: Sequence[Example]) -> list[Example]:
@@ -149,7 +149,9 @@ def _examples(
     record = {"text": record} if isinstance(record, str) else record
     try:
         if "text" in record:
-            yield from _stretches(_ids(tokenizer, record["text"]), tokens, completion)
+            ids = _ids(tokenizer, record["text"])
+            begin = ids[:1] if ids[:1] == (getattr(tokenizer, "bos_token_id", None),) else ()
+            yield from _stretches(begin, ids[len(begin) :], tokens, completion)
         elif "messages" in record:
             yield _conversation(record["messages"][:-1], record["messages"][-1:], tokenizer)
         elif isinstance(record["prompt"], list):
@@ -171,10 +173,14 @@ def _ids(tokenizer: Any, text: Any) -> tuple[int, ...]:
     return tuple(tokenizer(text)["input_ids"])
 
 
-def _stretches(ids: tuple[int, ...], tokens: int, completion: int) -> Iterator[Example]:
+def _stretches(
+    begin: tuple[int, ...], ids: tuple[int, ...], tokens: int, completion: int
+) -> Iterator[Example]:
+    """Each begins as a text does."""
+    size = tokens - len(begin)
     # A text shorter than a stretch is one of its own; what is left of a longer one is not.
-    for start in range(0, max(len(ids) - tokens, 0) + 1, tokens):
-        stretch = ids[start : start + tokens]
+    for start in range(0, max(len(ids) - size, 0) + 1, size):
+        stretch = begin + ids[start : start + size]
         yield Example(stretch[:-completion], stretch[-completion:])
 
 

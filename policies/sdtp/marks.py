@@ -54,6 +54,7 @@ class Marks:
     further epoch, and each further training on the same examples, a forward of the model. What
     examples share is kept once; with the target "attention" it is also read once, if they are
     marked one after the other.
+    precision: what else the numbers depend on: the autocast that the forwards run under.
     """
 
     model: Any
@@ -61,6 +62,7 @@ class Marks:
     folder: Path
     target: str
     keep_hidden: bool = False
+    precision: str = "no"
 
     def of(self, example: Example) -> Mark:
         """The mark of an example; what of it is on disk is read from there."""
@@ -73,8 +75,9 @@ class Marks:
         return Mark(known["hidden"].to(device), known["saliency"].to(device))
 
     def ensure(self, example: Example) -> None:
-        """Marks it, if it is not on disk."""
-        if not self._path(example).exists():
+        """Marks it, if it is not on disk as it is to be."""
+        known = self._known(example)
+        if not known or (self.keep_hidden and "hidden" not in known):
             self.of(example)
 
     def saliency(self, example: Example) -> Tensor:
@@ -90,7 +93,7 @@ class Marks:
             inputs, saliency = self._continued(example)
         else:
             ids = torch.tensor([whole], device=self.model.device)
-            make = self._hidden if known else _MAKE[self.target].__get__(self)
+            make = self._hidden if known else getattr(self, f"_{self.target}")
             inputs, saliency = make(ids, size)
         hidden = torch.stack([x.detach()[0, : size - len(whole) + x.shape[1]] for x in inputs])
         return {"hidden": hidden} if known else {"hidden": hidden, "saliency": saliency}
@@ -124,8 +127,9 @@ class Marks:
         return self.folder / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.safetensors"
 
     @cached_property
-    def _model(self) -> str:
-        return weights_digest(self.model)
+    def _model(self) -> tuple[str, ...]:
+        config = {**self.model.config.to_dict(), "_name_or_path": None}
+        return weights_digest(self.model), repr(sorted(config.items())), self.precision
 
     def _hidden(
         self, ids: Tensor, size: int, cache: DynamicCache | None = None
@@ -178,12 +182,6 @@ class Marks:
             inputs, _ = self._hidden(ids, size, cache)
         layers = torch.stack([paid[i][0, : before + size] for i in range(len(paid))])
         return inputs, torch.stack([layers[i:].sum(0) for i in self.layers])
-
-
-_MAKE: dict[str, Callable[..., tuple[list[Tensor], Tensor]]] = {
-    "attention": Marks._attention,
-    "gradient": Marks._gradient,
-}
 
 
 @contextmanager

@@ -29,8 +29,8 @@ class Training:
         learning_rate, pruning_learning_rate: AdamW's, at their highest, in each phase.
         weight_decay: AdamW's.
         batch: examples per step, one after the other.
-        validation: the share of the examples that is held out, at least one.
-        seed: of the split, the order, the initial weights and the noise.
+        validation: the share of the examples that is held out, the last ones, at least one.
+        seed: of the order, the initial weights and the noise.
         evaluate_every: steps from one measurement on held-out examples to the next, besides
             those at the end of each epoch; None for no others.
         checkpoint_every: steps from one checkpoint to the next.

@@ -46,19 +46,15 @@ def fingerprint(model: Any) -> dict[str, Any]:
     }
 
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """What tells a model's weights from all others, bit for bit; also in another dtype.
+def weights_digest(module: torch.nn.Module) -> str:
+    """What tells a module's parameters and buffers from all others, bit for bit.
 
     Where a fingerprint looks at a few weights, this reads all of them.
     """
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     said = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        # An exact sum of their bits: the same on any device and with any number of threads.
-        total = (
-            weight.detach().contiguous().view(bits[weight.element_size()]).sum(dtype=torch.int64)
-        )
-        said.update(repr((name, str(weight.dtype), tuple(weight.shape), int(total))).encode())
+    for name, weight in module.state_dict().items():
+        said.update(repr((name, str(weight.dtype), tuple(weight.shape))).encode())
+        said.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return said.hexdigest()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from kvprune.cache import ComposedCache
 from kvprune.errors import KVPruneError
 from kvprune.families import decoder_layers
 from kvprune.files import write_text, write_whole
@@ -65,6 +66,7 @@ class Trainer:
         self.options, self.out, self.accelerator = options, out, accelerator
         self.progress = progress
         self.generator = torch.Generator()
+        self.began = weights_digest(self.heads)
         self.metrics: list[dict[str, Any]] = []
 
     def run(self, note: dict[str, Any]) -> None:
@@ -83,7 +85,8 @@ class Trainer:
         """Ahead of all, since those that share a beginning are to follow each other."""
         examples = sorted(self.training + self.held_out, key=lambda e: e.prompt[: e.shared])
         for example in tqdm(examples, desc="marks", disable=not self.progress):
-            self.marks.ensure(example)
+            with self.accelerator.autocast():
+                self.marks.ensure(example)
 
     def _run_phase(self, number: int, phase: Phase, state: dict[str, Any]) -> None:
         self.heads.train()
@@ -104,9 +107,7 @@ class Trainer:
             if (step + 1) % per_epoch == 0 or (step + 1) % (
                 self.options.evaluate_every or steps
             ) == 0:
-                self.metrics.append(
-                    {"phase": phase.name, "step": step + 1, **self._measured(phase)}
-                )
+                self.metrics.append({"phase": phase.name, "step": step + 1, **self._measured()})
             if (step + 1) % self.options.checkpoint_every == 0 or step + 1 == steps:
                 self._checkpoint(number, step + 1, optimizer)
         bar.close()
@@ -152,21 +153,20 @@ class Trainer:
         """The losses that have a weight, by the names of those."""
         if not phase.through_model:
             mark = self._marked(example)
-            return self._against_marks(self._coming(mark), mark.saliency)
+            return self._against_marks(_scored(self._coming(mark)), mark.saliency)
         run, terms = self._through_model(example)
         marks = self.options.ranking > 0 or self.options.mse > 0
         if marks and self.options.pruning_marks > 0:
             saliency = self.marks.saliency(example)
-            scored = zip(run.stages, run.columns, run.scores, strict=True)
-            terms |= self._against_marks(list(scored), saliency)
+            terms |= self._against_marks(_scored(run), saliency)
         return terms
 
     def _marked(self, example: Example) -> Mark:
         with self.accelerator.autocast():
             return self.marks.of(example)
 
-    def _coming(self, mark: Mark) -> list[_Scored]:
-        """What the heads make of the tokens that come to them, as the dense model hands them.
+    def _coming(self, mark: Mark) -> PruningPass:
+        """The tokens that come to each head, as the dense model hands them, and their scores.
 
         Which these are the heads before say: each is to tell apart what those leave.
         """
@@ -174,15 +174,7 @@ class Trainer:
         count = len(decoder_layers(self.model.base_model))
         for layer, hidden in zip(self.heads.layers, mark.hidden, strict=True):
             run.enter(layer, count, hidden[None])
-        return list(zip(run.stages, run.columns, run.scores, strict=True))
-
-    def _whole(self, mark: Mark) -> list[_Scored]:
-        """What the heads make of all tokens, with nothing pruned."""
-        columns = torch.arange(mark.hidden.shape[1], device=mark.hidden.device)
-        heads = self.heads
-        return [
-            (s, columns, heads(x[None], columns[None], s)[0]) for s, x in enumerate(mark.hidden)
-        ]
+        return run
 
     def _against_marks(self, scored: list[_Scored], saliency: Tensor) -> dict[str, Tensor]:
         """By how much the tokens that came to each stage are scored otherwise than marked."""
@@ -228,39 +220,50 @@ class Trainer:
         return logits[0, :-1].float()
 
     @torch.no_grad()
-    def _measured(self, phase: Phase) -> dict[str, Any]:
+    def _measured(self) -> dict[str, Any]:
         """On the held-out examples: how well saliency is predicted, and the pruned loss."""
         self.heads.eval()
-        found: list[dict[str, list[float]]] = []
-        losses: list[float] = []
-        for example in self.held_out:
-            mark = self._marked(example)
-            found.append(self._agreement(self._whole(mark), mark))
-            if phase.through_model:
-                logits = self._logits(example, PruningPass(self.policy, len(example.prompt), 0.0))
-                truth = torch.tensor(example.completion, device=logits.device)
-                losses.append(float(F.cross_entropy(logits, truth)))
+        found = [self._agreement(self._marked(example)) for example in self.held_out]
+        losses = [self._pruned_nll(example) for example in self.held_out]
         self.heads.train()
         means = {
             name: [round(sum(s) / len(s), 4) for s in zip(*(f[name] for f in found), strict=True)]
             for name in found[0]
         }
-        return {**means, **({"pruned_nll": sum(losses) / len(losses)} if losses else {})}
+        return {**means, "pruned_nll": round(sum(losses) / len(losses), 4)}
 
-    def _agreement(self, scored: list[_Scored], mark: Mark) -> dict[str, list[float]]:
-        """Per stage, the sinks left out: rank correlations, and the share of the top found."""
+    def _pruned_nll(self, example: Example) -> float:
+        """Of the completion's tokens, in the model as the policy prunes it."""
+        cache = ComposedCache([self.policy])
+        ids = torch.tensor([example.prompt + example.completion[:-1]], device=self.model.device)
+        size, count = len(example.prompt), len(example.completion)
+        logits = [self.model(ids[:, :size], past_key_values=cache, logits_to_keep=1).logits]
+        if count > 1:
+            rest: Any = {"past_key_values": cache, "logits_to_keep": count - 1}
+            logits.append(self.model(ids[:, size:], **rest).logits)
+        truth = torch.tensor(example.completion, device=self.model.device)
+        return float(F.cross_entropy(torch.cat(logits, 1)[0].float(), truth))
+
+    def _agreement(self, mark: Mark) -> dict[str, list[float]]:
+        """Per stage, the sinks left out: rank correlations among the tokens that come to it.
+
+        And the recall: of the most salient of all tokens, as many as the stage keeps, the share
+        that it does keep.
+        """
         from scipy.stats import kendalltau, spearmanr
 
-        sinks = self.policy.sinks
+        sinks, run = self.policy.sinks, self._coming(mark)
         targets = standardised(mark.saliency, sinks, self.options.signed).cpu()
         said: dict[str, list[float]] = {"spearman": [], "kendall": [], "recall": []}
-        for (stage, _, score), target in zip(scored, targets, strict=True):
-            score = score[sinks:].float().cpu()
-            count = max(round(self.policy.share ** (stage + 1) * len(score)), 1)
-            top = (set(x.topk(count).indices.tolist()) for x in (score, target))
-            said["spearman"].append(float(spearmanr(score, target).statistic))
-            said["kendall"].append(float(kendalltau(score, target).statistic))
-            said["recall"].append(len(set.intersection(*top)) / count)
+        for (stage, columns, score), kept in zip(_scored(run), run.kept, strict=True):
+            target = targets[stage]
+            known = columns >= sinks
+            score, there = score[known].float().cpu(), columns[known].cpu() - sinks
+            kept = there[kept[known].cpu()]
+            top = target.topk(len(kept)).indices
+            said["spearman"].append(float(spearmanr(score, target[there]).statistic))
+            said["kendall"].append(float(kendalltau(score, target[there]).statistic))
+            said["recall"].append(float(torch.isin(top, kept).float().mean()))
         return said
 
     def _check_finite(self, said: dict[str, float], phase: Phase, epoch: int, place: int) -> None:
@@ -283,6 +286,7 @@ class Trainer:
             "weights": weights_digest(self.model),
             "dtype": str(self.model.dtype),
             "heads": self.heads.configuration,
+            "initial_heads": self.began,
             "policy": policy,
             "options": dataclasses.asdict(self.options),
             "examples": _digest(self.training + self.held_out),
@@ -333,6 +337,10 @@ class Trainer:
             "versions": {**versions, "python": platform.python_version()},
             "metrics": self.metrics,
         }
+
+
+def _scored(run: PruningPass) -> list[_Scored]:
+    return list(zip(run.stages, run.columns, run.scores, strict=True))
 
 
 def _digest(examples: Sequence[Example]) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,9 +78,8 @@ def train(
     options = options or Training()
     with _frozen(model):
         accelerator = _accelerator(options.mixed_precision)
-        # Not in any case: a model on several devices cannot be moved.
         home = model.device
-        if home != accelerator.device:
+        if home.type != accelerator.device.type:
             model.to(accelerator.device)
         policy = _prepared(policy or SDTP(untrained(model, options.seed)), model)
         _check_examples([*examples, *(held_out or ())], policy)
@@ -90,7 +88,14 @@ def train(
         _make(Path(out))
         _make(folder)
         assert policy.heads is not None
-        marked = Marks(model, policy.heads.layers, folder, options.target, keep_hidden)
+        marked = Marks(
+            model,
+            policy.heads.layers,
+            folder,
+            options.target,
+            keep_hidden,
+            accelerator.mixed_precision,
+        )
         Trainer(model, policy, *parts, marked, options, Path(out), accelerator, progress).run(
             note or {}
         )
@@ -139,17 +144,24 @@ def _split(
     examples: Sequence[Example], apart: Sequence[Example] | None, options: Training
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """What is trained on, and what is held out."""
-    shuffled = list(dict.fromkeys(examples))
-    random.Random(options.seed).shuffle(shuffled)
+    different = list(dict.fromkeys(examples))
     if apart is not None:
-        return _apart(shuffled, list(dict.fromkeys(apart)))
-    held_out = max(1, round(options.validation * len(shuffled)))
-    if held_out >= len(shuffled):
+        return _apart(different, list(dict.fromkeys(apart)))
+    place = len(different) - max(1, round(options.validation * len(different)))
+    # The last ones, and not any: neighbours are of one text.
+    while place > 0 and _alike(different[place - 1], different[place]):
+        place -= 1
+    if place < 1:
         raise KVPruneError(
             f"train: expected at least 2 different examples and validation below 1.0, came "
-            f"{len(shuffled)} and validation={options.validation}"
+            f"{len(different)} and validation={options.validation}"
         )
-    return shuffled[held_out:], shuffled[:held_out]
+    return different[:place], different[place:]
+
+
+def _alike(one: Example, two: Example) -> bool:
+    shared = one.shared
+    return 0 < shared == two.shared and one.prompt[:shared] == two.prompt[:shared]
 
 
 def _apart(

@@ -45,11 +45,16 @@ def model_of(**more: Any) -> Any:
 
 
 def attempt(
-    out: Path, examples: Any = EXAMPLES, model: Any = None, policy: Any = None, **options: Any
+    out: Path,
+    examples: Any = EXAMPLES,
+    model: Any = None,
+    policy: Any = None,
+    seed_of_heads: int = 0,
+    **options: Any,
 ) -> Any:
-    """A brief training."""
+    """A brief training; from heads of a seed."""
     model = model or model_of()
-    heads = untrained(model, first_layer=1, every=2)
+    heads = untrained(model, seed_of_heads, first_layer=1, every=2)
     kwargs = {"keep": 0.6, "sinks": 2, "local": 2, "min_tokens": 6, **(policy or {})}
     how = Training(**{**BRIEF, **options})
     return train(model, examples, out, how, SDTP(heads, **kwargs), progress=False)
@@ -269,7 +274,8 @@ def test_marks_of_nan_are_not_kept(tmp_path):
         ({"model": {"hidden_size": 64}}, "model and weights"),
         ({"model": {"initializer_range": 0.1}}, "model and weights"),
         ({"mse": 0.7}, "options"),
-        ({"seed": 1}, "options and examples"),
+        ({"seed": 1}, "options"),
+        ({"seed_of_heads": 1}, "initial_heads"),
         ({"policy": {"keep": 0.5}}, "policy"),
         ({"examples": EXAMPLES[1:]}, "examples"),
     ],
