@@ -288,7 +288,8 @@ def test_each_stretch_begins_as_a_text_does():
         ([(1, 2, 3, 4), (1, 2, 5)], [2, 2]),
         ([(1, 2), (1, 2, 3)], [1, 2]),
         ([(1, 2), (3, 4)], [0, 0]),
-        ([(1, 2, 3)], [2]),
+        ([(1, 2, 3)], [0]),
+        ([], []),
     ],
 )
 def test_sharing_tells_what_all_have_in_common(prompts, shared):

@@ -32,8 +32,10 @@ def sharing(group: Sequence[Example]) -> list[Example]:
     Several questions about one text are marked much faster so, where hidden states are kept: the
     model reads the text once (see `Marks`). Nothing else changes.
     """
-    places = enumerate(zip(*(e.prompt for e in group), strict=False))
+    if len(group) < 2:
+        return list(group)
     least = min(len(e.prompt) for e in group)
+    places = enumerate(zip(*(e.prompt for e in group), strict=False))
     common = next((i for i, tokens in places if len(set(tokens)) > 1), least)
     return [replace(e, shared=min(common, len(e.prompt) - 1)) for e in group]
 
