@@ -242,8 +242,14 @@ class Bench:
         """What results of a row must have in common to be put together."""
         heads = self.others.get(row, self.default).heads
         assert heads is not None
-        known = {"split": split, "dtype": str(self.model.dtype), "lengths": list(LENGTHS)}
-        return {**known, "heads": _digest(heads)}
+        learned = row in self.others or row.startswith("SDTP")
+        return {
+            "split": split,
+            "dtype": str(self.model.dtype),
+            "lengths": list(LENGTHS),
+            "schedule": [self.default.share, *heads.layers],
+            "heads": _digest(heads) if learned else None,
+        }
 
     @torch.no_grad()
     def heads_flops(self, tokens: int = 1024) -> dict[str, float]:
