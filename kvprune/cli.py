@@ -81,7 +81,7 @@ def train_sdtp(
     )
     tokenizer, loaded = _loaded(model, dtype)
     examples = read_examples(data, tokenizer, tokens, completion, limit=limit)
-    apart = held_out and read_examples(held_out, tokenizer, tokens, completion)
+    apart = None if held_out is None else read_examples(held_out, tokenizer, tokens, completion)
     heads = untrained(loaded, seed, keep=keep, stages=stages, query_heads=query_heads)
     train(
         loaded,
@@ -89,9 +89,9 @@ def train_sdtp(
         out,
         options,
         SDTP(heads),
-        held_out=apart or None,
+        held_out=apart,
         keep_hidden=keep_hidden,
-        note={"model_name": model, "data": data},
+        note={"model_name": model, "data": data, "held_out_data": held_out},
     )
     typer.echo(f"{out}: pass them as SDTP(SDTPHeads.from_pretrained({str(out)!r}))")
 
@@ -124,12 +124,27 @@ def explain_text(
 
 
 def _text(given: str) -> str:
-    """The text itself, or that of a file."""
+    """The text itself, or that of a file.
+
+    Raises:
+        KVPruneError: not a text, or what can only be meant as a file and is none.
+    """
     try:
-        return Path(given).read_text(encoding="utf-8") if Path(given).is_file() else given
+        path = Path(given)
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        missing = path.suffix in (".txt", ".md") and not any(c.isspace() for c in given)
+        given.encode()
+    except UnicodeError as error:
+        raise KVPruneError(f"explain: expected a text in UTF-8, came {error}") from error
     except (OSError, ValueError):
-        # Too long for the name of a file, or not text.
+        # Too long for the name of a file.
         return given
+    if missing or path.is_dir():
+        raise KVPruneError(
+            f"explain: {given}: expected a text or a file, and there is no such file"
+        )
+    return given
 
 
 def _loaded(name: str, dtype: str) -> tuple[Any, Any]:
@@ -143,7 +158,8 @@ def _loaded(name: str, dtype: str) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
+    # A broken file, a dtype that is none: each library has an error class of its own.
+    except Exception as error:
         raise KVPruneError(
             f"--model {name}: expected the name or the folder of a transformers model: {error}"
         ) from error

@@ -286,7 +286,7 @@ def test_each_stretch_begins_as_a_text_does():
     ("prompts", "shared"),
     [
         ([(1, 2, 3, 4), (1, 2, 5)], [2, 2]),
-        ([(1, 2), (1, 2, 3)], [1, 2]),
+        ([(1, 2), (1, 2, 3)], [1, 1]),
         ([(1, 2), (3, 4)], [0, 0]),
         ([(1, 2, 3)], [0]),
         ([], []),
@@ -298,3 +298,40 @@ def test_sharing_tells_what_all_have_in_common(prompts, shared):
     found = sharing(given)
     assert [e.shared for e in found] == shared
     assert [(e.prompt, e.completion) for e in found] == [(p, (9,)) for p in prompts]
+
+
+@pytest.mark.parametrize("shared", [-1, 3, 4])
+def test_what_is_shared_is_less_than_a_prompt(shared):
+    """The completion comes from the last token: that one is the example's own."""
+    with pytest.raises(KVPruneError, match=f"shared={shared}: expected 0, or less than .* 3"):
+        Example((1, 2, 3), (4,), shared)
+    assert Example([1, 2, 3], [4], 2) == Example((1, 2, 3), (4,))
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_limits_that_are_none(limit):
+    """At least one example."""
+    with pytest.raises(KVPruneError, match=f"limit={limit}: expected at least 1"):
+        read_examples([ALPHABET], Letters(), 10, 3, 2, limit=limit)
+
+
+@pytest.mark.parametrize("source", ["", 5, "word " * 2000])
+def test_sources_that_are_none(source):
+    """An unset variable is not this folder; a text is not its own file."""
+    with pytest.raises(KVPruneError, match=r"expected|no path"):
+        read(source)
+
+
+def test_folders_named_like_texts_and_byte_order_marks(tmp_path):
+    """The one holds no text; the other is none of it."""
+    (tmp_path / "notes.md").mkdir()
+    (tmp_path / "a.jsonl").write_text("\ufeff" + json.dumps(PAIR), encoding="utf-8")
+    assert read(tmp_path) == [OF_PAIR]
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"text": ' + "1" * 5000 + "}"])
+def test_json_that_python_does_not_take(line, tmp_path):
+    """The error names the line."""
+    (tmp_path / "a.jsonl").write_text(line)
+    with pytest.raises(KVPruneError, match=r"a\.jsonl:1: expected JSON"):
+        read(tmp_path / "a.jsonl")

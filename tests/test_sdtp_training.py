@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -191,6 +192,40 @@ def test_a_training_that_is_done_is_not_done_again(whole, tmp_path, monkeypatch)
     assert equal(trained(tmp_path), whole)
 
 
+def test_a_training_that_is_done_marks_nothing(tmp_path):
+    """Even if the marks are gone: a big folder may be removed."""
+    model, how, more = model_of(), Training(**BRIEF), {"keep_hidden": True, "progress": False}
+    first = train(model, EXAMPLES, tmp_path, how, policy_of(model), **more)
+    shutil.rmtree(tmp_path / "marks")
+    assert equal(train(model, EXAMPLES, tmp_path, how, policy_of(model), **more), first)
+    assert not list((tmp_path / "marks").iterdir())
+
+
+@pytest.mark.parametrize("layers", [{1}, range(2), [3]])
+def test_only_the_stages_of_the_policy_s_layers_are_trained(layers, tmp_path):
+    """Whatever collection names them."""
+    model = model_of()
+    policy = policy_of(model, layers=layers)
+    assert policy.heads is not None
+    heads = train(model, EXAMPLES, tmp_path, Training(**BRIEF), policy, progress=False)
+    same = [
+        torch.equal(one.down.weight, two.down.weight)
+        for one, two in zip(heads.stages, policy.heads.stages, strict=True)
+    ]
+    assert same == [1 not in layers, 3 not in layers]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_mode_has_no_say(mode, whole, tmp_path):
+    """Gradients are on inside."""
+    model = model_of()
+    with mode():
+        heads = train(
+            model, EXAMPLES, tmp_path, Training(**BRIEF), policy_of(model), progress=False
+        )
+    assert equal(heads, whole)
+
+
 def test_torch_s_own_generator_has_no_say(whole, tmp_path):
     """Nor is it moved."""
     torch.manual_seed(123)
@@ -330,10 +365,10 @@ def test_kept_hidden_states_change_nothing(whole, tmp_path):
 
 
 def test_what_is_held_out_shares_no_text_with_what_is_trained_on(tmp_path):
-    """The last ones are, with all that begin as they do."""
+    """The last ones are, with all that begin as they do, wherever those stand."""
     ends = [tuple(row) for row in prompt(4, COMPLETION, seed=9).tolist()]
-    group = sharing([Example(EXAMPLES[0].prompt + end, end) for end in ends])
-    trained(tmp_path, examples=EXAMPLES[1:4] + group, validation=0.1)
+    first, *rest = sharing([Example(EXAMPLES[0].prompt + end, end) for end in ends])
+    trained(tmp_path, examples=[first, *EXAMPLES[1:4], *rest], validation=0.1)
     account = json.loads((tmp_path / "training.json").read_text())
     assert account["split"] == {"training": 3, "held_out": 4}
 

@@ -18,12 +18,25 @@ SUFFIXES = (".txt", ".md", ".jsonl")
 class Example:
     """Token ids: a prompt, which is pruned, and what follows it, which the loss is over.
 
-    shared: how many of the prompt's first tokens others begin with as well; see `sharing`.
+    shared: how many of the prompt's first tokens others begin with as well, less than all of them;
+    see `sharing`.
+
+    Raises:
+        KVPruneError: as many shared tokens as the prompt has, or more.
     """
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
     shared: int = field(default=0, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "completion"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.shared and not 0 < self.shared < len(self.prompt):
+            raise KVPruneError(
+                f"Example: shared={self.shared!r}: expected 0, or less than the prompt's "
+                f"{len(self.prompt)} tokens; `sharing` finds how many they are"
+            )
 
 
 def sharing(group: Sequence[Example]) -> list[Example]:
@@ -34,10 +47,11 @@ def sharing(group: Sequence[Example]) -> list[Example]:
     """
     if len(group) < 2:
         return list(group)
-    least = min(len(e.prompt) for e in group)
+    # The last token of each prompt is its own: from there its completion comes.
+    least = max(min(len(e.prompt) for e in group) - 1, 0)
     places = enumerate(zip(*(e.prompt for e in group), strict=False))
     common = next((i for i, tokens in places if len(set(tokens)) > 1), least)
-    return [replace(e, shared=min(common, len(e.prompt) - 1)) for e in group]
+    return [replace(e, shared=min(common, least)) for e in group]
 
 
 def read_examples(
@@ -75,6 +89,8 @@ def read_examples(
             f"examples: tokens={tokens}, completion={completion}, least={least}: expected at least "
             f"1 token of completion and {max(least, 2)} of prompt within {tokens}"
         )
+    if limit is not None and limit < 1:
+        raise KVPruneError(f"examples: limit={limit}: expected at least 1, or None for all")
     found, left_out = list[Example](), 0
     for number, record in enumerate(_records(source), 1):
         fitting = [
@@ -101,13 +117,21 @@ def _name(source: Any) -> str:
 
 def _records(source: Any) -> Iterator[Any]:
     if not isinstance(source, str | Path):
+        if not isinstance(source, Iterable):
+            raise KVPruneError(f"examples: expected a path or records, came {source!r}")
         yield from source
         return
+    if not str(source):
+        raise KVPruneError("examples: expected the name of a file, a folder or a dataset, came ''")
     path = Path(source)
-    if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES):
-            yield from _file(file)
-    elif path.is_file():
+    try:
+        folder, file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise KVPruneError(f"examples: {str(source)[:80]!r} is no path: {error}") from error
+    if folder:
+        for found in sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()):
+            yield from _file(found)
+    elif file:
         yield from _file(path)
     else:
         yield from _dataset(str(source))
@@ -115,7 +139,7 @@ def _records(source: Any) -> Iterator[Any]:
 
 def _file(path: Path) -> Iterator[Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise KVPruneError(f"{path}: expected a text in UTF-8, came {error}") from error
     if path.suffix != ".jsonl":
@@ -125,7 +149,7 @@ def _file(path: Path) -> Iterator[Any]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise KVPruneError(f"{path}:{number}: expected JSON, came {error}") from error
 
 

@@ -72,7 +72,7 @@ class Trainer:
     def run(self, note: dict[str, Any]) -> None:
         """All phases, from the checkpoint on; then writes the heads and what was done."""
         at, state = self._resumed()
-        if self.marks.keep_hidden:
+        if self.marks.keep_hidden and not state:
             self._mark_all()
         for number, phase in enumerate(phases(self.options)):
             if number >= at and phase.epochs:
@@ -157,7 +157,8 @@ class Trainer:
         run, terms = self._through_model(example)
         marks = self.options.ranking > 0 or self.options.mse > 0
         if marks and self.options.pruning_marks > 0:
-            saliency = self.marks.saliency(example)
+            with self.accelerator.autocast():
+                saliency = self.marks.saliency(example)
             terms |= self._against_marks(_scored(run), saliency)
         return terms
 
@@ -261,8 +262,10 @@ class Trainer:
             score, there = score[known].float().cpu(), columns[known].cpu() - sinks
             kept = there[kept[known].cpu()]
             top = target.topk(len(kept)).indices
-            said["spearman"].append(float(spearmanr(score, target[there]).statistic))
-            said["kendall"].append(float(kendalltau(score, target[there]).statistic))
+            for name, correlation in (("spearman", spearmanr), ("kendall", kendalltau)):
+                value = float(correlation(score, target[there]).statistic)
+                # Too few tokens to have an order.
+                said[name].append(0.0 if math.isnan(value) else value)
             said["recall"].append(float(torch.isin(top, kept).float().mean()))
         return said
 
@@ -281,6 +284,7 @@ class Trainer:
         """What must be the same for a training to go on, as JSON gives it back."""
         policy = {f.name: getattr(self.policy, f.name) for f in dataclasses.fields(self.policy)}
         del policy["heads"]
+        policy["layers"] = None if self.policy.layers is None else sorted(self.policy.layers)
         identity = {
             "model": fingerprint(self.model),
             "weights": weights_digest(self.model),
@@ -289,7 +293,8 @@ class Trainer:
             "initial_heads": self.began,
             "policy": policy,
             "options": dataclasses.asdict(self.options),
-            "examples": _digest(self.training + self.held_out),
+            "precision": self.accelerator.mixed_precision,
+            "examples": _digest((self.training, self.held_out)),
         }
         same: dict[str, Any] = json.loads(json.dumps(identity))
         return same
@@ -343,5 +348,5 @@ def _scored(run: PruningPass) -> list[_Scored]:
     return list(zip(run.stages, run.columns, run.scores, strict=True))
 
 
-def _digest(examples: Sequence[Example]) -> str:
+def _digest(examples: tuple[Sequence[Example], Sequence[Example]]) -> str:
     return hashlib.sha256(repr(examples).encode()).hexdigest()

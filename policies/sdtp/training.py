@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,14 +76,16 @@ def train(
     """
     check_family(model)
     _require("accelerate", "scipy")
-    options = options or Training()
-    with _frozen(model):
+    _check_head(model)
+    options, note = options or Training(), _as_json(note or {})
+    with torch.inference_mode(False), torch.enable_grad(), _frozen(model):
         accelerator = _accelerator(options.mixed_precision)
         home = model.device
         if home.type != accelerator.device.type:
             model.to(accelerator.device)
         policy = _prepared(policy or SDTP(untrained(model, options.seed)), model)
-        _check_examples([*examples, *(held_out or ())], policy)
+        size = model.get_input_embeddings().num_embeddings
+        _check_examples([*examples, *(held_out or ())], policy, size)
         parts = _split(examples, held_out, options)
         folder = Path(marks or Path(out) / "marks")
         _make(Path(out))
@@ -96,16 +99,38 @@ def train(
             keep_hidden,
             accelerator.mixed_precision,
         )
-        Trainer(model, policy, *parts, marked, options, Path(out), accelerator, progress).run(
-            note or {}
-        )
+        Trainer(model, policy, *parts, marked, options, Path(out), accelerator, progress).run(note)
     return policy.heads.to(home)
+
+
+def _check_head(model: Any) -> None:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise KVPruneError(
+            f"train: expected a model with a language-model head, came {type(model).__name__}: "
+            f"load it with AutoModelForCausalLM"
+        )
+
+
+def _as_json(note: dict[str, Any]) -> dict[str, Any]:
+    try:
+        same: dict[str, Any] = json.loads(json.dumps(note))
+    except (TypeError, ValueError) as error:
+        raise KVPruneError(f"train: note: expected what JSON can hold, came {note!r}") from error
+    return same
 
 
 def _prepared(policy: SDTP, model: Any) -> SDTP:
     """With a copy of its heads, ready to be trained for the model."""
-    if policy.heads is None:
-        raise KVPruneError("train: expected a policy with heads: SDTP(untrained(model))")
+    if not isinstance(policy, SDTP) or policy.heads is None:
+        raise KVPruneError(
+            f"train: expected a policy with heads: SDTP(untrained(model)), came {policy!r}"
+        )
+    if not any(policy.applies(layer) for layer in policy.heads.layers[: policy.stages]):
+        raise KVPruneError(
+            f"train: layers={policy.layers!r}: none of these has a stage: expected some of "
+            f"{policy.heads.layers}, or None"
+        )
     heads = copy.deepcopy(policy.heads).float().to(model.device).requires_grad_(True)
     policy = dataclasses.replace(policy, heads=heads).for_model(model)
     heads.configuration["fingerprint"] = fingerprint(model)
@@ -147,21 +172,21 @@ def _split(
     different = list(dict.fromkeys(examples))
     if apart is not None:
         return _apart(different, list(dict.fromkeys(apart)))
-    place = len(different) - max(1, round(options.validation * len(different)))
     # The last ones, and not any: neighbours are of one text.
-    while place > 0 and _alike(different[place - 1], different[place]):
-        place -= 1
-    if place < 1:
+    held_out = different[-max(1, round(options.validation * len(different))) :]
+    texts = {_text(e) for e in held_out}
+    parts = [[e for e in different if (_text(e) in texts) is there] for there in (False, True)]
+    if not all(parts):
         raise KVPruneError(
             f"train: expected at least 2 different examples and validation below 1.0, came "
             f"{len(different)} and validation={options.validation}"
         )
-    return different[:place], different[place:]
+    return parts[0], parts[1]
 
 
-def _alike(one: Example, two: Example) -> bool:
-    shared = one.shared
-    return 0 < shared == two.shared and one.prompt[:shared] == two.prompt[:shared]
+def _text(example: Example) -> tuple[int, ...]:
+    """What it is about: the tokens that it shares, or else its prompt."""
+    return example.prompt[: example.shared or None]
 
 
 def _apart(
@@ -176,7 +201,7 @@ def _apart(
     return examples, held_out
 
 
-def _check_examples(examples: Sequence[Example], policy: SDTP) -> None:
+def _check_examples(examples: Sequence[Example], policy: SDTP, vocabulary: int) -> None:
     least = max(policy.min_tokens, policy.sinks + 2)
     short = [e for e in examples if len(e.prompt) < least or not e.completion]
     if short:
@@ -184,6 +209,13 @@ def _check_examples(examples: Sequence[Example], policy: SDTP) -> None:
             f"train: expected prompts of at least {least} tokens (shorter ones are never pruned) "
             f"with a completion, came {len(short)} of {len(examples)} without, the first one of "
             f"{len(short[0].prompt)} + {len(short[0].completion)} tokens"
+        )
+
+    strange = [t for e in examples for t in (*e.prompt, *e.completion) if not 0 <= t < vocabulary]
+    if strange:
+        raise KVPruneError(
+            f"train: expected tokens of 0 to {vocabulary - 1}, came {strange[0]}: the examples "
+            f"were made with the tokenizer of another model"
         )
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from kvprune import KVPruneError
 from kvprune.files import write_text, write_whole
-from kvprune.policies import SDTP, SDTPHeads
+from kvprune.policies import H2O, SDTP, SDTPHeads
 from kvprune.policies.sdtp import Example, Training, train, untrained
 from kvprune.policies.sdtp.trainer import CHECKPOINT
 
@@ -188,7 +189,42 @@ def test_an_example_without_a_completion(tmp_path):
         attempt(tmp_path, [*EXAMPLES, Example(EXAMPLES[0].prompt, ())])
 
 
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_tokens_of_another_tokenizer(token, tmp_path):
+    """Refused before the model looks them up."""
+    strange = Example((*EXAMPLES[0].prompt[:-1], token), EXAMPLES[0].completion)
+    with pytest.raises(KVPruneError, match=f"expected tokens of 0 to .*, came {token}"):
+        attempt(tmp_path, [*EXAMPLES, strange])
+
+
+@pytest.mark.parametrize("policy", [H2O(), SDTP(), "sdtp"], ids=repr)
+def test_a_policy_without_heads(policy, tmp_path):
+    """There is nothing to train."""
+    with pytest.raises(KVPruneError, match="expected a policy with heads"):
+        train(model_of(), EXAMPLES, tmp_path, policy=policy, progress=False)
+
+
+def test_layers_without_a_stage(tmp_path):
+    """Nothing would be pruned, and nothing learned."""
+    with pytest.raises(KVPruneError, match=r"layers=\[2\]: none of these has a stage: .*\(1, 3\)"):
+        attempt(tmp_path, policy={"layers": [2]})
+
+
+def test_a_note_that_is_not_json(tmp_path):
+    """Told before, not after all the work."""
+    with pytest.raises(KVPruneError, match="note: expected what JSON can hold"):
+        train(model_of(), EXAMPLES, tmp_path / "out", progress=False, note={"data": tmp_path})
+    assert not (tmp_path / "out").exists()
+
+
 # Models, packages, folders.
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
+def test_a_model_that_says_no_words(kind, tmp_path):
+    """Told before, not at the first measurement."""
+    with pytest.raises(KVPruneError, match=r"a language-model head.*AutoModelForCausalLM"):
+        train(kind.from_config(model_of().config), EXAMPLES, tmp_path, progress=False)
 
 
 def test_a_model_that_is_not_supported(tmp_path):
@@ -278,6 +314,7 @@ def test_marks_of_nan_are_not_kept(tmp_path):
         ({"seed_of_heads": 1}, "initial_heads"),
         ({"policy": {"keep": 0.5}}, "policy"),
         ({"examples": EXAMPLES[1:]}, "examples"),
+        ({"validation": 0.5}, "options and examples"),
     ],
     ids=str,
 )
