@@ -22,7 +22,7 @@ test: lint ## lint and the tests, without the slow ones
 test-all: lint ## lint and all tests
 	$(BIN)/python -m pytest -n 2 -m ""
 
-heads: $(READY) ## train the heads that ship (two hours of two cores), and put them into the package
+heads: $(READY) ## train the heads that ship (an hour of two cores), and put them into the package
 	$(BIN)/python -m bench.heads --ship
 
 lint: $(READY) ## ruff and mypy

@@ -1,4 +1,4 @@
-"""The ranking loss against two nested loops over plain floats."""
+"""The losses against loops over plain floats."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprune.policies.sdtp import losses
-from kvprune.policies.sdtp.losses import ranking_loss
+from kvprune.policies.sdtp.losses import listwise_loss, ranking_loss
 
 TARGETS = st.sampled_from([0.0, 1.0, 1.0, 2.0, -3.5])
 SCORES = st.sampled_from([0.0, 0.5, 0.5, -1.25, 3.0, 40.0, -800.0])
@@ -115,3 +115,36 @@ def test_the_generator_alone_decides_which_pairs():
         for seed in (4, 4, 5)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+SALIENCIES = st.lists(st.sampled_from([0.0, 1e-6, 0.5, 3.0, 3.0, 1e4]), min_size=3, max_size=3)
+
+
+@given(st.lists(SCORES, min_size=3, max_size=3), SALIENCIES)
+def test_the_listwise_loss_is_the_divergence_from_the_share_of_the_saliency(score, target):
+    """Value and gradient, written out."""
+    leaf, total = double(score), sum(target)
+    loss = listwise_loss(leaf, torch.tensor(target, dtype=torch.float64))
+    loss.backward()
+    top = max(score)
+    log_norm = top + math.log(sum(math.exp(s - top) for s in score))
+    share = [t / total if total else 0.0 for t in target]
+    value = sum(p * (math.log(p) - (s - log_norm)) for p, s in zip(share, score, strict=True) if p)
+    assert loss.item() == pytest.approx(value, rel=1e-9, abs=1e-9)
+    slope = [math.exp(s - log_norm) * sum(share) - p for p, s in zip(share, score, strict=True)]
+    torch.testing.assert_close(
+        leaf.grad, torch.tensor(slope, dtype=torch.float64), rtol=1e-9, atol=1e-12
+    )
+
+
+def test_the_listwise_loss_prefers_what_is_rarely_of_great_use():
+    """One score for many examples: it learns the logarithm of the mean share, not a mean rank."""
+    rare, common = torch.tensor([0.9, 0.05, 0.05]), torch.tensor([0.02, 0.49, 0.49])
+    leaf = double([0.0, 0.0, 0.0])
+    optimizer = torch.optim.Adam([leaf], lr=0.1)
+    for _ in range(500):
+        optimizer.zero_grad()
+        torch.stack([listwise_loss(leaf, t) for t in [rare, *[common] * 2]]).mean().backward()
+        optimizer.step()
+    mean = (rare + 2 * common) / 3
+    torch.testing.assert_close(leaf.softmax(0).float(), mean, rtol=1e-3, atol=1e-3)

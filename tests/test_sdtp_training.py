@@ -32,6 +32,8 @@ EXAMPLES = [
 BRIEF: dict[str, Any] = {
     "marking_epochs": 2,
     "pruning_epochs": 1,
+    "ranking": 1.0,
+    "mse": 0.3,
     "pruning_marks": 0.1,
     "distillation": 0.0,
     "temperature": 1.0,
@@ -255,16 +257,18 @@ def terms_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     return found
 
 
-WEIGHTS = {"ranking": 1.0, "mse": 0.3, "cross_entropy": 1.0, "distillation": 0.5}
+WEIGHTS = {"listwise": 0.5, "ranking": 1.0, "mse": 0.3, "cross_entropy": 1.0, "distillation": 0.5}
 
 
-@pytest.mark.parametrize("off", [*WEIGHTS, None, "ranking mse", "cross_entropy distillation"])
+@pytest.mark.parametrize(
+    "off", [*WEIGHTS, None, "listwise ranking mse", "cross_entropy distillation"]
+)
 def test_each_term_can_be_switched_off(off, tmp_path, monkeypatch):
     """It is not computed then; a phase with nothing to learn from is left out."""
     found = terms_of(monkeypatch)
     left = {n: w for n, w in WEIGHTS.items() if n not in (off or "").split()}
     trained(tmp_path, **dict.fromkeys(WEIGHTS, 0.0) | left)
-    marking = {"ranking", "mse"} & set(left)
+    marking = {"listwise", "ranking", "mse"} & set(left)
     expected = {"marking": marking, "pruning": set(left)}
     assert found == {phase: terms for phase, terms in expected.items() if terms}
 
@@ -398,6 +402,9 @@ def test_heads_can_learn_one_example_by_heart(tmp_path):
         marking_epochs=150,
         pruning_epochs=0,
         target="gradient",
+        listwise=0.0,
+        ranking=1.0,
+        mse=0.3,
         learning_rate=1e-2,
         checkpoint_every=1000,
         validation=0.5,
@@ -418,6 +425,15 @@ def test_heads_can_learn_one_example_by_heart(tmp_path):
     assert max(min(stages) for stages in best) > 0.8 > min(min(stages) for stages in best)
 
 
+def test_what_is_always_kept_teaches_nothing(tmp_path):
+    """Not even a gradient: heads stay as they are, up to the decay of their weights."""
+    model = model_of()
+    policy = policy_of(model, local=1.0)
+    how = Training(**{**BRIEF, "pruning_epochs": 0}, weight_decay=0.0)
+    heads = train(model, EXAMPLES, tmp_path, how, policy, progress=False)
+    assert policy.heads is not None and equal(heads, policy.heads)
+
+
 def test_pruning_alone_lowers_the_loss_of_the_pruned_model(tmp_path):
     """Of what it is trained on: the second phase sends a gradient that helps."""
     model = model_of()
@@ -425,6 +441,7 @@ def test_pruning_alone_lowers_the_loss_of_the_pruned_model(tmp_path):
     how = Training(
         marking_epochs=0,
         pruning_epochs=60,
+        listwise=0.0,
         ranking=0.0,
         mse=0.0,
         distillation=0.0,

@@ -1,4 +1,8 @@
-"""The ranking loss of SDTP (paper, section 3.3): over all pairs, exactly, or over some."""
+"""What scores of tokens are to learn: the paper's ranking loss (section 3.3), and one by mass.
+
+The ranking loss counts each pair alike, whatever hangs on it; most pairs are of tokens that hardly
+matter. The listwise loss weighs tokens by their saliency.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +45,26 @@ def ranking_loss(
     one, two = _drawn(score.shape[0], pairs, generator, score.device)
     order = torch.sign(target[one] - target[two]).to(score.dtype)
     return F.softplus(-(score[one] - score[two]) * order).mean()
+
+
+def listwise_loss(score: Tensor, target: Tensor) -> Tensor:
+    """How far the scores' softmax is from the share of the saliency that each token has.
+
+    `sum over i of p_i * log(p_i / softmax(s)_i)` with `p = t / sum(t)`: the listwise loss of
+    ListNet (Cao et al., 2007, section 4.2, its top-one probability), less its least value. What is
+    learned is the logarithm of a token's expected share, so that a token that is rarely of great
+    use comes before one that is always of a little.
+
+    Args:
+        score: `[N]` float; gets the gradient.
+        target: `[N]`, the true saliency, not negative; gets none.
+
+    Returns:
+        a scalar, 0 where nothing is salient.
+    """
+    share = target.detach().to(score.dtype)
+    share = share / share.sum().clamp(min=torch.finfo(score.dtype).tiny)
+    return F.kl_div(score.log_softmax(0), share, reduction="sum")
 
 
 def _drawn(

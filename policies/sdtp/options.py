@@ -17,14 +17,15 @@ class Training:
     Args:
         marking_epochs: passes over the examples in the first phase, through the dense model.
         pruning_epochs: passes in the second, through the pruned model.
-        ranking: weight of the pairwise ranking loss.
-        mse: weight of the squared error against the standardised saliency.
-        pruning_marks: what both of these weigh in the second phase, against 1 in the first.
+        listwise: weight of the listwise loss, see `losses`; the paper has none.
+        ranking: weight of the pairwise ranking loss (paper: 1).
+        mse: weight of the squared error against the standardised saliency (paper: 1).
+        pruning_marks: what these three weigh in the second phase, against 1 in the first.
         cross_entropy: weight of the completion's cross-entropy in the pruned model.
         distillation: weight of the completion's KL divergence from the dense model.
         pairs: pairs that the ranking loss draws per stage; None for all.
         target: what saliency is, "attention" or the paper's "gradient"; see `Marks`.
-        signed: learn the signed saliency instead of its magnitude.
+        signed: rank, and err by, the signed saliency instead of its magnitude.
         temperature: of the Gumbel noise on the scores, and of the relaxation.
         learning_rate, pruning_learning_rate: AdamW's, at their highest, in each phase.
         weight_decay: AdamW's.
@@ -43,8 +44,9 @@ class Training:
 
     marking_epochs: int = 3
     pruning_epochs: int = 0
-    ranking: float = 1.0
-    mse: float = 0.3
+    listwise: float = 1.0
+    ranking: float = 0.0
+    mse: float = 0.0
     pruning_marks: float = 0.0
     cross_entropy: float = 1.0
     distillation: float = 1.0
@@ -78,13 +80,14 @@ class Training:
         if not any(phase.epochs for phase in phases(self)):
             raise KVPruneError(
                 "Training: nothing to learn from: expected an epoch of marking with a weight of "
-                "ranking or mse, or one of pruning with a weight of anything"
+                "listwise, ranking or mse, or one of pruning with a weight of anything"
             )
 
 
 _LEAST = {
     "marking_epochs": 0,
     "pruning_epochs": 0,
+    "listwise": 0,
     "ranking": 0,
     "mse": 0,
     "pruning_marks": 0,
@@ -121,7 +124,7 @@ class Phase:
 
 
 def phases(options: Training) -> list[Phase]:
-    marks = options.ranking > 0 or options.mse > 0
+    marks = max(options.listwise, options.ranking, options.mse) > 0
     model = options.cross_entropy > 0 or options.distillation > 0
     model = model or (marks and options.pruning_marks > 0)
     return [

@@ -42,7 +42,7 @@ class PruningPass:
     0 for no noise, as in inference.
     stages: those that were met. columns: for each, the `[n]` tokens that came to it.
     scores: theirs, with gradients.
-    kept: `[n]` bool, which of them went on.
+    free: `[n]` bool, which of them could have gone. kept: `[n]` bool, which of them went on.
     """
 
     policy: SDTP
@@ -52,6 +52,7 @@ class PruningPass:
     stages: list[int] = field(default_factory=list)
     columns: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
+    free: list[Tensor] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
     gate: Tensor | None = None
     _masks: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
@@ -82,6 +83,7 @@ class PruningPass:
         self.stages.append(stage)
         self.columns.append(tokens.columns[0])
         self.scores.append(score[0])
+        self.free.append(~ranking.protected[0, 0])
         self.kept.append(kept)
 
     def _view(self, layer: int, num_layers: int, hidden: Tensor) -> TokenView:

@@ -26,7 +26,7 @@ from kvprune.families import decoder_layers
 from kvprune.files import write_text, write_whole
 
 from .examples import Example
-from .losses import ranking_loss
+from .losses import listwise_loss, ranking_loss
 from .marks import Mark, Marks, standardised
 from .options import Phase, Training, phases
 from .policy import SDTP
@@ -145,7 +145,7 @@ class Trainer:
 
     def _weighed(self, terms: dict[str, Tensor], phase: Phase) -> Tensor:
         marks = self.options.pruning_marks if phase.through_model else 1.0
-        shares = {"ranking": marks, "mse": marks}
+        shares = dict.fromkeys(("listwise", "ranking", "mse"), marks)
         weights = {name: getattr(self.options, name) * shares.get(name, 1.0) for name in terms}
         return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
@@ -153,13 +153,14 @@ class Trainer:
         """The losses that have a weight, by the names of those."""
         if not phase.through_model:
             mark = self._marked(example)
-            return self._against_marks(_scored(self._coming(mark)), mark.saliency)
+            return self._against_marks(self._coming(mark), mark.saliency)
         run, terms = self._through_model(example)
-        marks = self.options.ranking > 0 or self.options.mse > 0
-        if marks and self.options.pruning_marks > 0:
+        options = self.options
+        marks = max(options.listwise, options.ranking, options.mse) > 0
+        if marks and options.pruning_marks > 0:
             with self.accelerator.autocast():
                 saliency = self.marks.saliency(example)
-            terms |= self._against_marks(_scored(run), saliency)
+            terms |= self._against_marks(run, saliency)
         return terms
 
     def _marked(self, example: Example) -> Mark:
@@ -177,18 +178,33 @@ class Trainer:
             run.enter(layer, count, hidden[None])
         return run
 
-    def _against_marks(self, scored: list[_Scored], saliency: Tensor) -> dict[str, Tensor]:
-        """By how much the tokens that came to each stage are scored otherwise than marked."""
+    def _against_marks(self, run: PruningPass, saliency: Tensor) -> dict[str, Tensor]:
+        """By how much the tokens that came to each stage are scored otherwise than marked.
+
+        What is protected stays whatever its score, so nothing is learned of it.
+        """
         options, sinks = self.options, self.policy.sinks
         targets = standardised(saliency, sinks, options.signed)
-        pairs = [(s[c >= sinks], targets[i][c[c >= sinks] - sinks]) for i, c, s in scored]
-        terms = {}
-        if options.ranking > 0:
-            losses = [ranking_loss(s, t, options.pairs, self.generator) for s, t in pairs]
-            terms["ranking"] = torch.stack(losses).mean()
-        if options.mse > 0:
-            terms["mse"] = torch.stack([F.mse_loss(s, t) for s, t in pairs]).mean()
-        return terms
+        scored = [
+            (score[free], saliency[s][columns[free]].abs(), targets[s][columns[free] - sinks])
+            for (s, columns, score), free in zip(_scored(run), run.free, strict=True)
+            if int(free.sum()) > 1
+        ]
+        losses: dict[str, list[Tensor]] = {
+            "listwise": [listwise_loss(s, t) for s, t, _ in scored if options.listwise],
+            "ranking": [
+                ranking_loss(s, t, options.pairs, self.generator)
+                for s, _, t in scored
+                if options.ranking
+            ],
+            "mse": [F.mse_loss(s, t) for s, _, t in scored if options.mse],
+        }
+        nothing = torch.stack([score.sum() for score in run.scores]).sum() * 0.0
+        return {
+            name: torch.stack(each).mean() if each else nothing
+            for name, each in losses.items()
+            if getattr(options, name)
+        }
 
     def _through_model(self, example: Example) -> tuple[PruningPass, dict[str, Tensor]]:
         options = self.options

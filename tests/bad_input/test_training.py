@@ -66,6 +66,7 @@ def attempt(
 NUMBERS = [
     "marking_epochs",
     "pruning_epochs",
+    "listwise",
     "ranking",
     "mse",
     "cross_entropy",
@@ -132,8 +133,8 @@ def test_precisions_that_accelerate_does_not_know(mixed, tmp_path):
     "options",
     [
         {"marking_epochs": 0, "pruning_epochs": 0},
-        {"ranking": 0, "mse": 0, "cross_entropy": 0, "distillation": 0},
-        {"ranking": 0, "mse": 0, "pruning_epochs": 0},
+        {"listwise": 0, "cross_entropy": 0, "distillation": 0},
+        {"listwise": 0, "pruning_epochs": 0},
         {"marking_epochs": 0, "cross_entropy": 0, "distillation": 0},
     ],
     ids=str,
