@@ -38,9 +38,9 @@ KEEP = round(0.35 ** (1 / STAGES), 4)
 TOKENS = (350, 900)
 LIMIT = 1024
 HELD_OUT = 40
-TOGETHER = 8
-"""Questions about one SQuAD context, which are marked in little more time than one."""
-PARTS = {"squad": 0.8, "hotpotqa": 0.17, "texts": 0.03}
+PARTS = {"squad": 0.6, "hotpotqa": 0.37, "texts": 0.03}
+TOGETHER = {"squad": 8, "hotpotqa": 3}
+"""Questions about one context, which are marked in little more time than one."""
 
 FULL = Training(marking_epochs=2, learning_rate=3e-3)
 PAPER = replace(FULL, listwise=0.0, ranking=1.0, mse=0.3, pairs=20000)
@@ -63,21 +63,28 @@ fewer with `--examples`."""
 def examples(tokenizer: Any, count: int, seed: int, split: str = "train") -> list[Example]:
     """`count` of them, in the shares that `PARTS` says."""
     draw, encode = random.Random(f"examples {seed}"), partial(_encoded, tokenizer)
-    counts = {name: round(share * count) for name, share in PARTS.items()}
-    alone = hotpotqa(split, counts["hotpotqa"], TOKENS, tokenizer, seed)
-    found = [encode(q, draw.choice(ASK_OTHERWISE)) for q in alone]
-    # Held-out examples are few: each with a context of its own.
-    together = TOGETHER if split == "train" else 1
-    asked = squad(split, counts["squad"], TOKENS, tokenizer, seed, together)
-    # Not those that also ask before the context, which would then not be shared.
-    behind = [way for way in ASK_OTHERWISE if way[0].count("{question}") == 1]
-    for _, group in groupby(asked, key=lambda q: q.context):
-        way = draw.choice(behind)
-        found += sharing([encode(q, way) for q in group])
+    counts, found = {name: round(share * count) for name, share in PARTS.items()}, list[Example]()
+    for name, make in (("hotpotqa", hotpotqa), ("squad", squad)):
+        # Held-out examples are few: each with a context of its own.
+        together = TOGETHER[name] if split == "train" else 1
+        asked = make(split, counts[name], TOKENS, tokenizer, seed, together)
+        for _, group in groupby(asked, key=_text):
+            questions = list(group)
+            # Not those that also ask before the context, where it is to be shared.
+            ways = [w for w in ASK_OTHERWISE if len(questions) == 1 or _asks_once(w)]
+            way = draw.choice(ways)
+            found += sharing([encode(q, way) for q in questions])
     stories = squad(split, 3 * counts["texts"], TOKENS, tokenizer, seed + 1)
-    contexts = ["".join(p.text for p in q.context) for q in stories]
-    found += read_examples(contexts, tokenizer, LIMIT, 64)[: counts["texts"]]
+    found += read_examples(map(_text, stories), tokenizer, LIMIT, 64)[: counts["texts"]]
     return [e for e in found if len(e.prompt) + len(e.completion) <= LIMIT]
+
+
+def _text(question: LongQuestion) -> str:
+    return "".join(p.text for p in question.context)
+
+
+def _asks_once(way: tuple[str, str]) -> bool:
+    return way[0].count("{question}") == 1
 
 
 def _encoded(tokenizer: Any, question: LongQuestion, way: tuple[str, str]) -> Example:
@@ -89,7 +96,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
     parser.add_argument("--row", default="SDTP", choices=list(ROWS))
-    parser.add_argument("--examples", type=int, default=6000)
+    parser.add_argument("--examples", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--marks", type=Path, default=Path("build/heads/marks"), help="12 GB")

@@ -40,7 +40,9 @@ def train_sdtp(
     query_heads: Annotated[
         int, typer.Option(help="Heads of the low-rank term; 0 for the paper's module.")
     ] = 4,
-    target: Annotated[str, typer.Option(help="attention, or the paper's gradient.")] = "attention",
+    target: Annotated[
+        str, typer.Option(help="What is learned: removal, attention, or the paper's gradient.")
+    ] = "removal",
     held_out: Annotated[
         str | None, typer.Option(help="Data to measure by, as --data; a share of that.")
     ] = None,

@@ -112,6 +112,15 @@ def as_mask(mask: LazyMask | Tensor, seen: int) -> Mask:
     return GivenMask(mask, seen) if isinstance(mask, Tensor) else mask
 
 
+def causal(queries: int, keys: int, device: torch.device) -> Tensor:
+    """`[1, 1, queries, keys]` bool: what the newest tokens may attend to, where no mask is handed.
+
+    It is what sdpa makes of a causal module without a mask.
+    """
+    mask = torch.ones(1, 1, keys, keys, dtype=torch.bool, device=device)
+    return mask.tril()[:, :, keys - queries :]
+
+
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask as floats to add to the scores."""
     if mask.dtype != torch.bool:

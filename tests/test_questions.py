@@ -135,3 +135,20 @@ def test_several_questions_about_one_context():
     for group in groups:
         assert len({q.question for q in group}) == len(group)
         assert all(q.answer in text(q) and q.context is group[0].context for q in group)
+
+
+def test_hotpotqa_questions_about_one_context():
+    """It holds what supports each of them, marked for each; one by one it is as without."""
+    alone = hotpotqa("final", 9, (40, 80), Words())
+    assert hotpotqa("final", 9, (40, 80), Words(), together=1) == alone
+    found = hotpotqa("train", 8, (40, 80), Words(), together=3)
+    groups = [list(g) for _, g in itertools.groupby(found, key=text)]
+    assert [len(g) for g in groups] == [3, 3, 2]
+    for question in found:
+        number = int(question.answer.removeprefix("answer"))
+        marked = {p.text.strip() for p in question.context if p.supporting}
+        assert marked == {f"t{number}-0 two.", f"t{number}-2 one."}
+        assert len({p.text for p in question.context if p.text.startswith("t")}) > 4
+    # Beside these nothing fits; in a roomier one there are others, of any of the questions.
+    (roomy, *_) = hotpotqa("train", 3, (500, 500), Words(), together=3)
+    assert len([t for t in text(roomy).split("\n") if t and " " not in t]) in range(9, 13)

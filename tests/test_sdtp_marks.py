@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvprune import KVPruneError
 from kvprune.families import decoder_layers
 from kvprune.policies.sdtp import Example, saliency, sharing
-from kvprune.policies.sdtp.marks import Marks, standardised
+from kvprune.policies.sdtp.marks import TARGETS, Marks, standardised
 from kvprune.policies.sdtp.shipped import weights_digest
 
 from .models import fresh_model, plain_model, prompt, tiny_model
@@ -73,6 +73,45 @@ def test_attention_is_what_the_completion_attends_to_from_the_stage_on(family, t
     assert not found.hidden.requires_grad
 
 
+def odds_with_bias(model: Any, first: int, column: int, bias: float) -> float:
+    """Log odds of the completion, with a bias on scores of a column in layers from `first` on."""
+
+    def add(module: Any, args: Any, kwargs: Any) -> Any:
+        seen, size = kwargs["attention_mask"], IDS.shape[1]
+        seen = torch.ones(1, 1, size, size, dtype=torch.bool).tril() if seen is None else seen
+        mask = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+        mask[:, :, SIZE - 1 :, column] += bias
+        return args, {**kwargs, "attention_mask": mask}
+
+    layers = decoder_layers(model.base_model)[first:]
+    handles = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in layers]
+    with torch.no_grad():
+        chances = model(IDS, use_cache=False).logits[0, SIZE - 1 : -1].softmax(-1)
+    for handle in handles:
+        handle.remove()
+    chance = chances[torch.arange(IDS.shape[1] - SIZE), IDS[0, SIZE:]]
+    return float((chance / (1 - chance)).log().sum())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-window", "gpt_neox"])
+def test_removal_is_what_the_log_odds_lose_without_a_token(family, tmp_path):
+    """To first order: by finite differences, in float64 (eager models take softmax in float32)."""
+    found = marks(family, tmp_path, "removal").of(EXAMPLE)
+    model: Any = plain_model(family)
+    step = 1e-4
+    for stage, first in enumerate(STAGES):
+        slopes = [
+            (odds_with_bias(model, first, i, step) - odds_with_bias(model, first, i, -step))
+            / (2 * step)
+            for i in range(SIZE)
+        ]
+        expected = torch.tensor(slopes).clamp(min=0)
+        assert 0 < int((expected > 0).sum()) < SIZE
+        torch.testing.assert_close(found.saliency[stage], expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found.hidden, inputs(family), rtol=1e-6, atol=1e-6)
+    assert not found.hidden.requires_grad
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_gradient_is_the_signed_saliency_of_the_whole_example(family, tmp_path):
     """Its part that is about the prompt."""
@@ -83,19 +122,20 @@ def test_gradient_is_the_signed_saliency_of_the_whole_example(family, tmp_path):
     torch.testing.assert_close(found.hidden, inputs(family), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("target", ["attention", "gradient"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_the_second_call_reads_from_disk(target, tmp_path, monkeypatch):
     """The same numbers, and nothing is marked again; one file per example and target."""
     first = marks("llama", tmp_path, target).of(EXAMPLE)
     monkeypatch.setattr("kvprune.policies.sdtp.marks.contribution", None)
     monkeypatch.setattr("kvprune.policies.sdtp.marks.watched", None)
+    monkeypatch.setattr("kvprune.policies.sdtp.marks.biased", None)
     second = marks("llama", tmp_path, target).of(EXAMPLE)
     assert torch.equal(first.saliency, second.saliency)
     assert torch.equal(first.hidden, second.hidden)
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("target", ["attention", "gradient"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_hidden_states_are_kept_where_that_is_asked_for(target, tmp_path, monkeypatch):
     """Also beside a mark that was kept without; then the model is not run again."""
     plain = marks("llama", tmp_path, target)
@@ -115,7 +155,7 @@ def group(count: int = 3) -> list[Example]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("target", ["attention", "gradient"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_what_examples_share_is_marked_as_if_they_did_not(family, target, tmp_path):
     """Within rounding; once made and once from disk, in whatever order."""
     shared, examples = (
@@ -224,7 +264,7 @@ def test_no_hook_is_left_on_the_model(tmp_path):
     """Neither by marking nor by reading."""
     model = tiny_model("llama")
     before = [list(m._forward_pre_hooks) for m in model.modules()]
-    for target in ("attention", "gradient", "attention"):
+    for target in (*TARGETS, "attention"):
         marks("llama", tmp_path, target).of(EXAMPLE)
     assert before == [list(m._forward_pre_hooks) for m in model.modules()]
 

@@ -107,17 +107,28 @@ def squad(
 
 
 def hotpotqa(
-    split: str, count: int, tokens: tuple[int, int], tokenizer: Any, seed: int = 0
+    split: str,
+    count: int,
+    tokens: tuple[int, int],
+    tokenizer: Any,
+    seed: int = 0,
+    together: int = 1,
 ) -> list[LongQuestion]:
     """Questions of a split, with their paragraphs: those that support the answer, and others.
 
-    The other paragraphs are drawn while there is room; all stay in their order. Arguments as for
-    `squad`; a passage is a sentence.
+    The other paragraphs are drawn while there is room; all stay in their order, or come in any
+    where several questions share them. Arguments as for `squad`; a passage is a sentence.
     """
     draw, lengths = random.Random(f"hotpotqa {split} {seed}"), _Lengths(tokenizer)
     entries = list(_hotpotqa_splits()[split])
     draw.shuffle(entries)
-    return [_hotpotqa_question(e, draw.randint(*tokens), lengths, draw) for e in entries[:count]]
+    groups = [entries[i : min(i + together, count)] for i in range(0, count, together)]
+    return [
+        question
+        for group in groups
+        if group
+        for question in _hotpotqa_questions(group, draw.randint(*tokens), lengths, draw)
+    ]
 
 
 class _Lengths:
@@ -185,20 +196,32 @@ def _apart(entries: list[dict[str, Any]], others: list[dict[str, Any]]) -> Itera
     return (e for e in entries if not any(title in taken for title, _ in e["context"]))
 
 
-def _hotpotqa_question(
-    entry: dict[str, Any], most: int, lengths: _Lengths, draw: random.Random
-) -> LongQuestion:
-    needed = {title for title, _ in entry["supporting_facts"]}
-    facts = {(title, number) for title, number in entry["supporting_facts"]}
-    size = {title: lengths.of("".join([title, "\n", *s])) for title, s in entry["context"]}
+def _hotpotqa_questions(
+    entries: list[dict[str, Any]], most: int, lengths: _Lengths, draw: random.Random
+) -> list[LongQuestion]:
+    paragraphs = {title: sentences for e in entries for title, sentences in e["context"]}
+    needed = {title for e in entries for title, _ in e["supporting_facts"]}
+    size = {title: lengths.of("".join([title, "\n", *s])) for title, s in paragraphs.items()}
     taken = {title for title in size if title in needed}
-    for title in draw.sample(list(size), len(size)):
+    order = draw.sample(list(size), len(size))
+    for title in order:
         if sum(size[t] for t in taken) + size[title] <= most:
             taken.add(title)
-    passages = [
-        Passage(text, (title, number - 1) in facts)
-        for title, sentences in entry["context"]
-        if title in taken
-        for number, text in enumerate([title + "\n", *sentences[:-1], sentences[-1] + "\n\n"])
+    titles = [t for t in (paragraphs if len(entries) == 1 else order) if t in taken]
+    return [
+        LongQuestion(_passages(e, titles, paragraphs), e["question"].strip(), e["answer"])
+        for e in entries
     ]
-    return LongQuestion(tuple(passages), entry["question"].strip(), entry["answer"])
+
+
+def _passages(
+    entry: dict[str, Any], titles: list[str], paragraphs: dict[str, list[str]]
+) -> tuple[Passage, ...]:
+    facts = {(title, number) for title, number in entry["supporting_facts"]}
+    return tuple(
+        Passage(text, (title, number - 1) in facts)
+        for title in titles
+        for number, text in enumerate(
+            [title + "\n", *paragraphs[title][:-1], paragraphs[title][-1] + "\n\n"]
+        )
+    )

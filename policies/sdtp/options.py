@@ -24,7 +24,7 @@ class Training:
         cross_entropy: weight of the completion's cross-entropy in the pruned model.
         distillation: weight of the completion's KL divergence from the dense model.
         pairs: pairs that the ranking loss draws per stage; None for all.
-        target: what saliency is, "attention" or the paper's "gradient"; see `Marks`.
+        target: what saliency is, "removal", "attention" or the paper's "gradient"; see `Marks`.
         signed: rank, and err by, the signed saliency instead of its magnitude.
         temperature: of the Gumbel noise on the scores, and of the relaxation.
         learning_rate, pruning_learning_rate: AdamW's, at their highest, in each phase.
@@ -51,7 +51,7 @@ class Training:
     cross_entropy: float = 1.0
     distillation: float = 1.0
     pairs: int | None = None
-    target: str = "attention"
+    target: str = "removal"
     signed: bool = False
     temperature: float = 0.5
     learning_rate: float = 1e-3

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kvprune.families import argument, decoder_layers, with_argument
-from kvprune.masks import additive
+from kvprune.masks import additive, causal
 from kvprune.policy import TokenView, _Statistics
 from kvprune.selection import select
 
@@ -129,7 +129,7 @@ class PruningPass:
         assert self.gate is not None
         size = hidden.shape[1]
         if mask is None:
-            mask = torch.ones(1, 1, size, size, dtype=torch.bool, device=hidden.device).tril()
+            mask = causal(size, size, hidden.device)
         weight = (self.gate.clamp(min=0) + LEAK).log()
         weight = nn.functional.pad(weight, (0, size - self.prompt))
         return additive(mask, hidden.dtype) + weight.to(hidden.dtype)
