@@ -152,6 +152,7 @@ class Marks:
         cache = self._last.pop(beginning, None) or self._begun(beginning)
         made = getattr(self, f"_{self.target}")(ids[:, shared:], size - shared, cache)
         cache.crop(shared - ids.shape[1])
+        layer: Any
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
         self._last.clear()
