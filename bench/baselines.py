@@ -2,72 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvprune.policies import SDTP
-from kvprune.policy import Ranking, TokenPolicy, TokenView
+from kvprune.policy import TokenView
 
 
 @dataclass(frozen=True, repr=False)
-class Scheduled(TokenPolicy):
-    """SDTP's stages, budgets and protected tokens, with other scores.
-
-    schedule: SDTP with heads, which are not asked.
-    """
-
-    schedule: SDTP
-
-    def rank_hidden(self, tokens: TokenView) -> Ranking | None:
-        """Ranks before each stage's layer, as SDTP does."""
-        heads = self.schedule.heads
-        assert heads is not None
-        layers = heads.layers[: self.schedule.stages]
-        if tokens.layer not in layers or int(tokens.length.max()) < self.schedule.min_tokens:
-            return None
-        stage = layers.index(tokens.layer)
-        return self.schedule.ranking(tokens, stage, self.score(tokens, stage).float())
+class Newest(SDTP):
+    """The newest stay."""
 
     def score(self, tokens: TokenView, stage: int) -> Tensor:
-        """`[B, Q]`, higher stays; here the newest."""
-        return tokens.columns
+        """See `SDTP`."""
+        return tokens.columns.float()
 
 
 @dataclass(frozen=True, repr=False)
-class HiddenNorm(Scheduled):
+class HiddenNorm(SDTP):
     """The length of the hidden state."""
 
     def score(self, tokens: TokenView, stage: int) -> Tensor:
-        """See `Scheduled`."""
+        """See `SDTP`."""
         return tokens.hidden.float().norm(dim=-1)
 
 
 @dataclass(frozen=True, repr=False)
-class GivenScores(Scheduled):
+class GivenScores(SDTP):
     """Scores that are known beforehand, `[S, columns]`, as of an oracle or at random."""
 
-    scores: Tensor
+    scores: Tensor = field(kw_only=True)
 
     def score(self, tokens: TokenView, stage: int) -> Tensor:
-        """See `Scheduled`."""
-        return self.scores[stage][tokens.columns.clamp(min=0)]
+        """See `SDTP`."""
+        return self.scores[stage][tokens.columns.clamp(min=0)].float()
 
 
 @dataclass(frozen=True, repr=False)
-class LastQueryAttention(Scheduled):
+class LastQueryAttention(SDTP):
     """What the newest tokens attend to in the layer ahead, over all heads (LazyLLM, FastKV).
 
     model: of the Llama family. queries: how many of the newest tokens.
     """
 
-    model: Any
-    queries: int = 16
+    model: Any = field(kw_only=True)
+    queries: int = field(default=16, kw_only=True)
 
     def score(self, tokens: TokenView, stage: int) -> Tensor:
-        """See `Scheduled`; one row at a time."""
+        """See `SDTP`; one row at a time."""
         layer = self.model.model.layers[tokens.layer]
         attention, hidden = layer.self_attn, layer.input_layernorm(tokens.hidden)
         columns = tokens.columns.clamp(min=0)
@@ -80,6 +65,11 @@ class LastQueryAttention(Scheduled):
         later = columns[:, None, :] > columns[:, -self.queries :, None]
         weights = weights.masked_fill(later[:, None, None], -torch.inf).softmax(-1)
         return weights.sum((1, 2, 3))
+
+
+def scheduled(kind: type[SDTP], plan: SDTP, **more: Any) -> SDTP:
+    """One of these with the schedule of another policy, whose heads are not asked."""
+    return kind(**{f.name: getattr(plan, f.name) for f in fields(plan)}, **more)
 
 
 def _turned(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -21,51 +21,33 @@ import argparse
 import hashlib
 import json
 import platform
-import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 import transformers
-from scipy.stats import bootstrap
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvprune
-from kvprune.evaluation.assets import demo_model, ruler_data
-from kvprune.evaluation.questions import LongQuestion, hotpotqa, squad
+from kvprune.evaluation.assets import demo_model
 from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
 from kvprune.policies.sdtp import saliency
 
-from .baselines import GivenScores, HiddenNorm, LastQueryAttention, Scheduled
+from .baselines import GivenScores, HiddenNorm, LastQueryAttention, Newest, scheduled
+from .items import LENGTHS, QUESTIONS, Item, Items
+from .summary import results, summary
 from .tables import sdtp_table
 
-LENGTHS = (1000, 1500)
 NEEDLE_LENGTHS = (1024, 2048)
-QUESTIONS = ("squad", "hotpotqa")
 ORACLES = ("saliency oracle", "signed saliency oracle")
-NEXT = 128
-
-
-@dataclass(frozen=True)
-class Item:
-    """One prompt `[1, n]` and the tokens to be likely after it `[1, m]`.
-
-    facts: for each of the prompt's columns 1 for a supporting sentence, 0 for another one, -1 for
-    what is no sentence of the context; or None where that is not known.
-    """
-
-    task: str
-    number: int
-    prompt: torch.Tensor
-    answer: torch.Tensor
-    facts: torch.Tensor | None = None
+DRAWS = 3
+"""Random scores per item, whose mean every share is taken of."""
 
 
 class Bench:
@@ -74,6 +56,7 @@ class Bench:
     def __init__(self, dtype: torch.dtype, heads: dict[str, Path]) -> None:
         path = demo_model(report=lambda line: print(line, file=sys.stderr))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        self.items = Items(self.tokenizer)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         self.model: Any = kvprune.attach(model.eval().requires_grad_(False))
         self.default = SDTP().for_model(self.model)
@@ -83,11 +66,11 @@ class Bench:
             for name, folder in heads.items()
         }
 
-    def rows(self, item: Item) -> dict[str, Callable[[], list[Any]]]:
-        """Policies by name, made when they are asked for."""
+    def rows(self, item: Item, draw: int = 0) -> dict[str, Callable[[], list[Any]]]:
+        """Policies by name, made when they are asked for; those of `random` differ by `draw`."""
         model, plan = self.model, self.default
         h2o, streaming = H2O(heavy=0.2, recent=0.2), StreamingLLM(sinks=4, window=0.4)
-        generator = torch.Generator().manual_seed(item.number)
+        generator = torch.Generator().manual_seed(item.number + 10_000 * draw)
         heads = plan.heads
         assert heads is not None
         stages, columns = len(heads.layers), item.prompt.shape[1]
@@ -95,15 +78,15 @@ class Bench:
         oracle: Any = cache(lambda: saliency(model, item.prompt, heads.layers, signed=True)[0])
         return {
             "dense": list,
-            "random": lambda: [GivenScores(plan, chance)],
+            "random": lambda: [scheduled(GivenScores, plan, scores=chance)],
             "SDTP": lambda: [plan],
             **{name: partial(list, [policy]) for name, policy in self.others.items()},
             "SDTP-low": lambda: [replace(plan, stages=5)],
-            "newest": lambda: [Scheduled(plan)],
-            "hidden norm": lambda: [HiddenNorm(plan)],
-            "last-query attention": lambda: [LastQueryAttention(plan, model)],
-            ORACLES[0]: lambda: [GivenScores(plan, oracle().abs())],
-            ORACLES[1]: lambda: [GivenScores(plan, oracle())],
+            "newest": lambda: [scheduled(Newest, plan)],
+            "hidden norm": lambda: [scheduled(HiddenNorm, plan)],
+            "last-query attention": lambda: [scheduled(LastQueryAttention, plan, model=model)],
+            ORACLES[0]: lambda: [scheduled(GivenScores, plan, scores=oracle().abs())],
+            ORACLES[1]: lambda: [scheduled(GivenScores, plan, scores=oracle())],
             "H2O 40 %": lambda: [h2o],
             "SDTP + H2O 40 %": lambda: [plan, h2o],
             "StreamingLLM 40 %": lambda: [streaming],
@@ -146,74 +129,6 @@ class Bench:
         said, wanted = (self.tokenizer.decode(t[0]).strip() for t in (tokens, item.answer))
         return {"value": float(said.startswith(wanted))}
 
-    def items(self, task: str, count: int, split: str) -> list[Item]:
-        """The first `count` of a task; `split` is of the questions."""
-        if task in QUESTIONS:
-            make = {"squad": squad, "hotpotqa": hotpotqa}[task]
-            questions = make(split, count, LENGTHS, self.tokenizer)
-            return [self._asked(task, i, q) for i, q in enumerate(questions)]
-        if task.startswith("needle"):
-            length = int(task.removeprefix("needle-"))
-            return [self._needle(length, i, split) for i in range(count)]
-        return [self._text(i, split) for i in range(count)]
-
-    def _asked(self, task: str, number: int, question: LongQuestion) -> Item:
-        prompt, answer = question.encoded(self.tokenizer)
-        facts = self._facts(question) if task == "hotpotqa" else None
-        return Item(task, number, torch.tensor([prompt]), torch.tensor([answer]), facts)
-
-    def _facts(self, question: LongQuestion) -> torch.Tensor:
-        text = question.prompt(self.tokenizer)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts = torch.tensor([start for start, _ in encoded["offset_mapping"]])
-        facts = torch.full_like(starts, -1)
-        at = text.index(question.context[0].text)
-        for passage in question.context:
-            end = at + len(passage.text)
-            facts[(starts >= at) & (starts < end)] = int(passage.supporting)
-            at = end
-        return facts
-
-    def _needle(self, length: int, number: int, split: str) -> Item:
-        """One seven-digit number in essays, after RULER's template, its prefix as the lead."""
-        draw = random.Random(f"needle {split} {length} {number}")
-        words = self._essays[split]
-        city = draw.choice(_CITIES)
-        value = str(draw.randint(10**6, 10**7 - 1))
-        room = length - 110
-        start = draw.randrange(len(words) - room)
-        hay = self.tokenizer.decode(words[start : start + room])
-        ends = [i + 2 for i in range(len(hay) - 1) if hay[i : i + 2] == ". "]
-        place = ends[int(draw.random() * len(ends))]
-        needle = f"One of the special magic numbers for {city} is: {value}. "
-        content = (
-            "Some special magic numbers are hidden within the following text. Make sure to memorize"
-            " it. I will quiz you about the numbers afterwards.\n"
-            f"{hay[:place]}{needle}{hay[place:]}"
-            f"\nWhat is the special magic number for {city} mentioned in the provided text?"
-        )
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        text += f"The special magic number for {city} mentioned in the provided text is:"
-        prompt = self.tokenizer.encode(text, add_special_tokens=False)
-        answer = self.tokenizer.encode(f" {value}", add_special_tokens=False)
-        return Item(f"needle-{length}", number, torch.tensor([prompt]), torch.tensor([answer]))
-
-    def _text(self, number: int, split: str) -> Item:
-        words, start = self._essays[split], number * (1024 + NEXT)
-        ids = torch.tensor([words[start : start + 1024 + NEXT]])
-        return Item("text", number, ids[:, :1024], ids[:, 1024:])
-
-    @cached_property
-    def _essays(self) -> dict[str, list[int]]:
-        essays = ruler_data("PaulGrahamEssays.json")["text"]
-        parts = {"choose": essays[:400_000], "final": essays[400_000:800_000]}
-        return {
-            split: self.tokenizer.encode(text, add_special_tokens=False)
-            for split, text in parts.items()
-        }
-
     def run(
         self, task: str, count: int, split: str, out: Path, only: list[str], oracles: int
     ) -> None:
@@ -227,14 +142,16 @@ class Bench:
                 )
         done = {(r["task"], r["number"], r["row"]) for r in found}
         measure = self.found if task.startswith("needle") else self.nll
-        for item in self.items(task, count, split):
-            for name, policies in self.rows(item).items():
+        for item in self.items.of(task, count, split):
+            for name in self.rows(item):
                 left_out = name in ORACLES and (task not in QUESTIONS or item.number >= oracles)
                 if (only and name not in only) or (task, item.number, name) in done or left_out:
                     continue
                 result = {"task": task, "number": item.number, "row": name}
                 result |= self.setting(split, name)
-                result |= measure(item, policies())
+                draws = range(DRAWS if name == "random" else 1)
+                each = [measure(item, self.rows(item, draw)[name]()) for draw in draws]
+                result |= {what: sum(e[what] for e in each) / len(each) for what in each[0]}
                 with out.open("a") as file:
                     file.write(json.dumps(result) + "\n")
 
@@ -274,93 +191,6 @@ class Bench:
 def _digest(heads: SDTPHeads) -> str:
     weights = b"".join(t.numpy().tobytes() for t in heads.state_dict().values())
     return hashlib.sha256(weights).hexdigest()[:16]
-
-
-_CITIES = ("Lisbon", "Oslo", "Nairobi", "Lima", "Hanoi", "Quito", "Riga", "Perth", "Dakar", "Turin")
-
-
-def results(path: Path) -> list[dict[str, Any]]:
-    """What was measured so far; a last line that a kill cut off is removed."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        path.write_text("".join(lines[:-1]))
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def values(found: list[dict[str, Any]], task: str, name: str = "value") -> dict[str, Any]:
-    """By row, one number for each item that was measured."""
-    rows: dict[str, dict[int, float]] = {}
-    for r in found:
-        if r["task"] == task and name in r:
-            rows.setdefault(r["row"], {})[r["number"]] = r[name]
-    return rows
-
-
-def paired(*rows: dict[int, float]) -> tuple[Any, ...]:
-    """Those of the items that all of the rows have."""
-    numbers = sorted(set.intersection(*(set(r) for r in rows)))
-    return tuple(numpy.array([r[n] for n in numbers]) for r in rows)
-
-
-def interval(statistic: Callable[..., Any], *samples: Any) -> list[float]:
-    """95 %, by items, paired."""
-    low, high = bootstrap(
-        samples, statistic, paired=True, n_resamples=5000, method="percentile", rng=0
-    ).confidence_interval
-    return [round(float(low), 4), round(float(high), 4)]
-
-
-def recovered(random: Any, row: Any, dense: Any, axis: int = -1) -> Any:
-    """The share of what random scores lose that a row does not lose."""
-    return (random - row).mean(axis) / (random - dense).mean(axis)
-
-
-def summary(found: list[dict[str, Any]], tasks: list[str]) -> dict[str, Any]:
-    """All figures of the tasks that were measured."""
-    return {task: _summary(found, task) for task in tasks if values(found, task)}
-
-
-def _summary(found: list[dict[str, Any]], task: str) -> dict[str, Any]:
-    rows = values(found, task)
-    said: dict[str, Any] = {"rows": {name: _row(rows, name, task) for name in rows}}
-    if task == "hotpotqa":
-        for name in ("supporting_kept", "others_kept"):
-            for row, kept in values(found, task, name).items():
-                said["rows"][row][name] = round(float(numpy.nanmean(list(kept.values()))), 4)
-    four = ("SDTP + H2O 40 %", "SDTP", "H2O 40 %", "dense")
-    if set(four) <= set(rows) and task in QUESTIONS:
-        samples = paired(*(rows[name] for name in four))
-        said["compound_error"] = round(float(_compound(*samples)), 4)
-        said["compound_error_95"] = interval(_compound, *samples)
-    return said
-
-
-def _row(rows: dict[str, dict[int, float]], name: str, task: str) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "items": len(rows[name]),
-        "mean": round(float(numpy.mean(list(rows[name].values()))), 4),
-    }
-    if task not in QUESTIONS or name in ("dense", "random") or not {"dense", "random"} <= set(rows):
-        return row
-    share = paired(rows["random"], rows[name], rows["dense"])
-    row["recovered"] = round(float(recovered(*share)), 4)
-    row["recovered_95"] = interval(recovered, *share)
-    row["few"] = len(rows[name]) < len(rows["dense"])
-    for other in ("SDTP", "paper's head"):
-        if other in rows and other != name:
-            row[f"minus {other}_95"] = interval(_difference, *paired(rows[name], rows[other]))
-    return row
-
-
-def _difference(one: Any, two: Any, axis: int = -1) -> Any:
-    return (one - two).mean(axis)
-
-
-def _compound(both: Any, sdtp: Any, h2o: Any, dense: Any, axis: int = -1) -> Any:
-    """How much more H2O costs after SDTP than it costs alone."""
-    return (both - sdtp - h2o + dense).mean(axis)
 
 
 def main() -> None:

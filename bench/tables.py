@@ -33,14 +33,19 @@ def _line(name: str, of: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     kept = [hotpotqa.get(k) for k in ("supporting_kept", "others_kept")]
     return (
         name,
-        _number(squad.get("mean")),
+        _mean(squad),
         _share(squad),
-        _number(hotpotqa.get("mean")),
+        _mean(hotpotqa),
         _share(hotpotqa),
         " / ".join(_number(k) for k in kept),
         " / ".join(_number(n.get("mean")) for n in needles),
         _number(of.get("text", {}).get("mean")),
     )
+
+
+def _mean(row: dict[str, Any]) -> str:
+    """A dash for those of fewer questions: other means are of others."""
+    return "-" if row.get("few") else _number(row.get("mean"))
 
 
 def _number(value: float | None) -> str:

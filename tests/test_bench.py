@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench.sdtp import summary
+from bench.summary import summary
 from bench.tables import sdtp_table
 
 DENSE, RANDOM, SDTP, H2O, BOTH = "dense", "random", "SDTP", "H2O 40 %", "SDTP + H2O 40 %"

@@ -104,9 +104,16 @@ class SDTP(TokenPolicy):
         if tokens.layer not in layers or int(tokens.length.max()) < self.min_tokens:
             return None
         stage = layers.index(tokens.layer)
-        with torch.no_grad():
-            score = heads(tokens.hidden, tokens.columns, stage)
-        return self.ranking(tokens, stage, score)
+        return self.ranking(tokens, stage, self.score(tokens, stage))
+
+    @torch.no_grad()
+    def score(self, tokens: TokenView, stage: int) -> Tensor:
+        """What the heads say of a stage's tokens: `[B, Q]`, higher stays.
+
+        A subclass with another score has SDTP's stages, budgets and protected tokens.
+        """
+        scores: Tensor = self._with_heads()(tokens.hidden, tokens.columns, stage)
+        return scores
 
     def ranking(self, tokens: TokenView, stage: int, score: Tensor) -> Ranking:
         """What SDTP's schedule makes of any scores `[B, Q]` for a stage's tokens."""
