@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +32,6 @@ def slot_attention(
     value: Tensor,
     attention_mask: LazyMask | Tensor | None,
     kvprune_layer: LayerStep | None = None,
-    kvprune_watch: Callable[..., None] | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention function; without a layer of ours, the backend itself.
@@ -46,17 +44,12 @@ def slot_attention(
         value: `[B, Hkv, S, Dv]`.
         attention_mask: what our mask function returned, or a mask that the user gave.
         kvprune_layer: this forward at this layer.
-        kvprune_watch: called with the model's own eager function and all that it needs: what
-            somebody who runs a model without a cache learns of its attention.
         arguments: what else transformers passes (scaling, dropout, softcap, ...).
 
     Returns:
         `[B, Q, Hq, Dv]`, and the probabilities where the backend returns them.
     """
     stock = _backend(backend, module)
-    if kvprune_watch is not None:
-        eager = partial(_backend("eager", module), module, **arguments)
-        kvprune_watch(eager, query, key, value, attention_mask)
     if kvprune_layer is None:
         return stock(module, query, key, value, attention_mask, **arguments)
     layer = kvprune_layer

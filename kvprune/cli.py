@@ -41,7 +41,7 @@ def train_sdtp(
         int, typer.Option(help="Heads of the low-rank term; 0 for the paper's module.")
     ] = 4,
     target: Annotated[
-        str, typer.Option(help="What is learned: removal, attention, or the paper's gradient.")
+        str, typer.Option(help="What is learned: removal, or the paper's gradient.")
     ] = "removal",
     held_out: Annotated[
         str | None, typer.Option(help="Data to measure by, as --data; a share of that.")

@@ -112,13 +112,20 @@ def as_mask(mask: LazyMask | Tensor, seen: int) -> Mask:
     return GivenMask(mask, seen) if isinstance(mask, Tensor) else mask
 
 
-def causal(queries: int, keys: int, device: torch.device) -> Tensor:
-    """`[1, 1, queries, keys]` bool: what the newest tokens may attend to, where no mask is handed.
+def biased_mask(hidden: Tensor, mask: Tensor | None, bias: Tensor) -> Tensor:
+    """A stock mask as floats, with something added to the scores of the first tokens.
 
-    It is what sdpa makes of a causal module without a mask.
+    Args:
+        hidden: `[B, Q, C]`, what the mask is for.
+        mask: `[B, 1|Hq, Q, N]`; None for a causal one, without a cache.
+        bias: `[n]`, n at most N.
     """
-    mask = torch.ones(1, 1, keys, keys, dtype=torch.bool, device=device)
-    return mask.tril()[:, :, keys - queries :]
+    if mask is None:
+        size = hidden.shape[1]
+        mask = torch.ones(1, 1, size, size, dtype=torch.bool, device=hidden.device).tril()
+    assert mask.shape[-1] >= len(bias), "no mask is handed where there is a cache"
+    padded = torch.nn.functional.pad(bias, (0, mask.shape[-1] - len(bias)))
+    return additive(mask, hidden.dtype) + padded.to(hidden.dtype)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from kvprune import KVPruneError
 from kvprune.families import decoder_layers
 from kvprune.policies.sdtp import Example, saliency, sharing
-from kvprune.policies.sdtp.marks import TARGETS, Marks, standardised
+from kvprune.policies.sdtp.marks import Marks, standardised
 from kvprune.policies.sdtp.shipped import weights_digest
+from kvprune.policies.sdtp.targets import TARGETS
 
 from .models import fresh_model, plain_model, prompt, tiny_model
 
@@ -33,7 +34,7 @@ def options(family: str) -> dict[str, Any]:
     return {"head_dim": 8, "sliding_window": 9, "backend": "eager", "dtype": torch.float32}
 
 
-def marks(family: str, folder: Any, target: str = "attention") -> Marks:
+def marks(family: str, folder: Any, target: str = "removal") -> Marks:
     """Of an attached model, with stages before layers 1 and 3."""
     return Marks(tiny_model(family, **options(family)), STAGES, folder, target)
 
@@ -55,22 +56,6 @@ def inputs(family: str) -> torch.Tensor:
     for handle in handles:
         handle.remove()
     return torch.stack(entered)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_attention_is_what_the_completion_attends_to_from_the_stage_on(family, tmp_path):
-    """Of an eager model's `output_attentions`, written out; hidden states are its own."""
-    found = marks(family, tmp_path).of(EXAMPLE)
-    eager: Any = plain_model(family, **{**options(family), "backend": "eager"})
-    with torch.no_grad():
-        paid = eager(IDS, use_cache=False, output_attentions=True).attentions
-    # From the last prompt token on: from there come the logits of the first token to follow.
-    means = [p[0, :, SIZE - 1 :, :SIZE].mean((0, 1)) for p in paid]
-    expected = torch.stack([means[1] + means[2] + means[3], means[3]]).float()
-    assert found.saliency.dtype == torch.float32 and found.saliency.shape == (2, SIZE)
-    torch.testing.assert_close(found.saliency, expected, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(found.hidden, inputs(family), rtol=1e-6, atol=1e-6)
-    assert not found.hidden.requires_grad
 
 
 def odds_with_bias(model: Any, first: int, column: int, bias: float) -> float:
@@ -122,26 +107,24 @@ def test_gradient_is_the_signed_saliency_of_the_whole_example(family, tmp_path):
     torch.testing.assert_close(found.hidden, inputs(family), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", list(TARGETS))
 def test_the_second_call_reads_from_disk(target, tmp_path, monkeypatch):
     """The same numbers, and nothing is marked again; one file per example and target."""
     first = marks("llama", tmp_path, target).of(EXAMPLE)
-    monkeypatch.setattr("kvprune.policies.sdtp.marks.contribution", None)
-    monkeypatch.setattr("kvprune.policies.sdtp.marks.watched", None)
-    monkeypatch.setattr("kvprune.policies.sdtp.marks.biased", None)
+    monkeypatch.setattr("kvprune.policies.sdtp.marks.TARGETS", {})
     second = marks("llama", tmp_path, target).of(EXAMPLE)
     assert torch.equal(first.saliency, second.saliency)
     assert torch.equal(first.hidden, second.hidden)
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", list(TARGETS))
 def test_hidden_states_are_kept_where_that_is_asked_for(target, tmp_path, monkeypatch):
     """Also beside a mark that was kept without; then the model is not run again."""
     plain = marks("llama", tmp_path, target)
     first, keeping = plain.of(EXAMPLE), replace(plain, keep_hidden=True)
     again = keeping.of(EXAMPLE)
-    monkeypatch.setattr("kvprune.policies.sdtp.marks.layer_inputs", None)
+    monkeypatch.setattr("kvprune.policies.sdtp.marks.hidden_states", None)
     for found in (again, keeping.of(EXAMPLE), plain.of(EXAMPLE)):
         assert torch.equal(found.saliency, first.saliency)
         assert torch.equal(found.hidden, first.hidden)
@@ -155,7 +138,7 @@ def group(count: int = 3) -> list[Example]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", list(TARGETS))
 def test_what_examples_share_is_marked_as_if_they_did_not(family, target, tmp_path):
     """Within rounding; once made and once from disk, in whatever order."""
     shared, examples = (
@@ -179,24 +162,26 @@ def test_what_examples_share_is_read_and_kept_once(tmp_path, monkeypatch):
     """One after the other; and the files of the examples hold the rest alone."""
     model, read = tiny_model("llama"), list[int]()
     handle = model.base_model.register_forward_pre_hook(
-        lambda m, args: read.append(args[0].shape[1])
+        lambda m, args, kwargs: read.append((args or [kwargs["input_ids"]])[0].shape[1]),
+        with_kwargs=True,
     )
     examples = group()
-    keeping = Marks(model, STAGES, tmp_path, "attention", keep_hidden=True)
+    keeping = Marks(model, STAGES, tmp_path, "removal", keep_hidden=True)
     for example in examples:
         keeping.ensure(example)
-    lengths = [len(e.prompt) + len(e.completion) - SIZE for e in examples]
-    assert read == [SIZE, *lengths] and len(list(tmp_path.iterdir())) == 4
+    # Each one's rest, and once more what its completion comes from.
+    lengths = [(len(e.prompt) + len(e.completion) - SIZE, len(e.completion) + 1) for e in examples]
+    assert read == [SIZE, *itertools.chain(*lengths)] and len(list(tmp_path.iterdir())) == 4
     for example in examples:
         keeping.ensure(example)
         assert keeping.of(example).hidden.shape[1] == len(example.prompt)
     handle.remove()
-    assert len(read) == 4
+    assert len(read) == 7
 
 
 def test_a_beginning_that_is_gone_is_made_again(tmp_path):
     """Nor must an example say that it shares what is kept apart."""
-    keeping = Marks(tiny_model("llama"), STAGES, tmp_path, "attention", keep_hidden=True)
+    keeping = Marks(tiny_model("llama"), STAGES, tmp_path, "removal", keep_hidden=True)
     example = group()[0]
     whole = keeping.of(example)
     found = keeping.of(replace(example, shared=0))
@@ -209,11 +194,11 @@ def test_a_beginning_that_is_gone_is_made_again(tmp_path):
 
 def test_an_error_leaves_no_longer_beginning_behind(tmp_path, monkeypatch):
     """What was read of an example that failed is not taken for shared."""
-    keeping = Marks(tiny_model("llama"), STAGES, tmp_path, "attention", keep_hidden=True)
+    keeping = Marks(tiny_model("llama"), STAGES, tmp_path, "removal", keep_hidden=True)
     one, two, _ = group()
     keeping.of(one)
     with monkeypatch.context() as patch:
-        patch.setattr(Marks, "_attention", _fail_after(Marks._attention))
+        patch.setitem(TARGETS, "removal", _fail_after(TARGETS["removal"]))
         with pytest.raises(RuntimeError):
             keeping.of(two)
     found, expected = keeping.of(two), marks("llama", tmp_path).of(replace(two, shared=0))
@@ -245,7 +230,7 @@ def test_another_model_example_target_or_stage_is_marked_anew(tmp_path):
     marks("llama", tmp_path).of(other)
     marks("llama", tmp_path, "gradient").of(EXAMPLE)
     marks("qwen3", tmp_path).of(EXAMPLE)
-    Marks(tiny_model("llama"), (1,), tmp_path, "attention").of(EXAMPLE)
+    Marks(tiny_model("llama"), (1,), tmp_path, "removal").of(EXAMPLE)
     assert len(list(tmp_path.iterdir())) == 5
 
 
@@ -264,7 +249,7 @@ def test_no_hook_is_left_on_the_model(tmp_path):
     """Neither by marking nor by reading."""
     model = tiny_model("llama")
     before = [list(m._forward_pre_hooks) for m in model.modules()]
-    for target in (*TARGETS, "attention"):
+    for target in (*TARGETS, "removal"):
         marks("llama", tmp_path, target).of(EXAMPLE)
     assert before == [list(m._forward_pre_hooks) for m in model.modules()]
 

@@ -347,7 +347,7 @@ def test_marks_are_shared_between_trainings(tmp_path, monkeypatch):
     more: dict[str, Any] = {"marks": tmp_path / "m", "progress": False}
     train(model, EXAMPLES, tmp_path / "a", how, policy_of(model), **more)
     assert len(list((tmp_path / "m").iterdir())) == 6 and not (tmp_path / "a" / "marks").exists()
-    monkeypatch.setattr("kvprune.policies.sdtp.marks.watched", _bomb(0))
+    monkeypatch.setattr("kvprune.policies.sdtp.targets.biased", _bomb(0))
     train(model, EXAMPLES, tmp_path / "b", how, policy_of(model), **more)
 
 

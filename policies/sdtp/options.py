@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvprune.errors import KVPruneError
 
-from .marks import TARGETS
+from .targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Training:
         cross_entropy: weight of the completion's cross-entropy in the pruned model.
         distillation: weight of the completion's KL divergence from the dense model.
         pairs: pairs that the ranking loss draws per stage; None for all.
-        target: what saliency is, "removal", "attention" or the paper's "gradient"; see `Marks`.
+        target: what saliency is, "removal" or the paper's "gradient"; see `targets`.
         signed: rank, and err by, the signed saliency instead of its magnitude.
         temperature: of the Gumbel noise on the scores, and of the relaxation.
         learning_rate, pruning_learning_rate: AdamW's, at their highest, in each phase.
@@ -76,7 +76,9 @@ class Training:
                     f"Training: {name}={value!r}: expected a {whole} of at least {least}"
                 )
         if self.target not in TARGETS:
-            raise KVPruneError(f"Training: target={self.target!r}: expected one of {TARGETS}")
+            raise KVPruneError(
+                f"Training: target={self.target!r}: expected one of {tuple(TARGETS)}"
+            )
         if not any(phase.epochs for phase in phases(self)):
             raise KVPruneError(
                 "Training: nothing to learn from: expected an epoch of marking with a weight of "

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kvprune.families import argument, decoder_layers, with_argument
-from kvprune.masks import additive, causal
+from kvprune.masks import biased_mask
 from kvprune.policy import TokenView, _Statistics
 from kvprune.selection import select
 
@@ -127,12 +127,7 @@ class PruningPass:
 
     def _gated(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         assert self.gate is not None
-        size = hidden.shape[1]
-        if mask is None:
-            mask = causal(size, size, hidden.device)
-        weight = (self.gate.clamp(min=0) + LEAK).log()
-        weight = nn.functional.pad(weight, (0, size - self.prompt))
-        return additive(mask, hidden.dtype) + weight.to(hidden.dtype)
+        return biased_mask(hidden, mask, (self.gate.clamp(min=0) + LEAK).log())
 
 
 def _gate(noisy: Tensor, kept: Tensor, protected: Tensor, temperature: float) -> Tensor:
