@@ -17,6 +17,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +69,15 @@ def examples(tokenizer: Any, count: int, seed: int, split: str = "train") -> lis
         # Held-out examples are few: each with a context of its own.
         together = TOGETHER[name] if split == "train" else 1
         asked = make(split, counts[name], TOKENS, tokenizer, seed, together)
-        for _, group in groupby(asked, key=_text):
+        for _, group in groupby(asked, key=attrgetter("text")):
             questions = list(group)
             # Not those that also ask before the context, where it is to be shared.
             ways = [w for w in ASK_OTHERWISE if len(questions) == 1 or _asks_once(w)]
             way = draw.choice(ways)
             found += sharing([encode(q, way) for q in questions])
     stories = squad(split, 3 * counts["texts"], TOKENS, tokenizer, seed + 1)
-    found += read_examples(map(_text, stories), tokenizer, LIMIT, 64)[: counts["texts"]]
+    found += read_examples([q.text for q in stories], tokenizer, LIMIT, 64)[: counts["texts"]]
     return [e for e in found if len(e.prompt) + len(e.completion) <= LIMIT]
-
-
-def _text(question: LongQuestion) -> str:
-    return "".join(p.text for p in question.context)
 
 
 def _asks_once(way: tuple[str, str]) -> bool:
@@ -94,12 +91,14 @@ def _encoded(tokenizer: Any, question: LongQuestion, way: tuple[str, str]) -> Ex
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--row", default="SDTP", choices=list(ROWS))
     parser.add_argument("--examples", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--marks", type=Path, default=Path("build/heads/marks"), help="12 GB")
+    parser.add_argument("--marks", type=Path, default=Path("build/heads/marks"), help="13 GB")
     parser.add_argument("--out", type=Path, default=Path("build/heads/sdtp"))
     parser.add_argument("--ship", action="store_true", help=f"put them into {SHIPPED}")
     asked = parser.parse_args()
@@ -109,7 +108,8 @@ def main() -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     options, shape = ROWS[asked.row]
     heads = untrained(model, asked.seed, stages=STAGES, keep=KEEP, **shape)
-    note = {"row": asked.row, "model_name": NAME, "data": " ".join((__doc__ or "").split())}
+    data = {"parts": PARTS, "together": TOGETHER, "tokens": TOKENS, "limit": LIMIT}
+    note = {"row": asked.row, "model_name": NAME, "data": data}
     train(
         model,
         examples(tokenizer, asked.examples, asked.seed),
@@ -132,10 +132,6 @@ def ship(folder: Path) -> None:
     shutil.copy(folder / "training.json", SHIPPED / "training.json")
     size = (SHIPPED / "model.safetensors").stat().st_size
     print(json.dumps({"shipped": str(SHIPPED), "bytes": size}))
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    pass
 
 
 if __name__ == "__main__":

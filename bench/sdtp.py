@@ -195,7 +195,9 @@ def _digest(heads: SDTPHeads) -> str:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     tasks = [*QUESTIONS, *(f"needle-{n}" for n in NEEDLE_LENGTHS), "text"]
     parser.add_argument("--tasks", nargs="*", default=tasks, choices=tasks)
     parser.add_argument("--questions", type=int, default=120, help="of each of the two data sets")
@@ -229,10 +231,6 @@ def main() -> None:
     asked.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     asked.out.with_suffix(".md").write_text(sdtp_table(report))
     print(sdtp_table(report))
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    pass
 
 
 if __name__ == "__main__":

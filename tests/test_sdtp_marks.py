@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kvprune
 from kvprune import KVPruneError
 from kvprune.families import decoder_layers
 from kvprune.policies.sdtp import Example, saliency, sharing
@@ -158,6 +159,30 @@ def test_what_examples_share_is_marked_as_if_they_did_not(family, target, tmp_pa
         torch.testing.assert_close(found.saliency, expected.saliency, rtol=1e-4, atol=1e-6)
 
 
+def test_what_examples_share_is_not_continued_where_that_would_change_it(tmp_path):
+    """Dynamic rotary frequencies depend on the whole length, here beyond what was trained."""
+    scaling = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    limit = {"max_position_embeddings": SIZE + 2, "rope_parameters": scaling}
+    model = kvprune.attach(fresh_model("llama", **limit))
+    shared = Marks(model, STAGES, tmp_path / "a", "removal", keep_hidden=True)
+    alone = Marks(model, STAGES, tmp_path / "b", "removal")
+    for folder in (shared.folder, alone.folder):
+        folder.mkdir()
+    for example in group():
+        found, expected = shared.of(example), alone.of(replace(example, shared=0))
+        assert torch.equal(found.hidden, expected.hidden)
+        assert torch.equal(found.saliency, expected.saliency)
+
+
+def test_what_examples_share_keeps_no_graph(tmp_path):
+    """Of the example before."""
+    keeping = Marks(tiny_model("llama"), STAGES, tmp_path, "removal", keep_hidden=True)
+    keeping.of(group()[0])
+    (cache,) = keeping._last.values()
+    layers: list[Any] = list(cache.layers)
+    assert not any(t.requires_grad for layer in layers for t in (layer.keys, layer.values))
+
+
 def test_what_examples_share_is_read_and_kept_once(tmp_path, monkeypatch):
     """One after the other; and the files of the examples hold the rest alone."""
     model, read = tiny_model("llama"), list[int]()
@@ -275,8 +300,14 @@ def test_standardised_has_mean_0_and_variance_1_and_keeps_the_order(one, two, si
 
 
 def test_standardised_takes_the_logarithm_of_unsigned_saliency():
-    """Equal ratios become equal steps; signed saliency keeps equal differences."""
-    ratios = standardised(torch.tensor([[99.0, 1.0, -10.0, 100.0]]), 1, signed=False)[0]
-    torch.testing.assert_close(ratios, torch.tensor([-1.0, 0.0, 1.0]), rtol=0, atol=1e-5)
+    """Equal ratios become about equal steps, and next to nothing is as good as nothing.
+
+    Signed saliency keeps equal differences.
+    """
+    many = torch.tensor([[99.0, *[1.0] * 40, *[-10.0] * 40, *[100.0] * 40]])
+    low, middle, high = standardised(many, 1, signed=False)[0, ::40]
+    assert (middle - low).item() == pytest.approx((high - middle).item(), rel=0.2)
+    zeros = standardised(torch.tensor([[99.0, *[0.0] * 50, 1e-3, *[1.0] * 49]]), 1, signed=False)[0]
+    assert (zeros[50] - zeros[0]).item() < 0.1 * (zeros[51] - zeros[0]).item()
     steps = standardised(torch.tensor([[99.0, -10.0, 0.0, 10.0]]), 1, signed=True)[0]
     torch.testing.assert_close(steps, torch.tensor([-1.0, 0.0, 1.0]), rtol=0, atol=1e-5)

@@ -18,7 +18,16 @@ from torch import Tensor
 import kvprune
 from kvprune import KVPruneError
 from kvprune.policies import SDTP, SDTPHeads
-from kvprune.policies.sdtp import Example, Training, saliency, sharing, train, trainer, untrained
+from kvprune.policies.sdtp import (
+    Example,
+    Training,
+    saliency,
+    sharing,
+    targets,
+    train,
+    trainer,
+    untrained,
+)
 from kvprune.policies.sdtp.trainer import CHECKPOINT
 
 from .models import fresh_model, prompt
@@ -284,7 +293,6 @@ def test_each_term_has_a_say_in_the_heads(off, tmp_path):
     "other",
     [
         {"target": "gradient"},
-        {"signed": True},
         {"temperature": 0.0},
         {"pairs": None},
         {"pruning_marks": 0.9},
@@ -294,6 +302,44 @@ def test_each_term_has_a_say_in_the_heads(off, tmp_path):
 def test_each_option_has_a_say_in_the_heads(other, whole, tmp_path):
     """What is learned, and how."""
     assert not equal(trained(tmp_path, **other), whole)
+
+
+def test_the_sign_of_a_gradient_has_a_say_in_the_heads(tmp_path):
+    """All else being equal."""
+    how = {"target": "gradient", "listwise": 0.0}
+    both = [trained(tmp_path / str(signed), signed=signed, **how) for signed in (False, True)]
+    assert not equal(*both)
+
+
+@pytest.mark.parametrize("other", [{"listwise": 0.0}, {"target": "gradient"}], ids=str)
+def test_what_has_no_sign_is_not_signed(other):
+    """Removal is of no sign, and the listwise loss takes none."""
+    with pytest.raises(KVPruneError, match=r"signed=True .* expected target='gradient' and list"):
+        Training(**{**BRIEF, **other, "signed": True})
+
+
+def test_weights_that_have_no_gradient(tmp_path):
+    """Those that were made in inference mode."""
+    policy = policy_of(model_of())
+    with torch.inference_mode():
+        model = model_of()
+    with pytest.raises(KVPruneError, match=r"made in torch.inference_mode\(\).*: load it outside"):
+        train(model, EXAMPLES, tmp_path, Training(**BRIEF), policy, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_recall_is_of_what_is_salient(tmp_path, monkeypatch):
+    """Where less is than a stage keeps, and all of that is protected, nothing can be missed."""
+
+    def one_token(model: Any, layers: Any, ids: Tensor, size: int, cache: Any) -> Any:
+        saliency = torch.zeros(len(layers), size)
+        saliency[:, -1] = 1.0
+        return targets.hidden_states(model, layers, ids), saliency
+
+    monkeypatch.setitem(targets.TARGETS, "removal", one_token)
+    trained(tmp_path, pruning_epochs=0)
+    metrics = json.loads((tmp_path / "training.json").read_text())["metrics"]
+    assert all(m["recall"] == [1.0, 1.0] for m in metrics)
 
 
 def test_a_process_has_one_precision(tmp_path):

@@ -53,10 +53,14 @@ class LongQuestion:
     question: str
     answer: str
 
+    @property
+    def text(self) -> str:
+        """The whole context."""
+        return "".join(p.text for p in self.context)
+
     def prompt(self, tokenizer: Any, ask: tuple[str, str] = ASK) -> str:
         """As a chat: the context and the question, and the beginning of an answer."""
-        context = "".join(p.text for p in self.context)
-        content = ask[0].format(context=context, question=self.question)
+        content = ask[0].format(context=self.text, question=self.question)
         message = [{"role": "user", "content": content}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         return str(text) + ask[1]
@@ -116,18 +120,20 @@ def hotpotqa(
 ) -> list[LongQuestion]:
     """Questions of a split, with their paragraphs: those that support the answer, and others.
 
-    The other paragraphs are drawn while there is room; all stay in their order, or come in any
-    where several questions share them. Arguments as for `squad`; a passage is a sentence.
+    The other paragraphs are drawn while there is room, those that support an answer are there
+    whatever their length; all stay in their order, or come in any where several questions share
+    them. Arguments as for `squad`; a passage is a sentence.
     """
     draw, lengths = random.Random(f"hotpotqa {split} {seed}"), _Lengths(tokenizer)
     entries = list(_hotpotqa_splits()[split])
     draw.shuffle(entries)
-    groups = [entries[i : min(i + together, count)] for i in range(0, count, together)]
+    chosen = entries[:count]
     return [
         question
-        for group in groups
-        if group
-        for question in _hotpotqa_questions(group, draw.randint(*tokens), lengths, draw)
+        for i in range(0, len(chosen), together)
+        for question in _hotpotqa_questions(
+            chosen[i : i + together], draw.randint(*tokens), lengths, draw
+        )
     ]
 
 

@@ -20,7 +20,7 @@ from kvprune.files import write_whole
 
 from .examples import Example
 from .shipped import weights_digest
-from .targets import CONTINUED, TARGETS, hidden_states
+from .targets import TARGETS, can_continue, hidden_states
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Marks:
         size = len(example.prompt)
         whole = example.prompt + example.completion
         ids = torch.tensor([whole], device=self.model.device)
-        if self.keep_hidden and example.shared and self.target in CONTINUED:
+        if self.keep_hidden and example.shared and can_continue(self.model, self.target):
             inputs, saliency = self._continued(example, ids)
         elif known:
             inputs, saliency = hidden_states(self.model, self.layers, ids), known["saliency"]
@@ -162,8 +162,8 @@ def standardised(saliency: Tensor, sinks: int, signed: bool) -> Tensor:
     """
     rest = saliency[:, sinks:]
     size = rest.abs()
-    # A gradient in bfloat16 can be exactly 0.
-    values = rest if signed else (size + 1e-8 * size.amax(1, keepdim=True) + 1e-30).log()
+    # Many are exactly 0; what is a hundredth of the mean is as good as that.
+    values = rest if signed else (size + size.mean(1, keepdim=True) / 100 + 1e-30).log()
     return (values - values.mean(1, keepdim=True)) / values.std(1, keepdim=True).clamp(min=1e-6)
 
 

@@ -25,7 +25,8 @@ class Training:
         distillation: weight of the completion's KL divergence from the dense model.
         pairs: pairs that the ranking loss draws per stage; None for all.
         target: what saliency is, "removal" or the paper's "gradient"; see `targets`.
-        signed: rank, and err by, the signed saliency instead of its magnitude.
+        signed: rank, and err by, the signed gradient instead of its magnitude; without the
+            listwise loss, which is of what is not negative.
         temperature: of the Gumbel noise on the scores, and of the relaxation.
         learning_rate, pruning_learning_rate: AdamW's, at their highest, in each phase.
         weight_decay: AdamW's.
@@ -78,6 +79,11 @@ class Training:
         if self.target not in TARGETS:
             raise KVPruneError(
                 f"Training: target={self.target!r}: expected one of {tuple(TARGETS)}"
+            )
+        if self.signed and (self.target != "gradient" or self.listwise):
+            raise KVPruneError(
+                f"Training: signed=True with target={self.target!r} and listwise={self.listwise!r}:"
+                f" expected target='gradient' and listwise=0, since nothing else has a sign"
             )
         if not any(phase.epochs for phase in phases(self)):
             raise KVPruneError(

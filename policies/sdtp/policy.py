@@ -99,12 +99,15 @@ class SDTP(TokenPolicy):
 
     def rank_hidden(self, tokens: TokenView) -> Ranking | None:
         """Ranks before each stage's layer; rows with few tokens keep everything."""
-        heads = self._with_heads()
-        layers = heads.layers[: self.stages]
-        if tokens.layer not in layers or int(tokens.length.max()) < self.min_tokens:
+        stage = self.stage_of(tokens.layer)
+        if stage is None or int(tokens.length.max()) < self.min_tokens:
             return None
-        stage = layers.index(tokens.layer)
         return self.ranking(tokens, stage, self.score(tokens, stage))
+
+    def stage_of(self, layer: int) -> int | None:
+        """Which stage stands before a layer, from 0; None if there is none."""
+        layers = self._with_heads().layers[: self.stages]
+        return layers.index(layer) if layer in layers else None
 
     @torch.no_grad()
     def score(self, tokens: TokenView, stage: int) -> Tensor:

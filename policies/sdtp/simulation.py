@@ -23,7 +23,6 @@ from kvprune.masks import biased_mask
 from kvprune.policy import TokenView, _Statistics
 from kvprune.selection import select
 
-from .heads import SDTPHeads
 from .policy import SDTP
 
 LEAK = 1e-5
@@ -59,19 +58,17 @@ class PruningPass:
 
     def enter(self, layer: int, num_layers: int, hidden: Tensor) -> None:
         """Decides before a stage's layer, given its input `[1, N, C]`."""
-        heads = self.policy.heads
-        assert heads is not None
-        stages = heads.layers[: self.policy.stages]
-        if layer not in stages or not self.policy.applies(layer):
+        stage = self.policy.stage_of(layer)
+        if stage is None or not self.policy.applies(layer):
             return
         tokens = self._view(layer, num_layers, hidden.detach())
-        stage = stages.index(layer)
         # As in inference, where nothing is under autocast.
         with torch.autocast(hidden.device.type, enabled=False):
-            self._decide(stage, tokens, heads)
+            self._decide(stage, tokens)
 
-    def _decide(self, stage: int, tokens: TokenView, heads: SDTPHeads) -> None:
-        score = heads(tokens.hidden, tokens.columns, stage)
+    def _decide(self, stage: int, tokens: TokenView) -> None:
+        assert self.policy.heads is not None
+        score = self.policy.heads(tokens.hidden, tokens.columns, stage)
         noisy = score + self._noise(score)
         ranking = self.policy.ranking(tokens, stage, noisy.detach())
         # The logits of the prompt's last token are asked for.

@@ -52,6 +52,10 @@ def removal(
         logits = model(ids[:, last:], past_key_values=cache, use_cache=True).logits[0, :-1]
         odds = _log_odds(logits.float(), ids[0, size:]).sum()
         slopes = torch.stack(torch.autograd.grad(odds, biases))
+    layer: Any
+    for layer in cache.layers:
+        # Or the cache would keep the graph.
+        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
     return inputs, torch.stack([slopes[i - lowest :].sum(0).clamp(min=0) for i in layers])
 
 
@@ -72,8 +76,18 @@ def gradient(
 
 
 TARGETS: dict[str, Target] = {"removal": removal, "gradient": gradient}
-CONTINUED = ("removal",)
-"""Those that can go on from a cache."""
+
+
+def can_continue(model: Any, target: str) -> bool:
+    """Whether it is the same after a cache of what is before.
+
+    It is not where rotary frequencies depend on how long the whole is.
+    """
+    config = model.config.get_text_config(decoder=True)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    nested = [v for v in scaling.values() if isinstance(v, dict)] or [scaling]
+    kinds = {how.get("rope_type") for how in nested}
+    return target == "removal" and not kinds & {"dynamic", "longrope"}
 
 
 @torch.no_grad()

@@ -264,8 +264,8 @@ class Trainer:
     def _agreement(self, mark: Mark) -> dict[str, list[float]]:
         """Per stage, the sinks left out: rank correlations among the tokens that come to it.
 
-        And the recall: of the most salient of all tokens, as many as the stage keeps, the share
-        that it does keep.
+        And the recall: of the most salient of all tokens, as many as the stage keeps, or as there
+        are of any saliency, the share that it does keep.
         """
         from scipy.stats import kendalltau, spearmanr
 
@@ -277,7 +277,8 @@ class Trainer:
             known = columns >= sinks
             score, there = score[known].float().cpu(), columns[known].cpu() - sinks
             kept = there[kept[known].cpu()]
-            top = target.topk(len(kept)).indices
+            salient = int(mark.saliency[stage, sinks:].count_nonzero())
+            top = target.topk(min(len(kept), salient)).indices
             for name, correlation in (("spearman", spearmanr), ("kendall", kendalltau)):
                 value = float(correlation(score, target[there]).statistic)
                 # Too few tokens to have an order.

@@ -76,7 +76,7 @@ def train(
     """
     check_family(model)
     _require("accelerate", "scipy")
-    _check_head(model)
+    _check_model(model)
     options, note = options or Training(), _as_json(note or {})
     with torch.inference_mode(False), torch.enable_grad(), _frozen(model):
         accelerator = _accelerator(options.mixed_precision)
@@ -103,7 +103,12 @@ def train(
     return policy.heads.to(home)
 
 
-def _check_head(model: Any) -> None:
+def _check_model(model: Any) -> None:
+    if any(p.is_inference() for p in model.parameters()):
+        raise KVPruneError(
+            "train: the model's weights were made in torch.inference_mode(), where nothing has a "
+            "gradient: load it outside"
+        )
     head = model.get_output_embeddings()
     if head is None:
         raise KVPruneError(
