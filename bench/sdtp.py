@@ -7,9 +7,9 @@ Questions about contexts of 1,000 to 1,500 tokens from splits that nothing was t
 by (see `kvprune.evaluation.questions`; `--split choose` is for choosing), by the teacher-forced
 negative log-likelihood of the gold answer's tokens; needles, by whether the number is repeated;
 and plain text, by the likelihood of its next 128 tokens, which hardly notices what was dropped.
-All rows run on the same items; shares and differences are paired, with bootstrap intervals. These
-resample questions, not articles: what they say is of these articles (SQuAD's final split has
-seven).
+All rows run on the same items (the oracles, which cost a backward, on the first of them); shares
+and differences are paired, with bootstrap intervals. These resample questions, not articles: what
+they say is of these articles (SQuAD's final split has seven). Random scores are drawn three times.
 
 Each result is appended to `OUT.jsonl` as it comes: a run that was stopped goes on where it was.
 `OUT.json` is the summary, `OUT.md` a table of it.

@@ -84,7 +84,9 @@ def _row(rows: dict[str, dict[int, float]], name: str, task: str) -> dict[str, A
     row["few"] = len(rows[name]) < len(rows["dense"])
     for other in ("SDTP", "paper's head"):
         if other in rows and other != name:
-            row[f"minus {other}_95"] = interval(_difference, *paired(rows[name], rows[other]))
+            both = paired(rows[name], rows[other])
+            row[f"minus {other}"] = round(float(_difference(*both)), 4)
+            row[f"minus {other}_95"] = interval(_difference, *both)
     return row
 
 

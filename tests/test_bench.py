@@ -48,7 +48,7 @@ def test_a_row_is_compared_on_the_questions_that_it_has():
     assert row["items"] == 2 and row["few"]
     assert row["recovered"] == pytest.approx(0.75)
     low, high = row["minus SDTP_95"]
-    assert low == 0.0 and high == 0.5
+    assert low == 0.0 and high == 0.5 and row["minus SDTP"] == pytest.approx(0.25)
 
 
 def test_the_compound_error_is_what_h2o_loses_more_after_sdtp():
