@@ -4,8 +4,9 @@
     python -m bench.heads --row "paper's head" --out build/heads/paper
 
 Questions about SQuAD articles and HotpotQA paragraphs of the splits to train on (see
-`kvprune.evaluation.questions`), asked in several ways, with the gold answer as completion; and
-stretches of the same articles with their next 64 tokens. Stopped, it goes on where it was.
+`kvprune.evaluation.questions`), asked in several ways, with the gold answer as completion; questions
+about made-up facts that were put into the articles; and stretches of the articles with their next 64
+tokens. Stopped, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvprune.evaluation.assets import demo_model
-from kvprune.evaluation.questions import ASK_OTHERWISE, LongQuestion, hotpotqa, squad
+from kvprune.evaluation.questions import ASK_OTHERWISE, LongQuestion, hidden_facts, hotpotqa, squad
 from kvprune.policies import SDTP, SDTPHeads
 from kvprune.policies.sdtp import Example, Training, read_examples, sharing, train, untrained
 
@@ -39,8 +40,8 @@ KEEP = round(0.35 ** (1 / STAGES), 4)
 TOKENS = (350, 900)
 LIMIT = 1024
 HELD_OUT = 40
-PARTS = {"squad": 0.6, "hotpotqa": 0.37, "texts": 0.03}
-TOGETHER = {"squad": 8, "hotpotqa": 3}
+PARTS = {"hotpotqa": 0.37, "squad": 0.5, "facts": 0.1, "texts": 0.03}
+TOGETHER = {"hotpotqa": 3, "squad": 8, "facts": 4}
 """Questions about one context, which are marked in little more time than one."""
 
 FULL = Training(marking_epochs=2, learning_rate=3e-3)
@@ -65,7 +66,7 @@ def examples(tokenizer: Any, count: int, seed: int, split: str = "train") -> lis
     """`count` of them, in the shares that `PARTS` says."""
     draw, encode = random.Random(f"examples {seed}"), partial(_encoded, tokenizer)
     counts, found = {name: round(share * count) for name, share in PARTS.items()}, list[Example]()
-    for name, make in (("hotpotqa", hotpotqa), ("squad", squad)):
+    for name, make in (("hotpotqa", hotpotqa), ("squad", squad), ("facts", hidden_facts)):
         # Held-out examples are few: each with a context of its own.
         together = TOGETHER[name] if split == "train" else 1
         asked = make(split, counts[name], TOKENS, tokenizer, seed, together)

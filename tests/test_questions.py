@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from kvprune.evaluation import questions
-from kvprune.evaluation.questions import ASK, ASK_OTHERWISE, hotpotqa, squad
+from kvprune.evaluation.questions import ASK, ASK_OTHERWISE, hidden_facts, hotpotqa, squad
 
 
 class Words:
@@ -152,3 +152,19 @@ def test_hotpotqa_questions_about_one_context():
     # Beside these nothing fits; in a roomier one there are others, of any of the questions.
     (roomy, *_) = hotpotqa("train", 3, (500, 500), Words(), together=3)
     assert len([t for t in text(roomy).split("\n") if t and " " not in t]) in range(9, 13)
+
+
+def test_hidden_facts_are_in_a_context_of_squad():
+    """Each question's answer is there, beside whom it is about; the rest is the article's."""
+    found = hidden_facts("train", 10, (60, 90), Words(), together=4)
+    groups = [list(g) for _, g in itertools.groupby(found, key=text)]
+    assert [len(g) for g in groups] == [4, 4, 2] and len({q.answer for q in found}) == 10
+    articles = squad("train", 3, (60, 90), Words())
+    for group, article in zip(groups, articles, strict=True):
+        context = text(group[0])
+        for question in group:
+            assert context.count(question.answer) == 1
+            person = next(p for p in questions._PEOPLE if p in question.question)
+            assert context.count(person) == 1
+        words = iter(context.split())
+        assert all(word in words for word in text(article).split())

@@ -137,6 +137,60 @@ def hotpotqa(
     ]
 
 
+def hidden_facts(
+    split: str,
+    count: int,
+    tokens: tuple[int, int],
+    tokenizer: Any,
+    seed: int = 0,
+    together: int = 1,
+) -> list[LongQuestion]:
+    """Questions about facts that no text leads one to expect: what a made-up person's code is.
+
+    Each is a sentence somewhere in a context of SQuAD; what is asked is said there alone. Arguments
+    as for `squad`; a context is longer than `tokens` say by its sentences.
+    """
+    draw, found = random.Random(f"facts {split} {seed}"), list[LongQuestion]()
+    contexts = squad(split, -(-count // together), tokens, tokenizer, seed)
+    for context in contexts:
+        people = draw.sample(_PEOPLE, together)
+        facts = [(draw.choice(_FACTS), person, _value(draw)) for person in people]
+        text = context.text
+        for (fact, _), person, value in facts:
+            text = _hidden(text, fact.format(person, value), draw)
+        passages = (Passage(text),)
+        found += [LongQuestion(passages, f[1].format(person), value) for f, person, value in facts]
+    return found[:count]
+
+
+_PEOPLE = tuple(
+    f"{first} {last}"
+    for first in ("Ada", "Bruno", "Chloe", "David", "Elif", "Farid", "Greta", "Hugo", "Ines", "Jun")
+    for last in ("Adler", "Baker", "Costa", "Dufour", "Eriksen", "Fontaine", "Greco", "Haddad")
+)
+_FACTS = (
+    ("The locker of {} opens with {}.", "What does the locker of {} open with?"),
+    ("{}'s telephone extension is {}.", "What is the telephone extension of {}?"),
+    ("Parcels for {} go to box {}.", "Which box do parcels for {} go to?"),
+    ("The password that {} uses is {}.", "What is the password that {} uses?"),
+    ("{} lives at house number {}.", "At which house number does {} live?"),
+    ("The ticket of {} has the number {}.", "What number does the ticket of {} have?"),
+)
+
+
+def _value(draw: random.Random) -> str:
+    """Of three to nine digits, or letters."""
+    signs = draw.choice(("0123456789", "0123456789", "abcdefghijklmnopqrstuvwxyz"))
+    return "".join(draw.choices(signs, k=draw.randint(3, 9)))
+
+
+def _hidden(text: str, sentence: str, draw: random.Random) -> str:
+    """The text with a sentence more, after any that it has, or at its end."""
+    ends = [i + 2 for i in range(len(text) - 1) if text[i : i + 2] == ". "]
+    place = draw.choice([*ends, len(text)])
+    return f"{text[:place]}{' ' * (place == len(text))}{sentence} {text[place:]}"
+
+
 class _Lengths:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
