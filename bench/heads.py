@@ -4,9 +4,9 @@
     python -m bench.heads --row "paper's head" --out build/heads/paper
 
 Questions about SQuAD articles and HotpotQA paragraphs of the splits to train on (see
-`kvprune.evaluation.questions`), asked in several ways, with the gold answer as completion; questions
-about made-up facts that were put into the articles; and stretches of the articles with their next 64
-tokens. Stopped, it goes on where it was.
+`kvprune.evaluation.questions`), asked in several ways, with the gold answer as completion;
+questions about made-up facts that were put into the articles; and stretches of the articles with
+their next 64 tokens. Stopped, it goes on where it was.
 """
 
 from __future__ import annotations
