@@ -118,7 +118,7 @@ def test_counts_that_may_be_absent(name, value):
 @pytest.mark.parametrize("target", ["gradients", "", None, 3])
 def test_targets_that_are_none(target):
     """The error lists what there is."""
-    with pytest.raises(KVPruneError, match=r"target=.*expected one of .*attention.*gradient"):
+    with pytest.raises(KVPruneError, match=r"target=.*expected one of .*removal.*gradient"):
         Training(target=target)
 
 
