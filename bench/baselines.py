@@ -32,13 +32,18 @@ class HiddenNorm(SDTP):
 
 @dataclass(frozen=True, repr=False)
 class GivenScores(SDTP):
-    """Scores that are known beforehand, `[S, columns]`, as of an oracle or at random."""
+    """Scores that are known beforehand, `[S, columns]`, as of an oracle or at random.
+
+    Of a prompt; what is read behind it has none, as all of it is asked for.
+    """
 
     scores: Tensor = field(kw_only=True)
 
     def score(self, tokens: TokenView, stage: int) -> Tensor:
         """See `SDTP`."""
-        return self.scores[stage][tokens.columns.clamp(min=0)].float()
+        scores = self.scores[stage]
+        behind = tokens.columns >= len(scores)
+        return scores[tokens.columns.clamp(0, len(scores) - 1)].float().masked_fill(behind, 0)
 
 
 @dataclass(frozen=True, repr=False)
