@@ -178,11 +178,11 @@ def _open_step(
     _check_forward(base, args, kwargs)
     cache.bind(base._kvprune, base)
     asks_probabilities = argument(base, args, kwargs, "output_attentions")
-    if asks_probabilities and any(layer.names for layer in cache.layers):
+    if asks_probabilities and cache.attends_in_pieces:
         raise KVPruneError(
-            "output_attentions=True with a policy that observes attention: it is computed block "
-            "by block, and the probabilities are never there as a whole. Leave it out, or use "
-            "policies without statistics"
+            "output_attentions=True with a policy that observes attention, or with drafts and a "
+            "policy that evicts: attention is computed piece by piece, and the probabilities are "
+            "never there as a whole. Leave it out, or use policies without statistics"
         )
     tokens = argument(base, args, kwargs, "input_ids")
     if tokens is None:
@@ -345,23 +345,27 @@ def _prepare_cache_for_generation(
     prepare = type(model)._prepare_cache_for_generation
     cache = model_kwargs.get("past_key_values")
     if isinstance(cache, ComposedCache):
-        _check_generation(generation_config, *args, **kwargs)
+        _check_generation(cache, generation_config, *args, **kwargs)
         mask = model_kwargs.get("attention_mask")
         if mask is None:
-            cache.announce_prompt(generation_config._mask_length - cache.seen)
+            length = generation_config._mask_length
+            cache.announce_prompt(length - cache.seen, length)
         else:
             _check_ends(mask)
-            cache.announce_prompt(mask[:, cache.seen :].bool().sum(-1))
+            cache.announce_prompt(mask[:, cache.seen :].bool().sum(-1), mask.shape[1])
     return prepare(model, generation_config, model_kwargs, *args, **kwargs)
 
 
-def _check_generation(generation_config: Any, generation_mode: Any, *_: Any, **__: Any) -> None:
+def _check_generation(
+    cache: ComposedCache, generation_config: Any, generation_mode: Any, *_: Any, **__: Any
+) -> None:
     if generation_config.use_cache is False:
         raise KVPruneError("use_cache=False with a ComposedCache: leave out one of the two")
-    if "assisted" in str(generation_mode).lower():
+    if "assisted" in str(generation_mode).lower() and cache.seen:
         raise KVPruneError(
-            "assisted and prompt-lookup decoding are not supported with a ComposedCache yet: "
-            "leave out assistant_model and prompt_lookup_num_tokens"
+            f"assisted and prompt-lookup decoding go wrong in transformers with a cache that is "
+            f"not empty (this one has seen {cache.seen} columns): use a new ComposedCache and hand "
+            f"in all tokens, or leave out assistant_model and prompt_lookup_num_tokens"
         )
 
 

@@ -55,6 +55,29 @@ def slot_attention(
     layer = kvprune_layer
     assert attention_mask is not None, "our mask functions always return a rule"
     mask = as_mask(attention_mask, layer.step.seen)
+    if not layer.step.one_by_one:
+        return _attend(backend, stock, module, layer, query, key, value, mask, **arguments)
+    outputs = []
+    for new, piece in layer.pieces():
+        held = piece.store(key[:, :, new], value[:, :, new])
+        mine = query[:, :, new]
+        output, _ = _attend(backend, stock, module, piece, mine, *held, mask, **arguments)
+        layer.step.evict(piece)
+        outputs.append(output)
+    return torch.cat(outputs, 1), None
+
+
+def _attend(
+    backend: str,
+    stock: Callable[..., tuple[Tensor, Tensor | None]],
+    module: torch.nn.Module,
+    layer: LayerStep,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor | None]:
     if layer.slots.names:
         return _observed(layer, query, key, value, mask, **arguments), None
     dense = _mask_for(backend, layer, query, key, mask)

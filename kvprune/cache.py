@@ -73,6 +73,11 @@ class ComposedCache(Cache):
         self._padding: Tensor | None = None
         self._promise: Tensor | int = 0
         self._in_generate = False
+        # Whether the newest columns may be taken back, how many of the last forward's can be
+        # where something was evicted since, and up to which column `generate` reads a prompt.
+        self._recording = False
+        self._recorded = 0
+        self._prompt_end = 0
         self._logits_to_keep: int | Tensor = 0
         # A dict, since its setdefault is atomic: two threads cannot both open a step. (A lock
         # could be neither deep-copied nor pickled.) Then the threads whose forward was refused
@@ -136,7 +141,8 @@ class ComposedCache(Cache):
         self._logits_to_keep = 0
         self.seen = 0
         self._rows, self._padding, self._promise = None, None, 0
-        self._in_generate = False
+        self._in_generate = self._recording = False
+        self._recorded = self._prompt_end = 0
         self._open = {}
         self._refused = []
         self._failure = ""
@@ -156,7 +162,8 @@ class ComposedCache(Cache):
             del self._open["step"]
         # The copy of a cache in `generate` is in none.
         twin._refused = []
-        twin.leave_generate()
+        if twin._in_generate:
+            twin.leave_generate()
         return twin
 
     # What transformers asks of a cache.
@@ -169,10 +176,10 @@ class ComposedCache(Cache):
         Raises:
             KVPruneError: called outside a forward of an attached model.
         """
-        step = self.step
-        return self._slots(layer_idx).append(
-            key_states, value_states, step.slot_columns, step.complete, in_hole=step.count == 1
-        )
+        if self.step.one_by_one:
+            # Stored by the attention function, each when its turn comes.
+            return key_states, value_states
+        return self.at_layer(layer_idx).store(key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The logical length; the same for all layers."""
@@ -215,6 +222,7 @@ class ComposedCache(Cache):
         self._check_usable()
         if self._rows is None:
             return
+        self._settle()
         for layer in self.layers:
             layer.select_rows(rows)
         self._rows = self._rows.select(rows)
@@ -225,8 +233,8 @@ class ComposedCache(Cache):
         """Takes back the newest `-tokens_to_remove` columns.
 
         Raises:
-            KVPruneError: a positive number, more than were seen, or a policy that evicts:
-                what it evicted since would have to come back.
+            KVPruneError: a positive number, more than were seen, or a policy that evicts and
+                columns that were not recorded: what it evicted since would have to come back.
         """
         self._check_usable()
         whole = isinstance(tokens_to_remove, int)
@@ -235,27 +243,42 @@ class ComposedCache(Cache):
                 f"crop({tokens_to_remove!r}): expected minus the number of columns to take back, "
                 f"at most {self.seen}"
             )
-        if any("rank_slots" in p.hooks for p in self.policies):
+        back = -tokens_to_remove
+        if back > self._recorded and any("rank_slots" in p.hooks for p in self.policies):
             raise KVPruneError(
-                f"crop: {self!r} evicts, and what was evicted cannot come back. Take a "
-                f"copy.deepcopy of the cache before the forward that may have to be undone"
+                f"crop: {self!r} evicts, and what was evicted cannot come back: expected at most "
+                f"the {self._recorded} columns of the last forward that were recorded. Call "
+                f"activate_past_recording() before a forward that may have to be undone, or take "
+                f"a copy.deepcopy of the cache"
             )
-        self.seen += tokens_to_remove
+        self.seen -= back
         self._padding = None if self._padding is None else self._padding[:, : self.seen]
+        if self._recorded:
+            self._settle(back)
+        elif back:
+            self._drop_from(self.seen)
+
+    def _drop_from(self, column: int) -> None:
+        """Drops what every layer holds of the columns from `column` on."""
         for layer in self.layers:
             if layer.is_initialized:
-                layer.keep((layer.columns >= 0) & (layer.columns < self.seen))
+                layer.keep((layer.columns >= 0) & (layer.columns < column))
+
+    def _settle(self, back: int = 0) -> None:
+        """Takes back the last `back` recorded columns; the others stay for good."""
+        for layer in self.layers:
+            layer.settle(back)
+        self._recorded = 0
 
     def activate_past_recording(self) -> None:
-        """Refused: assisted decoding, which takes tokens back, is not supported yet.
+        """From here on, `crop` can take back what the last forward read beyond the prompt.
 
-        Raises:
-            KVPruneError: always.
+        Such tokens, as the drafts of assisted and prompt-lookup decoding, are treated as if
+        they came one by one: none is pruned, and every layer evicts after each. Nothing leaves
+        its place before the next `crop` or forward. Ends with `generate`, or with `reset()`.
         """
-        raise KVPruneError(
-            "assisted and prompt-lookup decoding are not supported with a ComposedCache yet: "
-            "leave out assistant_model and prompt_lookup_num_tokens"
-        )
+        self._check_usable()
+        self._recording = True
 
     # What attach() calls, in this order.
 
@@ -280,10 +303,15 @@ class ComposedCache(Cache):
         self.layers = [SlotLayer(wanted_at(working, i)) for i in layers]
         self._working, self._attachment = working, attachment
 
-    def announce_prompt(self, new: Tensor | int) -> None:
-        """`generate` tells how many valid prompt tokens `[B]` follow, however it splits them."""
+    def announce_prompt(self, new: Tensor | int, columns: int) -> None:
+        """`generate` tells how many valid prompt tokens `[B]` follow, however it splits them.
+
+        Args:
+            new: how many.
+            columns: of the whole prompt, what was seen before included.
+        """
         self._check_usable()
-        self._promise = new
+        self._promise, self._prompt_end = new, columns
 
     def enter_generate(self) -> None:
         """From here on, forwards do not count as prompt unless announced."""
@@ -294,8 +322,10 @@ class ComposedCache(Cache):
 
     def leave_generate(self) -> None:
         """`generate` is over, however it ended."""
-        self._promise = 0
-        self._in_generate = False
+        self._promise = self._prompt_end = 0
+        self._in_generate = self._recording = False
+        if not self._failure:
+            self._settle()
 
     def ask_logits(self, logits_to_keep: int | Tensor) -> None:
         """Which tokens' logits the next forward is asked for; those are not pruned."""
@@ -336,8 +366,12 @@ class ComposedCache(Cache):
         added = (columns >= 0).sum(-1) if counts else self._promise
         padding = padding_so_far(self._padding, columns, self.seen, mask)
         numbers = rows_after(self._rows, columns, added, padding)
-        asked = asked_tokens(self._logits_to_keep, rows, count, device)
-        return Step(self._working, len(self), self.seen, columns, numbers, asked, padding)
+        drafts = min(count, max(self.seen + count - self._prompt_end, 0)) * self._recording
+        # Of a prompt with drafts behind it, what it would be asked for without them.
+        keep = 1 if drafts else self._logits_to_keep
+        asked = asked_tokens(keep, rows, count - drafts, device)
+        self._settle()
+        return Step(self._working, len(self), self.seen, columns, numbers, asked, padding, drafts)
 
     def _claim(self) -> None:
         """Takes the one place for a step, or for a copy, or refuses."""
@@ -367,14 +401,23 @@ class ComposedCache(Cache):
         assert step is not None
         return step
 
+    @property
+    def attends_in_pieces(self) -> bool:
+        """Whether the next forward never has its attention probabilities as a whole."""
+        records = self._recording and any("rank_slots" in p.hooks for p in self.policies)
+        return records or any(layer.names for layer in self.layers)
+
     def at_layer(self, layer: int) -> LayerStep:
         """What the attention function of `layer` needs to know."""
-        step = self.step
-        return LayerStep(step, self._slots(layer), step.columns, step.complete)
+        step, seen = self.step, self.seen + self.step.count
+        return LayerStep(
+            step, layer, self._slots(layer), step.columns, step.slot_columns, step.complete, seen
+        )
 
     def evict(self, layer: int) -> None:
         """After the attention of `layer`: keeps what all policies keep."""
-        self.step.evict(layer, self._slots(layer))
+        if not self.step.one_by_one:
+            self.step.evict(self.at_layer(layer))
 
     def refuse_step(self) -> None:
         """This thread's forward ended before it began: its close is not that of another."""
@@ -396,6 +439,7 @@ class ComposedCache(Cache):
             self.seen += step.count
             self._rows, self._padding = step.rows, step.padding
             self._promise = 0
+            self._recorded = step.drafts if step.one_by_one else 0
         else:
             self._failure = "an error ended a forward in its middle"
         del self._open["step"]

@@ -42,6 +42,7 @@ class SlotLayer:
         self._values: Tensor | None = None
         self._columns: Tensor | None = None
         self._statistics: dict[str, Tensor] = {}
+        self._record: list[tuple[Tensor | None, dict[str, Tensor]]] = []
 
     @property
     def is_initialized(self) -> bool:
@@ -103,7 +104,7 @@ class SlotLayer:
         Returns:
             keys and values of all slots in use.
         """
-        if in_hole and self.hole is not None:
+        if in_hole and self.hole is not None and not self._record:
             self._fill(self.hole, keys, values, columns)
             self.gaps = self.gaps or not complete
         else:
@@ -151,6 +152,9 @@ class SlotLayer:
             kept: `[B, 1|Hkv, S]` bool; with a head axis of Hkv the heads part ways.
         """
         columns = self.columns.masked_fill(~kept, -1)
+        if self._record:
+            self._columns, self.gaps = _widened(columns, self.capacity, -1), True
+            return
         fewest, most = torch.stack((columns >= 0).sum(-1).aminmax()).tolist()
         if self.used - most > 1 or self.capacity - most > SLACK:
             self._compact(columns, most)
@@ -168,7 +172,7 @@ class SlotLayer:
             gone: `[B, 1|Hkv, 1]` int64; with a head axis of Hkv the heads part ways.
         """
         assert self._columns is not None
-        fits = self.hole is None and self.capacity - self.used < SLACK
+        fits = self.hole is None and self.capacity - self.used < SLACK and not self._record
         if not fits or gone.shape[1] != self.columns.shape[1]:
             shape = (*gone.shape[:2], self.used)
             everything = torch.ones(shape, dtype=torch.bool, device=gone.device)
@@ -177,6 +181,27 @@ class SlotLayer:
         # Not in place: layers may share the tensor until one of them drops something.
         self._columns = self._columns.scatter(-1, gone, -1)
         self.hole = gone
+
+    def record(self) -> None:
+        """Notes what is held now, to come back to; until `settle`, nothing leaves its place."""
+        columns = None if self._columns is None else self.columns
+        statistics = {name: value.clone() for name, value in self.statistics.items()}
+        self._record.append((columns, statistics))
+
+    def settle(self, back: int) -> None:
+        """Returns to the last record but `back`, if there are any, and frees all the rest."""
+        if not self._record:
+            return
+        columns, statistics = self._record[-1 - back]
+        self._record = []
+        if columns is None:
+            self.reset()
+            return
+        self.used, capacity = columns.shape[-1], self.capacity
+        self._columns = _widened(columns, capacity, -1)
+        for name, value in statistics.items():
+            self._statistics[name] = _widened(value, capacity, 0)
+        self.keep(columns >= 0)
 
     def _compact(self, columns: Tensor, size: int) -> None:
         """Moves the `size` slots that stay to the front of new buffers, with one to spare."""

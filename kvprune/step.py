@@ -7,8 +7,9 @@ keeps the hidden state with which it left.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -159,6 +160,8 @@ class Step:
     slot_columns: the same `[B, 1, Q]`, one object for all layers, which masks go by.
     complete: none of `columns` is -1. rows: the rows' numbers, this forward included.
     padding: see `padding_so_far`. prunes: whether policies are asked before the layers.
+    drafts: how many tokens, at the end, may be taken back; they are never pruned.
+    one_by_one: each layer treats them one by one, as something may be evicted in between.
     """
 
     def __init__(
@@ -170,19 +173,22 @@ class Step:
         rows: RowNumbers,
         asked: Tensor,
         padding: Tensor | None,
+        drafts: int = 0,
     ) -> None:
         self._pruners = [p for p in policies if "rank_hidden" in p.hooks]
         self._evicters = [p for p in policies if "rank_slots" in p.hooks]
         self._num_layers = num_layers
         self._asked = asked
-        self._length = (columns >= 0).sum(-1)
+        self._length = (columns[:, : columns.shape[1] - drafts] >= 0).sum(-1)
         self._places: Tensor | None = None
         self._parked: Tensor | None = None
         self._aligned: dict[int, tuple[Any, Any]] = {}
         self._previous: dict[str, Tensor] = {}
         self.seen = seen
         self.count = columns.shape[1]
-        self.prunes = self.count > 1 and bool(self._pruners)
+        self.drafts = drafts
+        self.one_by_one = drafts > 0 and any("rank_slots" in p.hooks for p in policies)
+        self.prunes = self.count - drafts > 1 and bool(self._pruners)
         self.columns = columns
         self.slot_columns = columns[:, None]
         self.complete = bool((columns >= 0).all())
@@ -194,27 +200,35 @@ class Step:
 
         Asked only where the step `prunes`: in forwards of several tokens, if a policy does.
         """
-        valid = self.columns >= 0
+        lead = self.columns.shape[1] - self.drafts
+        columns = self.columns[:, :lead]
         tokens = TokenView(
             layer=layer,
             num_layers=self._num_layers,
-            hidden=hidden.detach(),
-            columns=self.columns,
-            valid=valid,
+            hidden=hidden[:, :lead].detach(),
+            columns=columns,
+            valid=columns >= 0,
             first=self.rows.first,
             length=self._length,
             statistic=_Statistics(self._previous),
         )
-        asked = self._asked if self._places is None else self._asked.gather(1, self._places)
+        asked = (
+            self._asked if self._places is None else self._asked.gather(1, self._places[:, :lead])
+        )
         kept = surviving_tokens(self._pruners, tokens, asked)
-        if kept is None or torch.equal(kept, valid):
+        if kept is None or torch.equal(kept, tokens.valid):
             return hidden
         return self._narrow(kept, hidden)
 
     def _narrow(self, kept: Tensor, hidden: Tensor) -> Tensor:
+        """Keeps of the tokens before the drafts those that are named, `[B, Q' - drafts]`."""
         fewest, most = torch.stack(kept.sum(-1).aminmax()).tolist()
+        drafts = torch.arange(kept.shape[1], self.columns.shape[1], device=kept.device)
+        drafts = drafts.expand(kept.shape[0], -1)
         # The survivors in order; behind them, to fill shorter rows, some that are dropped.
         order = (~kept).byte().argsort(dim=-1, stable=True)[:, : max(most, 1)]
+        order = torch.cat([order, drafts], 1)
+        kept = torch.nn.functional.pad(kept, (0, self.drafts), value=True)
         self._parked = hidden if self._parked is None else self._written_back(hidden)
         self._places = order if self._places is None else self._places.gather(1, order)
         self.columns = self.columns.masked_fill(~kept, -1).gather(1, order)
@@ -252,28 +266,27 @@ class Step:
         value = value.expand(self._places.shape[0], *value.shape[1:])
         return _gathered(value, self._places)
 
-    def evict(self, layer: int, slots: SlotLayer) -> None:
+    def evict(self, at: LayerStep) -> None:
         """Asks the policies after a layer's attention and drops what none keeps."""
-        several = self.count > 1
-        if self.prunes:
-            new = self.columns.shape[1]
+        new, slots = at.columns.shape[1], at.slots
+        if self.prunes and new > 1:
             self._previous = {n: s[..., -new:].clone() for n, s in slots.statistics.items()}
         if not self._evicters:
             return
         columns = slots.columns
         view = SlotView(
-            layer=layer,
+            layer=at.index,
             num_layers=self._num_layers,
             columns=columns,
             valid=columns >= 0,
             first=self.rows.first,
-            seen=self.seen + self.count,
+            seen=at.seen,
             prompt_length=self.rows.prompt_length,
             keys=slots.keys.detach(),
             values=slots.values.detach(),
             statistic=_Statistics(slots.statistics),
         )
-        kept, gone = surviving_slots(self._evicters, view, several)
+        kept, gone = surviving_slots(self._evicters, view, several=new > 1)
         if gone is not None:
             slots.free(gone)
         elif kept is not None:
@@ -282,15 +295,40 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class LayerStep:
-    """One step at one layer: what the attention function is handed.
+    """One step, or a piece of one, at one layer: what the attention function is handed.
 
-    columns: `[B, Q]` int64, of the queries. complete: none of them is -1.
+    index: the layer. columns: `[B, Q]` int64, of the queries; slot_columns: the same
+    `[B, 1, Q]`. complete: none of them is -1. seen: columns shown with these.
     """
 
     step: Step
+    index: int
     slots: SlotLayer
     columns: Tensor
+    slot_columns: Tensor
     complete: bool
+    seen: int
+
+    def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends new tokens `[B, Hkv, Q, D]`; returns all that the layer then holds."""
+        in_hole = self.columns.shape[1] == 1
+        return self.slots.append(keys, values, self.slot_columns, self.complete, in_hole)
+
+    def pieces(self) -> Iterator[tuple[slice, LayerStep]]:
+        """The tokens before the drafts together, then each draft by itself, on record."""
+        count, drafts = self.columns.shape[1], self.step.drafts
+        edges = range(count - drafts, count + 1)
+        if edges[0]:
+            yield slice(0, edges[0]), self._piece(0, edges[0])
+        self.slots.record()
+        for start, stop in pairwise(edges):
+            yield slice(start, stop), self._piece(start, stop)
+            self.slots.record()
+
+    def _piece(self, start: int, stop: int) -> LayerStep:
+        columns = self.columns[:, start:stop]
+        seen = self.seen - (self.columns.shape[1] - stop)
+        return replace(self, columns=columns, slot_columns=columns[:, None], seen=seen)
 
 
 def _gathered(tokens: Tensor, places: Tensor) -> Tensor:

@@ -1,0 +1,202 @@
+"""Drafts that are taken back: assisted and prompt-lookup decoding, recording and `crop`."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kvprune
+from kvprune.policies import H2O, StreamingLLM
+
+from .models import LAYERS, fresh_model, left_padded, plain_model, prompt, tiny_model
+from .strategies import POLICIES, budgets, pipelines, sdtp_pruner, seeds
+
+WAYS = {
+    "the model itself drafts": lambda: {"assistant_model": plain_model()},
+    "another model drafts": lambda: {"assistant_model": fresh_model(heads=2, kv_heads=1)},
+    "an attached model drafts": lambda: {"assistant_model": tiny_model("mistral")},
+    "prompt lookup": lambda: {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1},
+}
+
+
+class Held:
+    """What a cache holds, slots put in order."""
+
+    def __init__(self, cache: kvprune.ComposedCache) -> None:
+        self.cache = cache
+
+    def __eq__(self, other: object) -> bool:
+        assert isinstance(other, Held)
+        if self.cache.seen != other.cache.seen:
+            return False
+        for index in range(len(self.cache)):
+            if not torch.equal(self.cache.columns(index), other.cache.columns(index)):
+                return False
+            for mine, theirs in zip(self._floats(index), other._floats(index), strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10)
+        return True
+
+    def _floats(self, index: int) -> list[torch.Tensor]:
+        """Keys, values and statistics `[B, Hkv, S, ...]`, oldest first, zero where empty."""
+        layer = self.cache.layers[index]
+        columns = layer.columns.expand(-1, layer.keys.shape[1], -1)
+        most = self.cache.columns(index).shape[-1]
+        order = columns.argsort(-1)[..., columns.shape[-1] - most :]
+        empty = columns.gather(-1, order) < 0
+        statistics = [s.gather(-1, order).masked_fill(empty, 0) for s in layer.statistics.values()]
+        place = order[..., None].expand(*order.shape, layer.keys.shape[-1])
+        states = [t.gather(2, place) for t in (layer.keys, layer.values)]
+        return [*(t.masked_fill(empty[..., None], 0) for t in states), *statistics]
+
+
+def continued(policies, inputs, new, **options):
+    """Greedy tokens `[1, columns]` and the cache."""
+    cache = kvprune.ComposedCache(policies)
+    tokens = tiny_model().generate(**inputs, cache=cache, max_new_tokens=new, **options)
+    return tokens, cache
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(pipelines(), st.integers(1, 30), st.integers(0, 6), seeds)
+def test_drafts_change_no_token(way, chosen, length, padding, seed):
+    """The tokens, kept sets and statistics of plain greedy decoding, whoever drafts."""
+    policies = [p.make(n) for p, n in zip(*chosen, strict=True)]
+    inputs = left_padded(prompt(1, length + padding, seed), [padding])
+    expected, plain = continued(policies, inputs, 12)
+    tokens, cache = continued(policies, inputs, 12, **WAYS[way]())
+    assert torch.equal(tokens, expected)
+    assert Held(cache) == Held(plain)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_drafts_are_taken_and_rejected(policy):
+    """The tests above mean something: of the drafts some stay and some go, after evictions."""
+    taken = []
+
+    class Watch(kvprune.ComposedCache):
+        def crop(self, tokens_to_remove):
+            taken.append((self.step_count, -tokens_to_remove))
+            super().crop(tokens_to_remove)
+
+        def close_step(self, done):
+            self.step_count = self.step.count
+            super().close_step(done)
+
+    ids = prompt(1, 20).repeat(1, 2)
+    for way in WAYS.values():
+        cache = Watch([policy.make(10)])
+        tiny_model().generate(ids, cache=cache, max_new_tokens=40, **way())
+    assert any(gone for _, gone in taken)
+    assert any(count > gone + 1 for count, gone in taken[1:])
+
+
+def read(cache, ids, mask):
+    """One forward over new ids, with a mask over all columns."""
+    with torch.no_grad():
+        return tiny_model()(ids, attention_mask=mask, past_key_values=cache).logits
+
+
+@given(
+    pipelines(), st.integers(1, 12), st.lists(st.integers(1, 6), min_size=1, max_size=4), st.data()
+)
+def test_a_crop_plays_back_what_was_recorded(chosen, length, drafts, data):
+    """Rounds of drafts, part of each taken back, equal one token at a time; two rows."""
+    policies = [p.make(n) for p, n in zip(*chosen, strict=True)]
+    ids = prompt(2, 60, data.draw(seeds))
+    mask = left_padded(ids, [0, data.draw(st.integers(0, length - 1))])["attention_mask"]
+    cache, plain = kvprune.ComposedCache(policies), kvprune.ComposedCache(policies)
+    for one in (cache, plain):
+        read(one, ids[:, :length], mask[:, :length])
+    cache.activate_past_recording()
+    seen = length
+    for count in drafts:
+        logits = read(cache, ids[:, seen : seen + count], mask[:, : seen + count])
+        back = data.draw(st.integers(0, count))
+        if back or data.draw(st.booleans()):
+            cache.crop(-back)
+        for column in range(seen, seen + count - back):
+            alone = read(plain, ids[:, column : column + 1], mask[:, : column + 1])
+            mine = logits[:, column - seen : column - seen + 1]
+            torch.testing.assert_close(mine, alone, rtol=1e-9, atol=1e-10)
+        seen += count - back
+        assert Held(cache) == Held(plain)
+        # Another text, so that what was taken back does not come again.
+        ids = torch.cat([ids[:, :seen], prompt(2, 60 - seen, data.draw(seeds))], 1)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_what_is_on_record_moves_with_its_cache(policy):
+    """Copies, rows picked out and the end of recording see what is kept, and nothing else."""
+    ids, mask = prompt(2, 30), torch.ones(2, 30, dtype=torch.long)
+    cache = kvprune.ComposedCache([policy.make(6)])
+    read(cache, ids[:, :20], mask[:, :20])
+    cache.activate_past_recording()
+    read(cache, ids[:, 20:24], mask[:, :24])
+    twin, other = copy.deepcopy(cache), copy.deepcopy(cache)
+    twin.crop(-3)
+    assert twin.seen == 21 and cache.seen == 24 and Held(other) == Held(cache)
+    other.batch_select_indices(torch.tensor([1]))
+    cache.batch_select_indices(torch.tensor([1]))
+    assert Held(other) == Held(cache)
+    if policy.bound:
+        with pytest.raises(kvprune.KVPruneError, match="at most the 0 columns"):
+            other.crop(-1)
+
+
+def test_an_empty_cache_can_record():
+    """Everything is taken back: as if nothing had been shown."""
+    ids, mask = prompt(1, 12), torch.ones(1, 12, dtype=torch.long)
+    cache = kvprune.ComposedCache([H2O(2, 2)])
+    cache.activate_past_recording()
+    read(cache, ids, mask)
+    cache.crop(-12)
+    assert cache.seen == 0 and not cache.is_initialized
+    logits = read(cache, ids[:, :5], mask[:, :5])
+    fresh = kvprune.ComposedCache([H2O(2, 2)])
+    for column in range(5):
+        expected = read(fresh, ids[:, column : column + 1], mask[:, : column + 1])
+    torch.testing.assert_close(logits[:, -1:], expected, rtol=1e-9, atol=1e-10)
+
+
+def test_recording_ends_with_generate():
+    """What follows is treated as ever, and rejected drafts hold no memory."""
+    ids = prompt(1, 20).repeat(1, 2)
+    cache = kvprune.ComposedCache([StreamingLLM(2, 6)])
+    tiny_model().generate(ids, cache=cache, max_new_tokens=9, **WAYS["prompt lookup"]())
+    assert all(layer.capacity <= 8 + kvprune.slots.SLACK for layer in cache.layers)
+    with torch.no_grad():
+        tiny_model()(prompt(1, 3), past_key_values=cache)
+    with pytest.raises(kvprune.KVPruneError, match="at most the 0 columns"):
+        cache.crop(-1)
+    assert all(cache.columns(i).shape[-1] == 8 for i in range(LAYERS))
+
+
+@given(budgets)
+def test_a_cache_that_is_not_empty_is_refused(budget):
+    """Stock transformers goes wrong there; nothing has changed."""
+    cache = kvprune.ComposedCache([sdtp_pruner(0.5), H2O(budget, 2)])
+    ids = prompt(1, 20)
+    tokens = tiny_model().generate(ids, cache=cache, max_new_tokens=4)
+    before = copy.deepcopy(cache)
+    with pytest.raises(kvprune.KVPruneError, match="not empty"):
+        tiny_model().generate(tokens, cache=cache, **WAYS["prompt lookup"]())
+    assert Held(cache) == Held(before)
+    again = [tiny_model().generate(tokens, cache=c, max_new_tokens=4) for c in (cache, before)]
+    assert torch.equal(*again)
+
+
+def test_probabilities_of_drafts_are_refused():
+    """They are never there as a whole where something is evicted between drafts."""
+    cache = kvprune.ComposedCache([StreamingLLM(2, 6)])
+    with pytest.raises(kvprune.KVPruneError, match="piece by piece"):
+        tiny_model(backend="eager").generate(
+            prompt(1, 20),
+            cache=cache,
+            output_attentions=True,
+            return_dict_in_generate=True,
+            **WAYS["prompt lookup"](),
+        )
