@@ -147,6 +147,21 @@ def test_what_is_on_record_moves_with_its_cache(policy):
             other.crop(-1)
 
 
+def test_policies_see_drafts_come_one_by_one():
+    """What a policy is shown at a draft does not tell of the drafts behind it."""
+    shown = []
+
+    class Watch(kvprune.TokenPolicy):
+        def rank_slots(self, slots):
+            shown.append((slots.seen, int(slots.columns.max()), slots.prompt_length.tolist()))
+
+    cache = kvprune.ComposedCache([Watch(layers=[2])])
+    ids = prompt(1, 20).repeat(1, 2)
+    tiny_model().generate(ids, cache=cache, max_new_tokens=9, **WAYS["prompt lookup"]())
+    assert shown[0] == (40, 39, [40]) and len(shown) > 9
+    assert all(seen == newest + 1 and length == [40] for seen, newest, length in shown)
+
+
 def test_an_empty_cache_can_record():
     """Everything is taken back: as if nothing had been shown."""
     ids, mask = prompt(1, 12), torch.ones(1, 12, dtype=torch.long)
