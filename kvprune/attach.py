@@ -32,6 +32,7 @@ from .families import (
     with_argument,
 )
 from .masks import mask_or_rule
+from .parallel import process_group
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -57,7 +58,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     attentions = [attention_of(base, layer) for layer in layers]
     heads = base.config.get_text_config(decoder=True).num_attention_heads
     attachment = base.__dict__.get("_kvprune") or Attachment(
-        type(model).__name__, len(layers), heads
+        type(model).__name__, len(layers), heads, process_group(model)
     )
     detach(model)
     _register_functions()

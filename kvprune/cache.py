@@ -32,11 +32,15 @@ from .step import (
 
 @dataclass(frozen=True, eq=False)
 class Attachment:
-    """A model that kvprune is attached to, as its caches know it (by identity)."""
+    """A model that kvprune is attached to, as its caches know it (by identity).
+
+    group: the processes that share its heads; see `kvprune.parallel`.
+    """
 
     name: str
     num_layers: int
     num_heads: int
+    group: Any = None
 
 
 class ComposedCache(Cache):
@@ -371,7 +375,17 @@ class ComposedCache(Cache):
         keep = 1 if drafts else self._logits_to_keep
         asked = asked_tokens(keep, rows, count - drafts, device)
         self._settle()
-        return Step(self._working, len(self), self.seen, columns, numbers, asked, padding, drafts)
+        return Step(
+            self._working,
+            len(self),
+            self.seen,
+            columns,
+            numbers,
+            asked,
+            padding,
+            drafts,
+            self._attachment.group,
+        )
 
     def _claim(self) -> None:
         """Takes the one place for a step, or for a copy, or refuses."""

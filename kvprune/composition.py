@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import KVPruneError
+from .parallel import agreed
 from .policy import Ranking, SlotView, TokenPolicy, TokenView
 from .selection import Selection, check_ranking, select
 
@@ -26,6 +27,9 @@ def answer_of(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ran
     ranking: Ranking | None = getattr(policy, hook)(
         replace(view, statistic=view.statistic.only(policy.statistics))
     )
+    shared = hook == "rank_hidden" or policy.shares_heads
+    if shared and view.group is not None and isinstance(ranking, Ranking):
+        return agreed(ranking, view.group)
     return ranking
 
 

@@ -69,6 +69,8 @@ class TokenView:
     length: `[B]`, each row's valid tokens in this forward before any pruning.
     statistic(name): `[B, Hkv, Q]`, what these tokens got in the previous layer, from the
         queries of this forward.
+    group: the processes that share the heads of a tensor parallel model (see
+        `kvprune.parallel`); None for one alone.
     """
 
     layer: int
@@ -79,6 +81,7 @@ class TokenView:
     first: Tensor
     length: Tensor
     statistic: _Statistics = field(repr=False)
+    group: Any = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class SlotView:
         included. prompt_length: `[B]`, each row's valid prompt tokens, all turns together.
     keys, values: `[B, Hkv, S, D]`, rotated as the model stores them.
     statistic(name): `[B, Hkv, S]`, accumulated since the slot's column was read.
+    group: as in `TokenView`; Hkv are then the heads of this process.
     """
 
     layer: int
@@ -103,6 +107,7 @@ class SlotView:
     keys: Tensor
     values: Tensor
     statistic: _Statistics = field(repr=False)
+    group: Any = field(default=None, repr=False)
 
 
 HOOKS = ("rank_hidden", "rank_slots")
@@ -119,12 +124,15 @@ class TokenPolicy:
     it on with `super().__init__(layers=layers)`.
 
     Class attribute `statistics` names what the policy wants observed (see
-    `kvprune.statistics`).
+    `kvprune.statistics`). `shares_heads` says that its `rank_slots` makes one set for all heads
+    of a layer out of what differs between them (statistics, keys, values): the processes of a
+    tensor parallel model then take the mean of their scores.
     """
 
     layers: Collection[int] | None = field(default=None, kw_only=True)
 
     statistics = ()  # type: tuple[str, ...]
+    shares_heads = False
 
     def rank_hidden(self, tokens: TokenView) -> Ranking | None:
         """Ranks the hidden tokens before a decoder layer, in forwards of several tokens."""

@@ -174,10 +174,12 @@ class Step:
         asked: Tensor,
         padding: Tensor | None,
         drafts: int = 0,
+        group: Any = None,
     ) -> None:
         self._pruners = [p for p in policies if "rank_hidden" in p.hooks]
         self._evicters = [p for p in policies if "rank_slots" in p.hooks]
         self._num_layers = num_layers
+        self._group = group
         self._asked = asked
         self._length = (columns[:, : columns.shape[1] - drafts] >= 0).sum(-1)
         self._places: Tensor | None = None
@@ -211,6 +213,7 @@ class Step:
             first=self.rows.first,
             length=self._length,
             statistic=_Statistics(self._previous),
+            group=self._group,
         )
         asked = (
             self._asked if self._places is None else self._asked.gather(1, self._places[:, :lead])
@@ -285,6 +288,7 @@ class Step:
             keys=slots.keys.detach(),
             values=slots.values.detach(),
             statistic=_Statistics(slots.statistics),
+            group=self._group,
         )
         kept, gone = surviving_slots(self._evicters, view, several=new > 1)
         if gone is not None:

@@ -41,13 +41,14 @@ class CacheMachine(RuleBasedStateMachine):
         rows=st.integers(1, 3),
         heads=st.sampled_from([(2, 2), (4, 2), (4, 1)]),
         seed=st.integers(0, 99),
+        grad=st.booleans(),
     )
-    def begin(self, chosen, rows, heads, seed):
+    def begin(self, chosen, rows, heads, seed, grad):
         policies, rules = chosen
         self.evicts = bool(policies)
         self.driver = Driver(policies, rows, *heads, seed=seed)
         self.naive = NaiveCache(rules)
-        self.recording = False
+        self.recording, self.grad = False, grad
 
     @property
     def cache(self):
@@ -61,7 +62,9 @@ class CacheMachine(RuleBasedStateMachine):
 
     def read(self, count, padding):
         tokens = self.driver.tokens(count)
-        got = self.driver.step(tokens, padding)
+        # Where autograd may watch, nothing is written in place.
+        with torch.set_grad_enabled(self.grad):
+            got = self.driver.step(tokens, padding)
         arrays = (tokens.q.numpy(), tokens.k.numpy(), tokens.v.numpy())
         expected = self.naive.read(*arrays, padding, self.recording)
         for row, output in enumerate(expected):
