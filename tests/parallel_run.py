@@ -72,7 +72,9 @@ def main(path: str, out: str) -> None:
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, tp_plan="auto")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float64, distributed_config=DistributedConfig(tp_plan="auto")
+    )
     with open(f"{out}.{torch.distributed.get_rank()}", "w") as file:
         json.dump(report(kvprune.attach(model)), file)
 
