@@ -70,10 +70,14 @@ def main(path: str, out: str) -> None:
     """As torchrun starts it."""
     from transformers.distributed import DistributedConfig
 
+    from transformers.distributed import DistributedConfig
+
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float64, distributed_config=DistributedConfig(tp_plan="auto")
+        path,
+        dtype=torch.float64,
+        distributed_config=DistributedConfig(distributed_config=DistributedConfig(tp_plan="auto")),
     )
     with open(f"{out}.{torch.distributed.get_rank()}", "w") as file:
         json.dump(report(kvprune.attach(model)), file)
