@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 import kvprune
 from kvprune.policies import H2O, StreamingLLM
@@ -68,16 +69,11 @@ def report(model: PreTrainedModel) -> dict[str, object]:
 
 def main(path: str, out: str) -> None:
     """As torchrun starts it."""
-    from transformers.distributed import DistributedConfig
-
-    from transformers.distributed import DistributedConfig
-
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
+    parallel = DistributedConfig(tp_plan="auto")
     model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.float64,
-        distributed_config=DistributedConfig(distributed_config=DistributedConfig(tp_plan="auto")),
+        path, dtype=torch.float64, distributed_config=parallel
     )
     with open(f"{out}.{torch.distributed.get_rank()}", "w") as file:
         json.dump(report(kvprune.attach(model)), file)
