@@ -162,15 +162,21 @@ def _after_head_model(
         cache.ask_logits(0)
 
 
-def _before_base(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before_base(
+    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Arguments | None:
     cache = _cache_in(base, args, kwargs)
     if cache is None:
-        return
+        return None
     try:
         _open_step(cache, base, args, kwargs)
     except Exception:
         cache.refuse_step()
         raise
+    positions = cache.step.position_ids
+    if positions is None:
+        return None
+    return with_argument(base, args, kwargs, "position_ids", positions)
 
 
 def _open_step(

@@ -17,6 +17,7 @@ from .composition import leaves
 from .errors import KVPruneError
 from .masks import LogicalLength
 from .policy import TokenPolicy
+from .positions import CachePositions, positions_for
 from .slots import SlotLayer
 from .statistics import check_statistics, wanted_at
 from .step import (
@@ -73,6 +74,7 @@ class ComposedCache(Cache):
         self.seen = 0
         self._attachment: Attachment | None = None
         self._rows: RowNumbers | None = None
+        self._positions: CachePositions | None = None
         # Which columns are padding `[B, seen]`; None while none is.
         self._padding: Tensor | None = None
         self._promise: Tensor | int = 0
@@ -123,6 +125,8 @@ class ComposedCache(Cache):
             held += [self._rows.first, self._rows.prompt_length]
         if self._padding is not None:
             held.append(self._padding)
+        if self._positions is not None:
+            held += self._positions.tensors()
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
         return sum(storages.values())
 
@@ -145,6 +149,7 @@ class ComposedCache(Cache):
         self._logits_to_keep = 0
         self.seen = 0
         self._rows, self._padding, self._promise = None, None, 0
+        self._positions = None
         self._in_generate = self._recording = False
         self._recorded = self._prompt_end = 0
         self._open = {}
@@ -230,6 +235,8 @@ class ComposedCache(Cache):
         for layer in self.layers:
             layer.select_rows(rows)
         self._rows = self._rows.select(rows)
+        if self._positions is not None:
+            self._positions.select_rows(rows)
         if self._padding is not None:
             self._padding = self._padding.index_select(0, rows.to(self._padding.device))
 
@@ -304,6 +311,7 @@ class ComposedCache(Cache):
             _check_layers(policy, attachment)
         working = _checked([policy.for_model(model) for policy in self.policies])
         layers = range(attachment.num_layers)
+        self._positions = positions_for(working, model)
         self.layers = [SlotLayer(wanted_at(working, i)) for i in layers]
         self._working, self._attachment = working, attachment
 
@@ -375,6 +383,8 @@ class ComposedCache(Cache):
         keep = 1 if drafts else self._logits_to_keep
         asked = asked_tokens(keep, rows, count - drafts, device)
         self._settle()
+        if self._positions is not None:
+            self._positions.anchor(self.layers, columns, padding, numbers.first)
         return Step(
             self._working,
             len(self),
@@ -385,6 +395,7 @@ class ComposedCache(Cache):
             padding,
             drafts,
             self._attachment.group,
+            self._positions,
         )
 
     def _claim(self) -> None:

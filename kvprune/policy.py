@@ -134,6 +134,13 @@ class TokenPolicy:
     statistics = ()  # type: tuple[str, ...]
     shares_heads = False
 
+    @property
+    def sinks_before_window(self) -> int | None:
+        """Positions inside the cache, if not None: how many of a row's first tokens sit there
+        right before the oldest of the others, whatever was evicted in between.
+        """
+        return None
+
     def rank_hidden(self, tokens: TokenView) -> Ranking | None:
         """Ranks the hidden tokens before a decoder layer, in forwards of several tokens."""
         return None

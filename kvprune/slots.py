@@ -145,6 +145,26 @@ class SlotLayer:
         else:
             value[..., : self.used].add_(received)
 
+    def rewrite_keys(
+        self, keys: Tensor, index: Tensor | None = None, there: Tensor | None = None
+    ) -> None:
+        """Puts other keys in the place of those that are held.
+
+        Args:
+            keys: `[B, Hkv, S, D]`; of the slots `index` alone if that is given.
+            index: `[B, 1, n]` int64, unique where `there`.
+            there: `[B, 1, n]` bool, which of these are meant.
+        """
+        assert self._keys is not None
+        if index is None or there is None:
+            rest = self._keys[:, :, self.used :]
+            self._keys = torch.cat([keys, rest], 2)
+            return
+        place = index[..., None].expand_as(keys)
+        if not bool(there.all()):
+            keys = torch.where(there[..., None], keys, self._keys.gather(2, place))
+        self._keys = _put(self._keys, index, keys)
+
     def keep(self, kept: Tensor) -> None:
         """Drops every slot that is not named.
 
@@ -231,7 +251,7 @@ class SlotLayer:
 def _put(buffer: Tensor | None, hole: Tensor, new: Tensor) -> Tensor:
     """Writes one slot per row and head; in place unless somebody watches."""
     assert buffer is not None
-    index = hole.reshape(*hole.shape, *(1,) * (new.dim() - 3)).expand_as(new)
+    index = hole.reshape(*hole.shape, *(1,) * (new.dim() - hole.dim())).expand_as(new)
     if _watched(buffer, new):
         return buffer.scatter(2, index, new)
     return buffer.scatter_(2, index, new)

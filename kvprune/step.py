@@ -18,6 +18,7 @@ from torch import Tensor
 from .composition import surviving_slots, surviving_tokens
 from .errors import KVPruneError
 from .policy import SlotView, TokenPolicy, TokenView, _Statistics
+from .positions import CachePositions
 from .slots import SlotLayer
 
 
@@ -161,6 +162,7 @@ class Step:
     complete: none of `columns` is -1. rows: the rows' numbers, this forward included.
     padding: see `padding_so_far`. prunes: whether policies are asked before the layers.
     drafts: how many tokens, at the end, may be taken back; they are never pruned.
+    position_ids: `[B, Q]` where positions are assigned inside the cache, by `inside`; else None.
     one_by_one: each layer treats them one by one, as something may be evicted in between.
     """
 
@@ -175,11 +177,14 @@ class Step:
         padding: Tensor | None,
         drafts: int = 0,
         group: Any = None,
+        inside: CachePositions | None = None,
     ) -> None:
         self._pruners = [p for p in policies if "rank_hidden" in p.hooks]
         self._evicters = [p for p in policies if "rank_slots" in p.hooks]
         self._num_layers = num_layers
         self._group = group
+        self.inside = inside
+        self.position_ids = None if inside is None else inside.of_new(columns, padding)
         self._asked = asked
         self._length = (columns[:, : columns.shape[1] - drafts] >= 0).sum(-1)
         self._places: Tensor | None = None
@@ -316,7 +321,12 @@ class LayerStep:
     def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Appends new tokens `[B, Hkv, Q, D]`; returns all that the layer then holds."""
         in_hole = self.columns.shape[1] == 1
-        return self.slots.append(keys, values, self.slot_columns, self.complete, in_hole)
+        held = self.slots.append(keys, values, self.slot_columns, self.complete, in_hole)
+        inside, step = self.step.inside, self.step
+        if inside is None:
+            return held
+        inside.arrange(self.index, self.slots, self.slot_columns, step.padding, step.rows.first)
+        return self.slots.keys, self.slots.values
 
     def pieces(self) -> Iterator[tuple[slice, LayerStep]]:
         """The tokens before the drafts together, then each draft by itself, on record."""

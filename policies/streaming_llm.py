@@ -2,9 +2,9 @@
 
 Keeps each row's first `sinks` tokens and the last `window` of the other slots present.
 
-Deviation: keys keep their original positions, as kvpress and others do. The paper assigns
-positions inside the cache, so that a stream may run past the trained context; that is not
-offered yet.
+`positions="cache"` assigns positions inside the cache, as the paper does, so that a stream may
+run on past the trained context. `positions="original"`, as kvpress and others have it, keeps
+those that tokens came with.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ class StreamingLLM(TokenPolicy):
         sinks: how many of a row's first tokens stay for good (int, 0 for none).
         window: how many of the newest other slots stay, at least 1; tokens (int) or a share
             of the prompt (float).
+        positions: "original", or "cache" (models with RoPE; no other policy that evicts beside
+            it; a `position_ids` that the user hands in is not looked at).
         layers: the layers it works on; None for all.
 
     Raises:
@@ -31,6 +33,7 @@ class StreamingLLM(TokenPolicy):
 
     sinks: int = 4
     window: int | float = 1020
+    positions: str = "original"
 
     def __post_init__(self) -> None:
         Budget(self.window, "StreamingLLM: window")
@@ -39,6 +42,16 @@ class StreamingLLM(TokenPolicy):
                 f"StreamingLLM: sinks={self.sinks!r}: expected a number of tokens (an int of at "
                 f"least 0)"
             )
+        if self.positions not in ("original", "cache"):
+            raise KVPruneError(
+                f"StreamingLLM: positions={self.positions!r}: expected 'original' (those that "
+                f"tokens came with) or 'cache' (assigned inside the cache)"
+            )
+
+    @property
+    def sinks_before_window(self) -> int | None:
+        """The sinks, if positions are assigned inside the cache."""
+        return self.sinks if self.positions == "cache" else None
 
     def rank_slots(self, slots: SlotView) -> Ranking:
         """Columns rank; the sinks are protected and do not use up the window."""

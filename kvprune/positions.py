@@ -1,0 +1,337 @@
+"""Positions inside the cache, for streams past the trained context (arXiv 2309.17453, 3.2).
+
+A token's position is its place among the slots that are left, not in the text. RoPE sees
+distances alone, so the window keeps the positions at which its keys were turned, new tokens
+count on behind it, and only the few sinks are turned anew in each step, to sit right before
+it: always from the keys as they first came, so that no error adds up. Every so often, when
+positions have run further than a layer has slots, all is anchored anew: the keys of the window
+are turned back together, and numbers stay small and exact however long the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from .composition import leaves
+from .errors import KVPruneError
+from .policy import TokenPolicy
+from .slots import SlotLayer
+
+PROBED = (3, 8)
+"""Two positions at which a model shows how it turns its keys."""
+
+_FAR = torch.iinfo(torch.int64).max // 2
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How one layer turns keys by their position.
+
+    frequencies: `[R / 2]` float64, radians per position. start: the first of the R turned
+    dimensions. interleaved: dimension 2i turns with 2i + 1, and not i with i + R / 2.
+    """
+
+    frequencies: Tensor
+    start: int
+    interleaved: bool
+
+    def turned(self, keys: Tensor, by: Tensor) -> Tensor:
+        """Keys `[B, H, S, D]` moved on by `by` `[B]` positions; computed in float32 at least."""
+        size = 2 * len(self.frequencies)
+        angles = by.double()[:, None, None, None] * self.frequencies.to(keys.device)
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        cosine, sine = angles.cos().to(wide), angles.sin().to(wide)
+        part = keys[..., self.start : self.start + size].to(wide)
+        a, b = (part[..., ::2], part[..., 1::2]) if self.interleaved else part.chunk(2, -1)
+        pair = (a * cosine - b * sine, b * cosine + a * sine)
+        moved = torch.stack(pair, -1).flatten(-2) if self.interleaved else torch.cat(pair, -1)
+        before, behind = keys[..., : self.start], keys[..., self.start + size :]
+        return torch.cat([before, moved.to(keys.dtype), behind], -1)
+
+
+def rotations_of(base: Any) -> list[Rotation | None]:
+    """How each layer of a model turns its keys; None for a layer that does not (NoPE).
+
+    Found by trial: a token alone in its sequence has the same hidden states wherever it
+    stands, so that its keys at two positions differ by their rotation and by nothing else.
+
+    Raises:
+        KVPruneError: some layer does something else with positions.
+    """
+    keys = _probe(base)
+    names = [n for n, _ in base.named_buffers() if n.endswith("inv_freq") and "original" not in n]
+    found = [base.get_buffer(name).double() for name in names]
+    return [_rotation_of(base, layer, found) for layer in keys]
+
+
+@torch.no_grad()
+def _probe(base: Any) -> list[Tensor]:
+    """Each layer's keys of one token at two positions, `[2, H, 1, D]`."""
+    device = base.get_input_embeddings().weight.device
+    ids = torch.ones(2, 1, dtype=torch.long, device=device)
+    cache: Any = DynamicCache(config=base.config)
+    where = torch.tensor(PROBED, device=device)[:, None]
+    base(input_ids=ids, position_ids=where, past_key_values=cache, use_cache=True)
+    return [layer.keys for layer in cache.layers]
+
+
+def _rotation_of(base: Any, keys: Tensor, found: list[Tensor]) -> Rotation | None:
+    here, there = keys[:1], keys[1:]
+    by = torch.tensor([PROBED[1] - PROBED[0]], device=keys.device)
+    # Models compute angles in float32 at best; wrong guesses are off by as much as keys are long.
+    near = (8 * torch.finfo(keys.dtype).eps + 1e-5) * float(keys.abs().amax())
+    if _distance(here, there) <= near and not found:
+        raise _no_positions(base)
+    if _distance(here, there) <= near:
+        return None
+    for frequencies in found:
+        size = 2 * len(frequencies)
+        for start in dict.fromkeys((0, keys.shape[-1] - size)):
+            for interleaved in (False, True):
+                guess = Rotation(frequencies, start, interleaved)
+                if start >= 0 and _distance(guess.turned(here, by), there) <= near:
+                    return guess
+    raise _no_positions(base)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().amax())
+
+
+def _no_positions(base: Any) -> KVPruneError:
+    return KVPruneError(
+        f"positions inside the cache with {type(base).__name__}: its keys are not turned by "
+        f"their position as RoPE does, so they cannot be moved. Expected a model with RoPE; use "
+        f"positions='original' with this one"
+    )
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """Where a layer's sinks are, and by how much they are to be turned.
+
+    turn: `[B]`. index: `[B, 1, sinks]`, their slots; there: the same, whether they are in one.
+    """
+
+    turn: Tensor
+    index: Tensor
+    there: Tensor
+
+
+class CachePositions:
+    """The positions of one cache's rows, and the keys of their sinks as they first came.
+
+    A token's *number* counts its row's valid tokens from 0; its position lags behind that by
+    an offset, which grows with what is evicted.
+
+    Args:
+        sinks: how many of a row's first tokens sit right before the oldest of the others.
+        rotations: by layer; see `rotations_of`.
+        limit: the position from which on the model changes its frequencies; None if never.
+        uniform: all layers hold the same columns.
+    """
+
+    def __init__(
+        self, sinks: int, rotations: list[Rotation | None], limit: int | None, uniform: bool
+    ) -> None:
+        self.sinks, self.limit, self.uniform = sinks, limit, uniform
+        self._rotations = rotations
+        self._offset: Tensor | None = None
+        # By layer: keys `[B, Hkv, sinks, D]`, and by how much those in the slots are turned.
+        self._home: list[Tensor | None] = [None] * len(rotations)
+        self._turn: list[Tensor | None] = [None] * len(rotations)
+        # By layer `[B]`: the gap that pruning left behind the sinks, -1 as long as nothing is
+        # behind them.
+        self._gap: list[Tensor | None] = [None] * len(rotations)
+        self._last: tuple[Tensor, _Placement] | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All that is held, for counting bytes."""
+        held = (self._offset, *self._home, *self._turn, *self._gap)
+        return [t for t in held if t is not None]
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Row i becomes what row `rows[i]` was."""
+        self._offset = _selected(self._offset, rows)
+        self._home = [_selected(home, rows) for home in self._home]
+        self._turn = [_selected(turn, rows) for turn in self._turn]
+        self._gap = [_selected(gap, rows) for gap in self._gap]
+
+    def of_new(self, columns: Tensor, padding: Tensor | None) -> Tensor:
+        """The positions `[B, Q]` of a forward's tokens, 0 for padding.
+
+        Args:
+            columns: `[B, Q]`, -1 for padding.
+            padding: `[B, seen + Q]`; None for none.
+
+        Raises:
+            KVPruneError: they run to where the model changes its frequencies.
+        """
+        positions = _numbers(columns, padding)
+        if self._offset is not None:
+            positions = positions - self._offset[:, None]
+        positions = positions.masked_fill(columns < 0, 0)
+        if self.limit is not None and int(positions.max()) >= self.limit:
+            raise KVPruneError(
+                f"positions inside the cache reach {self.limit}, from where on this model changes "
+                f"its frequencies: expected a smaller budget, and prompts that are read in chunks "
+                f"(prefill_chunk_size)"
+            )
+        return positions
+
+    def anchor(
+        self, layers: list[SlotLayer], columns: Tensor, padding: Tensor | None, first: Tensor
+    ) -> None:
+        """Moves all positions back, once they have run further than there are slots.
+
+        Args:
+            layers: of the cache.
+            columns, padding: see `of_new`.
+            first: `[B]`, each row's first valid column.
+        """
+        if self._offset is None:
+            self._offset = torch.zeros_like(first)
+        held = max(layer.used for layer in layers)
+        newest = (_numbers(columns, padding) - self._offset[:, None]).amax()
+        if held == 0 or int(newest) <= 2 * held + columns.shape[1]:
+            return
+        each = enumerate(layers)
+        lags = [self._lag(i, layer.columns, padding, first) for i, layer in each]
+        shift = torch.stack(lags).amin(0)
+        if not bool(shift.any()):
+            return
+        for index, (layer, rotation) in enumerate(zip(layers, self._rotations, strict=True)):
+            if rotation is not None:
+                layer.rewrite_keys(rotation.turned(layer.keys, -shift))
+            # The sinks were moved along; the next token's arrival puts them in their place.
+            turn = self._turn[index]
+            self._turn[index] = (0 if turn is None else turn) - shift
+        self._offset = self._offset + shift
+
+    def _lag(self, index: int, columns: Tensor, padding: Tensor | None, first: Tensor) -> Tensor:
+        """How far `[B]` a layer's window has moved on from its sinks as they first came."""
+        assert self._offset is not None
+        others = columns[:, 0] >= (first + self.sinks)[:, None]
+        oldest = columns[:, 0].masked_fill(~others, _FAR).amin(-1, keepdim=True)
+        alone = oldest[:, 0] == _FAR
+        number = _numbers(oldest, padding)[:, 0]
+        lag = (number - self._offset - self.sinks).masked_fill(alone, 0).clamp(min=0)
+        return lag if self.uniform else self._without_gap(index, lag, alone)
+
+    def _without_gap(self, index: int, lag: Tensor, alone: Tensor) -> Tensor:
+        gap = self._gap[index]
+        gap = torch.full_like(lag, -1) if gap is None else gap
+        gap = torch.where((gap < 0) & ~alone, lag, gap)
+        self._gap[index] = gap
+        return (lag - gap.clamp(min=0)).clamp(min=0)
+
+    def arrange(
+        self,
+        index: int,
+        slots: SlotLayer,
+        new: Tensor,
+        padding: Tensor | None,
+        first: Tensor,
+    ) -> None:
+        """Puts a layer's sinks in their place, once new tokens are stored.
+
+        Args:
+            index: the layer.
+            slots: of it.
+            new: `[B, 1, Q]` columns of the new tokens.
+            padding: see `of_new`.
+            first: `[B]`, each row's first valid column.
+        """
+        rotation = self._rotations[index]
+        if rotation is None or self.sinks == 0:
+            return
+        placement = self._placement(index, slots.columns, new, padding, first)
+        self._take_home(index, slots, new, first, placement)
+        turn, now = placement.turn, self._turn[index]
+        if torch.equal(turn, torch.zeros_like(turn) if now is None else now):
+            return
+        home = self._home[index]
+        assert home is not None
+        slots.rewrite_keys(rotation.turned(home, turn), placement.index, placement.there)
+        self._turn[index] = turn
+
+    def _placement(
+        self,
+        index: int,
+        columns: Tensor,
+        new: Tensor,
+        padding: Tensor | None,
+        first: Tensor,
+    ) -> _Placement:
+        if self.uniform and self._last is not None and self._last[0] is new:
+            return self._last[1]
+        wanted = first[:, None] + torch.arange(self.sinks, device=first.device)
+        same = columns == wanted[..., None]
+        lag = self._lag(index, columns, padding, first)
+        placement = _Placement(lag, same.byte().argmax(-1)[:, None], same.any(-1)[:, None])
+        self._last = (new, placement)
+        return placement
+
+    def _take_home(
+        self, index: int, slots: SlotLayer, new: Tensor, first: Tensor, placement: _Placement
+    ) -> None:
+        """Copies the keys of sinks that have just come in."""
+        home = self._home[index]
+        wanted = first[:, None] + torch.arange(self.sinks, device=first.device)
+        arrived = (wanted[..., None] == new).any(-1)[:, None]
+        if home is not None and not bool(arrived.any()):
+            return
+        keys = slots.keys.detach()
+        place = placement.index[..., None].expand(-1, keys.shape[1], -1, keys.shape[-1])
+        came = keys.gather(2, place)
+        self._home[index] = came if home is None else torch.where(arrived[..., None], came, home)
+
+
+def positions_for(policies: Sequence[TokenPolicy], base: Any) -> CachePositions | None:
+    """The positions that some policy wants assigned inside the cache; None if none does.
+
+    Raises:
+        KVPruneError: policies that do not go together, or a model without RoPE.
+    """
+    asking = [p for p in leaves(policies) if p.sinks_before_window is not None]
+    if not asking:
+        return None
+    evicting = [p for p in leaves(policies) if "rank_slots" in p.hooks]
+    if len(evicting) > 1:
+        raise KVPruneError(
+            f"{asking[0]!r} assigns positions inside the cache, which needs a window without "
+            f"gaps: expected no other policy that evicts, came {evicting!r}. Use "
+            f"positions='original' with them"
+        )
+    uniform = asking[0].layers is None and not any("rank_hidden" in p.hooks for p in policies)
+    sinks = asking[0].sinks_before_window
+    assert sinks is not None
+    return CachePositions(sinks, rotations_of(base), _limit(base), uniform)
+
+
+def _limit(base: Any) -> int | None:
+    """The position from which on a model's RoPE changes its frequencies."""
+    config = base.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type")
+    if kind == "longrope":
+        return int(rope["original_max_position_embeddings"])
+    return int(config.max_position_embeddings) if kind == "dynamic" else None
+
+
+def _numbers(columns: Tensor, padding: Tensor | None) -> Tensor:
+    """How many valid tokens of its row come before each of `columns` `[B, n]`."""
+    if padding is None:
+        return columns
+    before = padding.long().cumsum(-1)
+    return columns - before.gather(-1, columns.clamp(0, padding.shape[1] - 1))
+
+
+def _selected(value: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if value is None else value.index_select(0, rows.to(value.device))

@@ -1,0 +1,300 @@
+"""Positions inside the cache, against the paper's way: everything turned anew in every step."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+import kvprune
+from kvprune.policies import H2O, StreamingLLM
+from kvprune.positions import rotations_of
+
+from .models import LAYERS, fresh_model, left_padded, prompt
+from .strategies import sdtp_pruner, seeds
+
+SCALINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+}
+
+
+class ExactRotary(torch.nn.Module):
+    """Angles in float64, which stock modules compute in float32 whatever the model's dtype."""
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__()
+        self.inv_freq: torch.Tensor
+        self.register_buffer("inv_freq", stock.inv_freq.double(), persistent=False)
+        self.scaling = stock.attention_scaling
+
+    def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        """`[B, Q]` to cosine and sine `[B, Q, R]`."""
+        half = position_ids[..., None].double() * self.inv_freq
+        angles = torch.cat([half, half], -1)
+        return tuple((t * self.scaling).to(hidden.dtype) for t in (angles.cos(), angles.sin()))
+
+
+def exact(model: Any) -> Any:
+    """The model with float64 angles."""
+    model.base_model.rotary_emb = ExactRotary(model.base_model.rotary_emb)
+    return model
+
+
+def model_of(family: str, scaling: str = "default", **options: Any) -> Any:
+    """A tiny model with RoPE; head size 8, of which GPT-NeoX turns 2 and Phi 4."""
+    more: dict[str, Any] = {}
+    if SCALINGS[scaling]:
+        part = {"partial_rotary_factor": 0.5} if family in ("gpt_neox", "phi") else {}
+        more["rope_parameters"] = {"rope_theta": 10000.0, **part, **SCALINGS[scaling]}
+    return fresh_model(family, **more, **options)
+
+
+class PaperCache(DynamicCache):
+    """Section 3.2 and the paper's code: raw keys, turned by their rank among the slots, always.
+
+    One row. Halves of the first `2 * len(frequencies)` dimensions turn with each other.
+    """
+
+    def __init__(self, config: Any, sinks: int, window: int, frequencies: torch.Tensor) -> None:
+        super().__init__(config=config)
+        self.sinks, self.window, self.frequencies = sinks, window, frequencies.double()
+
+    def turned(self, keys: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        """Keys `[1, H, n, D]`, each moved on by `by` `[n]`."""
+        half = len(self.frequencies)
+        angles = by.double()[:, None] * self.frequencies
+        cosine, sine = angles.cos(), angles.sin()
+        a, b, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
+        return torch.cat([a * cosine - b * sine, b * cosine + a * sine, rest], -1)
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """Stores raw keys; returns all of them at their ranks."""
+        before = self.get_seq_length(layer_idx) if self.layers[layer_idx].is_initialized else 0
+        where = torch.arange(before, before + key_states.shape[2])
+        raw = self.turned(key_states, -where)
+        keys, values = super().update(raw, value_states, layer_idx)
+        return self.turned(keys, torch.arange(keys.shape[2])), values
+
+    def evict(self) -> None:
+        """Sinks and window stay."""
+        each: Any = self.layers
+        for layer in each:
+            size = layer.keys.shape[2]
+            if size > self.sinks + self.window:
+                stay = [*range(self.sinks), *range(size - self.window, size)]
+                layer.keys, layer.values = layer.keys[:, :, stay], layer.values[:, :, stay]
+
+
+def paper_logits(model: Any, policy: StreamingLLM, ids: torch.Tensor, steps: list[int]) -> Any:
+    """Logits `[1, columns, V]` of one row, by the paper; `model` is not attached."""
+    rotary = model.base_model.rotary_emb
+    cache = PaperCache(model.config, policy.sinks, int(policy.window), rotary.inv_freq)
+    logits, start = [], 0
+    for count in steps:
+        first: Any = cache.layers[0]
+        held = first.keys.shape[2] if start else 0
+        where = torch.arange(held, held + count)[None]
+        with torch.no_grad():
+            out = model(ids[:, start : start + count], position_ids=where, past_key_values=cache)
+        logits.append(out.logits)
+        cache.evict()
+        start += count
+    return torch.cat(logits, 1)
+
+
+def our_logits(
+    model: Any, cache: Any, ids: torch.Tensor, steps: list[int], mask: Any = None
+) -> Any:
+    """Logits `[B, columns, V]` of an attached model."""
+    logits, start = [], 0
+    for count in steps:
+        now = None if mask is None else mask[:, : cache.seen + count]
+        with torch.no_grad():
+            new = ids[:, start : start + count]
+            logits.append(model(new, attention_mask=now, past_key_values=cache).logits)
+        start += count
+    return torch.cat(logits, 1)
+
+
+@given(
+    st.integers(0, 4),
+    st.integers(1, 9),
+    st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    seeds,
+)
+def test_it_is_what_the_paper_computes(sinks, window, chunks, seed):
+    """Chunks and then single tokens, far enough to be anchored anew several times."""
+    policy = StreamingLLM(sinks, window, positions="cache")
+    steps = [*chunks, *[1] * 60]
+    ids = prompt(1, sum(steps), seed)
+    expected = paper_logits(exact(model_of("llama")), policy, ids, steps)
+    cache = kvprune.ComposedCache([policy])
+    got = our_logits(kvprune.attach(exact(model_of("llama"))), cache, ids, steps)
+    torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
+    assert int(cache._positions._offset) > 0 or cache.seen < 3 * (sinks + window) + 40
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt_neox", "phi"])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_every_kind_of_rope(family, scaling):
+    """Scaled frequencies, and families that turn a part of each key."""
+    policy, steps = StreamingLLM(2, 6, positions="cache"), [15, *[1] * 40]
+    ids = prompt(1, sum(steps))
+    expected = paper_logits(exact(model_of(family, scaling)), policy, ids, steps)
+    ours = kvprune.attach(exact(model_of(family, scaling)))
+    got = our_logits(ours, kvprune.ComposedCache([policy]), ids, steps)
+    torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
+
+
+def tokens_and_state(policies, ids, mask=None, model=None, steps=(20, *[1] * 40)):
+    """Logits, and the cache that they came out of."""
+    cache = kvprune.ComposedCache(policies)
+    model = kvprune.attach(exact(model_of("llama"))) if model is None else model
+    return our_logits(model, cache, ids, list(steps), mask), cache
+
+
+def test_rows_do_not_depend_on_each_other_nor_on_padding():
+    """Three rows of different length, each as alone."""
+    policy = StreamingLLM(2, 5, positions="cache")
+    ids, pads = prompt(3, 60), [0, 7, 18]
+    mask = left_padded(ids, pads)["attention_mask"]
+    together, _ = tokens_and_state([policy], ids, mask)
+    for row, pad in enumerate(pads):
+        alone, _ = tokens_and_state([policy], ids[row : row + 1, pad:], steps=(20 - pad, *[1] * 40))
+        torch.testing.assert_close(together[row, pad:], alone[0], rtol=1e-9, atol=1e-10)
+
+
+def test_it_is_the_same_at_column_four_million():
+    """By construction: the same window, as if 4,000,000 tokens had passed through it; float32.
+
+    Against float64 with everything turned anew, the error is that of float32 itself.
+    """
+    policy, far = StreamingLLM(4, 60, positions="cache"), 4_000_000
+    ids = prompt(1, 400)
+    expected = paper_logits(exact(model_of("llama")), policy, ids, [100, *[1] * 300])
+    model = kvprune.attach(model_of("llama", dtype=torch.float32))
+    cache = kvprune.ComposedCache([policy])
+    near = our_logits(model, cache, ids[:, :250], [100, *[1] * 150])
+    inside: Any = cache._positions
+    cache.seen += far
+    inside._offset = inside._offset + far
+    for layer in cache.layers:
+        layer._columns = torch.where(layer._columns >= 4, layer._columns + far, layer._columns)
+    rest = our_logits(model, cache, ids[:, 250:], [1] * 150)
+    assert int(cache.columns(0).max()) == far + 399 and int(inside._offset) > far
+    got = torch.cat([near, rest], 1).double()
+    error = (got - expected).abs().flatten(0, 1).amax(-1)
+    assert float(error[250:].mean()) <= 2 * float(error[:100].mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "phi", "gemma3_text"])
+def test_how_a_layer_turns_its_keys_is_found_by_trial(family):
+    """The part that is turned, with its frequencies."""
+    turned = {"gpt_neox": 2, "phi": 4}.get(family, 8)
+    for rotation in rotations_of(fresh_model(family, head_dim=8).base_model):
+        assert rotation is not None and not rotation.interleaved and rotation.start == 0
+        assert 2 * len(rotation.frequencies) == turned
+
+
+def test_layers_without_positions_are_left_alone():
+    """SmolLM3 turns no keys in every fourth layer."""
+    model = fresh_model("smollm3")
+    turned = [rotation is not None for rotation in rotations_of(model.base_model)]
+    assert turned == [bool(uses) for uses in model.config.no_rope_layers]
+    assert not all(turned)
+
+
+@pytest.mark.parametrize("family", ["gpt2"])
+def test_models_without_relative_positions_are_refused(family):
+    """Before anything is changed."""
+    model = kvprune.attach(fresh_model(family))
+    cache = kvprune.ComposedCache([StreamingLLM(2, 5, positions="cache")])
+    with pytest.raises(kvprune.KVPruneError, match="positions='original'"):
+        model.generate(prompt(1, 9), cache=cache, max_new_tokens=2)
+    assert not cache.is_initialized and len(cache) == 0
+
+
+def test_bad_input():
+    """Names the argument; policies that leave gaps in the window; where frequencies change."""
+    with pytest.raises(kvprune.KVPruneError, match="positions='paper'"):
+        StreamingLLM(positions="paper")
+    model = kvprune.attach(model_of("llama", "dynamic"))
+    streaming = StreamingLLM(2, 5, positions="cache")
+    for policies in ([streaming, H2O(2, 2)], [streaming | H2O(2, 2)]):
+        with pytest.raises(kvprune.KVPruneError, match="no other policy that evicts"):
+            model.generate(prompt(1, 9), cache=kvprune.ComposedCache(policies))
+    cache = kvprune.ComposedCache([streaming])
+    with pytest.raises(kvprune.KVPruneError, match="reach 512"), torch.no_grad():
+        model(prompt(1, 513), past_key_values=cache)
+    tokens = model.generate(prompt(1, 600), cache=cache, prefill_chunk_size=50, max_new_tokens=3)
+    assert tokens.shape == (1, 603) and cache.columns(0).shape[-1] == 7
+
+
+@pytest.mark.parametrize("before", [[], [sdtp_pruner(0.6)]], ids=["alone", "behind sdtp"])
+def test_copies_rows_and_crops_stay_right(before):
+    """A copy, rows picked out, and drafts taken back, each after being anchored anew."""
+    policies = [*before, StreamingLLM(2, 5, positions="cache")]
+    model, ids = kvprune.attach(exact(model_of("llama"))), prompt(2, 90)
+    _, cache = tokens_and_state(policies, ids, model=model)
+    assert int(cache._positions._offset.min()) > 0
+    twin, picked, drafted = (copy.deepcopy(cache) for _ in range(3))
+    expected = our_logits(model, cache, ids[:, 60:], [1] * 30)
+    torch.testing.assert_close(our_logits(model, twin, ids[:, 60:], [1] * 30), expected)
+    picked.reorder_cache(torch.tensor([1, 0]))
+    swapped = our_logits(model, picked, ids[[1, 0], 60:], [1] * 30)
+    torch.testing.assert_close(swapped[[1, 0]], expected, rtol=1e-10, atol=1e-11)
+    drafted.activate_past_recording()
+    for start in range(60, 90, 3):
+        wrong = torch.cat([ids[:, start : start + 3], prompt(2, 4, seed=start)], 1)
+        logits = our_logits(model, drafted, wrong, [7])[:, :3]
+        drafted.crop(-4)
+        where = slice(start - 60, start - 57)
+        torch.testing.assert_close(logits, expected[:, where], rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("before", [[], [sdtp_pruner(0.6)]], ids=["alone", "behind sdtp"])
+def test_a_roomy_window_changes_nothing(before):
+    """With padding inside the mask too; bit for bit, as nothing is turned."""
+    ids = prompt(2, 40)
+    mask = left_padded(ids, [0, 9])["attention_mask"]
+    mask[:, 20:22] = 0
+    logits = []
+    for positions in ("original", "cache"):
+        cache = kvprune.ComposedCache([*before, StreamingLLM(4, 100, positions=positions)])
+        model = kvprune.attach(model_of("llama"))
+        out = model.generate(
+            ids * mask,
+            attention_mask=mask,
+            cache=cache,
+            max_new_tokens=9,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        logits.append(torch.stack(out.logits))
+    assert torch.equal(*logits)
+
+
+def test_only_the_sinks_are_held_twice():
+    """Memory: the slots of the window, and the sinks' keys as they came."""
+    sizes = []
+    for positions in ("original", "cache"):
+        _, cache = tokens_and_state([StreamingLLM(4, 12, positions=positions)], prompt(1, 60))
+        sizes.append(cache.nbytes)
+    layer = cache.layers[0]
+    sinks = LAYERS * layer.keys.shape[1] * 4 * layer.keys.shape[-1] * 8
+    assert sizes[0] + sinks <= sizes[1] <= sizes[0] + sinks + 8 * (LAYERS + 1)
