@@ -1,0 +1,107 @@
+"""Every family in the table of docs/families.md, against the oracle: one cell, one test.
+
+Each cell reads a padded prompt and decodes on a tiny random model in float64, and must give
+the logits and hold the columns that the dense model gives and keeps when what is gone is
+masked out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import kvprune
+from kvprune.policies import H2O, StreamingLLM
+
+from .family_models import (
+    FAMILIES,
+    StaysDouble,
+    attached_family,
+    eager_family,
+    plain_family,
+    slots_of,
+)
+from .family_oracle import FamilyOracle, h2o_keeper, streaming_keeper
+from .models import LAYERS, left_padded, positions, prompt
+from .strategies import sdtp_pruner
+
+CELLS = {
+    "SDTP": (lambda: [sdtp_pruner(0.6)], None),
+    "H2O": (lambda: [H2O(3, 3)], h2o_keeper(3, 3)),
+    "StreamingLLM": (lambda: [StreamingLLM(2, 4)], streaming_keeper(2, 4)),
+    "SDTP + H2O": (lambda: [sdtp_pruner(0.6), H2O(3, 3)], h2o_keeper(3, 3)),
+}
+
+ROOMY = {
+    "no policy": list,
+    "H2O": lambda: [H2O(500, 500)],
+    "StreamingLLM": lambda: [StreamingLLM(4, 1000)],
+    "SDTP": lambda: [sdtp_pruner(1.0)],
+}
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> Iterator[None]:
+    with torch.no_grad(), StaysDouble():
+        yield
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within what float64 rounding explains, through four layers of weights this large."""
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("roomy", ROOMY)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_roomy_equals_the_dense_model(family, roomy):
+    """In `generate`: the tokens and the logits of DynamicCache, with a padded row."""
+    inputs = left_padded(prompt(2, 14), [0, 5])
+    options = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True}
+    expected = plain_family(family).generate(**inputs, **options)
+    cache = kvprune.ComposedCache(ROOMY[roomy]())
+    got = attached_family(family).generate(**inputs, cache=cache, **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    for mine, dense in zip(got.logits, expected.logits, strict=True):
+        close(mine, dense)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_against_the_oracle(family, cell):
+    """`generate`, then a second turn of several tokens: logits and columns of every step."""
+    make, keeper = CELLS[cell]
+    policies = make()
+    pruner = policies[0] if "SDTP" in cell else None
+    oracle = FamilyOracle(eager_family(family), slots_of(family), pruner, keeper)
+    model, cache = attached_family(family), kvprune.ComposedCache(policies)
+    inputs = left_padded(prompt(2, 16), [0, 5])
+    out = model.generate(
+        **inputs, cache=cache, max_new_tokens=5, output_logits=True, return_dict_in_generate=True
+    )
+    close(out.logits[0], oracle.forward(inputs["input_ids"], inputs["attention_mask"])[:, -1])
+    one = torch.ones(2, 1, dtype=torch.long)
+    for step in range(1, 5):
+        token = out.sequences[:, 15 + step : 16 + step]
+        close(out.logits[step], oracle.forward(token, one)[:, -1])
+    assert_same_columns(cache, oracle)
+    for count in (8, 1):
+        new = prompt(2, count, seed=count)
+        expected = oracle.forward(new, torch.ones_like(new))[:, -1]
+        options = {"attention_mask": oracle.mask}
+        if oracle.takes_positions:
+            options["position_ids"] = positions(oracle.mask)[:, -count:]
+        got = model(new, past_key_values=cache, logits_to_keep=1, **options).logits[:, -1]
+        close(got, expected)
+        assert_same_columns(cache, oracle)
+
+
+def assert_same_columns(cache: kvprune.ComposedCache, oracle: FamilyOracle) -> None:
+    """Every layer, row and head."""
+    for layer in range(LAYERS):
+        columns = cache.columns(layer).expand(-1, oracle.heads, -1)
+        for row in range(2):
+            for head in range(oracle.heads):
+                kept = [int(c) for c in columns[row, head] if c >= 0]
+                assert kept == oracle.kept(layer, row, head)
