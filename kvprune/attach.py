@@ -27,8 +27,11 @@ from .families import (
     argument,
     attention_of,
     backend_of,
+    base_of,
+    cannot_prune,
     check_family,
     decoder_layers,
+    local_layers,
     with_argument,
 )
 from .masks import mask_or_rule
@@ -52,12 +55,12 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         KVPruneError: the family is not supported; the model is unchanged then.
     """
     check_family(model)
-    base: Any = model.base_model
+    base: Any = base_of(model)
     layers = decoder_layers(base)
     attentions = [attention_of(base, layer) for layer in layers]
     heads = base.config.get_text_config(decoder=True).num_attention_heads
     attachment = base.__dict__.get("_kvprune") or Attachment(
-        type(model).__name__, len(layers), heads
+        type(model).__name__, len(layers), heads, local_layers(model), cannot_prune(model)
     )
     detach(model)
     _register_functions()
@@ -294,12 +297,13 @@ def _generate(model: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, ComposedCache):
         return type(model).generate(model, *args, **kwargs)
-    attachment = model.base_model.__dict__.get("_kvprune")
+    base = base_of(model)
+    attachment = base.__dict__.get("_kvprune")
     if attachment is None:
         raise KVPruneError(
             "the base model was detached by itself: call kvprune.attach(model) again"
         )
-    cache.bind(attachment, model.base_model)
+    cache.bind(attachment, base)
     _check_prompt(cache, *args, **kwargs)
     cache.enter_generate()
     try:

@@ -15,7 +15,7 @@ from transformers import Cache
 
 from .composition import leaves
 from .errors import KVPruneError
-from .masks import LogicalLength
+from .masks import Local, LogicalLength
 from .policy import TokenPolicy
 from .slots import SlotLayer
 from .statistics import check_statistics, wanted_at
@@ -32,11 +32,17 @@ from .step import (
 
 @dataclass(frozen=True, eq=False)
 class Attachment:
-    """A model that kvprune is attached to, as its caches know it (by identity)."""
+    """A model that kvprune is attached to, as its caches know it (by identity).
+
+    local: by layer, what its queries can see; empty where all layers see everything.
+    cannot_prune: why its hidden states cannot be pruned; empty where they can.
+    """
 
     name: str
     num_layers: int
     num_heads: int
+    local: tuple[Local | None, ...] = ()
+    cannot_prune: str = ""
 
 
 class ComposedCache(Cache):
@@ -225,8 +231,9 @@ class ComposedCache(Cache):
         """Takes back the newest `-tokens_to_remove` columns.
 
         Raises:
-            KVPruneError: a positive number, more than were seen, or a policy that evicts:
-                what it evicted since would have to come back.
+            KVPruneError: a positive number, more than were seen, or what is gone would have
+                to come back: after a policy that evicts, or where a local layer dropped what
+                could no longer be seen.
         """
         self._check_usable()
         whole = isinstance(tokens_to_remove, int)
@@ -240,11 +247,28 @@ class ComposedCache(Cache):
                 f"crop: {self!r} evicts, and what was evicted cannot come back. Take a "
                 f"copy.deepcopy of the cache before the forward that may have to be undone"
             )
+        self._check_still_there(self.seen + tokens_to_remove)
         self.seen += tokens_to_remove
         self._padding = None if self._padding is None else self._padding[:, : self.seen]
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keep((layer.columns >= 0) & (layer.columns < self.seen))
+
+    def _check_still_there(self, seen: int) -> None:
+        """Refuses to go back to `seen` columns if a local layer dropped what is then in sight."""
+        if self._rows is None:
+            return
+        first = self._rows.first
+        for index, layer in enumerate(self.layers):
+            if layer.local is None:
+                continue
+            gone, wanted = (layer.local.oldest(n, first) for n in (self.seen, seen))
+            if bool((gone > wanted.maximum(first)).any()):
+                raise KVPruneError(
+                    f"crop to {seen} columns: layer {index} sees {layer.local.size} columns and "
+                    f"has dropped some that would be in sight again. Take a copy.deepcopy of the "
+                    f"cache before the forward that may have to be undone"
+                )
 
     def activate_past_recording(self) -> None:
         """Refused: assisted decoding, which takes tokens back, is not supported yet.
@@ -275,9 +299,10 @@ class ComposedCache(Cache):
             )
         for policy in leaves(self.policies):
             _check_layers(policy, attachment)
+            _check_prunes(policy, attachment)
         working = _checked([policy.for_model(model) for policy in self.policies])
-        layers = range(attachment.num_layers)
-        self.layers = [SlotLayer(wanted_at(working, i)) for i in layers]
+        local = attachment.local or (None,) * attachment.num_layers
+        self.layers = [SlotLayer(wanted_at(working, i), here) for i, here in enumerate(local)]
         self._working, self._attachment = working, attachment
 
     def announce_prompt(self, new: Tensor | int) -> None:
@@ -451,6 +476,14 @@ def _checked(policies: Sequence[TokenPolicy]) -> tuple[TokenPolicy, ...]:
     for policy in leaves(policies):
         check_statistics(policy)
     return tuple(policies)
+
+
+def _check_prunes(policy: TokenPolicy, attachment: Attachment) -> None:
+    if attachment.cannot_prune and "rank_hidden" in policy.hooks:
+        raise KVPruneError(
+            f"{policy!r} prunes hidden states, which {attachment.name} does not support: "
+            f"{attachment.cannot_prune}. Use policies that evict slots"
+        )
 
 
 def _check_layers(policy: TokenPolicy, attachment: Attachment) -> None:

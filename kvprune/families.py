@@ -15,6 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from .errors import KVPruneError
+from .masks import Local
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 """How modules call the cache: all say past_key_values but GPT-NeoX's layers."""
@@ -23,6 +24,9 @@ POSITION_ARGUMENTS = ("position_ids", "position_embeddings")
 """What decoder layers are handed per token, besides the hidden states."""
 
 DECODER_LAYERS = ("layers", "h")
+INNER_MODELS = ("model", "decoder")
+"""Where some families keep the model that has the decoder layers, below their base model."""
+
 ATTENTION = ("self_attn", "attention", "attn")
 
 REFUSED = {
@@ -32,8 +36,28 @@ REFUSED = {
     "recurrent_gemma": "its recurrent layers cannot leave tokens out",
 }
 
+CANNOT_PRUNE = {
+    "llama4_text": "its attention scales queries by positions that it counts from the cache "
+    "itself, as if no token had been left out",
+}
+"""Families whose slots can be evicted, but whose hidden states cannot be pruned."""
+
 LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 BACKENDS = ("sdpa", "eager")
+
+
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model that has the decoder layers and is handed the cache; no head."""
+    base: Any = model.base_model
+    inner = [getattr(base, name, None) for name in INNER_MODELS]
+    candidates = [base, *(m for m in inner if isinstance(m, PreTrainedModel))]
+    found: PreTrainedModel = next((m for m in candidates if _layer_list(m) is not None), base)
+    return found
+
+
+def _layer_list(base: nn.Module) -> nn.ModuleList | None:
+    lists = (getattr(base, name, None) for name in DECODER_LAYERS)
+    return next((x for x in lists if isinstance(x, nn.ModuleList) and len(x)), None)
 
 
 def decoder_layers(base: PreTrainedModel) -> Sequence[nn.Module]:
@@ -42,10 +66,9 @@ def decoder_layers(base: PreTrainedModel) -> Sequence[nn.Module]:
     Raises:
         KVPruneError: the model has no such list.
     """
-    for name in DECODER_LAYERS:
-        layers = getattr(base, name, None)
-        if isinstance(layers, nn.ModuleList) and len(layers):
-            return list(layers)[: base.config.num_hidden_layers]
+    layers = _layer_list(base)
+    if layers is not None:
+        return list(layers)[: base.config.num_hidden_layers]
     raise unsupported(base, f"it has no list of decoder layers named {' or '.join(DECODER_LAYERS)}")
 
 
@@ -76,7 +99,7 @@ def check_family(model: PreTrainedModel) -> None:
             f"attach: expected a transformers PreTrainedModel, came {type(model).__name__}"
         )
     config: Any = model.config
-    base: Any = model.base_model
+    base: Any = base_of(model)
     if config.is_encoder_decoder:
         raise unsupported(model, "encoder-decoder models have a second cache, of the encoder")
     if config.model_type in REFUSED:
@@ -114,6 +137,22 @@ def _check_layer_types(model: PreTrainedModel) -> None:
     strange = sorted(set(types) - LAYER_TYPES)
     if strange:
         raise unsupported(model, f"it has layers of type {', '.join(strange)}")
+
+
+def local_layers(model: PreTrainedModel) -> tuple[Local | None, ...]:
+    """By layer, what its queries can see; None for everything."""
+    types, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    sizes = [option.get("sliding_window") for option in options]
+    return tuple(
+        None if size is None else Local(size, chunked=kind == "chunked_attention")
+        for kind, size in zip(types, sizes, strict=True)
+    )
+
+
+def cannot_prune(model: PreTrainedModel) -> str:
+    """Why no policy may prune this model's hidden states; empty where one may."""
+    config: Any = model.config.get_text_config(decoder=True)
+    return CANNOT_PRUNE.get(config.model_type, "")
 
 
 PREFIX = "kvprune_"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .composition import surviving_slots, surviving_tokens
 from .errors import KVPruneError
+from .masks import Local
 from .policy import SlotView, TokenPolicy, TokenView, _Statistics
 from .slots import SlotLayer
 
@@ -258,9 +259,10 @@ class Step:
         if self.prunes:
             new = self.columns.shape[1]
             self._previous = {n: s[..., -new:].clone() for n, s in slots.statistics.items()}
-        if not self._evicters:
+        if not self._evicters and slots.local is None:
             return
-        columns = slots.columns
+        present = slots.columns
+        columns = self._in_sight(slots.local, present)
         view = SlotView(
             layer=layer,
             num_layers=self._num_layers,
@@ -274,10 +276,19 @@ class Step:
             statistic=_Statistics(slots.statistics),
         )
         kept, gone = surviving_slots(self._evicters, view, several)
-        if gone is not None:
+        if columns is not present:
+            slots.keep(_left(view.valid if kept is None else kept, gone))
+        elif gone is not None:
             slots.free(gone)
         elif kept is not None:
             slots.keep(kept)
+
+    def _in_sight(self, local: Local | None, columns: Tensor) -> Tensor:
+        """The same columns, -1 for those that no later query can see."""
+        end = self.seen + self.count
+        if local is None or end < local.size:
+            return columns
+        return columns.masked_fill(columns < local.oldest(end, self.rows.first)[:, None, None], -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,6 +302,14 @@ class LayerStep:
     slots: SlotLayer
     columns: Tensor
     complete: bool
+
+
+def _left(kept: Tensor, gone: Tensor | None) -> Tensor:
+    """The kept slots `[B, 1|Hkv, S]` without those at `gone` `[B, 1|Hkv, 1]`."""
+    if gone is None:
+        return kept
+    stay = torch.ones_like(kept[:, :1]).repeat(1, gone.shape[1], 1).scatter(-1, gone, False)
+    return kept & stay
 
 
 def _gathered(tokens: Tensor, places: Tensor) -> Tensor:

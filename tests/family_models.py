@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import kvprune
 
+from .family_oracle import Local
 from .models import LAYERS, VOCAB
 
 WINDOW = 6
@@ -43,6 +44,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {},
     "gemma2": {**SLIDING, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0},
     "gemma3_text": {**SLIDING, "query_pre_attn_scalar": 8, "sliding_window_pattern": 2},
+    "llama4_text": {
+        "attention_chunk_size": WINDOW,
+        "num_local_experts": 4,
+        "intermediate_size_mlp": 48,
+        "head_dim": 8,
+        "no_rope_layer_interval": 2,
+        "floor_scale": 4,
+    },
     "olmo2": {},
     "granite": {},
     "smollm3": {},
@@ -67,6 +76,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "full_attention_interval": 2,
     },
 }
+
+
+CANNOT_PRUNE = {"llama4_text": "positions that it counts from the cache"}
+"""Families that are refused with policies that prune hidden states, and what the error says."""
 
 
 class StaysDouble(TorchFunctionMode):
@@ -149,3 +162,19 @@ def slots_of(family: str) -> int:
     """
     return {"gpt2": 4, "opt": 4, "gpt_neox": 4, "bloom": 4, "falcon": 1, "falcon-alibi": 1,
             "falcon-new": 4, "deepseek_v3": 1}.get(family, 2)  # fmt: skip
+
+
+SEES: dict[str, list[int | None]] = {
+    "mistral-window": [WINDOW] * 4,
+    "gemma2": [WINDOW, None, WINDOW, None],
+    "gemma3_text": [WINDOW, None, WINDOW, None],
+    "gpt_oss": [WINDOW, None, WINDOW, None],
+    "llama4_text": [WINDOW, None, WINDOW, None],
+}
+
+
+def local_of(family: str) -> list[Local | None]:
+    """By layer, what its queries can see; None for everything."""
+    sizes = SEES.get(family, [None] * LAYERS)
+    chunked = family == "llama4_text"
+    return [None if size is None else Local(size, chunked) for size in sizes]

@@ -8,7 +8,6 @@ before that query's forward; who is dropped is decided here, by the naive polici
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.families import attention_of, decoder_layers
+from kvprune.families import attention_of, base_of, decoder_layers
 from kvprune.policies import SDTP
 
 from .masked_dense import MaskedDense
@@ -102,8 +101,8 @@ class FamilyOracle(MaskedDense):
             self.ids, self.mask = ids[:, :0], mask[:, :0]
             self.alive = [torch.zeros(rows, 0, dtype=torch.bool)] * self.layers
             self.visible = [torch.zeros(rows, self.heads, 0, 0, dtype=torch.bool)] * self.layers
-            one = [[{} for _ in range(self.heads)] for _ in range(rows)]
-            self.slots = [copy.deepcopy(one) for _ in range(self.layers)]
+            layers, heads = range(self.layers), range(self.heads)
+            self.slots = [[[{} for _ in heads] for _ in range(rows)] for _ in layers]
         before = self.ids.shape[1]
         self.ids, self.mask = torch.cat([self.ids, ids], 1), torch.cat([self.mask, mask], 1)
         self.alive = [torch.cat([a, mask.bool()], 1) for a in self.alive]
@@ -118,7 +117,7 @@ class FamilyOracle(MaskedDense):
             self.visible[layer] = new
 
     def _hooks(self) -> list[Any]:
-        base, handles = self.model.base_model, []
+        base, handles = base_of(self.model), []
         for index, layer in enumerate(decoder_layers(base)):
             attention = attention_of(base, layer)
             before, masked, after = self._bound(index)
