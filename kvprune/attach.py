@@ -31,10 +31,12 @@ from .families import (
     cannot_prune,
     check_family,
     decoder_layers,
+    has_own_attention,
     local_layers,
     with_argument,
 )
 from .masks import mask_or_rule
+from .own_attention import at_slots, observe
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -65,8 +67,9 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     detach(model)
     _register_functions()
     base._kvprune = attachment
-    for config in _configs(model):
-        config._attn_implementation = PREFIX + backend_of(config)
+    if not has_own_attention(base):
+        for config in _configs(model):
+            config._attn_implementation = PREFIX + backend_of(config)
     _hook_base(base, layers, attentions)
     if model is not base:
         model.register_forward_pre_hook(_before_head_model, with_kwargs=True)
@@ -109,10 +112,13 @@ def _register_functions() -> None:
 def _hook_base(base: nn.Module, layers: Any, attentions: list[nn.Module]) -> None:
     base.register_forward_pre_hook(_before_base, with_kwargs=True)
     base.register_forward_hook(_after_base, with_kwargs=True, always_call=True)
+    before, after = _before_attention, _after_attention
+    if has_own_attention(base):
+        before, after = _before_own_attention, _after_own_attention
     for index, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
         layer.register_forward_pre_hook(partial(_before_layer, index), with_kwargs=True)
-        attention.register_forward_pre_hook(_before_attention, with_kwargs=True)
-        attention.register_forward_hook(_after_attention, with_kwargs=True)
+        attention.register_forward_pre_hook(before, with_kwargs=True)
+        attention.register_forward_hook(after, with_kwargs=True)
     layers[-1].register_forward_hook(_after_last_layer, with_kwargs=True)
 
 
@@ -206,7 +212,8 @@ def _check_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             "gradient checkpointing in training hides the cache from the layers: call "
             "model.activation_checkpointing_disable() or model.eval() first"
         )
-    if not str(base.config._attn_implementation).startswith(PREFIX):
+    wired = str(base.config._attn_implementation).startswith(PREFIX)
+    if not wired and not has_own_attention(base):
         raise KVPruneError(
             f"the attention implementation became {base.config._attn_implementation!r} after "
             f"attach: call kvprune.attach(model) again"
@@ -248,6 +255,24 @@ def _after_attention(
         cache.evict(attention.layer_idx)
 
 
+def _before_own_attention(
+    attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Arguments | None:
+    cache = _cache_in(attention, args, kwargs)
+    if cache is None:
+        return None
+    return at_slots(attention, args, kwargs, cache.at_layer(attention.layer_idx))
+
+
+def _after_own_attention(
+    attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    cache = _cache_in(attention, args, kwargs)
+    if cache is not None:
+        observe(cache.at_layer(attention.layer_idx), output[1])
+        cache.evict(attention.layer_idx)
+
+
 def _after_last_layer(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
@@ -275,6 +300,8 @@ _HOOKS = (
     _before_layer,
     _before_attention,
     _after_attention,
+    _before_own_attention,
+    _after_own_attention,
     _after_last_layer,
 )
 

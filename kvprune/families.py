@@ -27,7 +27,10 @@ DECODER_LAYERS = ("layers", "h")
 INNER_MODELS = ("model", "decoder")
 """Where some families keep the model that has the decoder layers, below their base model."""
 
-ATTENTION = ("self_attn", "attention", "attn")
+ATTENTION = ("self_attn", "self_attention", "attention", "attn")
+
+OWN_ATTENTION = {"bloom", "falcon"}
+"""Families whose modules compute attention by themselves (see `own_attention`)."""
 
 REFUSED = {
     "gemma3n": "its layers share keys and values and keep states per layer input",
@@ -88,6 +91,11 @@ def attention_of(base: PreTrainedModel, layer: nn.Module) -> nn.Module:
     raise unsupported(base, f"{type(layer).__name__} has no self-attention with a layer_idx")
 
 
+def has_own_attention(base: Any) -> bool:
+    """Whether the model's attention goes past AttentionInterface, in a way that is known."""
+    return base.config.model_type in OWN_ATTENTION
+
+
 def check_family(model: PreTrainedModel) -> None:
     """Refuses a model whose layers kvprune cannot follow, by name and with the reason.
 
@@ -104,7 +112,7 @@ def check_family(model: PreTrainedModel) -> None:
         raise unsupported(model, "encoder-decoder models have a second cache, of the encoder")
     if config.model_type in REFUSED:
         raise unsupported(model, REFUSED[config.model_type])
-    if not base._can_set_attn_implementation():
+    if not base._can_set_attn_implementation() and not has_own_attention(base):
         raise unsupported(model, "its attention does not go through AttentionInterface")
     if getattr(config, "reorder_and_upcast_attn", False):
         raise unsupported(model, "reorder_and_upcast_attn goes by the name of its attention")

@@ -115,6 +115,14 @@ class SlotLayer:
         self.hole = None
         return self.keys, self.values
 
+    def columns_after(self, columns: Tensor, in_hole: bool) -> Tensor:
+        """What `columns` will be once `append` has stored new tokens; see there."""
+        if self._columns is None:
+            return columns
+        if in_hole and self.hole is not None:
+            return self.columns.scatter(-1, self.hole, columns.expand_as(self.hole))
+        return torch.cat([self.columns, columns.expand(-1, self.columns.shape[1], -1)], -1)
+
     def _fill(self, hole: Tensor, keys: Tensor, values: Tensor, columns: Tensor) -> None:
         assert self._columns is not None
         self._keys = _put(self._keys, hole, keys)

@@ -134,7 +134,11 @@ class FamilyOracle(MaskedDense):
                 self.decide(index, args[0], self.count, self.asked)
 
         def masked(module: Any, args: Any, kwargs: Any) -> Any:
-            return args, {**kwargs, "attention_mask": self._masked(index, kwargs["attention_mask"])}
+            kwargs = {**kwargs, "attention_mask": self._masked(index, kwargs["attention_mask"])}
+            if self.model.config.model_type == "falcon" and kwargs["alibi"] is not None:
+                # Falcon's mask holds ALiBi already: its eager code adds it twice, unlike sdpa's.
+                kwargs["alibi"] = torch.zeros_like(kwargs["alibi"])
+            return args, kwargs
 
         def after(module: Any, args: Any, output: Any) -> None:
             self._evict(index, output[1])

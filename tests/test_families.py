@@ -21,6 +21,7 @@ from .family_models import (
     StaysDouble,
     attached_family,
     eager_family,
+    family_model,
     local_of,
     plain_family,
     slots_of,
@@ -78,6 +79,33 @@ def test_roomy_equals_the_dense_model(family, roomy):
     assert torch.equal(got.sequences, expected.sequences)
     for mine, dense in zip(got.logits, expected.logits, strict=True):
         close(mine, dense)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_our_cache_nothing_changes(family):
+    """Bit-equal logits while attached, also with DynamicCache; no hook left after `detach`."""
+    model, plain, ids = family_model(family), plain_family(family), prompt(2, 9)
+    before = model.config._attn_implementation
+    kvprune.attach(model)
+    options = {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+    got, expected = (m.generate(ids, **options).logits for m in (model, plain))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    kvprune.detach(model)
+    assert model.config._attn_implementation == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("roomy", ["no policy", "H2O"])
+@pytest.mark.parametrize("family", ["llama", "bloom", "falcon", "falcon-alibi", "deepseek_v3"])
+def test_roomy_equals_the_dense_model_with_the_eager_backend(family, roomy):
+    """Also where that computes something else than sdpa does, as Falcon's with ALiBi."""
+    ids = prompt(2, 14)
+    expected = eager_family(family)(ids).logits
+    cache = kvprune.ComposedCache(ROOMY[roomy]())
+    model = kvprune.attach(family_model(family, "eager"))
+    got = [model(ids[:, :9], past_key_values=cache).logits]
+    got += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(9, 14)]
+    close(torch.cat(got, 1), expected)
 
 
 @pytest.mark.parametrize("cell", CELLS)

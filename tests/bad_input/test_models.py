@@ -59,8 +59,7 @@ def test_cache_of_another_model():
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("encoder-decoder", {}),
     "bart": ("encoder-decoder", {"encoder_attention_heads": 4, "decoder_attention_heads": 4}),
-    "bloom": ("AttentionInterface", {}),
-    "falcon": ("AttentionInterface", {}),
+    "mpt": ("AttentionInterface", {"d_model": 32, "n_heads": 4, "n_layers": 4}),
     "gptj": ("AttentionInterface", {"rotary_dim": 4}),
     "mamba": ("linear_attention", {}),
     "jamba": ("linear_attention", {}),
