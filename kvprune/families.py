@@ -33,7 +33,8 @@ OWN_ATTENTION = {"bloom", "falcon"}
 """Families whose modules compute attention by themselves (see `own_attention`)."""
 
 REFUSED = {
-    "gemma3n": "its layers share keys and values and keep states per layer input",
+    "gemma3n_text": "its layers share keys and values, and hand on several hidden states per "
+    "token, with an input per layer beside them",
     "diffllama": "its heads are paired in attention, while each keeps slots of its own",
     "doge": "its attention computes a mask of its own",
     "recurrent_gemma": "its recurrent layers cannot leave tokens out",
@@ -110,8 +111,9 @@ def check_family(model: PreTrainedModel) -> None:
     base: Any = base_of(model)
     if config.is_encoder_decoder:
         raise unsupported(model, "encoder-decoder models have a second cache, of the encoder")
-    if config.model_type in REFUSED:
-        raise unsupported(model, REFUSED[config.model_type])
+    for kind in (config.model_type, config.get_text_config(decoder=True).model_type):
+        if kind in REFUSED:
+            raise unsupported(model, REFUSED[kind])
     if not base._can_set_attn_implementation() and not has_own_attention(base):
         raise unsupported(model, "its attention does not go through AttentionInterface")
     if getattr(config, "reorder_and_upcast_attn", False):
@@ -142,6 +144,8 @@ def _check_layer_types(model: PreTrainedModel) -> None:
         types, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
     except Exception as error:
         raise unsupported(model, f"its layer types cannot be read ({error})") from error
+    if "dummy" in types:
+        raise unsupported(model, "some of its layers have no keys and values of their own")
     strange = sorted(set(types) - LAYER_TYPES)
     if strange:
         raise unsupported(model, f"it has layers of type {', '.join(strange)}")
