@@ -64,17 +64,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon-alibi": {"alibi": True},
     "falcon-new": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "deepseek_v3": MLA,
-    "qwen3_next": {
-        "head_dim": 8,
-        "num_experts": 4,
-        **MOE,
-        "shared_expert_intermediate_size": 16,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "full_attention_interval": 2,
-    },
 }
 
 
@@ -178,3 +167,18 @@ def local_of(family: str) -> list[Local | None]:
     sizes = SEES.get(family, [None] * LAYERS)
     chunked = family == "llama4_text"
     return [None if size is None else Local(size, chunked) for size in sizes]
+
+
+NOTES = {
+    "mistral-window": "every layer slides",
+    "gemma2": "eager (soft-capped scores); every other layer slides",
+    "gemma3_text": "every other layer slides",
+    "llama4_text": "chunked layers; its hidden states cannot be pruned",
+    "gpt_oss": "eager (attention sinks); every other layer slides",
+    "bloom": "ALiBi; computes attention by itself",
+    "falcon": "computes attention by itself; one head for all (multi-query)",
+    "falcon-alibi": "with ALiBi; its eager code adds ALiBi twice in this release, sdpa does not",
+    "falcon-new": "new decoder architecture; stores keys and values for every query head",
+    "deepseek_v3": "latent attention (MLA): one kept set per layer",
+}
+"""What docs/families.md says of a family besides its cells."""
