@@ -32,6 +32,7 @@ from .families import (
     check_family,
     decoder_layers,
     has_own_attention,
+    linear_layers,
     local_layers,
     with_argument,
 )
@@ -59,10 +60,14 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     check_family(model)
     base: Any = base_of(model)
     layers = decoder_layers(base)
-    attentions = [attention_of(base, layer) for layer in layers]
+    states = linear_layers(model)
+    attentions = [
+        None if linear else attention_of(base, layer)
+        for layer, linear in zip(layers, states, strict=True)
+    ]
     heads = base.config.get_text_config(decoder=True).num_attention_heads
     attachment = base.__dict__.get("_kvprune") or Attachment(
-        type(model).__name__, len(layers), heads, local_layers(model), cannot_prune(model)
+        type(model).__name__, len(layers), heads, local_layers(model), states, cannot_prune(model)
     )
     detach(model)
     _register_functions()
@@ -109,14 +114,17 @@ def _register_functions() -> None:
         ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + backend, partial(mask_or_rule, stock))
 
 
-def _hook_base(base: nn.Module, layers: Any, attentions: list[nn.Module]) -> None:
+def _hook_base(base: nn.Module, layers: Any, attentions: list[nn.Module | None]) -> None:
     base.register_forward_pre_hook(_before_base, with_kwargs=True)
     base.register_forward_hook(_after_base, with_kwargs=True, always_call=True)
     before, after = _before_attention, _after_attention
     if has_own_attention(base):
         before, after = _before_own_attention, _after_own_attention
     for index, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
-        layer.register_forward_pre_hook(partial(_before_layer, index), with_kwargs=True)
+        before_layer = _before_layer if attention is not None else _before_linear_layer
+        layer.register_forward_pre_hook(partial(before_layer, index), with_kwargs=True)
+        if attention is None:
+            continue
         attention.register_forward_pre_hook(before, with_kwargs=True)
         attention.register_forward_hook(after, with_kwargs=True)
     layers[-1].register_forward_hook(_after_last_layer, with_kwargs=True)
@@ -187,7 +195,7 @@ def _open_step(
     _check_forward(base, args, kwargs)
     cache.bind(base._kvprune, base)
     asks_probabilities = argument(base, args, kwargs, "output_attentions")
-    if asks_probabilities and any(layer.names for layer in cache.layers):
+    if asks_probabilities and any(layer.names for _, layer in cache.slot_layers()):
         raise KVPruneError(
             "output_attentions=True with a policy that observes attention: it is computed block "
             "by block, and the probabilities are never there as a whole. Leave it out, or use "
@@ -236,6 +244,18 @@ def _before_layer(
         if value is not None:
             args, kwargs = with_argument(layer, args, kwargs, name, step.align(value))
     return args, kwargs
+
+
+def _before_linear_layer(
+    index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Arguments | None:
+    arguments = _before_layer(index, layer, args, kwargs)
+    cache = _cache_in(layer, args, kwargs)
+    if arguments is None or cache is None:
+        return None
+    # Here the mask is `[B, Q]`, or None for no padding. What fills shorter rows is masked too.
+    mask = None if cache.step.complete else cache.step.columns >= 0
+    return with_argument(layer, *arguments, "attention_mask", mask)
 
 
 def _before_attention(
@@ -298,6 +318,7 @@ _HOOKS = (
     _before_base,
     _after_base,
     _before_layer,
+    _before_linear_layer,
     _before_attention,
     _after_attention,
     _before_own_attention,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import LinearAttentionLayer
 
 from .composition import leaves
 from .errors import KVPruneError
@@ -35,6 +36,7 @@ class Attachment:
     """A model that kvprune is attached to, as its caches know it (by identity).
 
     local: by layer, what its queries can see; empty where all layers see everything.
+    states: by layer, how many states it keeps instead of slots; empty where all have slots.
     cannot_prune: why its hidden states cannot be pruned; empty where they can.
     """
 
@@ -42,6 +44,7 @@ class Attachment:
     num_layers: int
     num_heads: int
     local: tuple[Local | None, ...] = ()
+    states: tuple[int, ...] = ()
     cannot_prune: str = ""
 
 
@@ -65,7 +68,7 @@ class ComposedCache(Cache):
             and `get_seq_length()` follow it, whatever was evicted.
     """
 
-    layers: list[SlotLayer]  # type: ignore[assignment]
+    layers: list[Any]  # SlotLayer, or LinearAttentionLayer in hybrid models
 
     def __init__(self, policies: Sequence[TokenPolicy] = ()) -> None:
         super().__init__(layers=[])
@@ -104,7 +107,7 @@ class ComposedCache(Cache):
             axis is 1 while all heads hold the same. Padding is never listed.
 
         Raises:
-            KVPruneError: there is no such layer, or nothing was stored yet.
+            KVPruneError: there is no such layer, it holds no slots, or nothing was stored yet.
         """
         if not self.layers or not self._slots(layer).is_initialized:
             raise KVPruneError("the cache is empty: expected a forward of an attached model first")
@@ -115,7 +118,7 @@ class ComposedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all storage that the cache has allocated."""
-        held = [t for layer in self.layers for t in layer.tensors()]
+        held = [t for layer in self.layers for t in _tensors(layer)]
         if self._rows is not None:
             held += [self._rows.first, self._rows.prompt_length]
         if self._padding is not None:
@@ -125,11 +128,11 @@ class ComposedCache(Cache):
 
     def __repr__(self) -> str:
         head = f"ComposedCache([{', '.join(map(repr, self.policies))}])"
-        if not any(layer.is_initialized for layer in self.layers):
+        if not self.is_initialized:
             return f"{head}: empty"
         lines = [f"{head}: seen {self.seen} columns, {self.nbytes / 2**20:.2f} MiB"]
-        counts = [self.columns(i).shape[-1] for i in range(len(self))]
-        for kept, run in itertools.groupby(enumerate(counts), key=lambda item: item[1]):
+        counts = [(i, self.columns(i).shape[-1]) for i, _ in self.slot_layers()]
+        for kept, run in itertools.groupby(counts, key=lambda item: item[1]):
             layers = [i for i, _ in run]
             span = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
             lines.append(f"  {span}: {kept}/{self.seen} slots")
@@ -196,7 +199,7 @@ class ComposedCache(Cache):
     @property
     def is_initialized(self) -> bool:
         """Whether anything was stored yet."""
-        return any(layer.is_initialized for layer in self.layers)
+        return any(layer.is_initialized for _, layer in self.slot_layers())
 
     @property
     def batch_size(self) -> int:
@@ -222,7 +225,10 @@ class ComposedCache(Cache):
         if self._rows is None:
             return
         for layer in self.layers:
-            layer.select_rows(rows)
+            if isinstance(layer, SlotLayer):
+                layer.select_rows(rows)
+            else:
+                layer.reorder_cache(rows)
         self._rows = self._rows.select(rows)
         if self._padding is not None:
             self._padding = self._padding.index_select(0, rows.to(self._padding.device))
@@ -232,8 +238,8 @@ class ComposedCache(Cache):
 
         Raises:
             KVPruneError: a positive number, more than were seen, or what is gone would have
-                to come back: after a policy that evicts, or where a local layer dropped what
-                could no longer be seen.
+                to come back: after a policy that evicts, where a local layer dropped what
+                could no longer be seen, or where a layer keeps a state.
         """
         self._check_usable()
         whole = isinstance(tokens_to_remove, int)
@@ -250,7 +256,7 @@ class ComposedCache(Cache):
         self._check_still_there(self.seen + tokens_to_remove)
         self.seen += tokens_to_remove
         self._padding = None if self._padding is None else self._padding[:, : self.seen]
-        for layer in self.layers:
+        for _, layer in self.slot_layers():
             if layer.is_initialized:
                 layer.keep((layer.columns >= 0) & (layer.columns < self.seen))
 
@@ -258,8 +264,14 @@ class ComposedCache(Cache):
         """Refuses to go back to `seen` columns if a local layer dropped what is then in sight."""
         if self._rows is None:
             return
+        if self._is_hybrid and seen < self.seen:
+            raise KVPruneError(
+                f"crop to {seen} columns: the states of the linear-attention layers cannot go "
+                f"back. Take a copy.deepcopy of the cache before the forward that may have to be "
+                f"undone"
+            )
         first = self._rows.first
-        for index, layer in enumerate(self.layers):
+        for index, layer in self.slot_layers():
             if layer.local is None:
                 continue
             gone, wanted = (layer.local.oldest(n, first) for n in (self.seen, seen))
@@ -301,8 +313,8 @@ class ComposedCache(Cache):
             _check_layers(policy, attachment)
             _check_prunes(policy, attachment)
         working = _checked([policy.for_model(model) for policy in self.policies])
-        local = attachment.local or (None,) * attachment.num_layers
-        self.layers = [SlotLayer(wanted_at(working, i), here) for i, here in enumerate(local)]
+        layers = range(attachment.num_layers)
+        self.layers = [_new_layer(attachment, working, i) for i in layers]
         self._working, self._attachment = working, attachment
 
     def announce_prompt(self, new: Tensor | int) -> None:
@@ -360,9 +372,26 @@ class ComposedCache(Cache):
         counts = count > 1 and not self._in_generate
         added = (columns >= 0).sum(-1) if counts else self._promise
         padding = padding_so_far(self._padding, columns, self.seen, mask)
+        if self._is_hybrid:
+            self._check_states(rows, count, padding)
         numbers = rows_after(self._rows, columns, added, padding)
         asked = asked_tokens(self._logits_to_keep, rows, count, device)
         return Step(self._working, len(self), self.seen, columns, numbers, asked, padding)
+
+    def _check_states(self, rows: int, count: int, padding: Tensor | None) -> None:
+        """Refuses what layers that keep a state cannot do."""
+        prunes = any("rank_hidden" in p.hooks for p in self.policies)
+        if prunes and rows > 1 and count > 1 and self.seen:
+            raise KVPruneError(
+                f"{self.policies!r}: a later forward of several tokens in {rows} rows. Rows lose "
+                f"different numbers of tokens, which the states of this model's linear-attention "
+                f"layers cannot follow then. Use one row per cache, or hand in the prompt at once"
+            )
+        if padding is not None and bool(self._newly_hidden(padding[:, : self.seen]).any()):
+            raise KVPruneError(
+                "attention_mask hides columns that this model's linear-attention layers have "
+                "taken into their states: expected a mask that keeps what it showed before"
+            )
 
     def _claim(self) -> None:
         """Takes the one place for a step, or for a copy, or refuses."""
@@ -372,13 +401,16 @@ class ComposedCache(Cache):
 
     def _hide(self, padding: Tensor) -> None:
         """Drops slots that a later mask hides `[B, seen]`, as a chat does with what follows eos."""
-        new = padding if self._padding is None else padding & ~self._padding
+        new = self._newly_hidden(padding)
         if not bool(new.any()):
             return
-        for layer in self.layers:
+        for _, layer in self.slot_layers():
             shape = (*layer.columns.shape[:2], -1)
             hidden = new[:, None].expand(shape).gather(-1, layer.columns.clamp(min=0))
             layer.keep((layer.columns >= 0) & ~hidden)
+
+    def _newly_hidden(self, padding: Tensor) -> Tensor:
+        return padding if self._padding is None else padding & ~self._padding
 
     @property
     def step(self) -> Step:
@@ -437,7 +469,20 @@ class ComposedCache(Cache):
     def _slots(self, layer: int) -> SlotLayer:
         if not -len(self) <= layer < len(self):
             raise KVPruneError(f"layer {layer}: expected a layer of 0 to {len(self) - 1}")
-        return self.layers[layer]
+        found = self.layers[layer]
+        if not isinstance(found, SlotLayer):
+            raise KVPruneError(f"layer {layer} holds no slots: it is a linear-attention layer")
+        return found
+
+    def slot_layers(self) -> Iterator[tuple[int, SlotLayer]]:
+        """The layers that hold slots, which is all of them but in hybrid models."""
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, SlotLayer):
+                yield index, layer
+
+    @property
+    def _is_hybrid(self) -> bool:
+        return not all(isinstance(layer, SlotLayer) for layer in self.layers)
 
     def _check_in_forward(self) -> None:
         if "step" not in self._open:
@@ -476,6 +521,24 @@ def _checked(policies: Sequence[TokenPolicy]) -> tuple[TokenPolicy, ...]:
     for policy in leaves(policies):
         check_statistics(policy)
     return tuple(policies)
+
+
+def _new_layer(
+    attachment: Attachment, policies: Sequence[TokenPolicy], index: int
+) -> SlotLayer | LinearAttentionLayer:
+    if attachment.states and attachment.states[index]:
+        return LinearAttentionLayer(number_of_states=attachment.states[index])
+    local = attachment.local[index] if attachment.local else None
+    return SlotLayer(wanted_at(policies, index), local)
+
+
+def _tensors(layer: SlotLayer | LinearAttentionLayer) -> Iterator[Tensor]:
+    """All that a layer holds."""
+    if isinstance(layer, SlotLayer):
+        yield from layer.tensors()
+        return
+    states = (*layer.conv_states.values(), *layer.recurrent_states.values())
+    yield from (state for state in states if state is not None)
 
 
 def _check_prunes(policy: TokenPolicy, attachment: Attachment) -> None:

@@ -46,6 +46,9 @@ CANNOT_PRUNE = {
 }
 """Families whose slots can be evicted, but whose hidden states cannot be pruned."""
 
+HYBRID = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"}
+"""Families some of whose layers keep a state instead of slots, and take tokens left out."""
+
 LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 BACKENDS = ("sdpa", "eager")
 
@@ -146,7 +149,8 @@ def _check_layer_types(model: PreTrainedModel) -> None:
         raise unsupported(model, f"its layer types cannot be read ({error})") from error
     if "dummy" in types:
         raise unsupported(model, "some of its layers have no keys and values of their own")
-    strange = sorted(set(types) - LAYER_TYPES)
+    known = LAYER_TYPES | {"linear_attention"} if is_hybrid(model) else LAYER_TYPES
+    strange = sorted(set(types) - known)
     if strange:
         raise unsupported(model, f"it has layers of type {', '.join(strange)}")
 
@@ -158,6 +162,20 @@ def local_layers(model: PreTrainedModel) -> tuple[Local | None, ...]:
     return tuple(
         None if size is None else Local(size, chunked=kind == "chunked_attention")
         for kind, size in zip(types, sizes, strict=True)
+    )
+
+
+def is_hybrid(model: PreTrainedModel) -> bool:
+    """Whether some layers keep a state instead of slots."""
+    return model.config.get_text_config(decoder=True).model_type in HYBRID
+
+
+def linear_layers(model: PreTrainedModel) -> tuple[int, ...]:
+    """By layer, how many states it keeps instead of slots; 0 for layers with slots."""
+    types, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    return tuple(
+        option["number_of_states"] if kind == "linear_attention" else 0
+        for kind, option in zip(types, options, strict=True)
     )
 
 

@@ -206,6 +206,8 @@ class Step:
             length=self._length,
             statistic=_Statistics(self._previous),
         )
+        # For this layer alone: one without attention observes nothing for the next.
+        self._previous = {}
         asked = self._asked if self._places is None else self._asked.gather(1, self._places)
         kept = surviving_tokens(self._pruners, tokens, asked)
         if kept is None or torch.equal(kept, valid):
@@ -214,8 +216,9 @@ class Step:
 
     def _narrow(self, kept: Tensor, hidden: Tensor) -> Tensor:
         fewest, most = torch.stack(kept.sum(-1).aminmax()).tolist()
-        # The survivors in order; behind them, to fill shorter rows, some that are dropped.
-        order = (~kept).byte().argsort(dim=-1, stable=True)[:, : max(most, 1)]
+        # The survivors in order; before them, to fill shorter rows, some that are dropped: there
+        # padding is in any case, and linear layers, whose states end with the last tokens, need it.
+        order = kept.byte().argsort(dim=-1, stable=True)[:, kept.shape[1] - max(most, 1) :]
         self._parked = hidden if self._parked is None else self._written_back(hidden)
         self._places = order if self._places is None else self._places.gather(1, order)
         self.columns = self.columns.masked_fill(~kept, -1).gather(1, order)

@@ -30,6 +30,17 @@ MLA = {
     "first_k_dense_replace": 1,
     "num_key_value_heads": 4,
 }
+LINEAR = "linear_attention"
+HYBRID = {
+    **MOE,
+    "head_dim": 8,
+    "num_experts": 4,
+    "shared_expert_intermediate_size": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+}
 SLIDING = {"sliding_window": WINDOW, "head_dim": 8}
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -64,6 +75,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon-alibi": {"alibi": True},
     "falcon-new": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "deepseek_v3": MLA,
+    "qwen3_next": {**HYBRID, "layer_types": [LINEAR, "full_attention"] * 2},
+    "qwen3_5_text": {**HYBRID, "layer_types": [LINEAR, "full_attention"] * 2},
+    "qwen3_5_moe_text": {**HYBRID, "layer_types": [LINEAR, "full_attention"] * 2},
+    "olmo_hybrid": {**HYBRID, "layer_types": [LINEAR, "full_attention"] * 2},
+    "qwen3_next-ends": {**HYBRID, "layer_types": [LINEAR, LINEAR, "full_attention", LINEAR]},
 }
 
 
@@ -182,3 +198,9 @@ NOTES = {
     "deepseek_v3": "latent attention (MLA): one kept set per layer",
 }
 """What docs/families.md says of a family besides its cells."""
+
+
+def linear_of(family: str) -> list[int]:
+    """The layers that keep a state instead of slots."""
+    kinds = FAMILIES[family].get("layer_types", ())
+    return [layer for layer, kind in enumerate(kinds) if kind == LINEAR]

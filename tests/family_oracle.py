@@ -9,7 +9,7 @@ before that query's forward; who is dropped is decided here, by the naive polici
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +65,10 @@ class FamilyOracle(MaskedDense):
         pruner: SDTP | None = None,
         keeper: Keeper | None = None,
         local: list[Local | None] | None = None,
+        linear: Sequence[int] = (),
     ) -> None:
         super().__init__(model, pruner)  # type: ignore[arg-type]
+        self.linear = linear
         self.heads, self.keeper = heads, keeper
         self.layers = model.config.num_hidden_layers
         self.local = local or [None] * self.layers
@@ -119,19 +121,20 @@ class FamilyOracle(MaskedDense):
     def _hooks(self) -> list[Any]:
         base, handles = base_of(self.model), []
         for index, layer in enumerate(decoder_layers(base)):
-            attention = attention_of(base, layer)
             before, masked, after = self._bound(index)
+            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+            if index in self.linear:
+                continue
+            attention = attention_of(base, layer)
             handles += [
-                layer.register_forward_pre_hook(before, with_kwargs=True),
                 attention.register_forward_pre_hook(masked, with_kwargs=True),
                 attention.register_forward_hook(after),
             ]
         return handles
 
     def _bound(self, index: int) -> tuple[Any, Any, Any]:
-        def before(module: Any, args: Any, kwargs: Any) -> None:
-            if self.policy is not None:
-                self.decide(index, args[0], self.count, self.asked)
+        def before(module: Any, args: Any, kwargs: Any) -> Any:
+            return self._before(index, args, kwargs)
 
         def masked(module: Any, args: Any, kwargs: Any) -> Any:
             kwargs = {**kwargs, "attention_mask": self._masked(index, kwargs["attention_mask"])}
@@ -144,6 +147,10 @@ class FamilyOracle(MaskedDense):
             self._evict(index, output[1])
 
         return before, masked, after
+
+    def _before(self, layer: int, args: Any, kwargs: Any) -> Any:
+        if self.policy is not None:
+            self.decide(layer, args[0], self.count, self.asked)
 
     def _masked(self, layer: int, own: Tensor) -> Tensor:
         """The model's own additive mask, and what is gone hidden, `[B, Hq, N, N]`."""
@@ -181,3 +188,68 @@ class FamilyOracle(MaskedDense):
     def kept(self, layer: int, row: int, head: int) -> list[int]:
         """The columns that a layer holds for a row and key/value head."""
         return sorted(self.slots[layer][row][head])
+
+
+class ShortenedRow(FamilyOracle):
+    """One row without padding, in which pruned tokens are taken out instead of masked.
+
+    So that layers that keep a state are never shown them: each layer is handed the hidden
+    states, positions and mask of the survivors alone, as if the sequence had been that short.
+    """
+
+    inside: Tensor
+
+    def _before(self, layer: int, args: Any, kwargs: Any) -> Any:
+        hidden, size = args[0], self.ids.shape[1]
+        if layer == 0:
+            self.inside = torch.arange(size)
+        whole = hidden.new_zeros(1, size, hidden.shape[2]).index_copy(1, self.inside, hidden)
+        super()._before(layer, (whole,), kwargs)
+        self.inside = self.alive[layer][0].nonzero().flatten()
+        kwargs = dict(kwargs)
+        angles = kwargs["position_embeddings"]
+        if angles is not None:
+            angles = tuple(p.index_select(1, self.inside) for p in angles)
+            kwargs["position_embeddings"] = angles
+        # Layers of either kind: there is no padding, and attention is masked in `_masked`.
+        kwargs["attention_mask"] = None
+        return (whole.index_select(1, self.inside), *args[1:]), kwargs
+
+    def _masked(self, layer: int, own: Any) -> Tensor:
+        size = self.ids.shape[1]
+        causal = torch.zeros(1, 1, size, size, dtype=torch.float64)
+        causal.masked_fill_(~torch.ones(size, size, dtype=torch.bool).tril(), -1e9)
+        whole = super()._masked(layer, causal)
+        return whole.index_select(2, self.inside).index_select(3, self.inside)
+
+    def _evict(self, layer: int, probabilities: Tensor) -> None:
+        size = self.ids.shape[1]
+        shape = (*probabilities.shape[:2], size, size)
+        whole = probabilities.new_zeros(shape)
+        whole[:, :, self.inside[:, None], self.inside] = probabilities
+        super()._evict(layer, whole)
+
+
+class RowByRow:
+    """A `ShortenedRow` for each row of a left-padded batch, with a `FamilyOracle`'s methods."""
+
+    takes_positions = True
+
+    def __init__(self, *arguments: Any, rows: int = 2) -> None:
+        self.rows = [ShortenedRow(*arguments) for _ in range(rows)]
+        self.heads = self.rows[0].heads
+        self.mask = torch.ones(rows, 0, dtype=torch.long)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Logits of the last token, `[B, 1, V]`."""
+        self.mask = torch.cat([self.mask, mask], 1)
+        logits = []
+        for row, oracle in enumerate(self.rows):
+            mine = ids[row : row + 1, int((mask[row] == 0).sum()) :]
+            logits.append(oracle.forward(mine, torch.ones_like(mine))[:, -1:])
+        return torch.cat(logits)
+
+    def kept(self, layer: int, row: int, head: int) -> list[int]:
+        """The columns that a layer holds for a row and key/value head."""
+        padding = int((self.mask[row] == 0).sum())
+        return [c + padding for c in self.rows[row].kept(layer, 0, head)]

@@ -7,7 +7,8 @@ masked out of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,15 +23,16 @@ from .family_models import (
     attached_family,
     eager_family,
     family_model,
+    linear_of,
     local_of,
     plain_family,
     slots_of,
 )
-from .family_oracle import FamilyOracle, h2o_keeper, streaming_keeper
+from .family_oracle import FamilyOracle, Keeper, RowByRow, h2o_keeper, streaming_keeper
 from .models import LAYERS, left_padded, positions, prompt
 from .strategies import sdtp_pruner
 
-CELLS = {
+CELLS: dict[str, tuple[Callable[[], list[Any]], Keeper | None]] = {
     "SDTP": (lambda: [sdtp_pruner(0.6)], None),
     "H2O": (lambda: [H2O(3, 3)], h2o_keeper(3, 3)),
     "StreamingLLM": (lambda: [StreamingLLM(2, 4)], streaming_keeper(2, 4)),
@@ -108,44 +110,65 @@ def test_roomy_equals_the_dense_model_with_the_eager_backend(family, roomy):
     close(torch.cat(got, 1), expected)
 
 
+def oracle_for(family: str, cell: str, rows: int = 2) -> FamilyOracle | RowByRow:
+    """The dense model with masks; where layers keep a state, one without the pruned tokens."""
+    make, keeper = CELLS[cell]
+    pruner = make()[0] if "SDTP" in cell else None
+    linear = linear_of(family)
+    arguments = (eager_family(family), slots_of(family), pruner, keeper, local_of(family), linear)
+    if linear and pruner is not None:
+        return RowByRow(*arguments, rows=rows)
+    return FamilyOracle(*arguments)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_against_the_oracle(family, cell):
     """`generate`, then a second turn of several tokens: logits and columns of every step."""
-    make, keeper = CELLS[cell]
-    policies = make()
+    policies = CELLS[cell][0]()
     if refused(family, policies):
         return
-    pruner = policies[0] if "SDTP" in cell else None
-    heads, local = slots_of(family), local_of(family)
-    oracle = FamilyOracle(eager_family(family), heads, pruner, keeper, local)
-    model, cache = attached_family(family), kvprune.ComposedCache(policies)
-    inputs = left_padded(prompt(2, 16), [0, 5])
+    # With states, a second turn is pruned in a single row only.
+    for rows in (2, 1) if linear_of(family) else (2,):
+        oracle = oracle_for(family, cell, rows)
+        model, cache = attached_family(family), kvprune.ComposedCache(policies)
+        inputs = left_padded(prompt(rows, 16), [0, 5][:rows])
+        check_generate(model, cache, oracle, inputs)
+        assert_same_columns(cache, oracle, linear_of(family))
+        if isinstance(oracle, FamilyOracle) or rows == 1:
+            check_second_turn(model, cache, oracle)
+            assert_same_columns(cache, oracle, linear_of(family))
+
+
+def check_generate(model, cache, oracle, inputs) -> None:
+    """Five tokens of `generate`, logits step by step."""
     out = model.generate(
         **inputs, cache=cache, max_new_tokens=5, output_logits=True, return_dict_in_generate=True
     )
     close(out.logits[0], oracle.forward(inputs["input_ids"], inputs["attention_mask"])[:, -1])
-    one = torch.ones(2, 1, dtype=torch.long)
+    one = torch.ones_like(inputs["input_ids"][:, :1])
     for step in range(1, 5):
         token = out.sequences[:, 15 + step : 16 + step]
         close(out.logits[step], oracle.forward(token, one)[:, -1])
-    assert_same_columns(cache, oracle)
+
+
+def check_second_turn(model, cache, oracle) -> None:
+    """A forward of several tokens, and one of a single token."""
     for count in (8, 1):
-        new = prompt(2, count, seed=count)
+        new = prompt(oracle.mask.shape[0], count, seed=count)
         expected = oracle.forward(new, torch.ones_like(new))[:, -1]
         options = {"attention_mask": oracle.mask}
         if oracle.takes_positions:
             options["position_ids"] = positions(oracle.mask)[:, -count:]
         got = model(new, past_key_values=cache, logits_to_keep=1, **options).logits[:, -1]
         close(got, expected)
-        assert_same_columns(cache, oracle)
 
 
-def assert_same_columns(cache: kvprune.ComposedCache, oracle: FamilyOracle) -> None:
-    """Every layer, row and head."""
-    for layer in range(LAYERS):
+def assert_same_columns(cache, oracle, linear) -> None:
+    """Every layer with slots, row and head."""
+    for layer in set(range(LAYERS)) - set(linear):
         columns = cache.columns(layer).expand(-1, oracle.heads, -1)
-        for row in range(2):
+        for row in range(oracle.mask.shape[0]):
             for head in range(oracle.heads):
                 kept = [int(c) for c in columns[row, head] if c >= 0]
                 assert kept == oracle.kept(layer, row, head)
