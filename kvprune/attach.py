@@ -27,11 +27,18 @@ from .families import (
     argument,
     attention_of,
     backend_of,
+    base_of,
+    cannot_prune,
+    cannot_record,
     check_family,
     decoder_layers,
+    has_own_attention,
+    linear_layers,
+    local_layers,
     with_argument,
 )
 from .masks import mask_or_rule
+from .own_attention import at_slots, observe
 from .parallel import process_group
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -53,18 +60,30 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         KVPruneError: the family is not supported; the model is unchanged then.
     """
     check_family(model)
-    base: Any = model.base_model
+    base: Any = base_of(model)
     layers = decoder_layers(base)
-    attentions = [attention_of(base, layer) for layer in layers]
+    states = linear_layers(model)
+    attentions = [
+        None if linear else attention_of(base, layer)
+        for layer, linear in zip(layers, states, strict=True)
+    ]
     heads = base.config.get_text_config(decoder=True).num_attention_heads
     attachment = base.__dict__.get("_kvprune") or Attachment(
-        type(model).__name__, len(layers), heads, process_group(model)
+        type(model).__name__,
+        len(layers),
+        heads,
+        local_layers(model),
+        states,
+        cannot_prune(model),
+        cannot_record(model),
+        process_group(model),
     )
     detach(model)
     _register_functions()
     base._kvprune = attachment
-    for config in _configs(model):
-        config._attn_implementation = PREFIX + backend_of(config)
+    if not has_own_attention(base):
+        for config in _configs(model):
+            config._attn_implementation = PREFIX + backend_of(config)
     _hook_base(base, layers, attentions)
     if model is not base:
         model.register_forward_pre_hook(_before_head_model, with_kwargs=True)
@@ -104,13 +123,19 @@ def _register_functions() -> None:
         ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + backend, partial(mask_or_rule, stock))
 
 
-def _hook_base(base: nn.Module, layers: Any, attentions: list[nn.Module]) -> None:
+def _hook_base(base: nn.Module, layers: Any, attentions: list[nn.Module | None]) -> None:
     base.register_forward_pre_hook(_before_base, with_kwargs=True)
     base.register_forward_hook(_after_base, with_kwargs=True, always_call=True)
+    before, after = _before_attention, _after_attention
+    if has_own_attention(base):
+        before, after = _before_own_attention, _after_own_attention
     for index, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
-        layer.register_forward_pre_hook(partial(_before_layer, index), with_kwargs=True)
-        attention.register_forward_pre_hook(_before_attention, with_kwargs=True)
-        attention.register_forward_hook(_after_attention, with_kwargs=True)
+        before_layer = _before_layer if attention is not None else _before_linear_layer
+        layer.register_forward_pre_hook(partial(before_layer, index), with_kwargs=True)
+        if attention is None:
+            continue
+        attention.register_forward_pre_hook(before, with_kwargs=True)
+        attention.register_forward_hook(after, with_kwargs=True)
     layers[-1].register_forward_hook(_after_last_layer, with_kwargs=True)
 
 
@@ -210,7 +235,8 @@ def _check_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             "gradient checkpointing in training hides the cache from the layers: call "
             "model.activation_checkpointing_disable() or model.eval() first"
         )
-    if not str(base.config._attn_implementation).startswith(PREFIX):
+    wired = str(base.config._attn_implementation).startswith(PREFIX)
+    if not wired and not has_own_attention(base):
         raise KVPruneError(
             f"the attention implementation became {base.config._attn_implementation!r} after "
             f"attach: call kvprune.attach(model) again"
@@ -235,6 +261,18 @@ def _before_layer(
     return args, kwargs
 
 
+def _before_linear_layer(
+    index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Arguments | None:
+    arguments = _before_layer(index, layer, args, kwargs)
+    cache = _cache_in(layer, args, kwargs)
+    if arguments is None or cache is None:
+        return None
+    # Here the mask is `[B, Q]`, or None for no padding. What fills shorter rows is masked too.
+    mask = None if cache.step.complete else cache.step.columns >= 0
+    return with_argument(layer, *arguments, "attention_mask", mask)
+
+
 def _before_attention(
     attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Arguments | None:
@@ -249,6 +287,24 @@ def _after_attention(
 ) -> None:
     cache = _cache_in(attention, args, kwargs)
     if cache is not None:
+        cache.evict(attention.layer_idx)
+
+
+def _before_own_attention(
+    attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Arguments | None:
+    cache = _cache_in(attention, args, kwargs)
+    if cache is None:
+        return None
+    return at_slots(attention, args, kwargs, cache.at_layer(attention.layer_idx))
+
+
+def _after_own_attention(
+    attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    cache = _cache_in(attention, args, kwargs)
+    if cache is not None:
+        observe(cache.at_layer(attention.layer_idx), output[1])
         cache.evict(attention.layer_idx)
 
 
@@ -277,8 +333,11 @@ _HOOKS = (
     _before_base,
     _after_base,
     _before_layer,
+    _before_linear_layer,
     _before_attention,
     _after_attention,
+    _before_own_attention,
+    _after_own_attention,
     _after_last_layer,
 )
 
@@ -301,12 +360,13 @@ def _generate(model: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, ComposedCache):
         return type(model).generate(model, *args, **kwargs)
-    attachment = model.base_model.__dict__.get("_kvprune")
+    base = base_of(model)
+    attachment = base.__dict__.get("_kvprune")
     if attachment is None:
         raise KVPruneError(
             "the base model was detached by itself: call kvprune.attach(model) again"
         )
-    cache.bind(attachment, model.base_model)
+    cache.bind(attachment, base)
     _check_prompt(cache, *args, **kwargs)
     cache.enter_generate()
     try:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import LinearAttentionLayer
 
 from .composition import leaves
 from .errors import KVPruneError
-from .masks import LogicalLength
+from .masks import Local, LogicalLength
 from .policy import TokenPolicy
 from .positions import CachePositions, positions_for
 from .slots import SlotLayer
@@ -35,12 +36,20 @@ from .step import (
 class Attachment:
     """A model that kvprune is attached to, as its caches know it (by identity).
 
+    local: by layer, what its queries can see; empty where all layers see everything.
+    states: by layer, how many states it keeps instead of slots; empty where all have slots.
+    cannot_prune: why its hidden states cannot be pruned; empty where they can.
+    cannot_record: why drafts cannot be taken back; empty where they can.
     group: the processes that share its heads; see `kvprune.parallel`.
     """
 
     name: str
     num_layers: int
     num_heads: int
+    local: tuple[Local | None, ...] = ()
+    states: tuple[int, ...] = ()
+    cannot_prune: str = ""
+    cannot_record: str = ""
     group: Any = None
 
 
@@ -64,7 +73,7 @@ class ComposedCache(Cache):
             and `get_seq_length()` follow it, whatever was evicted.
     """
 
-    layers: list[SlotLayer]  # type: ignore[assignment]
+    layers: list[Any]  # SlotLayer, or LinearAttentionLayer in hybrid models
 
     def __init__(self, policies: Sequence[TokenPolicy] = ()) -> None:
         super().__init__(layers=[])
@@ -109,7 +118,7 @@ class ComposedCache(Cache):
             axis is 1 while all heads hold the same. Padding is never listed.
 
         Raises:
-            KVPruneError: there is no such layer, or nothing was stored yet.
+            KVPruneError: there is no such layer, it holds no slots, or nothing was stored yet.
         """
         if not self.layers or not self._slots(layer).is_initialized:
             raise KVPruneError("the cache is empty: expected a forward of an attached model first")
@@ -120,7 +129,7 @@ class ComposedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all storage that the cache has allocated."""
-        held = [t for layer in self.layers for t in layer.tensors()]
+        held = [t for layer in self.layers for t in _tensors(layer)]
         if self._rows is not None:
             held += [self._rows.first, self._rows.prompt_length]
         if self._padding is not None:
@@ -132,11 +141,11 @@ class ComposedCache(Cache):
 
     def __repr__(self) -> str:
         head = f"ComposedCache([{', '.join(map(repr, self.policies))}])"
-        if not any(layer.is_initialized for layer in self.layers):
+        if not self.is_initialized:
             return f"{head}: empty"
         lines = [f"{head}: seen {self.seen} columns, {self.nbytes / 2**20:.2f} MiB"]
-        counts = [self.columns(i).shape[-1] for i in range(len(self))]
-        for kept, run in itertools.groupby(enumerate(counts), key=lambda item: item[1]):
+        counts = [(i, self.columns(i).shape[-1]) for i, _ in self.slot_layers()]
+        for kept, run in itertools.groupby(counts, key=lambda item: item[1]):
             layers = [i for i, _ in run]
             span = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
             lines.append(f"  {span}: {kept}/{self.seen} slots")
@@ -206,7 +215,7 @@ class ComposedCache(Cache):
     @property
     def is_initialized(self) -> bool:
         """Whether anything was stored yet."""
-        return any(layer.is_initialized for layer in self.layers)
+        return any(layer.is_initialized for _, layer in self.slot_layers())
 
     @property
     def batch_size(self) -> int:
@@ -233,7 +242,10 @@ class ComposedCache(Cache):
             return
         self._settle()
         for layer in self.layers:
-            layer.select_rows(rows)
+            if isinstance(layer, SlotLayer):
+                layer.select_rows(rows)
+            else:
+                layer.reorder_cache(rows)
         self._rows = self._rows.select(rows)
         if self._positions is not None:
             self._positions.select_rows(rows)
@@ -244,8 +256,9 @@ class ComposedCache(Cache):
         """Takes back the newest `-tokens_to_remove` columns.
 
         Raises:
-            KVPruneError: a positive number, more than were seen, or a policy that evicts and
-                columns that were not recorded: what it evicted since would have to come back.
+            KVPruneError: a positive number, more than were seen, or what is gone would have
+                to come back and was not recorded: after a policy that evicts, where a local
+                layer dropped what could no longer be seen, or where a layer keeps a state.
         """
         self._check_usable()
         whole = isinstance(tokens_to_remove, int)
@@ -262,6 +275,8 @@ class ComposedCache(Cache):
                 f"activate_past_recording() before a forward that may have to be undone, or take "
                 f"a copy.deepcopy of the cache"
             )
+        if back > self._recorded:
+            self._check_still_there(self.seen - back)
         self.seen -= back
         self._padding = None if self._padding is None else self._padding[:, : self.seen]
         if self._recorded:
@@ -271,15 +286,37 @@ class ComposedCache(Cache):
 
     def _drop_from(self, column: int) -> None:
         """Drops what every layer holds of the columns from `column` on."""
-        for layer in self.layers:
+        for _, layer in self.slot_layers():
             if layer.is_initialized:
                 layer.keep((layer.columns >= 0) & (layer.columns < column))
 
     def _settle(self, back: int = 0) -> None:
         """Takes back the last `back` recorded columns; the others stay for good."""
-        for layer in self.layers:
+        for _, layer in self.slot_layers():
             layer.settle(back)
         self._recorded = 0
+
+    def _check_still_there(self, seen: int) -> None:
+        """Refuses to go back to `seen` columns if a local layer dropped what is then in sight."""
+        if self._rows is None:
+            return
+        if self._is_hybrid and seen < self.seen:
+            raise KVPruneError(
+                f"crop to {seen} columns: the states of the linear-attention layers cannot go "
+                f"back. Take a copy.deepcopy of the cache before the forward that may have to be "
+                f"undone"
+            )
+        first = self._rows.first
+        for index, layer in self.slot_layers():
+            if layer.local is None:
+                continue
+            gone, wanted = (layer.local.oldest(n, first) for n in (self.seen, seen))
+            if bool((gone > wanted.maximum(first)).any()):
+                raise KVPruneError(
+                    f"crop to {seen} columns: layer {index} sees {layer.local.size} columns and "
+                    f"has dropped some that would be in sight again. Take a copy.deepcopy of the "
+                    f"cache before the forward that may have to be undone"
+                )
 
     def activate_past_recording(self) -> None:
         """From here on, `crop` can take back what the last forward read beyond the prompt.
@@ -309,10 +346,11 @@ class ComposedCache(Cache):
             )
         for policy in leaves(self.policies):
             _check_layers(policy, attachment)
+            _check_prunes(policy, attachment)
         working = _checked([policy.for_model(model) for policy in self.policies])
         layers = range(attachment.num_layers)
         self._positions = positions_for(working, model)
-        self.layers = [SlotLayer(wanted_at(working, i)) for i in layers]
+        self.layers = [_new_layer(attachment, working, i) for i in layers]
         self._working, self._attachment = working, attachment
 
     def announce_prompt(self, new: Tensor | int, columns: int) -> None:
@@ -377,14 +415,24 @@ class ComposedCache(Cache):
         counts = count > 1 and not self._in_generate
         added = (columns >= 0).sum(-1) if counts else self._promise
         padding = padding_so_far(self._padding, columns, self.seen, mask)
+        if self._is_hybrid:
+            self._check_states(rows, count, padding)
         numbers = rows_after(self._rows, columns, added, padding)
         drafts = min(count, max(self.seen + count - self._prompt_end, 0)) * self._recording
+        if drafts and self._attachment.cannot_record and (self._drops or self._is_hybrid):
+            raise KVPruneError(
+                f"assisted decoding and recording with {self.policies!r} on "
+                f"{self._attachment.name}: {self._attachment.cannot_record}. Leave out "
+                f"assistant_model and prompt_lookup_num_tokens"
+            )
         # Of a prompt with drafts behind it, what it would be asked for without them.
         keep = 1 if drafts else self._logits_to_keep
         asked = asked_tokens(keep, rows, count - drafts, device)
         self._settle()
         if self._positions is not None:
-            self._positions.anchor(self.layers, columns, padding, numbers.first)
+            self._positions.anchor(
+                [s for _, s in self.slot_layers()], columns, padding, numbers.first
+            )
         return Step(
             self._working,
             len(self),
@@ -394,9 +442,25 @@ class ComposedCache(Cache):
             asked,
             padding,
             drafts,
+            drafts > 0 and self._drops,
             self._attachment.group,
             self._positions,
         )
+
+    def _check_states(self, rows: int, count: int, padding: Tensor | None) -> None:
+        """Refuses what layers that keep a state cannot do."""
+        prunes = any("rank_hidden" in p.hooks for p in self.policies)
+        if prunes and rows > 1 and count > 1 and self.seen:
+            raise KVPruneError(
+                f"{self.policies!r}: a later forward of several tokens in {rows} rows. Rows lose "
+                f"different numbers of tokens, which the states of this model's linear-attention "
+                f"layers cannot follow then. Use one row per cache, or hand in the prompt at once"
+            )
+        if padding is not None and bool(self._newly_hidden(padding[:, : self.seen]).any()):
+            raise KVPruneError(
+                "attention_mask hides columns that this model's linear-attention layers have "
+                "taken into their states: expected a mask that keeps what it showed before"
+            )
 
     def _claim(self) -> None:
         """Takes the one place for a step, or for a copy, or refuses."""
@@ -406,13 +470,16 @@ class ComposedCache(Cache):
 
     def _hide(self, padding: Tensor) -> None:
         """Drops slots that a later mask hides `[B, seen]`, as a chat does with what follows eos."""
-        new = padding if self._padding is None else padding & ~self._padding
+        new = self._newly_hidden(padding)
         if not bool(new.any()):
             return
-        for layer in self.layers:
+        for _, layer in self.slot_layers():
             shape = (*layer.columns.shape[:2], -1)
             hidden = new[:, None].expand(shape).gather(-1, layer.columns.clamp(min=0))
             layer.keep((layer.columns >= 0) & ~hidden)
+
+    def _newly_hidden(self, padding: Tensor) -> Tensor:
+        return padding if self._padding is None else padding & ~self._padding
 
     @property
     def step(self) -> Step:
@@ -429,8 +496,14 @@ class ComposedCache(Cache):
     @property
     def attends_in_pieces(self) -> bool:
         """Whether the next forward never has its attention probabilities as a whole."""
-        records = self._recording and any("rank_slots" in p.hooks for p in self.policies)
-        return records or any(layer.names for layer in self.layers)
+        observes = any(layer.names for _, layer in self.slot_layers())
+        return observes or (self._recording and self._drops)
+
+    @property
+    def _drops(self) -> bool:
+        """Whether layers drop slots that were stored: by a policy, or out of sight."""
+        local = any(layer.local is not None for _, layer in self.slot_layers())
+        return local or any("rank_slots" in p.hooks for p in self.policies)
 
     def at_layer(self, layer: int) -> LayerStep:
         """What the attention function of `layer` needs to know."""
@@ -481,7 +554,20 @@ class ComposedCache(Cache):
     def _slots(self, layer: int) -> SlotLayer:
         if not -len(self) <= layer < len(self):
             raise KVPruneError(f"layer {layer}: expected a layer of 0 to {len(self) - 1}")
-        return self.layers[layer]
+        found = self.layers[layer]
+        if not isinstance(found, SlotLayer):
+            raise KVPruneError(f"layer {layer} holds no slots: it is a linear-attention layer")
+        return found
+
+    def slot_layers(self) -> Iterator[tuple[int, SlotLayer]]:
+        """The layers that hold slots, which is all of them but in hybrid models."""
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, SlotLayer):
+                yield index, layer
+
+    @property
+    def _is_hybrid(self) -> bool:
+        return not all(isinstance(layer, SlotLayer) for layer in self.layers)
 
     def _check_in_forward(self) -> None:
         if "step" not in self._open:
@@ -520,6 +606,32 @@ def _checked(policies: Sequence[TokenPolicy]) -> tuple[TokenPolicy, ...]:
     for policy in leaves(policies):
         check_statistics(policy)
     return tuple(policies)
+
+
+def _new_layer(
+    attachment: Attachment, policies: Sequence[TokenPolicy], index: int
+) -> SlotLayer | LinearAttentionLayer:
+    if attachment.states and attachment.states[index]:
+        return LinearAttentionLayer(number_of_states=attachment.states[index])
+    local = attachment.local[index] if attachment.local else None
+    return SlotLayer(wanted_at(policies, index), local)
+
+
+def _tensors(layer: SlotLayer | LinearAttentionLayer) -> Iterator[Tensor]:
+    """All that a layer holds."""
+    if isinstance(layer, SlotLayer):
+        yield from layer.tensors()
+        return
+    states = (*layer.conv_states.values(), *layer.recurrent_states.values())
+    yield from (state for state in states if state is not None)
+
+
+def _check_prunes(policy: TokenPolicy, attachment: Attachment) -> None:
+    if attachment.cannot_prune and "rank_hidden" in policy.hooks:
+        raise KVPruneError(
+            f"{policy!r} prunes hidden states, which {attachment.name} does not support: "
+            f"{attachment.cannot_prune}. Use policies that evict slots"
+        )
 
 
 def _check_layers(policy: TokenPolicy, attachment: Attachment) -> None:

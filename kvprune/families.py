@@ -15,6 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from .errors import KVPruneError
+from .masks import Local
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 """How modules call the cache: all say past_key_values but GPT-NeoX's layers."""
@@ -23,17 +24,47 @@ POSITION_ARGUMENTS = ("position_ids", "position_embeddings")
 """What decoder layers are handed per token, besides the hidden states."""
 
 DECODER_LAYERS = ("layers", "h")
-ATTENTION = ("self_attn", "attention", "attn")
+INNER_MODELS = ("model", "decoder")
+"""Where some families keep the model that has the decoder layers, below their base model."""
+
+ATTENTION = ("self_attn", "self_attention", "attention", "attn")
+
+OWN_ATTENTION = {"bloom", "falcon"}
+"""Families whose modules compute attention by themselves (see `own_attention`)."""
 
 REFUSED = {
-    "gemma3n": "its layers share keys and values and keep states per layer input",
+    "gemma3n_text": "its layers share keys and values, and hand on several hidden states per "
+    "token, with an input per layer beside them",
     "diffllama": "its heads are paired in attention, while each keeps slots of its own",
     "doge": "its attention computes a mask of its own",
     "recurrent_gemma": "its recurrent layers cannot leave tokens out",
 }
 
+CANNOT_PRUNE = {
+    "llama4_text": "its attention scales queries by positions that it counts from the cache "
+    "itself, as if no token had been left out",
+}
+"""Families whose slots can be evicted, but whose hidden states cannot be pruned."""
+
+HYBRID = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"}
+"""Families some of whose layers keep a state instead of slots, and take tokens left out."""
+
 LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 BACKENDS = ("sdpa", "eager")
+
+
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model that has the decoder layers and is handed the cache; no head."""
+    base: Any = model.base_model
+    inner = [getattr(base, name, None) for name in INNER_MODELS]
+    candidates = [base, *(m for m in inner if isinstance(m, PreTrainedModel))]
+    found: PreTrainedModel = next((m for m in candidates if _layer_list(m) is not None), base)
+    return found
+
+
+def _layer_list(base: nn.Module) -> nn.ModuleList | None:
+    lists = (getattr(base, name, None) for name in DECODER_LAYERS)
+    return next((x for x in lists if isinstance(x, nn.ModuleList) and len(x)), None)
 
 
 def decoder_layers(base: PreTrainedModel) -> Sequence[nn.Module]:
@@ -42,10 +73,9 @@ def decoder_layers(base: PreTrainedModel) -> Sequence[nn.Module]:
     Raises:
         KVPruneError: the model has no such list.
     """
-    for name in DECODER_LAYERS:
-        layers = getattr(base, name, None)
-        if isinstance(layers, nn.ModuleList) and len(layers):
-            return list(layers)[: base.config.num_hidden_layers]
+    layers = _layer_list(base)
+    if layers is not None:
+        return list(layers)[: base.config.num_hidden_layers]
     raise unsupported(base, f"it has no list of decoder layers named {' or '.join(DECODER_LAYERS)}")
 
 
@@ -65,6 +95,11 @@ def attention_of(base: PreTrainedModel, layer: nn.Module) -> nn.Module:
     raise unsupported(base, f"{type(layer).__name__} has no self-attention with a layer_idx")
 
 
+def has_own_attention(base: Any) -> bool:
+    """Whether the model's attention goes past AttentionInterface, in a way that is known."""
+    return base.config.model_type in OWN_ATTENTION
+
+
 def check_family(model: PreTrainedModel) -> None:
     """Refuses a model whose layers kvprune cannot follow, by name and with the reason.
 
@@ -76,12 +111,13 @@ def check_family(model: PreTrainedModel) -> None:
             f"attach: expected a transformers PreTrainedModel, came {type(model).__name__}"
         )
     config: Any = model.config
-    base: Any = model.base_model
+    base: Any = base_of(model)
     if config.is_encoder_decoder:
         raise unsupported(model, "encoder-decoder models have a second cache, of the encoder")
-    if config.model_type in REFUSED:
-        raise unsupported(model, REFUSED[config.model_type])
-    if not base._can_set_attn_implementation():
+    for kind in (config.model_type, config.get_text_config(decoder=True).model_type):
+        if kind in REFUSED:
+            raise unsupported(model, REFUSED[kind])
+    if not base._can_set_attn_implementation() and not has_own_attention(base):
         raise unsupported(model, "its attention does not go through AttentionInterface")
     if getattr(config, "reorder_and_upcast_attn", False):
         raise unsupported(model, "reorder_and_upcast_attn goes by the name of its attention")
@@ -111,9 +147,51 @@ def _check_layer_types(model: PreTrainedModel) -> None:
         types, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
     except Exception as error:
         raise unsupported(model, f"its layer types cannot be read ({error})") from error
-    strange = sorted(set(types) - LAYER_TYPES)
+    if "dummy" in types:
+        raise unsupported(model, "some of its layers have no keys and values of their own")
+    known = LAYER_TYPES | {"linear_attention"} if is_hybrid(model) else LAYER_TYPES
+    strange = sorted(set(types) - known)
     if strange:
         raise unsupported(model, f"it has layers of type {', '.join(strange)}")
+
+
+def local_layers(model: PreTrainedModel) -> tuple[Local | None, ...]:
+    """By layer, what its queries can see; None for everything."""
+    types, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    sizes = [option.get("sliding_window") for option in options]
+    return tuple(
+        None if size is None else Local(size, chunked=kind == "chunked_attention")
+        for kind, size in zip(types, sizes, strict=True)
+    )
+
+
+def is_hybrid(model: PreTrainedModel) -> bool:
+    """Whether some layers keep a state instead of slots."""
+    return model.config.get_text_config(decoder=True).model_type in HYBRID
+
+
+def linear_layers(model: PreTrainedModel) -> tuple[int, ...]:
+    """By layer, how many states it keeps instead of slots; 0 for layers with slots."""
+    types, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    return tuple(
+        option["number_of_states"] if kind == "linear_attention" else 0
+        for kind, option in zip(types, options, strict=True)
+    )
+
+
+def cannot_prune(model: PreTrainedModel) -> str:
+    """Why no policy may prune this model's hidden states; empty where one may."""
+    config: Any = model.config.get_text_config(decoder=True)
+    return CANNOT_PRUNE.get(config.model_type, "")
+
+
+def cannot_record(model: PreTrainedModel) -> str:
+    """Why this model's caches cannot take drafts back; empty where they can."""
+    if any(linear_layers(model)):
+        return "the states of its linear-attention layers cannot go back"
+    if has_own_attention(base_of(model)):
+        return "its attention takes all new tokens at once, with nothing evicted in between"
+    return ""
 
 
 PREFIX = "kvprune_"

@@ -8,6 +8,7 @@ and attention evaluates it for the slots that a layer really holds.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,29 @@ class LogicalLength(int):
     transformers hands a mask function the lengths that the cache reported, but not the
     cache. A length of this type says that the cache is one of ours.
     """
+
+
+@dataclass(frozen=True)
+class Local:
+    """The mask of a layer that sees only what is near.
+
+    size: how many columns: the newest ones, or, `chunked`, those of the query's own chunk,
+        counted from the row's first column.
+    """
+
+    size: int
+    chunked: bool = False
+
+    def oldest(self, query: int, first: Tensor) -> Tensor:
+        """The oldest column `[B]` that a query at column `query`, or after it, can see.
+
+        Args:
+            query: a column.
+            first: `[B]`, each row's first valid column.
+        """
+        if self.chunked:
+            return query - (query - first) % self.size
+        return torch.full_like(first, query - self.size + 1)
 
 
 class Mask(Protocol):

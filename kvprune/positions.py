@@ -78,6 +78,8 @@ def _probe(base: Any) -> list[Tensor]:
     cache: Any = DynamicCache(config=base.config)
     where = torch.tensor(PROBED, device=device)[:, None]
     base(input_ids=ids, position_ids=where, past_key_values=cache, use_cache=True)
+    if not all(hasattr(layer, "keys") for layer in cache.layers):
+        raise _no_positions(base)
     return [layer.keys for layer in cache.layers]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .masks import Local
 from .statistics import statistic_dtype
 
 SLACK = 8
@@ -20,7 +21,8 @@ class SlotLayer:
     `[B, Hkv, capacity, D]` for keys and values, `[B, 1|Hkv, capacity]` for columns,
     `[B, Hkv, capacity]` for each statistic. A slot whose column is -1 is empty. Slots come
     in no order. While every row and head has an empty slot, `hole` `[B, 1|Hkv, 1]` says
-    where, and the next single token is written there, in place.
+    where, and the next single token is written there, in place. `local` says what the
+    layer's queries can see, None for everything.
     """
 
     # What transformers asks of a cache's layers.
@@ -29,8 +31,9 @@ class SlotLayer:
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, statistics: tuple[str, ...] = ()) -> None:
+    def __init__(self, statistics: tuple[str, ...] = (), local: Local | None = None) -> None:
         self.names = statistics
+        self.local = local
         self.reset()
 
     def reset(self) -> None:
@@ -112,6 +115,14 @@ class SlotLayer:
             self._extend(keys, values, columns)
         self.hole = None
         return self.keys, self.values
+
+    def columns_after(self, columns: Tensor, in_hole: bool) -> Tensor:
+        """What `columns` will be once `append` has stored new tokens; see there."""
+        if self._columns is None:
+            return columns
+        if in_hole and self.hole is not None:
+            return self.columns.scatter(-1, self.hole, columns.expand_as(self.hole))
+        return torch.cat([self.columns, columns.expand(-1, self.columns.shape[1], -1)], -1)
 
     def _fill(self, hole: Tensor, keys: Tensor, values: Tensor, columns: Tensor) -> None:
         assert self._columns is not None

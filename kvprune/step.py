@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .composition import surviving_slots, surviving_tokens
 from .errors import KVPruneError
+from .masks import Local
 from .policy import SlotView, TokenPolicy, TokenView, _Statistics
 from .positions import CachePositions
 from .slots import SlotLayer
@@ -176,6 +177,7 @@ class Step:
         asked: Tensor,
         padding: Tensor | None,
         drafts: int = 0,
+        one_by_one: bool = False,
         group: Any = None,
         inside: CachePositions | None = None,
     ) -> None:
@@ -194,7 +196,7 @@ class Step:
         self.seen = seen
         self.count = columns.shape[1]
         self.drafts = drafts
-        self.one_by_one = drafts > 0 and any("rank_slots" in p.hooks for p in policies)
+        self.one_by_one = one_by_one
         self.prunes = self.count - drafts > 1 and bool(self._pruners)
         self.columns = columns
         self.slot_columns = columns[:, None]
@@ -223,6 +225,8 @@ class Step:
         asked = (
             self._asked if self._places is None else self._asked.gather(1, self._places[:, :lead])
         )
+        # For this layer alone: one without attention observes nothing for the next.
+        self._previous = {}
         kept = surviving_tokens(self._pruners, tokens, asked)
         if kept is None or torch.equal(kept, tokens.valid):
             return hidden
@@ -233,8 +237,9 @@ class Step:
         fewest, most = torch.stack(kept.sum(-1).aminmax()).tolist()
         drafts = torch.arange(kept.shape[1], self.columns.shape[1], device=kept.device)
         drafts = drafts.expand(kept.shape[0], -1)
-        # The survivors in order; behind them, to fill shorter rows, some that are dropped.
-        order = (~kept).byte().argsort(dim=-1, stable=True)[:, : max(most, 1)]
+        # The survivors in order; before them, to fill shorter rows, some that are dropped: there
+        # padding is in any case, and linear layers, whose states end with the last tokens, need it.
+        order = kept.byte().argsort(dim=-1, stable=True)[:, kept.shape[1] - max(most, 1) :]
         order = torch.cat([order, drafts], 1)
         kept = torch.nn.functional.pad(kept, (0, self.drafts), value=True)
         self._parked = hidden if self._parked is None else self._written_back(hidden)
@@ -277,11 +282,12 @@ class Step:
     def evict(self, at: LayerStep) -> None:
         """Asks the policies after a layer's attention and drops what none keeps."""
         new, slots = at.columns.shape[1], at.slots
-        if self.prunes and new > 1:
+        if self.prunes and at.seen <= self.seen + self.count - self.drafts:
             self._previous = {n: s[..., -new:].clone() for n, s in slots.statistics.items()}
-        if not self._evicters:
+        if not self._evicters and slots.local is None:
             return
-        columns = slots.columns
+        present = slots.columns
+        columns = self._in_sight(slots.local, present, at.seen)
         view = SlotView(
             layer=at.index,
             num_layers=self._num_layers,
@@ -296,10 +302,18 @@ class Step:
             group=self._group,
         )
         kept, gone = surviving_slots(self._evicters, view, several=new > 1)
-        if gone is not None:
+        if columns is not present:
+            slots.keep(_left(view.valid if kept is None else kept, gone))
+        elif gone is not None:
             slots.free(gone)
         elif kept is not None:
             slots.keep(kept)
+
+    def _in_sight(self, local: Local | None, columns: Tensor, end: int) -> Tensor:
+        """The same columns, -1 for those that no query at column `end` or later can see."""
+        if local is None or end < local.size:
+            return columns
+        return columns.masked_fill(columns < local.oldest(end, self.rows.first)[:, None, None], -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,7 +334,7 @@ class LayerStep:
 
     def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Appends new tokens `[B, Hkv, Q, D]`; returns all that the layer then holds."""
-        in_hole = self.columns.shape[1] == 1
+        in_hole = self.step.count == 1
         held = self.slots.append(keys, values, self.slot_columns, self.complete, in_hole)
         inside, step = self.step.inside, self.step
         if inside is None:
@@ -343,6 +357,14 @@ class LayerStep:
         columns = self.columns[:, start:stop]
         seen = self.seen - (self.columns.shape[1] - stop)
         return replace(self, columns=columns, slot_columns=columns[:, None], seen=seen)
+
+
+def _left(kept: Tensor, gone: Tensor | None) -> Tensor:
+    """The kept slots `[B, 1|Hkv, S]` without those at `gone` `[B, 1|Hkv, 1]`."""
+    if gone is None:
+        return kept
+    stay = torch.ones_like(kept[:, :1]).repeat(1, gone.shape[1], 1).scatter(-1, gone, False)
+    return kept & stay
 
 
 def _gathered(tokens: Tensor, places: Tensor) -> Tensor:

@@ -12,8 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 import kvprune
 
+from .bad_input.test_models import REFUSED
+from .family_models import CANNOT_PRUNE, FAMILIES
 from .models import VOCAB, fresh_model, prompt, tiny_model
 from .strategies import sdtp_heads
+from .test_families import CELLS
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,6 +37,24 @@ def test_the_readme_s_tree_is_true():
     assert on_disk == set(lines) - {"h2o.py"}
     policies = {p.name for p in (ROOT / "policies").glob("*.py")} - {"__init__.py"}
     assert policies == set(re.findall(r"(\w+\.py)", re.search(r"^  h2o.*$", tree, re.M)[0]))
+
+
+def test_the_table_of_families_lists_what_is_tested():
+    """A row for each family of the tests, a column for each kind of cell, and the refused ones."""
+    text = (ROOT / "docs" / "families.md").read_text()
+    works, refused = text.split("## Refused")
+    columns = re.search(r"^\| family \| class \| (.*) \| notes \|$", works, re.M)
+    assert columns is not None
+    assert columns[1].split(" | ") == ["roomy = dense", *CELLS]
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| \w+ \| (.*) \| .*\|$", works, re.M))
+    assert list(rows) == list(FAMILIES)
+    for family, cells in rows.items():
+        prunes = "-" if family in CANNOT_PRUNE else "exact"
+        expected = ["exact", *(prunes if "SDTP" in cell else "exact" for cell in CELLS)]
+        assert cells.split(" | ") == expected
+    names = re.findall(r"^\| `(\w+)` \| \w.* \|$", refused, re.M)
+    assert names == [family for family in REFUSED if "-" not in family]
+    assert "(docs/families.md)" in (ROOT / "README.md").read_text()
 
 
 def entries() -> list[Path]:

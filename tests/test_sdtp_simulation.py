@@ -29,14 +29,20 @@ def pruner(keep: float = 0.6, asking: int = 0, **options: Any) -> SDTP:
 
 
 def really(family: str, policy: SDTP, model: Any = None) -> tuple[Tensor, list[list[int]]]:
-    """Logits from the last prompt token on, and the prompt's columns that each layer holds."""
+    """Logits from the last prompt token on, and the prompt's columns that enter each layer."""
     model, cache = model or tiny_model(family), kvprune.ComposedCache([policy])
-    logits = []
+    logits, entered = [], list[list[int]]()
+
+    def note(*_: Any) -> None:
+        entered.append(cache.step.columns[0].tolist())
+
+    handles = [layer.register_forward_pre_hook(note) for layer in model.base_model.layers]
     with torch.no_grad():
         for ids in IDS.split([PROMPT] + [1] * COMPLETION, dim=1):
             logits.append(model(ids, past_key_values=cache, logits_to_keep=1).logits[0])
-    columns = [cache.columns(layer)[0, 0] for layer in range(LAYERS)]
-    return torch.cat(logits), [[c for c in row.tolist() if 0 <= c < PROMPT] for row in columns]
+    for handle in handles:
+        handle.remove()
+    return torch.cat(logits), entered[:LAYERS]
 
 
 def supposedly(

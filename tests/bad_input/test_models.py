@@ -56,12 +56,36 @@ def test_cache_of_another_model():
 # Models that are refused.
 
 
+GEMMA3N = {
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "laurel_rank": 4,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 61,
+    "head_dim": 8,
+    "altup_num_inputs": 2,
+    "activation_sparsity_pattern": [0.0] * 4,
+}
+
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("encoder-decoder", {}),
     "bart": ("encoder-decoder", {"encoder_attention_heads": 4, "decoder_attention_heads": 4}),
-    "bloom": ("AttentionInterface", {}),
-    "falcon": ("AttentionInterface", {}),
+    "mpt": ("AttentionInterface", {"d_model": 32, "n_heads": 4, "n_layers": 4}),
     "gptj": ("AttentionInterface", {"rotary_dim": 4}),
+    "gemma3n_text": ("several hidden states per token", GEMMA3N),
+    "gemma3n_text-shared": ("share keys and values", {**GEMMA3N, "num_kv_shared_layers": 1}),
+    "gemma4_text": (
+        "no keys and values of their own",
+        {
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 61,
+        },
+    ),
+    "diffllama": ("heads are paired", {}),
+    "doge": ("a mask of its own", {}),
+    "recurrent_gemma": ("cannot leave tokens out", {"lru_width": 32}),
     "mamba": ("linear_attention", {}),
     "jamba": ("linear_attention", {}),
     "lfm2": ("type conv", {"layer_types": ["conv", "full_attention"] * 2}),

@@ -1,0 +1,135 @@
+"""Writes docs/families.md: which model families work, as the tests find it.
+
+    python -m bench.families
+
+Runs `tests/test_families.py`, one test per cell, and the refusals of
+`tests/bad_input/test_models.py`; nothing in the table is written by hand but the notes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModel
+
+import kvprune
+from tests import family_models as models
+from tests import test_families
+from tests.bad_input.test_models import REFUSED
+from tests.models import tiny_config
+
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "docs" / "families.md"
+DENSE = "roomy = dense"
+COLUMNS = (DENSE, *test_families.CELLS)
+CELL_TESTS = {
+    "test_roomy_equals_the_dense_model": "roomy",
+    "test_family_against_the_oracle": "cell",
+}
+
+HEAD = """# Model families
+
+Made by `python -m bench.families` from the tests' outcomes (transformers {transformers}, torch
+{torch}, CPU). Each cell is a test on a tiny random model of four layers in float64, with a padded
+row, through `generate` and a second turn:
+
+* **roomy = dense**: with no policy, and with budgets that are never reached, the tokens and logits
+  of `DynamicCache`.
+* **the others**: every step's logits, and the columns that every layer, row and head holds, are
+  those of a naive oracle: the dense model reading everything anew without a cache, where a mask in
+  each layer hides from each query what had been dropped before.
+
+"exact" means to a relative 1e-9 in float64; "-" that the family refuses that policy, with an error
+that says why. The kept set is by key/value head as the cache stores it; the notes say where that
+is not the model's own number of key/value heads.
+
+"""
+
+REFUSALS = """
+## Refused
+
+`kvprune.attach` refuses these by name, and says why; so it does other families whose layers it
+cannot follow.
+
+| model type | reason |
+| --- | --- |
+"""
+
+
+class Outcomes:
+    """A pytest plugin: what came of each cell, `found[family][column]`."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        self._cells: dict[str, tuple[str, str]] = {}
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Notes which test is which cell."""
+        for item in items:
+            parameter = CELL_TESTS.get(getattr(item, "originalname", ""))
+            if parameter is not None:
+                values = item.callspec.params
+                column = DENSE if parameter == "roomy" else values[parameter]
+                self._cells[item.nodeid] = (values["family"], column)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Notes an outcome."""
+        if report.when == "call" and report.nodeid in self._cells:
+            family, column = self._cells[report.nodeid]
+            self.found[family][column].append(report.outcome)
+
+
+def row(family: str, found: dict[str, list[str]]) -> str:
+    """One family's line."""
+    name = type(models.plain_family(family)).__name__
+    cells = [_cell(family, column, found[column]) for column in COLUMNS]
+    return f"| `{family}` | {name} | {' | '.join(cells)} | {models.NOTES.get(family, '')} |"
+
+
+def _cell(family: str, column: str, outcomes: list[str]) -> str:
+    if set(outcomes) != {"passed"}:
+        return "**fails**"
+    return "-" if "SDTP" in column and family in models.CANNOT_PRUNE else "exact"
+
+
+def reason(family: str) -> str:
+    """Why a family is refused, in the words of the error."""
+    model = AutoModel.from_config(tiny_config(family, **REFUSED[family][1]))
+    with pytest.raises(kvprune.KVPruneError) as refused:
+        kvprune.attach(model)
+    message = str(refused.value)
+    return message.partition("is not supported: ")[2].partition(". Expected")[0]
+
+
+def table(found: dict[str, dict[str, list[str]]]) -> str:
+    """The whole document."""
+    header = ["family", "class", *COLUMNS, "notes"]
+    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    lines += [row(family, found[family]) for family in models.FAMILIES]
+    head = HEAD.format(transformers=transformers.__version__, torch=torch.__version__.split("+")[0])
+    refused = [f"| `{f}` | {reason(f)} |" for f in REFUSED if "-" not in f]
+    return head + "\n".join(lines) + "\n" + REFUSALS + "\n".join(refused) + "\n"
+
+
+def main() -> int:
+    """Runs the cells and writes the table; not 0 where a cell fails."""
+    outcomes = Outcomes()
+    torch.set_num_threads(1)
+    status = pytest.main(
+        ["-q", "-m", "", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_families.py")],
+        plugins=[outcomes],
+    )
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(table(outcomes.found))
+    print(f"wrote {TABLE}")
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Attention modules that compute attention by themselves, without AttentionInterface.
+
+They are handed tensors over all columns, as the model made them. Before such a module runs,
+its mask and ALiBi are gathered to the slots that the layer will hold once the module has
+stored its new tokens; after it, what the slots received is read off the probabilities that
+it returns. These modules hold them as a whole in any case.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .families import argument, backend_of, with_argument
+from .masks import GivenMask, additive
+from .step import LayerStep
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def at_slots(
+    attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: LayerStep
+) -> Arguments:
+    """The arguments of an attention module, gathered to the slots that it will attend to."""
+    slots = layer.slots.columns_after(layer.step.slot_columns, in_hole=layer.step.count == 1)
+    mask = argument(attention, args, kwargs, "attention_mask")
+    alibi = argument(attention, args, kwargs, "alibi")
+    mask = GivenMask(mask, layer.step.seen).at(layer.columns, slots)
+    alibi = None if alibi is None else _alibi_at(alibi, slots)
+    if layer.slots.names and _keeps_probabilities_back(attention):
+        # The branch that returns them adds the mask to the scores, and ALiBi once more, which
+        # is part of this mask.
+        mask = additive(mask, argument(attention, args, kwargs, "hidden_states").dtype)
+        alibi = None if alibi is None else torch.zeros_like(alibi)
+        args, kwargs = with_argument(attention, args, kwargs, "output_attentions", True)
+    args, kwargs = with_argument(attention, args, kwargs, "attention_mask", mask)
+    return with_argument(attention, args, kwargs, "alibi", alibi)
+
+
+def _keeps_probabilities_back(attention: Any) -> bool:
+    """Whether a module returns probabilities only if asked: Falcon's does, with sdpa."""
+    config = getattr(attention, "config", None)
+    return config is not None and backend_of(config) == "sdpa"
+
+
+def _alibi_at(alibi: Tensor, slots: Tensor) -> Tensor:
+    """ALiBi at the slots' columns.
+
+    Args:
+        alibi: `[B * Hq, 1, N]` or `[B, Hq, 1, N]`, by column.
+        slots: `[B, 1|Hkv, S]`, columns, -1 where empty.
+
+    Returns:
+        the same with S for N.
+    """
+    by_head = alibi.reshape(slots.shape[0], -1, alibi.shape[-1])
+    columns = slots.clamp(min=0).repeat_interleave(by_head.shape[1] // slots.shape[1], 1)
+    return by_head.gather(-1, columns).reshape(*alibi.shape[:-1], -1)
+
+
+def observe(layer: LayerStep, probabilities: Tensor) -> None:
+    """Adds what each slot received to its statistic, if somebody wants it.
+
+    Args:
+        layer: this forward at this layer.
+        probabilities: `[B, Hq, Q, S]`.
+    """
+    if not layer.slots.names:
+        return
+    dtype = layer.slots.statistics["attention"].dtype
+    # Padding does not vote.
+    votes = (layer.columns >= 0)[:, None, :, None]
+    received = (probabilities.detach().to(dtype) * votes).sum(2)
+    layer.slots.observe("attention", received.unflatten(1, (layer.slots.keys.shape[1], -1)).sum(2))
