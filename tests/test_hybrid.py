@@ -47,7 +47,7 @@ def test_linear_layers_keep_their_stock_class(cache):
     for layer in range(LAYERS):
         if layer in linear_of(FAMILY):
             assert type(cache.layers[layer]) is LinearAttentionLayer
-            with pytest.raises(kvprune.KVPruneError, match="holds no slots.*linear-attention"):
+            with pytest.raises(kvprune.KVPruneError, match=r"holds no slots.*linear-attention"):
                 cache.columns(layer)
         else:
             assert cache.columns(layer).shape[-1] == {1: 6, 3: 4}[layer]
