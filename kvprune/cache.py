@@ -449,10 +449,10 @@ class ComposedCache(Cache):
 
     def _check_states(self, rows: int, count: int, padding: Tensor | None) -> None:
         """Refuses what layers that keep a state cannot do."""
-        prunes = any("rank_hidden" in p.hooks for p in self.policies)
-        if prunes and rows > 1 and count > 1 and self.seen:
+        pruners = [p for p in self.policies if "rank_hidden" in p.hooks]
+        if pruners and rows > 1 and count > 1 and self.seen:
             raise KVPruneError(
-                f"{self.policies!r}: a later forward of several tokens in {rows} rows. Rows lose "
+                f"{pruners[0]!r}: a later forward of several tokens in {rows} rows. Rows lose "
                 f"different numbers of tokens, which the states of this model's linear-attention "
                 f"layers cannot follow then. Use one row per cache, or hand in the prompt at once"
             )

@@ -3,7 +3,7 @@
 They are handed tensors over all columns, as the model made them. Before such a module runs,
 its mask and ALiBi are gathered to the slots that the layer will hold once the module has
 stored its new tokens; after it, what the slots received is read off the probabilities that
-it returns. These modules hold them as a whole in any case.
+it returns. They are then held as a whole, `[B, Hq, Q, S]`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from .models import LAYERS, VOCAB
 WINDOW = 6
 
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EVERY_OTHER = ["sliding_attention", "full_attention"] * 2
 MLA = {
     **MOE,
     "kv_lora_rank": 8,
@@ -64,6 +65,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "floor_scale": 4,
     },
     "olmo2": {},
+    "olmo3": {"sliding_window": WINDOW, "layer_types": EVERY_OTHER},
+    "cohere2": {"sliding_window": WINDOW, "layer_types": EVERY_OTHER},
+    "starcoder2": {},
+    "stablelm": {},
+    "glm4": {"head_dim": 8},
     "granite": {},
     "smollm3": {},
     "gpt_oss": {**SLIDING, "num_local_experts": 4},
@@ -82,6 +88,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next-ends": {**HYBRID, "layer_types": [LINEAR, LINEAR, "full_attention", LINEAR]},
 }
 
+
+SLOW = {
+    "mistral",
+    "olmo3",
+    "cohere2",
+    "starcoder2",
+    "stablelm",
+    "glm4",
+    "qwen3_5_moe_text",
+    "olmo_hybrid",
+    "qwen3_next-ends",
+}
+"""Families whose like is among the others; `make test-all` runs them too."""
 
 CANNOT_PRUNE = {"llama4_text": "positions that it counts from the cache"}
 """Families that are refused with policies that prune hidden states, and what the error says."""
@@ -174,6 +193,8 @@ SEES: dict[str, list[int | None]] = {
     "gemma2": [WINDOW, None, WINDOW, None],
     "gemma3_text": [WINDOW, None, WINDOW, None],
     "gpt_oss": [WINDOW, None, WINDOW, None],
+    "olmo3": [WINDOW, None, WINDOW, None],
+    "cohere2": [WINDOW, None, WINDOW, None],
     "llama4_text": [WINDOW, None, WINDOW, None],
 }
 
@@ -185,7 +206,18 @@ def local_of(family: str) -> list[Local | None]:
     return [None if size is None else Local(size, chunked) for size in sizes]
 
 
+STATES = (
+    "hybrid: every other layer is linear attention, keeps its stock state and has no slots; "
+    "pruned tokens never reach it"
+)
 NOTES = {
+    "olmo3": "every other layer slides",
+    "cohere2": "every other layer slides",
+    "qwen3_next": STATES,
+    "qwen3_5_text": STATES,
+    "qwen3_5_moe_text": STATES,
+    "olmo_hybrid": STATES,
+    "qwen3_next-ends": "as before, with linear layers first and last",
     "mistral-window": "every layer slides",
     "gemma2": "eager (soft-capped scores); every other layer slides",
     "gemma3_text": "every other layer slides",

@@ -19,6 +19,7 @@ from kvprune.policies import H2O, StreamingLLM
 from .family_models import (
     CANNOT_PRUNE,
     FAMILIES,
+    SLOW,
     StaysDouble,
     attached_family,
     eager_family,
@@ -47,6 +48,11 @@ ROOMY = {
 }
 
 
+every_family = pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[pytest.mark.slow] * (f in SLOW)) for f in FAMILIES]
+)
+
+
 @pytest.fixture(autouse=True)
 def _exact() -> Iterator[None]:
     with torch.no_grad(), StaysDouble():
@@ -68,7 +74,7 @@ def refused(family: str, policies: list[kvprune.TokenPolicy]) -> bool:
 
 
 @pytest.mark.parametrize("roomy", ROOMY)
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_roomy_equals_the_dense_model(family, roomy):
     """In `generate`: the tokens and the logits of DynamicCache, with a padded row."""
     if refused(family, ROOMY[roomy]()):
@@ -83,7 +89,7 @@ def test_roomy_equals_the_dense_model(family, roomy):
         close(mine, dense)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_without_our_cache_nothing_changes(family):
     """Bit-equal logits while attached, also with DynamicCache; no hook left after `detach`."""
     model, plain, ids = family_model(family), plain_family(family), prompt(2, 9)
@@ -122,7 +128,7 @@ def oracle_for(family: str, cell: str, rows: int = 2) -> FamilyOracle | RowByRow
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_family_against_the_oracle(family, cell):
     """`generate`, then a second turn of several tokens: logits and columns of every step."""
     policies = CELLS[cell][0]()
