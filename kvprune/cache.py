@@ -422,7 +422,7 @@ class ComposedCache(Cache):
         if drafts and self._attachment.cannot_record and (self._drops or self._is_hybrid):
             raise KVPruneError(
                 f"assisted decoding and recording with {self.policies!r} on "
-                f"{self._attachment.name}: {self._attachment.cannot_record}. Leave out "
+                f"{self._attachment.name} are refused: {self._attachment.cannot_record}; leave out "
                 f"assistant_model and prompt_lookup_num_tokens"
             )
         # Of a prompt with drafts behind it, what it would be asked for without them.

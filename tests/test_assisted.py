@@ -19,6 +19,7 @@ WAYS = {
     "the model itself drafts": lambda: {"assistant_model": plain_model()},
     "another model drafts": lambda: {"assistant_model": fresh_model(heads=2, kv_heads=1)},
     "an attached model drafts": lambda: {"assistant_model": tiny_model("mistral")},
+    "early exit": lambda: {"assistant_early_exit": 2},
     "prompt lookup": lambda: {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1},
 }
 

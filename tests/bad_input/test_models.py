@@ -169,18 +169,20 @@ def test_labels_without_pruned_hidden_states_are_fine():
     assert torch.equal(got, plain_model()(ids, labels=ids).loss)
 
 
-@pytest.mark.parametrize("policies", [[], [h2o()], [pruner()]], ids=repr)
-def test_assisted_decoding(policies):
-    """By a draft model, by the prompt or by early exit: it takes tokens back."""
-    model, ids, cache = tiny_model(), prompt(1, LENGTH), ComposedCache(policies)
-    options: Any = {"cache": cache, "max_new_tokens": 4}
+@pytest.mark.parametrize(
+    ("family", "backend", "reason"),
+    [("bloom", "eager", "all new tokens at once"), ("qwen3_next", "sdpa", "cannot go back")],
+)
+def test_drafts(family, backend, reason):
+    """Where they cannot be read one by one, or not be taken back."""
+    model, ids, cache = tiny_model(family, backend=backend), prompt(1, 9), ComposedCache([h2o()])
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    cache.activate_past_recording()
     assert_refused(
         cache,
-        "not supported.*leave out assistant_model and prompt_lookup_num_tokens",
-        lambda: model.generate(ids, assistant_model=plain_model(), **options),
-        lambda: model.generate(ids, prompt_lookup_num_tokens=3, **options),
-        lambda: model.generate(ids, assistant_early_exit=2, **options),
-        cache.activate_past_recording,
+        f"{reason}; leave out assistant_model and prompt_lookup_num_tokens",
+        lambda: model(ids, past_key_values=cache),
     )
 
 
