@@ -43,6 +43,7 @@ def reloaded(run: Run, policies, path: Path) -> Run:
 @torch.no_grad()
 def move(run: Run, what: str) -> torch.Tensor:
     """Moves the rows as a user or beam search would; which rows they were."""
+    assert run.mask is not None
     rows = torch.tensor(ROWS.get(what, [0, 1]))
     if what == "reorder":
         run.cache.reorder_cache(rows)
