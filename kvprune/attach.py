@@ -29,6 +29,7 @@ from .families import (
     backend_of,
     check_family,
     decoder_layers,
+    unwrapped,
     with_argument,
 )
 from .masks import mask_or_rule
@@ -43,7 +44,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         model: a decoder-only transformers model, with or without its language-model head,
-            whose attention implementation is "sdpa" or "eager".
+            whose attention implementation is "sdpa" or "eager"; or a PEFT model around one.
 
     Returns:
         the same object.
@@ -51,6 +52,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         KVPruneError: the family is not supported; the model is unchanged then.
     """
+    given, model = model, unwrapped(model)
     check_family(model)
     base: Any = model.base_model
     layers = decoder_layers(base)
@@ -72,11 +74,12 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         if hasattr(type(model), name):
             # Not a bound method: pickle would look that up by its name, on the class.
             model.__dict__[name] = partial(method, model)
-    return model
+    return given
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Takes back everything that `attach` did to a model; returns the same object."""
+    given, model = model, unwrapped(model)
     for module in model.modules():
         _remove_hooks(module)
         module.__dict__.pop("_kvprune", None)
@@ -86,7 +89,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     for config in _configs(model):
         if str(config._attn_implementation).startswith(PREFIX):
             config._attn_implementation = backend_of(config)
-    return model
+    return given
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
@@ -280,17 +283,17 @@ _HOOKS = (
 
 
 def _generate(model: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
-    """`generate` with one more argument, `cache`: a `ComposedCache`."""
+    """`generate` with one more argument, `cache`: a `ComposedCache`, or what makes one.
+
+    A callable is called once for each `generate`, which is what a pipeline needs: it hands the
+    same arguments to every prompt.
+    """
     if cache is not None:
         if kwargs.get("past_key_values") is not None:
             raise KVPruneError(
                 "generate: cache= and past_key_values= were both given: leave out one"
             )
-        if not isinstance(cache, ComposedCache):
-            raise KVPruneError(
-                f"generate: cache= expects a ComposedCache, came {type(cache).__name__}"
-            )
-        kwargs["past_key_values"] = cache
+        kwargs["past_key_values"] = _given_cache(cache)
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, ComposedCache):
         return type(model).generate(model, *args, **kwargs)
@@ -306,6 +309,19 @@ def _generate(model: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
         return type(model).generate(model, *args, **kwargs)
     finally:
         cache.leave_generate()
+
+
+def _given_cache(cache: Any) -> ComposedCache:
+    given = cache() if callable(cache) else cache
+    if not isinstance(given, ComposedCache):
+        what = (
+            f"a callable that returned {type(given).__name__}" if callable(cache) else repr(cache)
+        )
+        raise KVPruneError(
+            f"generate: cache= expects a ComposedCache, or a callable without arguments that "
+            f"makes one (cache=lambda: ComposedCache([H2O()])), came {what}"
+        )
+    return given
 
 
 def _check_prompt(

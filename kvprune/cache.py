@@ -18,6 +18,7 @@ from transformers import Cache
 from . import saving
 from .composition import leaves
 from .errors import KVPruneError
+from .families import unwrapped
 from .masks import LogicalLength
 from .policy import TokenPolicy
 from .slots import SlotLayer
@@ -194,7 +195,7 @@ class ComposedCache(Cache):
             KVPruneError: there is no such file, it is damaged, of another version or model, or
                 lacks a statistic that a policy needs; or the model is not attached.
         """
-        base: Any = getattr(model, "base_model", model)
+        base: Any = getattr(unwrapped(model), "base_model", model)
         attachment = base.__dict__.get("_kvprune")
         if attachment is None:
             raise KVPruneError(
