@@ -11,7 +11,11 @@ from kvprune.selection import select
 
 from .naive import naive_select
 
-SCORES = st.sampled_from([0.0, 1.0, 1.0, 2.0, -3.5, float("inf"), float("-inf")])
+# 257 and 1.0001 are ties with their neighbours in half precision.
+SCORES = st.sampled_from(
+    [0.0, 1.0, 1.0, 1.0001, 2.0, -3.5, 256.0, 257.0, float("inf"), float("-inf")]
+)
+PRECISIONS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @st.composite
@@ -31,7 +35,7 @@ def rankings(draw):
     order = [draw(st.permutations(range(size))) for _ in range(rows * h)]
     columns = torch.tensor(order).view(rows, h, size)
     columns = columns.masked_fill(tensor(st.sampled_from([0, 0, 0, 1]), h, torch.bool), -1)
-    score = tensor(SCORES, axis(), torch.float32)
+    score = tensor(SCORES, axis(), draw(st.sampled_from(PRECISIONS)))
     protected = tensor(st.sampled_from([0, 0, 0, 1]), axis(), torch.bool)
     shape = draw(st.sampled_from([(rows,), (rows, 1), (rows, heads)]))
     count = shape[0] * (shape[1] if len(shape) > 1 else 1)
