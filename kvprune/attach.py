@@ -303,6 +303,7 @@ def _generate(model: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
             "the base model was detached by itself: call kvprune.attach(model) again"
         )
     cache.bind(attachment, model.base_model)
+    kwargs = _with_whole_mask(cache, *args, **kwargs)
     _check_prompt(cache, *args, **kwargs)
     cache.enter_generate()
     try:
@@ -324,13 +325,37 @@ def _given_cache(cache: Any) -> ComposedCache:
     return given
 
 
+def _prompt_of(inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+    """Ids `[B, count]` or embeddings `[B, count, C]`, however they were passed."""
+    given = (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids"))
+    return next((t for t in given if t is not None), None)
+
+
+def _with_whole_mask(
+    cache: ComposedCache, inputs: Tensor | None = None, *args: Any, **kwargs: Any
+) -> dict[str, Any]:
+    """Extends a mask of earlier turns with ones: what it does not reach is no padding.
+
+    It is one where it ends before ids that are all tokens so far do, or, with new ids alone,
+    within what the cache has seen. Any other mask that does not fit is left to be refused.
+    """
+    tokens, mask = _prompt_of(inputs, kwargs), kwargs.get("attention_mask")
+    if tokens is None or mask is None or mask.dim() != 2 or cache.seen == 0:
+        return kwargs
+    count, columns, missing = tokens.shape[1], mask.shape[1], 0
+    if columns < count and cache.seen < count:
+        missing = count - columns
+    elif count < columns <= cache.seen:
+        missing = cache.seen + count - columns
+    return {**kwargs, "attention_mask": nn.functional.pad(mask, (0, missing), value=1)}
+
+
 def _check_prompt(
     cache: ComposedCache, inputs: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> None:
     """A prompt is all ids so far, or new ids with a mask over all columns."""
     embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-    given = (embeds, inputs, kwargs.get("input_ids"))
-    tokens = next((t for t in given if t is not None), None)
+    tokens = _prompt_of(inputs, kwargs)
     # Without a prompt `generate` begins with one begin-of-sequence token.
     count = columns = 1 if tokens is None else tokens.shape[1]
     if mask is not None and tokens is not None:

@@ -73,6 +73,17 @@ def test_statistics_accumulate_in_float32(dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_probabilities_are_of_float32_too(dtype):
+    """In any precision every query gives 1 in all, to float32's rounding: prompt and decoding."""
+    driver, queries = Driver([H2O(200, 200)], 2, 4, 2, dtype=dtype), 0
+    for count in (70, 1, 1, 3, *[1] * 20):
+        driver.step(driver.tokens(count))
+        queries += count
+        given = driver.cache.layers[0].statistics["attention"].sum(-1)
+        torch.testing.assert_close(given, torch.full_like(given, 2 * queries), rtol=1e-5, atol=0)
+
+
 @given(
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     head_counts,
