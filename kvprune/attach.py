@@ -35,6 +35,7 @@ from .families import (
     has_own_attention,
     linear_layers,
     local_layers,
+    unwrapped,
     with_argument,
 )
 from .masks import mask_or_rule
@@ -51,7 +52,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         model: a decoder-only transformers model, with or without its language-model head,
-            whose attention implementation is "sdpa" or "eager".
+            whose attention implementation is "sdpa" or "eager"; or a PEFT model around one.
 
     Returns:
         the same object.
@@ -59,6 +60,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         KVPruneError: the family is not supported; the model is unchanged then.
     """
+    given, model = model, unwrapped(model)
     check_family(model)
     base: Any = base_of(model)
     layers = decoder_layers(base)
@@ -92,11 +94,12 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         if hasattr(type(model), name):
             # Not a bound method: pickle would look that up by its name, on the class.
             model.__dict__[name] = partial(method, model)
-    return model
+    return given
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Takes back everything that `attach` did to a model; returns the same object."""
+    given, model = model, unwrapped(model)
     for module in model.modules():
         _remove_hooks(module)
         module.__dict__.pop("_kvprune", None)
@@ -106,7 +109,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     for config in _configs(model):
         if str(config._attn_implementation).startswith(PREFIX):
             config._attn_implementation = backend_of(config)
-    return model
+    return given
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
@@ -346,17 +349,17 @@ _HOOKS = (
 
 
 def _generate(model: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
-    """`generate` with one more argument, `cache`: a `ComposedCache`."""
+    """`generate` with one more argument, `cache`: a `ComposedCache`, or what makes one.
+
+    A callable is called once for each `generate`, which is what a pipeline needs: it hands the
+    same arguments to every prompt.
+    """
     if cache is not None:
         if kwargs.get("past_key_values") is not None:
             raise KVPruneError(
                 "generate: cache= and past_key_values= were both given: leave out one"
             )
-        if not isinstance(cache, ComposedCache):
-            raise KVPruneError(
-                f"generate: cache= expects a ComposedCache, came {type(cache).__name__}"
-            )
-        kwargs["past_key_values"] = cache
+        kwargs["past_key_values"] = _given_cache(cache)
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, ComposedCache):
         return type(model).generate(model, *args, **kwargs)
@@ -367,6 +370,7 @@ def _generate(model: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
             "the base model was detached by itself: call kvprune.attach(model) again"
         )
     cache.bind(attachment, base)
+    kwargs = _with_whole_mask(cache, *args, **kwargs)
     _check_prompt(cache, *args, **kwargs)
     cache.enter_generate()
     try:
@@ -375,13 +379,50 @@ def _generate(model: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
         cache.leave_generate()
 
 
+def _given_cache(cache: Any) -> ComposedCache:
+    given = cache() if callable(cache) else cache
+    if not isinstance(given, ComposedCache):
+        what = (
+            f"a callable that returned {type(given).__name__}" if callable(cache) else repr(cache)
+        )
+        raise KVPruneError(
+            f"generate: cache= expects a ComposedCache, or a callable without arguments that "
+            f"makes one (cache=lambda: ComposedCache([H2O()])), came {what}"
+        )
+    return given
+
+
+def _prompt_of(inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+    """Ids `[B, count]` or embeddings `[B, count, C]`, however they were passed."""
+    given = (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids"))
+    return next((t for t in given if t is not None), None)
+
+
+def _with_whole_mask(
+    cache: ComposedCache, inputs: Tensor | None = None, *args: Any, **kwargs: Any
+) -> dict[str, Any]:
+    """Extends a mask of earlier turns with ones: what it does not reach is no padding.
+
+    It is one where it ends before ids that are all tokens so far do, or, with new ids alone,
+    within what the cache has seen. Any other mask that does not fit is left to be refused.
+    """
+    tokens, mask = _prompt_of(inputs, kwargs), kwargs.get("attention_mask")
+    if tokens is None or mask is None or mask.dim() != 2 or cache.seen == 0:
+        return kwargs
+    count, columns, missing = tokens.shape[1], mask.shape[1], 0
+    if columns < count and cache.seen < count:
+        missing = count - columns
+    elif count < columns <= cache.seen:
+        missing = cache.seen + count - columns
+    return {**kwargs, "attention_mask": nn.functional.pad(mask, (0, missing), value=1)}
+
+
 def _check_prompt(
     cache: ComposedCache, inputs: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> None:
     """A prompt is all ids so far, or new ids with a mask over all columns."""
     embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-    given = (embeds, inputs, kwargs.get("input_ids"))
-    tokens = next((t for t in given if t is not None), None)
+    tokens = _prompt_of(inputs, kwargs)
     # Without a prompt `generate` begins with one begin-of-sequence token.
     count = columns = 1 if tokens is None else tokens.shape[1]
     if mask is not None and tokens is not None:

@@ -7,6 +7,8 @@ import itertools
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,10 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
 
+from . import saving
 from .composition import leaves
 from .errors import KVPruneError
+from .families import base_of, unwrapped
 from .masks import Local, LogicalLength
 from .policy import TokenPolicy
 from .positions import CachePositions, positions_for
@@ -82,6 +86,8 @@ class ComposedCache(Cache):
         self._working: tuple[TokenPolicy, ...] = ()
         self.seen = 0
         self._attachment: Attachment | None = None
+        # What the model was when the cache was tied to it, for `save`; see `saving.describe`.
+        self._model: dict[str, str] = {}
         self._rows: RowNumbers | None = None
         self._positions: CachePositions | None = None
         # Which columns are padding `[B, seen]`; None while none is.
@@ -135,7 +141,7 @@ class ComposedCache(Cache):
         if self._padding is not None:
             held.append(self._padding)
         if self._positions is not None:
-            held += self._positions.tensors()
+            held += self._positions.named_tensors().values()
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
         return sum(storages.values())
 
@@ -154,7 +160,7 @@ class ComposedCache(Cache):
     def reset(self) -> None:
         """Forgets everything, also its model, and frees the memory; it can be used anew."""
         self.layers = []
-        self._attachment, self._working = None, ()
+        self._attachment, self._working, self._model = None, (), {}
         self._logits_to_keep = 0
         self.seen = 0
         self._rows, self._padding, self._promise = None, None, 0
@@ -183,6 +189,115 @@ class ComposedCache(Cache):
         if twin._in_generate:
             twin.leave_generate()
         return twin
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the cache to a file, whole or not at all; see `load` and `kvprune.saving`.
+
+        Raises:
+            KVPruneError: nothing was read yet, a forward or `generate` is under way, an error
+                left the cache unusable, or the file cannot be written.
+        """
+        self._check_usable()
+        if self._in_generate:
+            raise self._in_use("generate")
+        if not self.is_initialized:
+            raise KVPruneError("save: the cache is empty: expected a forward of a model first")
+        if self._is_hybrid:
+            raise KVPruneError(
+                f"save: {self._model['name']} has linear-attention layers, whose states are not "
+                f"written: expected a model with attention in every layer. copy.deepcopy(cache) "
+                f"keeps them in memory"
+            )
+        self._settle()
+        saving.write(Path(path), self._contents())
+
+    @classmethod
+    def load(
+        cls, path: str | PathLike[str], policies: Sequence[TokenPolicy], model: torch.nn.Module
+    ) -> ComposedCache:
+        """A cache that goes on, bit for bit, where the one that was saved stopped.
+
+        Args:
+            path: what `save` wrote.
+            policies: the same, or others whose statistics were observed: what they say counts
+                from the next step on. Budgets may differ; what was dropped does not come back.
+            model: the one that the cache was saved with, attached.
+
+        Raises:
+            KVPruneError: there is no such file, it is damaged, of another version or model, or
+                lacks a statistic that a policy needs; or the model is not attached.
+        """
+        inner = unwrapped(model)
+        base: Any = base_of(inner) if hasattr(inner, "base_model") else inner
+        attachment = base.__dict__.get("_kvprune")
+        if attachment is None:
+            raise KVPruneError(
+                f"load: expected a model that kvprune is attached to, came {type(model).__name__}: "
+                f"call kvprune.attach(model) first"
+            )
+        cache = cls(policies)
+        cache.bind(attachment, base)
+        contents = saving.read(Path(path), next(base.parameters()).device)
+        cache._check_fits(Path(path), contents.numbers)
+        cache._restore(contents)
+        return cache
+
+    def _contents(self) -> saving.Contents:
+        assert self._rows is not None
+        tensors = {"rows.first": self._rows.first, "rows.prompt_length": self._rows.prompt_length}
+        if self._padding is not None:
+            tensors["padding"] = self._padding
+        if self._positions is not None:
+            tensors |= {f"positions.{n}": t for n, t in self._positions.named_tensors().items()}
+        layers, owners = [], dict[int, int]()
+        for index, layer in self.slot_layers():
+            held = layer.named_tensors()
+            # The first layer that has this very tensor.
+            owner = owners.setdefault(id(layer._columns), index)
+            if owner != index:
+                del held["columns"]
+            tensors |= {f"layers.{index}.{name}": tensor for name, tensor in held.items()}
+            names = list(layer.names)
+            layers.append({**layer.numbers(), "columns_of": owner, "statistics": names})
+        policies = [repr(p) for p in self.policies]
+        numbers = {"model": self._model, "policies": policies, "seen": self.seen, "layers": layers}
+        numbers["sinks"] = None if self._positions is None else self._positions.sinks
+        return saving.Contents(numbers, tensors)
+
+    def _check_fits(self, path: Path, numbers: dict[str, Any]) -> None:
+        if numbers["model"]["digest"] != self._model["digest"]:
+            raise KVPruneError(
+                f"{path}: expected a cache of this model ({self._model['name']}: its config, its "
+                f"precision and its weights), came one of another ({numbers['model']['name']}). "
+                f"Load it with the model that it was saved with"
+            )
+        sinks = None if self._positions is None else self._positions.sinks
+        if numbers["sinks"] != sinks:
+            raise KVPruneError(
+                f"{path}: saved with [{', '.join(numbers['policies'])}]: expected policies that "
+                f"assign positions in the same way, came {list(self.policies)!r}"
+            )
+        for (index, layer), saved in zip(self.slot_layers(), numbers["layers"], strict=True):
+            if not set(layer.names) <= set(saved["statistics"]):
+                raise KVPruneError(
+                    f"{path}: saved with [{', '.join(numbers['policies'])}], which observed "
+                    f"{saved['statistics']} at layer {index}; {list(self.policies)!r} needs "
+                    f"{list(layer.names)}. Load it with policies that need no more than was "
+                    f"observed, or read the prompt again with these"
+                )
+
+    def _restore(self, contents: saving.Contents) -> None:
+        numbers, tensors = contents.numbers, contents.tensors
+        for (index, layer), saved in zip(self.slot_layers(), numbers["layers"], strict=True):
+            start = f"layers.{index}."
+            mine = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+            mine["columns"] = tensors[f"layers.{saved['columns_of']}.columns"]
+            layer.restore(saved, mine)
+        self.seen = numbers["seen"]
+        self._rows = RowNumbers(tensors["rows.first"], tensors["rows.prompt_length"])
+        self._padding = tensors.get("padding")
+        if self._positions is not None:
+            self._positions.restore(tensors, "positions.")
 
     # What transformers asks of a cache.
 
@@ -352,6 +467,7 @@ class ComposedCache(Cache):
         self._positions = positions_for(working, model)
         self.layers = [_new_layer(attachment, working, i) for i in layers]
         self._working, self._attachment = working, attachment
+        self._model = saving.describe(model)
 
     def announce_prompt(self, new: Tensor | int, columns: int) -> None:
         """`generate` tells how many valid prompt tokens `[B]` follow, however it splits them.

@@ -100,6 +100,25 @@ def has_own_attention(base: Any) -> bool:
     return base.config.model_type in OWN_ATTENTION
 
 
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a PEFT model; any other model as it is.
+
+    PEFT's generate and forward hand everything on to the model inside.
+
+    Raises:
+        KVPruneError: prompt learning, which makes a cache or embeddings of its own.
+    """
+    if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise KVPruneError(
+            f"attach: {type(model).__name__} with {type(model.active_peft_config).__name__}: it "
+            f"puts virtual tokens before the prompt that no policy can tell from others. Expected "
+            f"adapters in the layers, as LoRA"
+        )
+    return model.get_base_model()
+
+
 def check_family(model: PreTrainedModel) -> None:
     """Refuses a model whose layers kvprune cannot follow, by name and with the reason.
 

@@ -10,7 +10,7 @@ are turned back together, and numbers stay small and exact however long the stre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from .slots import SlotLayer
 PROBED = (3, 8)
 """Two positions at which a model shows how it turns its keys."""
 
+_BY_LAYER = ("home", "turn", "gap")
 _FAR = torch.iinfo(torch.int64).max // 2
 
 
@@ -153,10 +154,19 @@ class CachePositions:
         self._gap: list[Tensor | None] = [None] * len(rotations)
         self._last: tuple[Tensor, _Placement] | None = None
 
-    def tensors(self) -> list[Tensor]:
-        """All that is held, for counting bytes."""
-        held = (self._offset, *self._home, *self._turn, *self._gap)
-        return [t for t in held if t is not None]
+    def named_tensors(self) -> dict[str, Tensor]:
+        """All that is held, by name."""
+        held: dict[str, Tensor | None] = {"offset": self._offset}
+        for kind in _BY_LAYER:
+            held |= {f"{kind}.{i}": tensor for i, tensor in enumerate(getattr(self, f"_{kind}"))}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    def restore(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        """Takes over what `named_tensors` gave, each name behind `prefix`."""
+        self._offset = tensors.get(f"{prefix}offset")
+        for kind in _BY_LAYER:
+            names = (f"{prefix}{kind}.{i}" for i in range(len(self._rotations)))
+            setattr(self, f"_{kind}", [tensors.get(name) for name in names])
 
     def select_rows(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was."""

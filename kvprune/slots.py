@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +91,31 @@ class SlotLayer:
         held = (self._keys, self._values, self._columns, self.hole)
         yield from (t for t in held if t is not None)
         yield from self._statistics.values()
+
+    def numbers(self) -> dict[str, Any]:
+        """With `named_tensors`, all that brings the layer back as it is (see `restore`)."""
+        return {"used": self.used, "capacity": self.capacity, "gaps": self.gaps}
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """The slots in use, and the hole; `columns` is one object where layers share it."""
+        held = {"keys": self.keys, "values": self.values, "columns": self.columns}
+        held |= {f"statistics.{name}": value for name, value in self.statistics.items()}
+        return held if self.hole is None else {**held, "hole": self.hole}
+
+    def restore(self, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Becomes the layer whose `numbers` and `named_tensors` these are.
+
+        The room for more slots comes back too, since it decides when slots are moved, and their
+        order decides how sums round. Statistics that nobody wants here are left out.
+        """
+        self.used, self.gaps = numbers["used"], numbers["gaps"]
+        self.hole = tensors.get("hole")
+        room = numbers["capacity"] - self.used
+        self._columns = _roomier(tensors["columns"], room, -1)
+        self._keys = _roomier(tensors["keys"], room, 0)
+        self._values = _roomier(tensors["values"], room, 0)
+        stored = {name: tensors[f"statistics.{name}"] for name in self.names}
+        self._statistics = {name: _roomier(value, room, 0) for name, value in stored.items()}
 
     def append(
         self, keys: Tensor, values: Tensor, columns: Tensor, complete: bool, in_hole: bool
@@ -301,6 +327,14 @@ def _watched(*tensors: Tensor) -> bool:
 
 def _widened(columns: Tensor, size: int, fill: int) -> Tensor:
     return torch.nn.functional.pad(columns, (0, size - columns.shape[-1]), value=fill)
+
+
+def _roomier(buffer: Tensor, room: int, fill: int) -> Tensor:
+    """`[B, H, S, ...]` with room for more slots; the very object where there is none to add."""
+    if not room:
+        return buffer
+    more = buffer.new_full((*buffer.shape[:2], room, *buffer.shape[3:]), fill)
+    return torch.cat([buffer, more], 2)
 
 
 def _gathered(buffer: Tensor, order: Tensor, spare: int) -> Tensor:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import kvprune
+from kvprune.policies import H2O
 
 from .bad_input.test_models import REFUSED
 from .family_models import CANNOT_PRUNE, FAMILIES
@@ -98,6 +99,23 @@ def test_the_readme_s_ten_lines_run(tmp_path, monkeypatch, capsys):
     exec(block.replace("SDTP()", "SDTP(heads)"), given)
     assert given["cache"].seen == 150 + 127
     assert "layers 0-3: 30/277 slots" in capsys.readouterr().out
+
+
+def test_the_readme_s_saved_prompt_goes_on(tmp_path, monkeypatch):
+    """As it stands: the tokens are those of a cache that was never saved."""
+    monkeypatch.chdir(tmp_path)
+    model: Any = tiny_model()
+    ids = {"system_ids": prompt(1, 40), "question_ids": prompt(1, 6, 1)}
+    (block,) = [b for b in code_blocks("README.md") if "cache.save" in b]
+    given: dict[str, Any] = {"kvprune": kvprune, "torch": torch, "H2O": H2O, "model": model, **ids}
+    exec(block, given)
+    cache = kvprune.ComposedCache([H2O(heavy=0.1, recent=0.1)])
+    with torch.no_grad():
+        model(ids["system_ids"], past_key_values=cache, logits_to_keep=1)
+    whole = torch.cat([*ids.values()], 1)
+    model.generate(whole, cache=cache, max_new_tokens=64)
+    assert given["cache"].seen == cache.seen == 109
+    assert torch.equal(given["cache"].columns(2), cache.columns(2))
 
 
 def test_the_policy_in_contributing_runs(monkeypatch):

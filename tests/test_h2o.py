@@ -71,3 +71,57 @@ def test_statistics_accumulate_in_float32(dtype):
     torch.testing.assert_close(
         received.double(), exact.cache.layers[0].statistics["attention"], rtol=8 * eps, atol=8 * eps
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_probabilities_are_of_float32_too(dtype):
+    """In any precision every query gives 1 in all, to float32's rounding: prompt and decoding."""
+    driver, queries = Driver([H2O(200, 200)], 2, 4, 2, dtype=dtype), 0
+    for count in (70, 1, 1, 3, *[1] * 20):
+        driver.step(driver.tokens(count))
+        queries += count
+        given = driver.cache.layers[0].statistics["attention"].sum(-1)
+        torch.testing.assert_close(given, torch.full_like(given, 2 * queries), rtol=1e-5, atol=0)
+
+
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    head_counts,
+    st.integers(0, 5),
+    st.integers(1, 5),
+    st.integers(2, 40),
+    st.data(),
+    seeds,
+)
+def test_in_every_precision_the_oracle_s_choice_within_rounding(
+    dtype, heads, heavy, recent, length, data, seed
+):
+    """The oracle is handed the same rounded numbers, and computes in float64.
+
+    After each step it goes on from what the driver kept: the recent exactly, and heavy ones of
+    which none is worse than one that went by more than the precision explains.
+    """
+    driver = Driver([H2O(heavy, recent)], 2, *heads, seed=seed, dtype=dtype, sharpness=1.0)
+    oracles = h2o_oracles(driver, [(500, 500)] * 2)
+    padding = [0, data.draw(st.integers(0, length - 1))]
+    unit = 8 * torch.finfo(dtype).eps
+    for count, pad in [(length, padding), *[(1, [0, 0])] * 12]:
+        tokens = driver.tokens(count)
+        outputs = driver.step(tokens, pad)
+        exact = Tokens(tokens.q.double(), tokens.k.double(), tokens.v.double())
+        expected = oracles.step(exact, pad)
+        for (row, head), oracle in oracles.each.items():
+            mine = slice(head * (heads[0] // heads[1]), (head + 1) * (heads[0] // heads[1]))
+            got = outputs[row, pad[row] :, mine].transpose(0, 1).double()
+            torch.testing.assert_close(got, expected[row, head], rtol=unit, atol=unit)
+            kept, scores = driver.kept(row, head), oracle.scores
+            assert kept[-recent:] == oracle.kept[-recent:]
+            assert len(kept) == min(heavy + recent, len(oracle.kept))
+            gone = [s for column, s in scores.items() if column not in kept]
+            worst = min((scores[c] for c in kept[:-recent]), default=float("inf"))
+            assert worst >= max(gone, default=0.0) * (1 - unit) - unit
+            statistic = driver.statistic(row, head)
+            assert statistic == pytest.approx({c: scores[c] for c in kept}, rel=unit, abs=unit)
+            # The oracle goes on from here; rounding does not add up.
+            slots = oracle.slots
+            oracle.slots = {c: (*slots[c][:2], statistic[c]) for c in kept}

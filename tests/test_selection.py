@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,11 @@ from kvprune.selection import select
 
 from .naive import naive_select
 
-SCORES = st.sampled_from([0.0, 1.0, 1.0, 2.0, -3.5, float("inf"), float("-inf")])
+# 257 and 1.0001 are ties with their neighbours in half precision.
+SCORES = st.sampled_from(
+    [0.0, 1.0, 1.0, 1.0001, 2.0, -3.5, 256.0, 257.0, float("inf"), float("-inf")]
+)
+PRECISIONS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @st.composite
@@ -31,7 +36,7 @@ def rankings(draw):
     order = [draw(st.permutations(range(size))) for _ in range(rows * h)]
     columns = torch.tensor(order).view(rows, h, size)
     columns = columns.masked_fill(tensor(st.sampled_from([0, 0, 0, 1]), h, torch.bool), -1)
-    score = tensor(SCORES, axis(), torch.float32)
+    score = tensor(SCORES, axis(), draw(st.sampled_from(PRECISIONS)))
     protected = tensor(st.sampled_from([0, 0, 0, 1]), axis(), torch.bool)
     shape = draw(st.sampled_from([(rows,), (rows, 1), (rows, heads)]))
     count = shape[0] * (shape[1] if len(shape) > 1 else 1)
@@ -49,6 +54,19 @@ def test_select_equals_its_naive_version(case):
     heads = max(heads, ranking.budget.shape[1] if ranking.budget.dim() > 1 else 1)
     wide = columns.expand(-1, heads, -1)
     assert torch.equal(kept.expand(-1, heads, -1), naive_select(ranking, wide))
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("stay", [1, 2, 3])
+def test_of_equal_scores_the_oldest_go(dtype, stay):
+    """By column, whatever the order of slots; scores that are equal once rounded are equal."""
+    score = torch.full((1, 1, 4), 256.0, dtype=dtype)
+    if dtype == torch.bfloat16:
+        score[0, 0, 0] = 256.5
+    columns = torch.tensor([[[0, 3, 1, 2]]])
+    protected = torch.zeros(1, 1, 4, dtype=torch.bool)
+    kept = select(Ranking(score, protected, torch.tensor([stay])), columns, columns >= 0)
+    assert sorted(columns[kept].tolist()) == list(range(4 - stay, 4))
 
 
 def test_a_nan_score_never_costs_a_protected_entry():

@@ -1,0 +1,138 @@
+"""A cache as a file: one safetensors file, whose header says in JSON what it is.
+
+Metadata: `kvprune_cache`, the version of this format; `numbers`, JSON (the model, the policies'
+reprs, how many columns were seen, each layer's slots); `digest`, SHA-256 over the version, the
+numbers and every tensor. Tensors: `rows.first`, `rows.prompt_length`, `padding` and, by layer,
+keys, values, columns, statistics and the hole. Only slots in use are written; layers that share
+one tensor of columns share it in the file.
+
+Reading runs no code of the file. The digest finds damage; it is no signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from .errors import KVPruneError
+from .files import write_whole
+
+VERSION = "1"
+SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds: numbers, as JSON has them, and tensors by name."""
+
+    numbers: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def write(path: Path, contents: Contents) -> None:
+    """Writes a file, whole or not at all.
+
+    Raises:
+        KVPruneError: it cannot be written; what was at `path` before is still there.
+    """
+    # Copies, since even a contiguous tensor of one element may have strides that bytes cannot.
+    whole = torch.contiguous_format
+    tensors = {n: t.detach().cpu().clone(memory_format=whole) for n, t in contents.tensors.items()}
+    numbers = json.dumps(contents.numbers, sort_keys=True)
+    metadata = {"kvprune_cache": VERSION, "numbers": numbers, "digest": _digest(numbers, tensors)}
+    write_whole(path, lambda scratch: save_file(tensors, scratch, metadata))
+
+
+def read(path: Path, device: torch.device) -> Contents:
+    """Reads a file onto a device.
+
+    Raises:
+        KVPruneError: there is none, it is no cache, of another version, or damaged.
+    """
+    if not path.is_file():
+        raise KVPruneError(f"{path}: expected a file that ComposedCache.save wrote, found none")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Copies: what the file lends goes when the file is written anew.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise _damaged(path, str(error)) from error
+    _check_version(path, metadata)
+    numbers = metadata.get("numbers", "")
+    if metadata.get("digest") != _digest(numbers, tensors):
+        raise _damaged(path, "its contents do not have the digest that was written with them")
+    return Contents(json.loads(numbers), {n: t.to(device) for n, t in tensors.items()})
+
+
+def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
+    found = metadata.get("kvprune_cache")
+    if found is None:
+        raise KVPruneError(f"{path}: expected a file that ComposedCache.save wrote, came another")
+    if found != VERSION:
+        raise KVPruneError(
+            f"{path}: expected version {VERSION} of the cache format, came {found!r}. Read the "
+            f"prompt again and save it with this release of kvprune"
+        )
+
+
+def _damaged(path: Path, reason: str) -> KVPruneError:
+    return KVPruneError(
+        f"{path}: expected a whole file that ComposedCache.save wrote; this one is damaged or cut "
+        f"short ({reason}). Read the prompt again and save it anew"
+    )
+
+
+def _digest(numbers: str, tensors: Mapping[str, Tensor]) -> str:
+    said = hashlib.sha256(f"{VERSION} {numbers}".encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        said.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        data: Any = tensor.flatten().view(torch.uint8).numpy()
+        said.update(data)
+    return said.hexdigest()
+
+
+def describe(model: nn.Module) -> dict[str, str]:
+    """What tells a model from others, as far as its keys and values go.
+
+    Returns:
+        name: for people. digest: of its config and of some weights of every parameter, exactly
+            as they are; fine-tuning, another precision or an adapter change it.
+    """
+    said = hashlib.sha256(_config(model).encode())
+    named = list(model.named_parameters())
+    for name, weight in named:
+        said.update(repr((name, str(weight.dtype), tuple(weight.shape))).encode())
+    samples = [_sampled(w) for _, w in named if type(w) is nn.Parameter and w.device.type != "meta"]
+    if samples:
+        said.update(torch.cat(samples).cpu().numpy().tobytes())
+    path = getattr(getattr(model, "config", None), "name_or_path", "")
+    return {"name": f"{type(model).__name__} {path}".rstrip(), "digest": said.hexdigest()}
+
+
+def _config(model: nn.Module) -> str:
+    """What a family adds to every config's fields, but for what generation alone reads."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return ""
+    common = {"use_cache", *PreTrainedConfig().to_dict()}
+    own = config.get_text_config(decoder=True).to_dict().items()
+    kept = {k: v for k, v in own if k not in common and not k.endswith("_token_id")}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _sampled(weight: Tensor) -> Tensor:
+    """Up to `SAMPLES` of a parameter's weights, evenly spread, float64."""
+    flat = weight.detach().flatten()
+    return flat[:: max(flat.numel() // SAMPLES, 1)][:SAMPLES].double()
