@@ -67,7 +67,12 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     ]
     heads = base.config.get_text_config(decoder=True).num_attention_heads
     attachment = base.__dict__.get("_kvprune") or Attachment(
-        type(model).__name__, len(layers), heads, local_layers(model), states, cannot_prune(model)
+        type(model).__name__,
+        len(layers),
+        heads,
+        local=local_layers(model),
+        states=states,
+        cannot_prune=cannot_prune(model),
     )
     detach(model)
     _register_functions()
