@@ -74,11 +74,11 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         type(model).__name__,
         len(layers),
         heads,
-        local_layers(model),
-        states,
-        cannot_prune(model),
-        cannot_record(model),
-        process_group(model),
+        local=local_layers(model),
+        states=states,
+        cannot_prune=cannot_prune(model),
+        cannot_record=cannot_record(model),
+        group=process_group(model),
     )
     detach(model)
     _register_functions()

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 import kvprune
 from kvprune.policies import H2O
@@ -16,8 +15,7 @@ from .family_models import WINDOW, StaysDouble, attached_family, local_of
 from .models import LAYERS, left_padded, prompt
 from .strategies import EVICTING
 
-SLIDING = ["mistral-window", "gemma2", "gpt_oss"]
-LOCAL = [*SLIDING, "llama4_text"]
+LOCAL = ["mistral-window", "gemma2", "gpt_oss", "llama4_text"]
 
 
 class Run:
@@ -53,21 +51,15 @@ def test_dense_holds_what_can_be_seen(family, steps):
                 assert [int(c) for c in columns if c >= 0] == expected
 
 
-@pytest.mark.parametrize("family", SLIDING)
-def test_memory_is_dynamic_cache_s(family):
-    """As many bytes of keys and values as DynamicCache, but for the spare slots."""
+@pytest.mark.parametrize("family", LOCAL)
+def test_memory_is_freed(family):
+    """Room for a window and the spare slots, however much was read."""
     run = Run(family, [])
     run.step(30)
     for _ in range(9):
         run.step(1)
-    dense = DynamicCache(config=run.model.config)
-    with torch.no_grad():
-        run.model(run.ids["input_ids"][:, :39], past_key_values=dense)
-    for mine, theirs, here in zip(run.cache.layers, dense.layers, local_of(family), strict=True):
-        if here is None:
-            continue
-        assert theirs.keys.shape[2] == WINDOW - 1
-        assert mine.capacity <= WINDOW + SLACK
+    for layer, here in zip(run.cache.layers, local_of(family), strict=True):
+        assert layer.capacity <= WINDOW + SLACK or here is None
 
 
 @pytest.mark.parametrize("policy", EVICTING, ids=repr)
