@@ -77,7 +77,7 @@ def test_cache_handed_in_twice(cache):
 def test_cache_argument_of_a_wrong_type(model, wrong):
     """`cache=` takes a ComposedCache; others go to past_key_values=."""
     came = type(wrong).__name__
-    with pytest.raises(KVPruneError, match=rf"cache= expects a ComposedCache, came {came}"):
+    with pytest.raises(KVPruneError, match=rf"cache= expects a ComposedCache, .* came {came}$"):
         model.generate(prompt(1, LENGTH), cache=wrong, max_new_tokens=2)
 
 
