@@ -380,11 +380,11 @@ def _generate(model: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
 
 
 def _given_cache(cache: Any) -> ComposedCache:
-    given = cache() if callable(cache) else cache
+    # A class is a forgotten pair of brackets.
+    makes = callable(cache) and not isinstance(cache, type)
+    given = cache() if makes else cache
     if not isinstance(given, ComposedCache):
-        what = (
-            f"a callable that returned {type(given).__name__}" if callable(cache) else repr(cache)
-        )
+        what = ("a callable that returned " if makes else "") + type(given).__name__
         raise KVPruneError(
             f"generate: cache= expects a ComposedCache, or a callable without arguments that "
             f"makes one (cache=lambda: ComposedCache([H2O()])), came {what}"

@@ -93,19 +93,15 @@ def test_a_callable_may_hand_out_copies_of_a_prefix():
 @pytest.mark.parametrize(
     ("given", "came"),
     [
-        ("dynamic", "'dynamic'"),
+        ("dynamic", "str"),
         (H2O(2, 2), "H2O"),
-        ([H2O(2, 2)], "H2O"),
+        ([H2O(2, 2)], "list"),
         (lambda: None, "returned NoneType"),
         (lambda: [H2O(2, 2)], "returned list"),
-        (ComposedCache, None),
+        (ComposedCache, "type"),
     ],
 )
 def test_anything_else_is_refused(given, came):
-    """With what was expected, what came and how to mend it; the class itself makes a dense one."""
-    ids = prompt(1, 5)
-    if came is None:
-        assert tiny_model().generate(ids, cache=given, max_new_tokens=2).shape == (1, 7)
-        return
+    """With what was expected, what came and how to mend it."""
     with pytest.raises(KVPruneError, match=rf"cache=lambda: ComposedCache.*{came}"):
-        tiny_model().generate(ids, cache=given, max_new_tokens=2)
+        tiny_model().generate(prompt(1, 5), cache=given, max_new_tokens=2)

@@ -56,7 +56,7 @@ def test_repr_can_be_read_and_typed():
     assert repr(H2O()) == "H2O(heavy=0.1, recent=0.1)"
     assert repr(H2O(3, 4, layers=[1])) == "H2O(heavy=3, recent=4, layers=[1])"
     assert repr(H2O() | StreamingLLM()) == (
-        "H2O(heavy=0.1, recent=0.1) | StreamingLLM(sinks=4, window=1020)"
+        "H2O(heavy=0.1, recent=0.1) | StreamingLLM(sinks=4, window=1020, positions='original')"
     )
     assert eval(repr(H2O(3, 4, layers=[1]))) == H2O(3, 4, layers=[1])
 
