@@ -126,20 +126,16 @@ class TokenPolicy:
     Class attribute `statistics` names what the policy wants observed (see
     `kvprune.statistics`). `shares_heads` says that its `rank_slots` makes one set for all heads
     of a layer out of what differs between them (statistics, keys, values): the processes of a
-    tensor parallel model then take the mean of their scores.
+    tensor parallel model then take the mean of their scores. `sinks_before_window`, where it is
+    not None, asks for positions inside the cache: that many of a row's first tokens sit right
+    before the oldest of the others, whatever was evicted in between (see `kvprune.positions`).
     """
 
     layers: Collection[int] | None = field(default=None, kw_only=True)
 
     statistics = ()  # type: tuple[str, ...]
     shares_heads = False
-
-    @property
-    def sinks_before_window(self) -> int | None:
-        """Positions inside the cache, if not None: how many of a row's first tokens sit there
-        right before the oldest of the others, whatever was evicted in between.
-        """
-        return None
+    sinks_before_window = None  # type: int | None
 
     def rank_hidden(self, tokens: TokenView) -> Ranking | None:
         """Ranks the hidden tokens before a decoder layer, in forwards of several tokens."""

@@ -74,7 +74,7 @@ def rotations_of(base: Any) -> list[Rotation | None]:
 @torch.no_grad()
 def _probe(base: Any) -> list[Tensor]:
     """Each layer's keys of one token at two positions, `[2, H, 1, D]`."""
-    device = base.get_input_embeddings().weight.device
+    device = next(base.parameters()).device
     ids = torch.ones(2, 1, dtype=torch.long, device=device)
     cache: Any = DynamicCache(config=base.config)
     where = torch.tensor(PROBED, device=device)[:, None]
@@ -271,7 +271,7 @@ class CachePositions:
         home = self._home[index]
         assert home is not None
         slots.rewrite_keys(rotation.turned(home, turn), placement.index, placement.there)
-        self._turn[index] = turn
+        self._turn[index] = turn.clone()
 
     def _placement(
         self,
@@ -314,15 +314,17 @@ def positions_for(policies: Sequence[TokenPolicy], base: Any) -> CachePositions 
     asking = [p for p in leaves(policies) if p.sinks_before_window is not None]
     if not asking:
         return None
+    sinks = asking[0].sinks_before_window
     evicting = [p for p in leaves(policies) if "rank_slots" in p.hooks]
-    if len(evicting) > 1:
+    other = [p for p in evicting if p.sinks_before_window != sinks]
+    if other:
         raise KVPruneError(
             f"{asking[0]!r} assigns positions inside the cache, which needs a window without "
-            f"gaps: expected no other policy that evicts, came {evicting!r}. Use "
+            f"gaps: expected no other policy that evicts, came {other!r}. Use "
             f"positions='original' with them"
         )
-    uniform = asking[0].layers is None and not any("rank_hidden" in p.hooks for p in policies)
-    sinks = asking[0].sinks_before_window
+    everywhere = all(policy.layers is None for policy in evicting)
+    uniform = everywhere and not any("rank_hidden" in p.hooks for p in policies)
     assert sinks is not None
     return CachePositions(sinks, rotations_of(base), _limit(base), uniform)
 

@@ -49,7 +49,7 @@ class StreamingLLM(TokenPolicy):
             )
 
     @property
-    def sinks_before_window(self) -> int | None:
+    def sinks_before_window(self) -> int | None:  # type: ignore[override]
         """The sinks, if positions are assigned inside the cache."""
         return self.sinks if self.positions == "cache" else None
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 import kvprune
@@ -31,6 +32,25 @@ class _Attention(nn.Module):
     def __init__(self, groups: int) -> None:
         super().__init__()
         self.num_key_value_groups = groups
+
+
+class _Base(nn.Module):
+    """What the engine reads off a model for positions inside the cache: no turn at all.
+
+    All of the bookkeeping runs then, and keys still say what they said.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.inv_freq: Tensor = nn.Buffer(torch.zeros(1))
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.heads = heads
+        self.config = LlamaConfig(num_hidden_layers=1)
+
+    def forward(self, past_key_values: Any, input_ids: Tensor, **_: Any) -> None:
+        """Stores some keys."""
+        new = torch.ones(input_ids.shape[0], self.heads, 1, D)
+        past_key_values.update(new, new, 0)
 
 
 @dataclass
@@ -57,9 +77,9 @@ class Driver:
         sharpness: float = 2.0,
     ) -> None:
         self.cache = kvprune.ComposedCache(policies)
-        self.attachment = Attachment("driver", 1, heads)
-        self.cache.bind(self.attachment, nn.Module())
         self.rows, self.heads, self.kv_heads = rows, heads, kv_heads
+        self.attachment = Attachment("driver", 1, heads)
+        self.cache.bind(self.attachment, _Base(kv_heads))
         self.window, self.dtype, self.sharpness = window, dtype, sharpness
         self.module = _Attention(heads // kv_heads)
         self.generator = torch.Generator().manual_seed(seed)
@@ -97,7 +117,7 @@ class Driver:
     def reset(self) -> None:
         """Begins anew, with the same cache."""
         self.cache.reset()
-        self.cache.bind(self.attachment, nn.Module())
+        self.cache.bind(self.attachment, _Base(self.kv_heads))
         self.mask = self.mask[:, :0]
 
     def _rule(self) -> LazyMask:

@@ -60,11 +60,29 @@ class ExactRMSNorm(nn.Module):
         return self.weight * hidden * (hidden.pow(2).mean(-1, keepdim=True) + self.epsilon).rsqrt()
 
 
+class ExactRotary(torch.nn.Module):
+    """Angles in float64, which stock modules compute in float32 whatever the model's dtype."""
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__()
+        self.inv_freq: torch.Tensor
+        self.register_buffer("inv_freq", stock.inv_freq.double(), persistent=False)
+        self.scaling = stock.attention_scaling
+
+    def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        """`[B, Q]` to cosine and sine `[B, Q, R]`."""
+        half = position_ids[..., None].double() * self.inv_freq
+        angles = torch.cat([half, half], -1)
+        return tuple((t * self.scaling).to(hidden.dtype) for t in (angles.cos(), angles.sin()))
+
+
 def _exact(model: PreTrainedModel) -> PreTrainedModel:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):
                 setattr(parent, name, ExactRMSNorm(child))
+            if hasattr(child, "inv_freq") and hasattr(child, "rope_type"):
+                setattr(parent, name, ExactRotary(child))
     return model
 
 
@@ -81,7 +99,8 @@ def fresh_model(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=backend)
-    return _exact(model).eval().to(dtype)
+    # Not in other precisions: there a buffer of frequencies would be cast with the weights.
+    return (_exact(model) if dtype == torch.float64 else model).eval().to(dtype)
 
 
 @cache

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
 
 import kvprune
+from kvprune.composition import leaves
 from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
 
 from .models import LAYERS
@@ -64,6 +65,12 @@ POLICIES = [
         lambda: StreamingLLM(sinks=4, window=1000),
     ),
     Listed(
+        "streaming-inside",
+        lambda n: StreamingLLM(sinks=2, window=max(n - 2, 1), positions="cache"),
+        lambda n: max(n, 3),
+        lambda: StreamingLLM(sinks=4, window=1000, positions="cache"),
+    ),
+    Listed(
         "h2o|streaming",
         lambda n: H2O(heavy=n // 2, recent=n - n // 2) | StreamingLLM(sinks=1, window=n),
         lambda n: 2 * n + 1,
@@ -74,6 +81,21 @@ POLICIES = [
 ]
 
 EVICTING = [p for p in POLICIES if p.bound is not None]
+
+
+def compatible(policies: list[Listed]) -> bool:
+    """Whether they can be in one cache: positions inside it are for one kind of eviction."""
+    answers = {
+        part.sinks_before_window for p in policies if p.bound for part in leaves([p.make(4)])
+    }
+    return len(answers) <= 1
+
+
+def inside(policies: Iterable[kvprune.TokenPolicy]) -> int | None:
+    """What a policy that stands for others, or stands beside them, answers about positions."""
+    answers = {p.sinks_before_window for p in leaves(policies)} - {None}
+    return answers.pop() if answers else None
+
 
 listed = st.sampled_from(POLICIES)
 evicting = st.sampled_from(EVICTING)
@@ -86,8 +108,15 @@ seeds = st.integers(0, 2**16)
 @st.composite
 def pipelines(draw: st.DrawFn, most: int = 3) -> tuple[list[Listed], list[int]]:
     """Some listed policies, with a budget each."""
-    chosen = draw(st.lists(listed, min_size=0, max_size=most))
+    chosen = draw(st.lists(listed, min_size=0, max_size=most).filter(compatible))
     return chosen, [draw(budgets) for _ in chosen]
+
+
+@st.composite
+def evicting_pipelines(draw: st.DrawFn, least: int, most: int) -> list[tuple[Listed, int]]:
+    """Some listed policies that evict, with a budget each."""
+    chosen = draw(st.lists(evicting, min_size=least, max_size=most).filter(compatible))
+    return [(p, draw(budgets)) for p in chosen]
 
 
 @st.composite

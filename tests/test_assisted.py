@@ -50,7 +50,9 @@ class Held:
         empty = columns.gather(-1, order) < 0
         statistics = [s.gather(-1, order).masked_fill(empty, 0) for s in layer.statistics.values()]
         place = order[..., None].expand(*order.shape, layer.keys.shape[-1])
-        states = [t.gather(2, place) for t in (layer.keys, layer.values)]
+        # Keys at positions inside the cache are turned back together at one time or another.
+        turned = self.cache._positions is not None
+        states = [t.gather(2, place) for t in (layer.keys, layer.values)[turned:]]
         return [*(t.masked_fill(empty[..., None], 0) for t in states), *statistics]
 
 

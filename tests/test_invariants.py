@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import kvprune
@@ -26,8 +26,11 @@ from .strategies import (
     Listed,
     budgets,
     chunked,
+    compatible,
     evicting,
+    evicting_pipelines,
     head_counts,
+    inside,
     listed,
     pipelines,
     sdtp_pruner,
@@ -145,7 +148,7 @@ def test_kept_columns_are_unique_seen_sorted_and_never_return(chosen, data, head
                     lost |= set(range(start)) - set(kept)
 
 
-@given(st.lists(st.tuples(evicting, budgets), min_size=1, max_size=3), st.data(), seeds)
+@given(evicting_pipelines(1, 3), st.data(), seeds)
 def test_no_layer_holds_more_than_its_budget(chosen, data, seed):
     """After every step, the smallest budget of the pipeline holds."""
     bound = min(p.bound(n) for p, n in chosen)
@@ -238,7 +241,7 @@ ACTIONS = ["reorder", "repeat", "select", "deepcopy", "reset", "prefill", "decod
 
 
 @given(
-    st.lists(st.tuples(evicting, budgets), min_size=0, max_size=2),
+    evicting_pipelines(0, 2),
     st.lists(st.sampled_from(ACTIONS), min_size=3, max_size=12),
     st.data(),
     seeds,
@@ -301,6 +304,7 @@ class ByHand(kvprune.TokenPolicy):
     def __init__(self, policies) -> None:
         super().__init__()
         self.policies = policies
+        self.sinks_before_window = inside(policies)
 
     def rank_hidden(self, tokens):
         """The last token's logits are asked for in these tests, so it is protected."""
@@ -343,6 +347,7 @@ def test_a_policy_united_with_itself_is_itself(policy, budget, length, seed):
 def test_a_union_keeps_what_either_keeps(first, n, second, m, length, seed):
     """After one forward: the union of what each keeps alone."""
     ids = prompt(2, length, seed)
+    assume(compatible([first, second]))
     one, two = first.make(n), second.make(m)
     runs = [Run(tiny_model(), [policy]) for policy in (one, two, one | two)]
     for run in runs:
@@ -397,9 +402,10 @@ def test_bytes_held_are_those_of_the_kept_slots(policy: Listed, family, budget, 
 class Fails(kvprune.TokenPolicy):
     """Raises at one layer of the forward that reaches a column."""
 
-    def __init__(self, layer: int, column: int, hook: str) -> None:
+    def __init__(self, layer: int, column: int, hook: str, sinks: int | None) -> None:
         super().__init__()
         self.at, self.column, self.hook = layer, column, hook
+        self.sinks_before_window = sinks
 
     def rank_hidden(self, tokens):
         """Raises, if it is its turn."""
@@ -421,7 +427,7 @@ class Fails(kvprune.TokenPolicy):
 def test_an_error_inside_a_forward_makes_the_cache_refuse_until_reset(layer, hook, column, chosen):
     """Closed, said so, never half-updated and silently used; after reset as good as new."""
     policies = [p.make(n) for p, n in zip(*chosen, strict=True)]
-    run = Run(tiny_model(), [Fails(layer, column, hook), *policies])
+    run = Run(tiny_model(), [Fails(layer, column, hook, inside(policies)), *policies])
     ids = prompt(2, 14)
     with pytest.raises(RuntimeError, match="as planned"):
         feed(run, ids, torch.ones_like(ids), [10, 1, 3])

@@ -33,28 +33,6 @@ SCALINGS: dict[str, dict[str, Any]] = {
 }
 
 
-class ExactRotary(torch.nn.Module):
-    """Angles in float64, which stock modules compute in float32 whatever the model's dtype."""
-
-    def __init__(self, stock: Any) -> None:
-        super().__init__()
-        self.inv_freq: torch.Tensor
-        self.register_buffer("inv_freq", stock.inv_freq.double(), persistent=False)
-        self.scaling = stock.attention_scaling
-
-    def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        """`[B, Q]` to cosine and sine `[B, Q, R]`."""
-        half = position_ids[..., None].double() * self.inv_freq
-        angles = torch.cat([half, half], -1)
-        return tuple((t * self.scaling).to(hidden.dtype) for t in (angles.cos(), angles.sin()))
-
-
-def exact(model: Any) -> Any:
-    """The model with float64 angles."""
-    model.base_model.rotary_emb = ExactRotary(model.base_model.rotary_emb)
-    return model
-
-
 def model_of(family: str, scaling: str = "default", **options: Any) -> Any:
     """A tiny model with RoPE; head size 8, of which GPT-NeoX turns 2 and Phi 4."""
     more: dict[str, Any] = {}
@@ -142,9 +120,9 @@ def test_it_is_what_the_paper_computes(sinks, window, chunks, seed):
     policy = StreamingLLM(sinks, window, positions="cache")
     steps = [*chunks, *[1] * 60]
     ids = prompt(1, sum(steps), seed)
-    expected = paper_logits(exact(model_of("llama")), policy, ids, steps)
+    expected = paper_logits((model_of("llama")), policy, ids, steps)
     cache = kvprune.ComposedCache([policy])
-    got = our_logits(kvprune.attach(exact(model_of("llama"))), cache, ids, steps)
+    got = our_logits(kvprune.attach(model_of("llama")), cache, ids, steps)
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
     assert int(cache._positions._offset) > 0 or cache.seen < 3 * (sinks + window) + 40
 
@@ -155,8 +133,8 @@ def test_every_kind_of_rope(family, scaling):
     """Scaled frequencies, and families that turn a part of each key."""
     policy, steps = StreamingLLM(2, 6, positions="cache"), [15, *[1] * 40]
     ids = prompt(1, sum(steps))
-    expected = paper_logits(exact(model_of(family, scaling)), policy, ids, steps)
-    ours = kvprune.attach(exact(model_of(family, scaling)))
+    expected = paper_logits((model_of(family, scaling)), policy, ids, steps)
+    ours = kvprune.attach(model_of(family, scaling))
     got = our_logits(ours, kvprune.ComposedCache([policy]), ids, steps)
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
 
@@ -164,7 +142,7 @@ def test_every_kind_of_rope(family, scaling):
 def tokens_and_state(policies, ids, mask=None, model=None, steps=(20, *[1] * 40)):
     """Logits, and the cache that they came out of."""
     cache = kvprune.ComposedCache(policies)
-    model = kvprune.attach(exact(model_of("llama"))) if model is None else model
+    model = kvprune.attach(model_of("llama")) if model is None else model
     return our_logits(model, cache, ids, list(steps), mask), cache
 
 
@@ -186,7 +164,7 @@ def test_it_is_the_same_at_column_four_million():
     """
     policy, far = StreamingLLM(4, 60, positions="cache"), 4_000_000
     ids = prompt(1, 400)
-    expected = paper_logits(exact(model_of("llama")), policy, ids, [100, *[1] * 300])
+    expected = paper_logits((model_of("llama")), policy, ids, [100, *[1] * 300])
     model = kvprune.attach(model_of("llama", dtype=torch.float32))
     cache = kvprune.ComposedCache([policy])
     near = our_logits(model, cache, ids[:, :250], [100, *[1] * 150])
@@ -249,7 +227,7 @@ def test_bad_input():
 def test_copies_rows_and_crops_stay_right(before):
     """A copy, rows picked out, and drafts taken back, each after being anchored anew."""
     policies = [*before, StreamingLLM(2, 5, positions="cache")]
-    model, ids = kvprune.attach(exact(model_of("llama"))), prompt(2, 90)
+    model, ids = kvprune.attach(model_of("llama")), prompt(2, 90)
     _, cache = tokens_and_state(policies, ids, model=model)
     assert int(cache._positions._offset.min()) > 0
     twin, picked, drafted = (copy.deepcopy(cache) for _ in range(3))

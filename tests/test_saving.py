@@ -51,7 +51,7 @@ def move(run: Run, what: str) -> torch.Tensor:
         run.cache.batch_repeat_interleave(2)
     elif what == "select":
         run.cache.batch_select_indices(rows)
-    elif what == "crop" and not any("rank_slots" in p.hooks for p in run.cache.policies):
+    elif what == "crop" and not run.cache._drops:
         run.cache.crop(-2)
         run.mask = run.mask[:, :-2]
     run.mask = run.mask[rows]
