@@ -99,6 +99,8 @@ class ComposedCache(Cache):
         self._recording = False
         self._recorded = 0
         self._prompt_end = 0
+        # Columns that stay for good: what a cache evicted before it was saved is unknown.
+        self._fixed = 0
         self._logits_to_keep: int | Tensor = 0
         # A dict, since its setdefault is atomic: two threads cannot both open a step. (A lock
         # could be neither deep-copied nor pickled.) Then the threads whose forward was refused
@@ -166,7 +168,7 @@ class ComposedCache(Cache):
         self._rows, self._padding, self._promise = None, None, 0
         self._positions = None
         self._in_generate = self._recording = False
-        self._recorded = self._prompt_end = 0
+        self._recorded = self._prompt_end = self._fixed = 0
         self._open = {}
         self._refused = []
         self._failure = ""
@@ -261,6 +263,8 @@ class ComposedCache(Cache):
             layers.append({**layer.numbers(), "columns_of": owner, "statistics": names})
         policies = [repr(p) for p in self.policies]
         numbers = {"model": self._model, "policies": policies, "seen": self.seen, "layers": layers}
+        evicts = any("rank_slots" in p.hooks for p in self.policies)
+        numbers["fixed"] = self.seen if evicts else self._fixed
         numbers["sinks"] = None if self._positions is None else self._positions.sinks
         return saving.Contents(numbers, tensors)
 
@@ -293,7 +297,7 @@ class ComposedCache(Cache):
             mine = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
             mine["columns"] = tensors[f"layers.{saved['columns_of']}.columns"]
             layer.restore(saved, mine)
-        self.seen = numbers["seen"]
+        self.seen, self._fixed = numbers["seen"], numbers["fixed"]
         self._rows = RowNumbers(tensors["rows.first"], tensors["rows.prompt_length"])
         self._padding = tensors.get("padding")
         if self._positions is not None:
@@ -383,7 +387,8 @@ class ComposedCache(Cache):
                 f"at most {self.seen}"
             )
         back = -tokens_to_remove
-        if back > self._recorded and any("rank_slots" in p.hooks for p in self.policies):
+        evicts = any("rank_slots" in p.hooks for p in self.policies)
+        if back > self._recorded and (evicts or self.seen - back < self._fixed):
             raise KVPruneError(
                 f"crop: {self!r} evicts, and what was evicted cannot come back: expected at most "
                 f"the {self._recorded} columns of the last forward that were recorded. Call "

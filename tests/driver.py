@@ -79,7 +79,9 @@ class Driver:
         self.cache = kvprune.ComposedCache(policies)
         self.rows, self.heads, self.kv_heads = rows, heads, kv_heads
         self.attachment = Attachment("driver", 1, heads)
-        self.cache.bind(self.attachment, _Base(kv_heads))
+        self.base = _Base(kv_heads)
+        self.base.__dict__["_kvprune"] = self.attachment
+        self.cache.bind(self.attachment, self.base)
         self.window, self.dtype, self.sharpness = window, dtype, sharpness
         self.module = _Attention(heads // kv_heads)
         self.generator = torch.Generator().manual_seed(seed)
@@ -117,7 +119,7 @@ class Driver:
     def reset(self) -> None:
         """Begins anew, with the same cache."""
         self.cache.reset()
-        self.cache.bind(self.attachment, _Base(self.kv_heads))
+        self.cache.bind(self.attachment, self.base)
         self.mask = self.mask[:, :0]
 
     def _rule(self) -> LazyMask:

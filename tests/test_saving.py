@@ -367,3 +367,21 @@ def test_an_empty_or_a_failed_cache_is_not_saved(tmp_path):
     with pytest.raises(KVPruneError, match="reset"):
         cache.save(tmp_path / "cache")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_evicted_before_saving_cannot_come_back(tmp_path):
+    """Not with other policies either; what is read afterwards can be taken back."""
+    model, ids = tiny_model(), prompt(1, 20)
+    cache = kvprune.ComposedCache([StreamingLLM(1, 4)])
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    cache.save(tmp_path / "a")
+    for _ in range(2):
+        loaded = kvprune.ComposedCache.load(tmp_path / "a", [], model)
+        with torch.no_grad():
+            model(ids[:, :3], past_key_values=loaded)
+        with pytest.raises(kvprune.KVPruneError, match="evicted cannot come back"):
+            loaded.crop(-4)
+        loaded.crop(-3)
+        assert loaded.columns(0)[0, 0].tolist() == [0, 16, 17, 18, 19]
+        loaded.save(tmp_path / "a")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,6 +172,17 @@ class CacheMachine(RuleBasedStateMachine):
         if self.has_tokens():
             twin.batch_select_indices(torch.tensor([0]))
         twin.reset()
+
+    @precondition(lambda self: self.has_tokens())
+    @rule()
+    def file(self):
+        """What was on record is settled; recording goes on where it is asked for."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "cache"
+            self.cache.save(path)
+            old = self.driver.cache
+            self.driver.cache = kvprune.ComposedCache.load(path, old.policies, self.driver.base)
+        self.naive.past, self.recording = [], False
 
     @rule()
     def reset(self):
