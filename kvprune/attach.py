@@ -35,6 +35,7 @@ from .families import (
     has_own_attention,
     linear_layers,
     local_layers,
+    takes,
     unwrapped,
     with_argument,
 )
@@ -202,7 +203,7 @@ def _before_base(
         cache.refuse_step()
         raise
     positions = cache.step.position_ids
-    if positions is None:
+    if positions is None or not takes(base, "position_ids"):
         return None
     return with_argument(base, args, kwargs, "position_ids", positions)
 

@@ -119,6 +119,19 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model()
 
 
+def has_alibi(base: Any) -> bool:
+    """Whether the model knows positions by a bias alone that its attention is handed: BLOOM.
+
+    Falcon's ALiBi is a part of its mask, where it cannot be told from the rest.
+    """
+    return str(base.config.model_type) == "bloom"
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether `module`'s forward has an argument of that name."""
+    return name in _parameters(_class(module))
+
+
 def check_family(model: PreTrainedModel) -> None:
     """Refuses a model whose layers kvprune cannot follow, by name and with the reason.
 

@@ -28,7 +28,7 @@ def at_slots(
     mask = argument(attention, args, kwargs, "attention_mask")
     alibi = argument(attention, args, kwargs, "alibi")
     mask = GivenMask(mask, layer.step.seen).at(layer.columns, slots)
-    alibi = None if alibi is None else _alibi_at(alibi, slots)
+    alibi = None if alibi is None else _alibi_at(alibi, slots, _closed(layer, slots))
     if layer.slots.names and _keeps_probabilities_back(attention):
         # The branch that returns them adds the mask to the scores, and ALiBi once more, which
         # is part of this mask.
@@ -45,19 +45,35 @@ def _keeps_probabilities_back(attention: Any) -> bool:
     return config is not None and backend_of(config) == "sdpa"
 
 
-def _alibi_at(alibi: Tensor, slots: Tensor) -> Tensor:
+def _closed(layer: LayerStep, slots: Tensor) -> Tensor | None:
+    """How far slots move on where positions are assigned inside the cache, in the newest
+    token's distances from its row's first one `[B, 1, S]`.
+    """
+    step = layer.step
+    if step.inside is None:
+        return None
+    closed = step.inside.distance_closed(layer.index, slots, step.padding, step.rows.first)
+    padding = 0 if step.padding is None else step.padding.sum(-1)[:, None, None]
+    return closed.double() / (layer.seen - 1 - torch.as_tensor(padding)).clamp(min=1)
+
+
+def _alibi_at(alibi: Tensor, slots: Tensor, closed: Tensor | None) -> Tensor:
     """ALiBi at the slots' columns.
 
     Args:
         alibi: `[B * Hq, 1, N]` or `[B, Hq, 1, N]`, by column.
         slots: `[B, 1|Hkv, S]`, columns, -1 where empty.
+        closed: `[B, 1, S]`, see `_closed`; None where every slot stays.
 
     Returns:
         the same with S for N.
     """
     by_head = alibi.reshape(slots.shape[0], -1, alibi.shape[-1])
     columns = slots.clamp(min=0).repeat_interleave(by_head.shape[1] // slots.shape[1], 1)
-    return by_head.gather(-1, columns).reshape(*alibi.shape[:-1], -1)
+    bias = by_head.gather(-1, columns)
+    if closed is not None:
+        bias = bias + closed.to(bias.dtype) * by_head[..., -1:]
+    return bias.reshape(*alibi.shape[:-1], -1)
 
 
 def observe(layer: LayerStep, probabilities: Tensor) -> None:

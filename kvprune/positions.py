@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 from .composition import leaves
 from .errors import KVPruneError
+from .families import has_alibi
 from .policy import TokenPolicy
 from .slots import SlotLayer
 
@@ -57,7 +58,7 @@ class Rotation:
 
 
 def rotations_of(base: Any) -> list[Rotation | None]:
-    """How each layer of a model turns its keys; None for a layer that does not (NoPE).
+    """How each layer of a model turns its keys; None for one that does not (NoPE, ALiBi).
 
     Found by trial: a token alone in its sequence has the same hidden states wherever it
     stands, so that its keys at two positions differ by their rotation and by nothing else.
@@ -65,10 +66,15 @@ def rotations_of(base: Any) -> list[Rotation | None]:
     Raises:
         KVPruneError: some layer does something else with positions.
     """
+    if has_alibi(base):
+        return [None] * base.config.num_hidden_layers
     keys = _probe(base)
     names = [n for n, _ in base.named_buffers() if n.endswith("inv_freq") and "original" not in n]
     found = [base.get_buffer(name).double() for name in names]
-    return [_rotation_of(base, layer, found) for layer in keys]
+    rotations = [_rotation_of(base, layer, found) for layer in keys]
+    if not any(rotations):
+        raise _no_positions(base)
+    return rotations
 
 
 @torch.no_grad()
@@ -89,8 +95,6 @@ def _rotation_of(base: Any, keys: Tensor, found: list[Tensor]) -> Rotation | Non
     by = torch.tensor([PROBED[1] - PROBED[0]], device=keys.device)
     # Models compute angles in float32 at best; wrong guesses are off by as much as keys are long.
     near = (8 * torch.finfo(keys.dtype).eps + 1e-5) * float(keys.abs().amax())
-    if _distance(here, there) <= near and not found:
-        raise _no_positions(base)
     if _distance(here, there) <= near:
         return None
     for frequencies in found:
@@ -110,8 +114,8 @@ def _distance(a: Tensor, b: Tensor) -> float:
 def _no_positions(base: Any) -> KVPruneError:
     return KVPruneError(
         f"positions inside the cache with {type(base).__name__}: its keys are not turned by "
-        f"their position as RoPE does, so they cannot be moved. Expected a model with RoPE; use "
-        f"positions='original' with this one"
+        f"their position as RoPE does, so they cannot be moved. Expected a model with "
+        f"RoPE, or BLOOM; use positions='original' with this one"
     )
 
 
@@ -209,6 +213,8 @@ class CachePositions:
         """
         if self._offset is None:
             self._offset = torch.zeros_like(first)
+        if not any(self._rotations):
+            return
         held = max(layer.used for layer in layers)
         newest = (_numbers(columns, padding) - self._offset[:, None]).amax()
         if held == 0 or int(newest) <= 2 * held + columns.shape[1]:
@@ -242,6 +248,20 @@ class CachePositions:
         gap = torch.where((gap < 0) & ~alone, lag, gap)
         self._gap[index] = gap
         return (lag - gap.clamp(min=0)).clamp(min=0)
+
+    def distance_closed(
+        self, index: int, columns: Tensor, padding: Tensor | None, first: Tensor
+    ) -> Tensor:
+        """By how much `[B, 1, S]` each slot moves on, for a bias that goes by position (ALiBi).
+
+        Args:
+            index: the layer.
+            columns: `[B, 1, S]`, of all slots that are attended to.
+            padding, first: see `anchor`.
+        """
+        lag = self._lag(index, columns, padding, first)[:, None, None]
+        sink = (columns >= 0) & (columns < (first + self.sinks)[:, None, None])
+        return torch.where(sink, lag, torch.zeros_like(lag))
 
     def arrange(
         self,

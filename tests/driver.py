@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import BloomConfig
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 import kvprune
@@ -35,22 +35,12 @@ class _Attention(nn.Module):
 
 
 class _Base(nn.Module):
-    """What the engine reads off a model for positions inside the cache: no turn at all.
+    """What the engine reads off a model for positions inside the cache: that no key is turned."""
 
-    All of the bookkeeping runs then, and keys still say what they said.
-    """
-
-    def __init__(self, heads: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.inv_freq: Tensor = nn.Buffer(torch.zeros(1))
         self.weight = nn.Parameter(torch.zeros(1))
-        self.heads = heads
-        self.config = LlamaConfig(num_hidden_layers=1)
-
-    def forward(self, past_key_values: Any, input_ids: Tensor, **_: Any) -> None:
-        """Stores some keys."""
-        new = torch.ones(input_ids.shape[0], self.heads, 1, D)
-        past_key_values.update(new, new, 0)
+        self.config = BloomConfig(n_layer=1)
 
 
 @dataclass
@@ -79,7 +69,7 @@ class Driver:
         self.cache = kvprune.ComposedCache(policies)
         self.rows, self.heads, self.kv_heads = rows, heads, kv_heads
         self.attachment = Attachment("driver", 1, heads)
-        self.base = _Base(kv_heads)
+        self.base = _Base()
         self.base.__dict__["_kvprune"] = self.attachment
         self.cache.bind(self.attachment, self.base)
         self.window, self.dtype, self.sharpness = window, dtype, sharpness

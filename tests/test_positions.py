@@ -15,6 +15,7 @@ import kvprune
 from kvprune.policies import H2O, StreamingLLM
 from kvprune.positions import rotations_of
 
+from .family_models import StaysDouble, attached_family, family_model
 from .models import LAYERS, fresh_model, left_padded, prompt
 from .strategies import sdtp_pruner, seeds
 
@@ -80,15 +81,18 @@ class PaperCache(DynamicCache):
 
 def paper_logits(model: Any, policy: StreamingLLM, ids: torch.Tensor, steps: list[int]) -> Any:
     """Logits `[1, columns, V]` of one row, by the paper; `model` is not attached."""
-    rotary = model.base_model.rotary_emb
-    cache = PaperCache(model.config, policy.sinks, int(policy.window), rotary.inv_freq)
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    frequencies = torch.zeros(0) if rotary is None else rotary.inv_freq
+    cache = PaperCache(model.config, policy.sinks, int(policy.window), frequencies)
     logits, start = [], 0
     for count in steps:
         first: Any = cache.layers[0]
         held = first.keys.shape[2] if start else 0
-        where = torch.arange(held, held + count)[None]
+        new, where = ids[:, start : start + count], torch.arange(held, held + count)[None]
         with torch.no_grad():
-            out = model(ids[:, start : start + count], position_ids=where, past_key_values=cache)
+            # A model with ALiBi counts what the mask shows, which is what the cache holds.
+            mask = torch.ones(1, held + count, dtype=torch.long)
+            out = model(new, attention_mask=mask, position_ids=where, past_key_values=cache)
         logits.append(out.logits)
         cache.evict()
         start += count
@@ -137,6 +141,23 @@ def test_every_kind_of_rope(family, scaling):
     ours = kvprune.attach(model_of(family, scaling))
     got = our_logits(ours, kvprune.ComposedCache([policy]), ids, steps)
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_alibi(padding):
+    """BLOOM's bias goes by the place in the cache; also behind padding."""
+    policy, steps = StreamingLLM(2, 6, positions="cache"), [15, *[1] * 40]
+    ids = prompt(1, sum(steps))
+    with StaysDouble():
+        expected = paper_logits(family_model("bloom"), policy, ids, steps)
+        padded = left_padded(torch.cat([ids[:, :padding], ids], 1), [padding])
+        model = kvprune.attach(family_model("bloom"))
+        mask, first = padded["attention_mask"], 15 + padding
+        got, cache = tokens_and_state(
+            [policy], padded["input_ids"], mask, model, [first, *[1] * 40]
+        )
+    torch.testing.assert_close(got[:, padding:], expected, rtol=1e-9, atol=1e-10)
+    assert cache.columns(0).shape[-1] == 8
 
 
 def tokens_and_state(policies, ids, mask=None, model=None, steps=(20, *[1] * 40)):
@@ -197,12 +218,12 @@ def test_layers_without_positions_are_left_alone():
     assert not all(turned)
 
 
-@pytest.mark.parametrize("family", ["gpt2"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "falcon-alibi", "qwen3_next"])
 def test_models_without_relative_positions_are_refused(family):
     """Before anything is changed."""
-    model = kvprune.attach(fresh_model(family))
+    model: Any = attached_family(family)
     cache = kvprune.ComposedCache([StreamingLLM(2, 5, positions="cache")])
-    with pytest.raises(kvprune.KVPruneError, match="positions='original'"):
+    with pytest.raises(kvprune.KVPruneError, match="positions='original'"), StaysDouble():
         model.generate(prompt(1, 9), cache=cache, max_new_tokens=2)
     assert not cache.is_initialized and len(cache) == 0
 
