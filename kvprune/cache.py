@@ -6,7 +6,7 @@ import copy
 import itertools
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Attachment:
     states: by layer, how many states it keeps instead of slots; empty where all have slots.
     cannot_prune: why its hidden states cannot be pruned; empty where they can.
     cannot_record: why drafts cannot be taken back; empty where they can.
+    memory: what was found out about the model, so that it is not for every cache.
     group: the processes that share its heads; see `kvprune.parallel`.
     """
 
@@ -55,6 +56,7 @@ class Attachment:
     cannot_prune: str = ""
     cannot_record: str = ""
     group: Any = None
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 class ComposedCache(Cache):
@@ -469,10 +471,10 @@ class ComposedCache(Cache):
             _check_prunes(policy, attachment)
         working = _checked([policy.for_model(model) for policy in self.policies])
         layers = range(attachment.num_layers)
-        self._positions = positions_for(working, model)
+        self._positions = positions_for(working, model, attachment.memory)
         self.layers = [_new_layer(attachment, working, i) for i in layers]
         self._working, self._attachment = working, attachment
-        self._model = saving.describe(model)
+        self._model = saving.described(model, attachment.memory)
 
     def announce_prompt(self, new: Tensor | int, columns: int) -> None:
         """`generate` tells how many valid prompt tokens `[B]` follow, however it splits them.

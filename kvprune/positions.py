@@ -325,8 +325,15 @@ class CachePositions:
         self._home[index] = came if home is None else torch.where(arrived[..., None], came, home)
 
 
-def positions_for(policies: Sequence[TokenPolicy], base: Any) -> CachePositions | None:
+def positions_for(
+    policies: Sequence[TokenPolicy], base: Any, memory: dict[str, Any]
+) -> CachePositions | None:
     """The positions that some policy wants assigned inside the cache; None if none does.
+
+    Args:
+        policies: a pipeline.
+        base: the model.
+        memory: of the model, where its rotations are kept.
 
     Raises:
         KVPruneError: policies that do not go together, or a model without RoPE.
@@ -346,7 +353,9 @@ def positions_for(policies: Sequence[TokenPolicy], base: Any) -> CachePositions 
     everywhere = all(policy.layers is None for policy in evicting)
     uniform = everywhere and not any("rank_hidden" in p.hooks for p in policies)
     assert sinks is not None
-    return CachePositions(sinks, rotations_of(base), _limit(base), uniform)
+    if "rotations" not in memory:
+        memory["rotations"] = rotations_of(base)
+    return CachePositions(sinks, memory["rotations"], _limit(base), uniform)
 
 
 def _limit(base: Any) -> int | None:

@@ -103,6 +103,25 @@ def _digest(numbers: str, tensors: Mapping[str, Tensor]) -> str:
     return said.hexdigest()
 
 
+def described(model: nn.Module, memory: dict[str, Any]) -> dict[str, str]:
+    """`describe`, anew only after some weight or the config has changed.
+
+    Args:
+        model: which.
+        memory: of the model, where the last answer is kept.
+    """
+    state = (_config(model), [(p.data_ptr(), _version(p)) for p in model.parameters()])
+    if memory.get("description", (None, None))[0] != state:
+        memory["description"] = (state, describe(model))
+    found: dict[str, str] = memory["description"][1]
+    return found
+
+
+def _version(weight: Tensor) -> int:
+    """How often a weight was written to; inference mode does not count."""
+    return 0 if weight.is_inference() else weight._version
+
+
 def describe(model: nn.Module) -> dict[str, str]:
     """What tells a model from others, as far as its keys and values go.
 

@@ -385,3 +385,16 @@ def test_what_was_evicted_before_saving_cannot_come_back(tmp_path):
         loaded.crop(-3)
         assert loaded.columns(0)[0, 0].tolist() == [0, 16, 17, 18, 19]
         loaded.save(tmp_path / "a")
+
+
+def test_weights_that_changed_since_make_another_model(tmp_path):
+    """In place, on the same attached object, after its caches were told what it is."""
+    model = kvprune.attach(fresh_model())
+    cache = kvprune.ComposedCache([])
+    with torch.no_grad():
+        model(prompt(1, 5), past_key_values=cache)
+        cache.save(tmp_path / "a")
+        kvprune.ComposedCache.load(tmp_path / "a", [], model)
+        model.get_input_embeddings().weight.mul_(2)
+    with pytest.raises(kvprune.KVPruneError, match="came one of another"):
+        kvprune.ComposedCache.load(tmp_path / "a", [], model)
