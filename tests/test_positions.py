@@ -168,9 +168,9 @@ def tokens_and_state(policies, ids, mask=None, model=None, steps=(20, *[1] * 40)
 
 
 def test_rows_do_not_depend_on_each_other_nor_on_padding():
-    """Three rows of different length, each as alone."""
-    policy = StreamingLLM(2, 5, positions="cache")
-    ids, pads = prompt(3, 60), [0, 7, 18]
+    """Three rows, each as alone; one has not all of its sinks yet when others evict."""
+    policy = StreamingLLM(4, 5, positions="cache")
+    ids, pads = prompt(3, 60), [0, 7, 19]
     mask = left_padded(ids, pads)["attention_mask"]
     together, _ = tokens_and_state([policy], ids, mask)
     for row, pad in enumerate(pads):
