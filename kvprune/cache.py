@@ -100,6 +100,8 @@ class ComposedCache(Cache):
         # where something was evicted since, and up to which column `generate` reads a prompt.
         self._recording = False
         self._recorded = 0
+        # Drafts of the last forward that nobody has accepted or taken back yet.
+        self._pending = 0
         self._prompt_end = 0
         # Columns that stay for good: what a cache evicted before it was saved is unknown.
         self._fixed = 0
@@ -170,7 +172,7 @@ class ComposedCache(Cache):
         self._rows, self._padding, self._promise = None, None, 0
         self._positions = None
         self._in_generate = self._recording = False
-        self._recorded = self._prompt_end = self._fixed = 0
+        self._recorded = self._pending = self._prompt_end = self._fixed = 0
         self._open = {}
         self._refused = []
         self._failure = ""
@@ -401,9 +403,10 @@ class ComposedCache(Cache):
             self._check_still_there(self.seen - back)
         self.seen -= back
         self._padding = None if self._padding is None else self._padding[:, : self.seen]
-        if self._recorded:
-            self._settle(back)
-        elif back:
+        recorded, self._pending = self._recorded, 0
+        if recorded:
+            self._settle(min(back, recorded))
+        if back > recorded:
             self._drop_from(self.seen)
 
     def _drop_from(self, column: int) -> None:
@@ -494,7 +497,9 @@ class ComposedCache(Cache):
         self._in_generate = True
 
     def leave_generate(self) -> None:
-        """`generate` is over, however it ended."""
+        """`generate` is over, however it ended; drafts left in the air were never read."""
+        if self._pending and not self._failure and not self._open:
+            self.crop(-self._pending)
         self._promise = self._prompt_end = 0
         self._in_generate = self._recording = False
         if not self._failure:
@@ -535,7 +540,8 @@ class ComposedCache(Cache):
         heads = self._attachment.num_heads
         columns = new_columns(rows, count, self.seen, mask, heads, self._in_generate, device)
         # What counts as prompt: what `generate` promised, or any forward of several tokens.
-        counts = count > 1 and not self._in_generate
+        # Not what may be taken back.
+        counts = count > 1 and not self._in_generate and not self._recording
         added = (columns >= 0).sum(-1) if counts else self._promise
         padding = padding_so_far(self._padding, columns, self.seen, mask)
         if self._is_hybrid:
@@ -661,6 +667,7 @@ class ComposedCache(Cache):
             self._rows, self._padding = step.rows, step.padding
             self._promise = 0
             self._recorded = step.drafts if step.one_by_one else 0
+            self._pending = step.drafts
         else:
             self._failure = "an error ended a forward in its middle"
         del self._open["step"]

@@ -221,6 +221,8 @@ def cannot_record(model: PreTrainedModel) -> str:
     """Why this model's caches cannot take drafts back; empty where they can."""
     if any(linear_layers(model)):
         return "the states of its linear-attention layers cannot go back"
+    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None):
+        return "its latent keys and values (MLA) are expanded after they were stored"
     if has_own_attention(base_of(model)):
         return "its attention takes all new tokens at once, with nothing evicted in between"
     return ""

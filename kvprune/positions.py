@@ -56,6 +56,18 @@ class Rotation:
         before, behind = keys[..., : self.start], keys[..., self.start + size :]
         return torch.cat([before, moved.to(keys.dtype), behind], -1)
 
+    def explains(self, here: Tensor, there: Tensor, by: Tensor, near: float) -> bool:
+        """Whether `there` is `here` moved on, up to `near` of each pair's length."""
+        size = 2 * len(self.frequencies)
+        scale = here.abs().double()
+        part = scale[..., self.start : self.start + size]
+        a, b = (part[..., ::2], part[..., 1::2]) if self.interleaved else part.chunk(2, -1)
+        length = a + b
+        both = (length, length)
+        wide = torch.stack(both, -1).flatten(-2) if self.interleaved else torch.cat(both, -1)
+        scale = torch.cat([scale[..., : self.start], wide, scale[..., self.start + size :]], -1)
+        return bool(((self.turned(here, by) - there).abs() <= near * scale).all())
+
 
 def rotations_of(base: Any) -> list[Rotation | None]:
     """How each layer of a model turns its keys; None for one that does not (NoPE, ALiBi).
@@ -80,11 +92,18 @@ def rotations_of(base: Any) -> list[Rotation | None]:
 @torch.no_grad()
 def _probe(base: Any) -> list[Tensor]:
     """Each layer's keys of one token at two positions, `[2, H, 1, D]`."""
-    device = next(base.parameters()).device
-    ids = torch.ones(2, 1, dtype=torch.long, device=device)
+    weight = base.get_input_embeddings().weight
+    token = torch.randn(weight.shape[-1], generator=torch.Generator().manual_seed(0))
+    token = token.to(weight).expand(2, 1, -1)
     cache: Any = DynamicCache(config=base.config)
-    where = torch.tensor(PROBED, device=device)[:, None]
-    base(input_ids=ids, position_ids=where, past_key_values=cache, use_cache=True)
+    where = torch.tensor(PROBED, device=weight.device)[:, None]
+    training = [module for module in base.modules() if module.training]
+    base.eval()
+    try:
+        base(inputs_embeds=token, position_ids=where, past_key_values=cache, use_cache=True)
+    finally:
+        for module in training:
+            module.training = True
     if not all(hasattr(layer, "keys") for layer in cache.layers):
         raise _no_positions(base)
     return [layer.keys for layer in cache.layers]
@@ -93,22 +112,19 @@ def _probe(base: Any) -> list[Tensor]:
 def _rotation_of(base: Any, keys: Tensor, found: list[Tensor]) -> Rotation | None:
     here, there = keys[:1], keys[1:]
     by = torch.tensor([PROBED[1] - PROBED[0]], device=keys.device)
-    # Models compute angles in float32 at best; wrong guesses are off by as much as keys are long.
-    near = (8 * torch.finfo(keys.dtype).eps + 1e-5) * float(keys.abs().amax())
-    if _distance(here, there) <= near:
+    # Models compute angles in float32 at best.
+    near = 8 * torch.finfo(keys.dtype).eps + 1e-5
+    # Number by number: a large one (a bias) must not hide that others turn.
+    if bool(((here - there).abs() <= near * here.abs()).all()):
         return None
     for frequencies in found:
         size = 2 * len(frequencies)
         for start in dict.fromkeys((0, keys.shape[-1] - size)):
             for interleaved in (False, True):
                 guess = Rotation(frequencies, start, interleaved)
-                if start >= 0 and _distance(guess.turned(here, by), there) <= near:
+                if start >= 0 and guess.explains(here, there, by, near):
                     return guess
     raise _no_positions(base)
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().amax())
 
 
 def _no_positions(base: Any) -> KVPruneError:
@@ -121,12 +137,8 @@ def _no_positions(base: Any) -> KVPruneError:
 
 @dataclass(frozen=True)
 class _Placement:
-    """Where a layer's sinks are, and by how much they are to be turned.
+    """Where a layer's sinks are: `[B, 1, sinks]`, their slots, and whether they are in one."""
 
-    turn: `[B]`. index: `[B, 1, sinks]`, their slots; there: the same, whether they are in one.
-    """
-
-    turn: Tensor
     index: Tensor
     there: Tensor
 
@@ -141,13 +153,10 @@ class CachePositions:
         sinks: how many of a row's first tokens sit right before the oldest of the others.
         rotations: by layer; see `rotations_of`.
         limit: the position from which on the model changes its frequencies; None if never.
-        uniform: all layers hold the same columns.
     """
 
-    def __init__(
-        self, sinks: int, rotations: list[Rotation | None], limit: int | None, uniform: bool
-    ) -> None:
-        self.sinks, self.limit, self.uniform = sinks, limit, uniform
+    def __init__(self, sinks: int, rotations: list[Rotation | None], limit: int | None) -> None:
+        self.sinks, self.limit = sinks, limit
         self._rotations = rotations
         self._offset: Tensor | None = None
         # By layer: keys `[B, Hkv, sinks, D]`, and by how much those in the slots are turned.
@@ -156,7 +165,7 @@ class CachePositions:
         # By layer `[B]`: the gap that pruning left behind the sinks, -1 as long as nothing is
         # behind them.
         self._gap: list[Tensor | None] = [None] * len(rotations)
-        self._last: tuple[Tensor, _Placement] | None = None
+        self._last: tuple[Tensor, Tensor, _Placement] | None = None
 
     def named_tensors(self) -> dict[str, Tensor]:
         """All that is held, by name."""
@@ -235,14 +244,13 @@ class CachePositions:
     def _lag(self, index: int, columns: Tensor, padding: Tensor | None, first: Tensor) -> Tensor:
         """How far `[B]` a layer's window has moved on from its sinks as they first came."""
         assert self._offset is not None
+        if not columns.shape[-1]:
+            return torch.zeros_like(first)
         others = columns[:, 0] >= (first + self.sinks)[:, None]
         oldest = columns[:, 0].masked_fill(~others, _FAR).amin(-1, keepdim=True)
         alone = oldest[:, 0] == _FAR
         number = _numbers(oldest, padding)[:, 0]
         lag = (number - self._offset - self.sinks).masked_fill(alone, 0).clamp(min=0)
-        return lag if self.uniform else self._without_gap(index, lag, alone)
-
-    def _without_gap(self, index: int, lag: Tensor, alone: Tensor) -> Tensor:
         gap = self._gap[index]
         gap = torch.full_like(lag, -1) if gap is None else gap
         gap = torch.where((gap < 0) & ~alone, lag, gap)
@@ -283,9 +291,9 @@ class CachePositions:
         rotation = self._rotations[index]
         if rotation is None or self.sinks == 0:
             return
-        placement = self._placement(index, slots.columns, new, padding, first)
+        placement = self._placement(slots.columns, new, first)
         self._take_home(index, slots, new, first, placement)
-        turn, now = placement.turn, self._turn[index]
+        turn, now = self._lag(index, slots.columns, padding, first), self._turn[index]
         if torch.equal(turn, torch.zeros_like(turn) if now is None else now):
             return
         home = self._home[index]
@@ -293,21 +301,14 @@ class CachePositions:
         slots.rewrite_keys(rotation.turned(home, turn), placement.index, placement.there)
         self._turn[index] = turn.clone()
 
-    def _placement(
-        self,
-        index: int,
-        columns: Tensor,
-        new: Tensor,
-        padding: Tensor | None,
-        first: Tensor,
-    ) -> _Placement:
-        if self.uniform and self._last is not None and self._last[0] is new:
-            return self._last[1]
+    def _placement(self, columns: Tensor, new: Tensor, first: Tensor) -> _Placement:
+        # Layers mostly hold the same columns in the same order.
+        if self._last is not None and self._last[0] is new and torch.equal(self._last[1], columns):
+            return self._last[2]
         wanted = first[:, None] + torch.arange(self.sinks, device=first.device)
         same = columns == wanted[..., None]
-        lag = self._lag(index, columns, padding, first)
-        placement = _Placement(lag, same.byte().argmax(-1)[:, None], same.any(-1)[:, None])
-        self._last = (new, placement)
+        placement = _Placement(same.byte().argmax(-1)[:, None], same.any(-1)[:, None])
+        self._last = (new, columns, placement)
         return placement
 
     def _take_home(
@@ -319,7 +320,7 @@ class CachePositions:
         arrived = (wanted[..., None] == new).any(-1)[:, None]
         if home is not None and not bool(arrived.any()):
             return
-        keys = slots.keys.detach()
+        keys = slots.keys
         place = placement.index[..., None].expand(-1, keys.shape[1], -1, keys.shape[-1])
         came = keys.gather(2, place)
         self._home[index] = came if home is None else torch.where(arrived[..., None], came, home)
@@ -350,12 +351,10 @@ def positions_for(
             f"gaps: expected no other policy that evicts, came {other!r}. Use "
             f"positions='original' with them"
         )
-    everywhere = all(policy.layers is None for policy in evicting)
-    uniform = everywhere and not any("rank_hidden" in p.hooks for p in policies)
     assert sinks is not None
     if "rotations" not in memory:
         memory["rotations"] = rotations_of(base)
-    return CachePositions(sinks, memory["rotations"], _limit(base), uniform)
+    return CachePositions(sinks, memory["rotations"], _limit(base))
 
 
 def _limit(base: Any) -> int | None:

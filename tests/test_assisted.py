@@ -218,3 +218,55 @@ def test_probabilities_of_drafts_are_refused():
             return_dict_in_generate=True,
             **WAYS["prompt lookup"](),
         )
+
+
+@pytest.mark.parametrize("policies", [[], [H2O(4, 4)], [sdtp_pruner(0.6)]], ids=repr)
+def test_drafts_in_the_air_were_never_read(policies):
+    """A streamer raises before anybody has said which drafts stay: none of them does."""
+
+    class Leaves:
+        def __init__(self):
+            self.said = []
+
+        def put(self, tokens):
+            self.said = [*self.said, *tokens.flatten().tolist()]
+            if len(self.said) > 44:
+                raise RuntimeError("gone")
+
+        def end(self):
+            pass
+
+    ids, streamer = prompt(1, 20).repeat(1, 2), Leaves()
+    cache, plain = kvprune.ComposedCache(policies), kvprune.ComposedCache(policies)
+    options = {"max_new_tokens": 20, "streamer": streamer, **WAYS["prompt lookup"]()}
+    with pytest.raises(RuntimeError, match="gone"):
+        tiny_model().generate(ids, cache=cache, **options)
+    assert cache.seen < len(streamer.said)
+    tiny_model().generate(ids, cache=plain, max_new_tokens=cache.seen - 39)
+    assert Held(cache) == Held(plain)
+
+
+def test_a_crop_beyond_what_was_recorded():
+    """Where nothing evicts it goes on behind the record, and local layers stay right."""
+    model, ids = tiny_model("mistral-window"), prompt(1, 40)
+    cache, plain = kvprune.ComposedCache([]), kvprune.ComposedCache([])
+    with torch.no_grad():
+        model(ids[:, :6], past_key_values=cache)
+        model(ids[:, :4], past_key_values=plain)
+        cache.activate_past_recording()
+        model(ids[:, 6:9], past_key_values=cache)
+        cache.crop(-5)
+    assert Held(cache) == Held(plain)
+
+
+def test_what_is_recorded_is_no_prompt():
+    """Outside `generate`, shares are of what was read before recording began."""
+    ids, mask = prompt(1, 40), torch.ones(1, 40, dtype=torch.long)
+    cache, plain = kvprune.ComposedCache([H2O(0.2, 0.2)]), kvprune.ComposedCache([H2O(0.2, 0.2)])
+    for one in (cache, plain):
+        read(one, ids[:, :20], mask[:, :20])
+    cache.activate_past_recording()
+    read(cache, ids[:, 20:30], mask[:, :30])
+    for column in range(20, 30):
+        read(plain, ids[:, column : column + 1], mask[:, : column + 1])
+    assert Held(cache) == Held(plain)

@@ -296,4 +296,72 @@ def test_only_the_sinks_are_held_twice():
         sizes.append(cache.nbytes)
     layer = cache.layers[0]
     sinks = LAYERS * layer.keys.shape[1] * 4 * layer.keys.shape[-1] * 8
-    assert sizes[0] + sinks <= sizes[1] <= sizes[0] + sinks + 8 * (LAYERS + 1)
+    assert sizes[0] + sinks <= sizes[1] <= sizes[0] + sinks + 8 * (2 * LAYERS + 1)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss"])
+def test_layers_that_hold_other_columns_are_arranged_by_themselves(family):
+    """Sliding layers lose their sinks, full ones do not: nothing is shared between the two."""
+    ids, logits = prompt(1, 60), []
+    for share in (True, False):
+        cache = kvprune.ComposedCache([StreamingLLM(2, 16, positions="cache")])
+        for start, stop in [(0, 20), *((i, i + 1) for i in range(20, 60))]:
+            if not share and cache._positions is not None:
+                cache._positions._placement = _alone(cache._positions)  # type: ignore[method-assign]
+            with torch.no_grad(), StaysDouble():
+                new = ids[:, start:stop]
+                out = attached_family(family)(new, past_key_values=cache)
+        logits.append(out.logits)
+    assert torch.equal(*logits)
+
+
+def _alone(inside: Any) -> Any:
+    """`_placement` that remembers nothing of another layer."""
+    stock = type(inside)._placement
+
+    def placement(columns: torch.Tensor, new: torch.Tensor, first: torch.Tensor) -> Any:
+        inside._last = None
+        return stock(inside, columns, new, first)
+
+    return placement
+
+
+def test_an_empty_layer():
+    """A chunked layer holds nothing once its chunk has ended."""
+    cache = kvprune.ComposedCache([StreamingLLM(2, 5, positions="cache")])
+    with torch.no_grad(), StaysDouble():
+        for column in range(40):
+            ids = prompt(1, 40)[:, column : column + 1]
+            attached_family("llama4_text")(ids, past_key_values=cache)
+    assert cache.seen == 40
+
+
+def test_the_trial_is_not_misled():
+    """By a token whose embedding is zero, by a large bias in half precision, by training mode."""
+    assert all(rotations_of(fresh_model(pad_token_id=1).base_model))
+    options: dict[str, Any] = {"heads": 2, "kv_heads": 1, "hidden_size": 128}
+    model: Any = fresh_model("qwen2", dtype=torch.bfloat16, initializer_range=0.05, **options)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.data[-1] = 100.0
+    assert all(rotations_of(model.base_model))
+    trained = fresh_model("llama", attention_dropout=0.5).train()
+    assert all(rotations_of(trained.base_model)) and trained.model.layers[0].training
+
+
+def test_gradients_reach_the_sinks():
+    """Against a finite difference."""
+    model, ids = kvprune.attach(model_of("llama")), prompt(1, 20)
+    states = model.get_input_embeddings()(ids).detach()
+
+    def loss(states: torch.Tensor) -> torch.Tensor:
+        cache = kvprune.ComposedCache([StreamingLLM(2, 6, positions="cache")])
+        model(inputs_embeds=states[:, :12], past_key_values=cache)
+        return model(inputs_embeds=states[:, 12:], past_key_values=cache).logits.square().sum()
+
+    way = torch.zeros_like(states)
+    way[:, :2] = torch.randn(2, states.shape[-1], dtype=torch.float64)
+    tracked = states.clone().requires_grad_()
+    loss(tracked).backward()
+    assert tracked.grad is not None
+    slope = (loss(states + 1e-6 * way) - loss(states - 1e-6 * way)) / 2e-6
+    torch.testing.assert_close((tracked.grad * way).sum(), slope.detach(), rtol=1e-5, atol=1e-5)

@@ -398,3 +398,15 @@ def test_weights_that_changed_since_make_another_model(tmp_path):
         model.get_input_embeddings().weight.mul_(2)
     with pytest.raises(kvprune.KVPruneError, match="came one of another"):
         kvprune.ComposedCache.load(tmp_path / "a", [], model)
+
+
+def test_positions_must_be_assigned_in_the_same_way(tmp_path):
+    """Inside the cache or as they came; the keys in the file are turned for one of the two."""
+    model = tiny_model()
+    cache = kvprune.ComposedCache([StreamingLLM(2, 4, positions="cache")])
+    with torch.no_grad():
+        model(prompt(1, 12), past_key_values=cache)
+    cache.save(tmp_path / "a")
+    for other in (StreamingLLM(2, 4), StreamingLLM(3, 4, positions="cache")):
+        with pytest.raises(kvprune.KVPruneError, match="assign positions in the same way"):
+            kvprune.ComposedCache.load(tmp_path / "a", [other], model)

@@ -109,6 +109,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.recording)
     @rule()
     def stop_recording(self):
+        self.cache.crop(0)
         self.cache.leave_generate()
         self.recording, self.naive.past = False, []
 
