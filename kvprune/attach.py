@@ -32,6 +32,7 @@ from .families import (
     cannot_record,
     check_family,
     decoder_layers,
+    drops_cache_beyond,
     has_own_attention,
     linear_layers,
     local_layers,
@@ -455,6 +456,7 @@ def _prepare_cache_for_generation(
     cache = model_kwargs.get("past_key_values")
     if isinstance(cache, ComposedCache):
         _check_generation(cache, generation_config, *args, **kwargs)
+        _check_length(cache, drops_cache_beyond(model), generation_config.max_length)
         mask = model_kwargs.get("attention_mask")
         if mask is None:
             length = generation_config._mask_length
@@ -475,6 +477,15 @@ def _check_generation(
             f"assisted and prompt-lookup decoding go wrong in transformers with a cache that is "
             f"not empty (this one has seen {cache.seen} columns): use a new ComposedCache and hand "
             f"in all tokens, or leave out assistant_model and prompt_lookup_num_tokens"
+        )
+
+
+def _check_length(cache: ComposedCache, limit: int | None, length: int | None) -> None:
+    if limit is not None and length is not None and cache.seen <= limit < length:
+        raise KVPruneError(
+            f"this model's generate drops its cache beyond {limit} columns, as its RoPE changes: "
+            f"expected at most {limit} tokens with the new ones, came up to {length}. Lower "
+            f"max_new_tokens, or call the model's forward in a loop of your own"
         )
 
 

@@ -49,6 +49,8 @@ CANNOT_PRUNE = {
 HYBRID = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"}
 """Families some of whose layers keep a state instead of slots, and take tokens left out."""
 
+DROPS_CACHE = {"phi3", "phimoe", "phi4_multimodal"}
+
 LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 BACKENDS = ("sdpa", "eager")
 
@@ -125,6 +127,16 @@ def has_alibi(base: Any) -> bool:
     Falcon's ALiBi is a part of its mask, where it cannot be told from the rest.
     """
     return str(base.config.model_type) == "bloom"
+
+
+def drops_cache_beyond(model: Any) -> int | None:
+    """The columns beyond which the model's `generate` begins anew without its cache.
+
+    Phi-3 and its like do so where their LongRoPE changes its frequencies.
+    """
+    config = model.config
+    limit = getattr(config, "original_max_position_embeddings", None)
+    return int(limit) if limit and config.model_type in DROPS_CACHE else None
 
 
 def takes(module: nn.Module, name: str) -> bool:

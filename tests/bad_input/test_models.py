@@ -193,6 +193,20 @@ def test_drafts(family, backend, reason):
     assert cache.seen == 18
 
 
+def test_generate_that_would_drop_its_cache():
+    """Phi-3 begins anew beyond the original context; up to there it is right."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    options = {"original_max_position_embeddings": 32, "rope_parameters": rope}
+    model: Any = kvprune.attach(fresh_model("phi3", **options))
+    cache = ComposedCache([StreamingLLM(1, 4)])
+    with pytest.raises(KVPruneError, match=r"beyond 32 columns.* at most 32 tokens"):
+        model.generate(prompt(1, 20), cache=cache, max_new_tokens=13)
+    assert not cache.is_initialized
+    model.generate(prompt(1, 20), cache=cache, max_new_tokens=12)
+    assert cache.seen == 31
+
+
 def test_generate_batch(model):
     """Has a paged cache of its own; the error names the ways out."""
     with pytest.raises(KVPruneError, match=r"use generate, or kvprune\.detach\(model\)"):
