@@ -235,7 +235,7 @@ class ComposedCache(Cache):
         """
         inner = unwrapped(model)
         base: Any = base_of(inner) if hasattr(inner, "base_model") else inner
-        attachment = base.__dict__.get("_kvprune")
+        attachment = getattr(base, "__dict__", {}).get("_kvprune")
         if attachment is None:
             raise KVPruneError(
                 f"load: expected a model that kvprune is attached to, came {type(model).__name__}: "

@@ -18,7 +18,7 @@ import kvprune
 from kvprune import KVPruneError, saving
 from kvprune.policies import H2O, StreamingLLM
 
-from .models import LAYERS, fresh_model, left_padded, prompt, tiny_model
+from .models import LAYERS, fresh_model, left_padded, plain_model, prompt, tiny_model
 from .strategies import POLICIES, chunked, pipelines, sdtp_pruner, seeds
 from .test_invariants import Run, feed
 
@@ -410,3 +410,10 @@ def test_positions_must_be_assigned_in_the_same_way(tmp_path):
     for other in (StreamingLLM(2, 4), StreamingLLM(3, 4, positions="cache")):
         with pytest.raises(kvprune.KVPruneError, match="assign positions in the same way"):
             kvprune.ComposedCache.load(tmp_path / "a", [other], model)
+
+
+@pytest.mark.parametrize("model", [None, "llama", plain_model()], ids=["None", "str", "detached"])
+def test_what_is_no_attached_model_is_refused(tmp_path, model):
+    """Also what is no model at all."""
+    with pytest.raises(kvprune.KVPruneError, match="expected a model that kvprune is attached to"):
+        kvprune.ComposedCache.load(tmp_path / "a", [], model)
