@@ -494,7 +494,8 @@ class ComposedCache(Cache):
         self._check_usable()
         if self._in_generate:
             raise self._in_use("generate")
-        self._in_generate = True
+        # What was read before is not for this `generate` to take back.
+        self._in_generate, self._pending = True, 0
 
     def leave_generate(self) -> None:
         """`generate` is over, however it ended; drafts left in the air were never read."""

@@ -270,3 +270,15 @@ def test_what_is_recorded_is_no_prompt():
     for column in range(20, 30):
         read(plain, ids[:, column : column + 1], mask[:, : column + 1])
     assert Held(cache) == Held(plain)
+
+
+def test_a_refused_generate_takes_nothing_back():
+    """What was recorded before it began is for its reader to accept or to crop."""
+    ids, mask = prompt(1, 12), torch.ones(1, 12, dtype=torch.long)
+    cache = kvprune.ComposedCache([H2O(2, 2)])
+    read(cache, ids[:, :8], mask[:, :8])
+    cache.activate_past_recording()
+    read(cache, ids[:, 8:], mask)
+    with pytest.raises(kvprune.KVPruneError, match="not empty"):
+        tiny_model().generate(prompt(1, 20), cache=cache, **WAYS["prompt lookup"]())
+    assert cache.seen == 12
