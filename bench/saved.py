@@ -9,10 +9,7 @@ the ratio of each turn are reported. The file was just written, so it is read fr
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 
 import kvprune
 from kvprune.evaluation.assets import demo_model
 from kvprune.policies import H2O, SDTP
+
+from .about import write
 
 POLICIES: dict[str, list[kvprune.TokenPolicy]] = {
     "dense": [],
@@ -93,14 +91,7 @@ def main() -> None:
     rows = measure(model, args.context, args.repeats)
     report(rows)
     if args.out:
-        about = {
-            "command": " ".join(sys.argv),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "dtype": str(model.dtype),
-        }
-        args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        write(args.out, args, model, rows)
 
 
 if __name__ == "__main__":

@@ -13,22 +13,20 @@ heads, which cost what trained ones do.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
 import kvprune
 from kvprune.evaluation.assets import demo_model
 from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
+
+from .about import write
 
 WHOLE = ("dense", "ComposedCache([])")
 """What evicts nothing: its decode step is timed after a prompt of as many tokens as the budget."""
@@ -120,16 +118,7 @@ def main() -> None:
     rows = measure(model, args.context, args.budget, args.repeats)
     report(rows, args.budget)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        about = {
-            "command": " ".join(sys.argv),
-            "arguments": {k: str(v) for k, v in vars(args).items()},
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "dtype": str(model.dtype),
-        }
-        args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        write(args.out, args, model, rows)
 
 
 if __name__ == "__main__":
