@@ -137,10 +137,15 @@ def _no_positions(base: Any) -> KVPruneError:
 
 @dataclass(frozen=True)
 class _Placement:
-    """Where a layer's sinks are: `[B, 1, sinks]`, their slots, and whether they are in one."""
+    """Where a layer's sinks are, all `[B, 1, sinks]`.
+
+    index: their slots. there: whether they are in one. arrived: which have just come in; None
+    for none, as in almost every step.
+    """
 
     index: Tensor
     there: Tensor
+    arrived: Tensor | None
 
 
 class CachePositions:
@@ -292,7 +297,7 @@ class CachePositions:
         if rotation is None or self.sinks == 0:
             return
         placement = self._placement(slots.columns, new, first)
-        self._take_home(index, slots, new, first, placement)
+        self._take_home(index, slots, placement)
         turn, now = self._lag(index, slots.columns, padding, first), self._turn[index]
         if torch.equal(turn, torch.zeros_like(turn) if now is None else now):
             return
@@ -307,23 +312,26 @@ class CachePositions:
             return self._last[2]
         wanted = first[:, None] + torch.arange(self.sinks, device=first.device)
         same = columns == wanted[..., None]
-        placement = _Placement(same.byte().argmax(-1)[:, None], same.any(-1)[:, None])
+        arrived = (wanted[..., None] == new).any(-1)[:, None]
+        placement = _Placement(
+            index=same.byte().argmax(-1)[:, None],
+            there=same.any(-1)[:, None],
+            arrived=arrived if bool(arrived.any()) else None,
+        )
         self._last = (new, columns, placement)
         return placement
 
-    def _take_home(
-        self, index: int, slots: SlotLayer, new: Tensor, first: Tensor, placement: _Placement
-    ) -> None:
+    def _take_home(self, index: int, slots: SlotLayer, placement: _Placement) -> None:
         """Copies the keys of sinks that have just come in."""
-        home = self._home[index]
-        wanted = first[:, None] + torch.arange(self.sinks, device=first.device)
-        arrived = (wanted[..., None] == new).any(-1)[:, None]
-        if home is not None and not bool(arrived.any()):
+        home, arrived = self._home[index], placement.arrived
+        if home is not None and arrived is None:
             return
         keys = slots.keys
         place = placement.index[..., None].expand(-1, keys.shape[1], -1, keys.shape[-1])
         came = keys.gather(2, place)
-        self._home[index] = came if home is None else torch.where(arrived[..., None], came, home)
+        if home is not None and arrived is not None:
+            came = torch.where(arrived[..., None], came, home)
+        self._home[index] = came
 
 
 def positions_for(
