@@ -1,0 +1,76 @@
+"""What a comparison writes down, one JSON line each: what was run, samples, and failures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is compared: one policy at one budget on one task at one context length.
+
+    policy: the canonical spec, its budget already put in; "dense" and "no context" are the lines.
+    label: the spec as given, which all budgets of one policy share.
+    budget: the share that was put in; None where the policy has none or the spec's own is used.
+    """
+
+    policy: str
+    label: str
+    budget: float | None
+    task: str
+    context: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one sample cost.
+
+    prefill_seconds, prefill_flops: of reading the prompt. decode_tokens_per_second: None where
+    nothing was generated. bytes_held: of the cache after the prompt; bytes_peak: the most that
+    the cache held at any layer's end. prompt_tokens: of this sample.
+    entered: tokens that entered each layer. kept: slots that each layer holds after the prompt.
+    """
+
+    prefill_seconds: float
+    prefill_flops: float
+    decode_tokens_per_second: float | None
+    bytes_held: int
+    bytes_peak: int
+    prompt_tokens: int
+    entered: tuple[int, ...]
+    kept: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """One sample of one cell."""
+
+    cell: Cell
+    sample: int
+    score: float
+    parts: Mapping[str, float]
+    answer: str
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that could not be run, and why; it is tried again when the run is resumed."""
+
+    cell: Cell
+    error: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that a results file says.
+
+    run: the settings, versions, machine and command, as plain JSON values.
+    units: of each task's score, by its name.
+    """
+
+    run: Mapping[str, object]
+    units: Mapping[str, str]
+    samples: tuple[SampleResult, ...] = ()
+    failures: tuple[Failure, ...] = field(default=())
