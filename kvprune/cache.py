@@ -20,8 +20,8 @@ from . import saving
 from .composition import leaves
 from .errors import KVPruneError
 from .families import base_of, unwrapped
-from .masks import Local, LogicalLength
-from .policy import TokenPolicy
+from .masks import OURS, Local
+from .policy import Lengths, TokenPolicy
 from .positions import CachePositions, positions_for
 from .slots import SlotLayer
 from .statistics import check_statistics, wanted_at
@@ -92,7 +92,7 @@ class ComposedCache(Cache):
         self._model: dict[str, str] = {}
         self._rows: RowNumbers | None = None
         self._positions: CachePositions | None = None
-        # Which columns are padding `[B, seen]`; None while none is.
+        # Which columns are padding `[B, n]`; those behind are not. None while none is.
         self._padding: Tensor | None = None
         self._promise: Tensor | int = 0
         self._in_generate = False
@@ -143,7 +143,7 @@ class ComposedCache(Cache):
         """Bytes of all storage that the cache has allocated."""
         held = [t for layer in self.layers for t in _tensors(layer)]
         if self._rows is not None:
-            held += [self._rows.first, self._rows.prompt_length]
+            held += [self._rows.first, self._rows.prompt.tensor]
         if self._padding is not None:
             held.append(self._padding)
         if self._positions is not None:
@@ -250,7 +250,7 @@ class ComposedCache(Cache):
 
     def _contents(self) -> saving.Contents:
         assert self._rows is not None
-        tensors = {"rows.first": self._rows.first, "rows.prompt_length": self._rows.prompt_length}
+        tensors = {"rows.first": self._rows.first, "rows.prompt_length": self._rows.prompt.tensor}
         if self._padding is not None:
             tensors["padding"] = self._padding
         if self._positions is not None:
@@ -302,7 +302,7 @@ class ComposedCache(Cache):
             mine["columns"] = tensors[f"layers.{saved['columns_of']}.columns"]
             layer.restore(saved, mine)
         self.seen, self._fixed = numbers["seen"], numbers["fixed"]
-        self._rows = RowNumbers(tensors["rows.first"], tensors["rows.prompt_length"])
+        self._rows = RowNumbers(tensors["rows.first"], Lengths(tensors["rows.prompt_length"]))
         self._padding = tensors.get("padding")
         if self._positions is not None:
             self._positions.restore(tensors, "positions.")
@@ -329,7 +329,7 @@ class ComposedCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """The logical length with this forward's tokens, and an offset of 0."""
         self._check_in_forward()
-        return LogicalLength(self.seen + query_length), 0
+        return self.seen + query_length, OURS
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: no maximum."""
@@ -531,15 +531,19 @@ class ComposedCache(Cache):
         except BaseException:
             del self._open["step"]
             raise
-        self._open["step"] = (threading.get_ident(), step)
-        if step.padding is not None:
-            self._hide(step.padding[:, : self.seen])
+        self._open["step"] = (_this_thread(), step)
+        if step.padding is not self._padding:
+            self._hide(step.padding)
 
     def _new_step(self, rows: int, count: int, mask: Tensor | None, device: torch.device) -> Step:
         self._check_size(rows, count)
         assert self._attachment is not None
+        if self._in_generate and mask is not None and mask.dim() == 2 and self._past_prompt:
+            # It goes on with ones.
+            mask = None
         heads = self._attachment.num_heads
         columns = new_columns(rows, count, self.seen, mask, heads, self._in_generate, device)
+        complete = mask is None or mask.dim() == 4 or bool((columns >= 0).all())
         # What counts as prompt: what `generate` promised, or any forward of several tokens.
         # Not what may be taken back.
         counts = count > 1 and not self._in_generate and not self._recording
@@ -547,7 +551,8 @@ class ComposedCache(Cache):
         padding = padding_so_far(self._padding, columns, self.seen, mask)
         if self._is_hybrid:
             self._check_states(rows, count, padding)
-        numbers = rows_after(self._rows, columns, added, padding)
+        same_padding = padding is self._padding
+        numbers = rows_after(self._rows, columns, added, padding, same_padding)
         drafts = min(count, max(self.seen + count - self._prompt_end, 0)) * self._recording
         if drafts and self._attachment.cannot_record and (self._drops or self._is_hybrid):
             raise KVPruneError(
@@ -568,7 +573,9 @@ class ComposedCache(Cache):
             len(self),
             self.seen,
             columns,
+            complete,
             numbers,
+            numbers is self._rows,
             asked,
             padding,
             drafts,
@@ -576,6 +583,11 @@ class ComposedCache(Cache):
             self._attachment.group,
             self._positions,
         )
+
+    @property
+    def _past_prompt(self) -> bool:
+        """Whether `generate` has handed in its whole prompt."""
+        return 0 < self._prompt_end <= self.seen
 
     def _check_states(self, rows: int, count: int, padding: Tensor | None) -> None:
         """Refuses what layers that keep a state cannot do."""
@@ -586,7 +598,7 @@ class ComposedCache(Cache):
                 f"different numbers of tokens, which the states of this model's linear-attention "
                 f"layers cannot follow then. Use one row per cache, or hand in the prompt at once"
             )
-        if padding is not None and bool(self._newly_hidden(padding[:, : self.seen]).any()):
+        if padding is not self._padding and bool(self._newly_hidden(padding).any()):
             raise KVPruneError(
                 "attention_mask hides columns that this model's linear-attention layers have "
                 "taken into their states: expected a mask that keeps what it showed before"
@@ -594,12 +606,12 @@ class ComposedCache(Cache):
 
     def _claim(self) -> None:
         """Takes the one place for a step, or for a copy, or refuses."""
-        mine = (threading.get_ident(), None)
+        mine = (_this_thread(), None)
         if self._open.setdefault("step", mine) is not mine:
             raise self._in_use()
 
-    def _hide(self, padding: Tensor) -> None:
-        """Drops slots that a later mask hides `[B, seen]`, as a chat does with what follows eos."""
+    def _hide(self, padding: Tensor | None) -> None:
+        """Drops slots that a later mask hides, as a chat does with what follows eos."""
         new = self._newly_hidden(padding)
         if not bool(new.any()):
             return
@@ -608,8 +620,13 @@ class ComposedCache(Cache):
             hidden = new[:, None].expand(shape).gather(-1, layer.columns.clamp(min=0))
             layer.keep((layer.columns >= 0) & ~hidden)
 
-    def _newly_hidden(self, padding: Tensor) -> Tensor:
-        return padding if self._padding is None else padding & ~self._padding
+    def _newly_hidden(self, padding: Tensor | None) -> Tensor:
+        """Which of the columns seen so far a forward's mask is the first to hide, `[B, seen]`."""
+        assert padding is not None
+        new = padding[:, : self.seen].clone()
+        if self._padding is not None:
+            new[:, : self._padding.shape[1]] &= ~self._padding
+        return new
 
     @property
     def step(self) -> Step:
@@ -649,7 +666,7 @@ class ComposedCache(Cache):
 
     def refuse_step(self) -> None:
         """This thread's forward ended before it began: its close is not that of another."""
-        self._refused.append(threading.get_ident())
+        self._refused.append(_this_thread())
 
     def close_step(self, done: bool) -> None:
         """Ends the forward that this thread began, if it did.
@@ -657,11 +674,11 @@ class ComposedCache(Cache):
         After an error inside (`done=False`) layers may be out of step with each other, so
         the cache refuses to be used until `reset()`.
         """
-        if threading.get_ident() in self._refused:
-            self._refused.remove(threading.get_ident())
+        if _this_thread() in self._refused:
+            self._refused.remove(_this_thread())
             return
         owner, step = self._open.get("step", (0, None))
-        if step is None or owner != threading.get_ident():
+        if step is None or owner != _this_thread():
             return
         if done:
             self.seen += step.count
@@ -725,6 +742,11 @@ class ComposedCache(Cache):
             f"cache per sequence (copy.deepcopy makes more), or cache.reset() if a {what} was "
             f"interrupted"
         )
+
+
+def _this_thread() -> int:
+    # Unknown to compiled code, which is of one thread.
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _checked(policies: Sequence[TokenPolicy]) -> tuple[TokenPolicy, ...]:

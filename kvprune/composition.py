@@ -11,7 +11,7 @@ from torch import Tensor
 from .errors import KVPruneError
 from .parallel import agreed
 from .policy import Ranking, SlotView, TokenPolicy, TokenView
-from .selection import Selection, check_ranking, select
+from .selection import Selection, check_ranking, first_to_go, select
 
 
 def leaves(policies: Iterable[TokenPolicy]) -> Iterator[TokenPolicy]:
@@ -60,34 +60,56 @@ def surviving_tokens(
     return tokens.valid if ranked else None
 
 
-def surviving_slots(
-    policies: Sequence[TokenPolicy], slots: SlotView, several: bool
-) -> tuple[Tensor | None, Tensor | None]:
+@dataclass(frozen=True)
+class Survivors:
+    """What a pipeline of policies says of a layer's slots.
+
+    kept: `[B, 1|Hkv, S]` bool; None where all stay, or where `gone` says it.
+    gone: `[B, 1|Hkv, 1]` int64, instead of `kept`, where it is known that one slot goes in every
+        row and head.
+    by: the policy that says so, by its number, if it promises to say the same of the next token.
+    """
+
+    kept: Tensor | None = None
+    gone: Tensor | None = None
+    by: int | None = None
+
+
+def surviving_slots(policies: Sequence[TokenPolicy], slots: SlotView, several: bool) -> Survivors:
     """The slots that every policy in turn keeps.
 
     Args:
         policies: each sees the survivors of those before it.
         slots: the view that the first one sees.
         several: whether this forward had several tokens; only then is NaN looked for.
-
-    Returns:
-        kept: `[B, 1|Hkv, S]` bool, or None where all stay.
-        gone: `[B, 1|Hkv, 1]` int64, instead of `kept`, where it is known that one slot goes
-            in every row and head.
     """
     before, heads = slots.valid, slots.keys.shape[1]
-    for number, policy in enumerate(policies, 1):
+    for number, policy in enumerate(policies):
         ranking = answer_of(policy, "rank_slots", slots)
         if ranking is None:
             continue
         check_ranking(policy, ranking, slots.columns, heads, look_for_nan=several)
         selection = Selection(ranking, slots.columns, slots.valid)
-        if selection.one_goes and slots.valid is before and number == len(policies):
-            return None, selection.gone()
+        if selection.one_goes and slots.valid is before and number == len(policies) - 1:
+            # Those before it let all pass, and will again if they promise to.
+            promised = all(p.constant_budget for p in policies)
+            return Survivors(gone=selection.gone(), by=number if promised else None)
         if not selection.nothing_goes:
             kept = selection.kept()
             slots = replace(slots, valid=kept, columns=slots.columns.masked_fill(~kept, -1))
-    return (None if slots.valid is before else slots.valid), None
+    return Survivors(kept=None if slots.valid is before else slots.valid)
+
+
+def next_to_go(policy: TokenPolicy, slots: SlotView) -> Tensor | None:
+    """The slot that goes, `[B, 1|Hkv, 1]`, where it is known that one does: by `policy`.
+
+    Nothing is read off the device. None where the policy has nothing to say after all.
+    """
+    ranking = answer_of(policy, "rank_slots", slots)
+    if ranking is None:
+        return None
+    check_ranking(policy, ranking, slots.columns, slots.keys.shape[1], look_for_nan=False)
+    return first_to_go(ranking.score, slots.valid & ~ranking.protected, slots.columns)
 
 
 @dataclass(frozen=True, repr=False)

@@ -17,12 +17,16 @@ from torch import Tensor
 from .errors import KVPruneError
 
 
-class LogicalLength(int):
-    """A cache's logical length, told apart from an ordinary int.
+class _Ours(int):
+    pass
 
-    transformers hands a mask function the lengths that the cache reported, but not the
-    cache. A length of this type says that the cache is one of ours.
-    """
+
+OURS = _Ours(0)
+"""The offset of a cache of ours, by which it is told apart.
+
+transformers hands a mask function the length and the offset that the cache reported, but not
+the cache. This very object says that the cache is one of ours.
+"""
 
 
 @dataclass(frozen=True)
@@ -123,9 +127,9 @@ class GivenMask:
 
 def mask_or_rule(stock: Callable[..., Any], **arguments: Any) -> Any:
     """The registered mask function: a `LazyMask` for our caches, the stock mask otherwise."""
-    length: Any = arguments["kv_length"]
-    if not isinstance(length, LogicalLength):
+    if arguments["kv_offset"] is not OURS:
         return stock(**arguments)
+    length: int = arguments["kv_length"]
     local: int | None = arguments.get("local_size")
     causal = arguments.get("allow_is_causal_skip", True) and (local is None or length < local)
     return LazyMask(arguments["mask_function"], causal)

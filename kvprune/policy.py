@@ -59,14 +59,60 @@ class _Statistics:
         return self._values[name]
 
 
+class Lengths:
+    """How many tokens each row has: what a share is a share of.
+
+    Read off the device once, so that no layer and no step waits for it again.
+
+    Args:
+        tensor: `[B]` int64.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._ends = (int(tensor.min()), int(tensor.max())) if tensor.numel() else (0, 0)
+        self._known: dict[str, Tensor] = {}
+
+    def tokens(self, amount: int | float) -> Tensor:
+        """An amount, as of a `Budget`, in tokens of each row, `[B]` int64; read only."""
+        # By its repr: 1 is a token, 1.0 is all of them.
+        if repr(amount) not in self._known:
+            self._known[repr(amount)] = Budget(amount, least=0).of(self.tensor)
+        return self._known[repr(amount)]
+
+    def ends(self, amount: int | float) -> tuple[int, int]:
+        """The least and the most of `tokens`, without waiting for the device."""
+        budget = Budget(amount, least=0)
+        least, most = (budget.of_length(end) for end in self._ends)
+        return least, most
+
+
+class _Amounts:
+    """What both views say of amounts: an int counts tokens, a float is a share of a row's."""
+
+    lengths: Lengths
+    columns: Tensor
+
+    def tokens(self, amount: int | float) -> Tensor:
+        """The amount in tokens of each row, `[B]` int64; see `Budget.of`. Read only."""
+        return self.lengths.tokens(amount)
+
+    def newest(self, amount: int | float) -> Tensor:
+        """Which are among the newest so many: `[B, 1|H, S]` bool, all valid ones if fewer."""
+        columns = self.columns if self.columns.dim() == 3 else self.columns[:, None]
+        return newest(columns, self.tokens(amount), self.lengths.ends(amount))
+
+
 @dataclass(frozen=True)
-class TokenView:
+class TokenView(_Amounts):
     """The hidden tokens about to enter a decoder layer; read only.
 
     layer, num_layers: this layer (from 0) and how many the model has.
     hidden: `[B, Q, C]`. columns: `[B, Q]` int64, -1 where not valid. valid: `[B, Q]`.
     first: `[B]`, each row's first valid column.
     length: `[B]`, each row's valid tokens in this forward before any pruning.
+    tokens(amount): `[B]` int64, tokens (an int) or a share of `length` (a float) as tokens.
+    newest(amount): `[B, 1, Q]` bool, which are among the newest so many.
     statistic(name): `[B, Hkv, Q]`, what these tokens got in the previous layer, from the
         queries of this forward.
     group: the processes that share the heads of a tensor parallel model (see
@@ -79,19 +125,26 @@ class TokenView:
     columns: Tensor
     valid: Tensor
     first: Tensor
-    length: Tensor
+    lengths: Lengths = field(repr=False)
     statistic: _Statistics = field(repr=False)
     group: Any = field(default=None, repr=False)
 
+    @property
+    def length(self) -> Tensor:
+        """See above."""
+        return self.lengths.tensor
+
 
 @dataclass(frozen=True)
-class SlotView:
+class SlotView(_Amounts):
     """One layer's slots after its attention; read only, in no order.
 
     layer, num_layers: this layer (from 0) and how many the model has.
     columns: `[B, 1|Hkv, S]` int64, -1 where not valid. valid: the same shape, bool.
     first: `[B]`, each row's first valid column. seen: columns shown so far, this forward
         included. prompt_length: `[B]`, each row's valid prompt tokens, all turns together.
+    tokens(amount): `[B]` int64, tokens (an int) or a share of `prompt_length` (a float) as tokens.
+    newest(amount): `[B, 1|Hkv, S]` bool, which are among the newest so many.
     keys, values: `[B, Hkv, S, D]`, rotated as the model stores them.
     statistic(name): `[B, Hkv, S]`, accumulated since the slot's column was read.
     group: as in `TokenView`; Hkv are then the heads of this process.
@@ -103,11 +156,16 @@ class SlotView:
     valid: Tensor
     first: Tensor
     seen: int
-    prompt_length: Tensor
+    lengths: Lengths = field(repr=False)
     keys: Tensor
     values: Tensor
     statistic: _Statistics = field(repr=False)
     group: Any = field(default=None, repr=False)
+
+    @property
+    def prompt_length(self) -> Tensor:
+        """See above."""
+        return self.lengths.tensor
 
 
 HOOKS = ("rank_hidden", "rank_slots")
@@ -129,6 +187,9 @@ class TokenPolicy:
     tensor parallel model then take the mean of their scores. `sinks_before_window`, where it is
     not None, asks for positions inside the cache: that many of a row's first tokens sit right
     before the oldest of the others, whatever was evicted in between (see `kvprune.positions`).
+    `constant_budget` promises that `rank_slots` gives the same budget in every step, as long as the
+    prompt does not grow, and protects no more than it: once a layer is full, each new token then
+    costs one slot, which the engine need not read off the device.
     """
 
     layers: Collection[int] | None = field(default=None, kw_only=True)
@@ -136,6 +197,7 @@ class TokenPolicy:
     statistics = ()  # type: tuple[str, ...]
     shares_heads = False
     sinks_before_window = None  # type: int | None
+    constant_budget = False
 
     def rank_hidden(self, tokens: TokenView) -> Ranking | None:
         """Ranks the hidden tokens before a decoder layer, in forwards of several tokens."""
@@ -220,9 +282,19 @@ class Budget:
         """
         if isinstance(self.amount, int) or self.amount == 0:
             return torch.full_like(length, int(self.amount))
-        share = _fraction(self.amount)
-        up, down = share.numerator, share.denominator
-        return ((2 * up * length + down) // (2 * down)).clamp(min=1)
+        return _share(self.amount, length).clamp(min=1)
+
+    def of_length(self, length: int) -> int:
+        """The budget in tokens for one row of so many."""
+        if isinstance(self.amount, int) or self.amount == 0:
+            return int(self.amount)
+        return max(_share(self.amount, length), 1)
+
+
+def _share(share: float, length: Any) -> Any:
+    part = _fraction(share)
+    up, down = part.numerator, part.denominator
+    return (2 * up * length + down) // (2 * down)
 
 
 @lru_cache(maxsize=256)
@@ -232,22 +304,25 @@ def _fraction(share: float) -> Fraction:
     return Fraction(repr(float(share))).limit_denominator(10**9)
 
 
-def newest(columns: Tensor, count: Tensor) -> Tensor:
+def newest(columns: Tensor, count: Tensor, ends: tuple[int, int] | None = None) -> Tensor:
     """Which entries are among the `count` newest.
 
     Args:
         columns: `[B, H, S]` int64, unique, -1 where not valid.
         count: `[B]` or `[B, 1|H]` int64.
+        ends: the least and the most of `count`, where they are known; else they are read, which
+            waits for the device.
 
     Returns:
         `[B, H, S]` bool; all valid entries where there are no more than `count`.
     """
+    least, most = torch.stack(count.aminmax()).tolist() if ends is None else ends
     size = columns.shape[-1]
-    least, most = torch.stack(count.aminmax()).tolist()
-    # Not a sort: in decoding, where S is a budget, topk takes a tenth of its time.
+    # Not a sort: in decoding, where S is a budget, topk takes a fraction of its time.
+    if least == most and 0 < most <= size:
+        oldest = columns.topk(most, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        return columns >= oldest.clamp(min=0)
     oldest = columns.topk(min(max(most, 1), size), dim=-1).values
-    if least == most and least > 0:
-        return columns >= oldest[..., -1:].clamp(min=0)
     count = count.reshape(count.shape[0], -1, 1).expand(-1, columns.shape[1], -1)
     oldest = oldest.gather(-1, (count - 1).clamp(min=0, max=oldest.shape[-1] - 1))
     return (columns >= oldest.clamp(min=0)) & (count > 0)

@@ -45,12 +45,8 @@ class Selection:
         self.one_goes = least == self._most == 1
 
     def gone(self) -> Tensor:
-        """The entry that goes first, `[B, H, 1]` int64: no sort needed to find it."""
-        lowest = self._score.masked_fill(~self._free, torch.inf).amin(-1, keepdim=True)
-        # Not `score == lowest`: with a NaN score (not looked for in decoding) one of the free
-        # entries goes, never a protected one.
-        worst = self._free & ~(self._score > lowest)
-        return self._columns.masked_fill(~worst, _NEVER).argmin(-1, keepdim=True)
+        """The entry that goes first, `[B, H, 1]` int64."""
+        return first_to_go(self._score, self._free, self._columns)
 
     def kept(self) -> Tensor:
         """`[B, H, S]` bool, what stays; `valid` itself where everything does."""
@@ -74,6 +70,23 @@ class Selection:
 
 
 _NEVER = torch.iinfo(torch.int64).max
+
+
+def first_to_go(score: Tensor, free: Tensor, columns: Tensor) -> Tensor:
+    """The free entry with the lowest score, the oldest of these: no sort needed to find it.
+
+    Args:
+        score, free, columns: `[B, 1|H, S]` float, bool and int64, some entry free in each row and
+            head.
+
+    Returns:
+        `[B, 1|H, 1]` int64.
+    """
+    lowest = score.masked_fill(~free, torch.inf).amin(-1, keepdim=True)
+    # Not `score == lowest`: with a NaN score (not looked for in decoding) one of the free
+    # entries goes, never a protected one.
+    worst = free & ~(score > lowest)
+    return columns.masked_fill(~worst, _NEVER).argmin(-1, keepdim=True)
 
 
 def select(ranking: Ranking, columns: Tensor, valid: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ class SlotLayer:
     `[B, Hkv, capacity, D]` for keys and values, `[B, 1|Hkv, capacity]` for columns,
     `[B, Hkv, capacity]` for each statistic. A slot whose column is -1 is empty. Slots come
     in no order. While every row and head has an empty slot, `hole` `[B, 1|Hkv, 1]` says
-    where, and the next single token is written there, in place. `local` says what the
-    layer's queries can see, None for everything.
+    where, and the next single token is written there, in place. `full_for` is the number of the
+    policy whose budget has been full since the last token that was not written so, None for no
+    such policy. `local` says what the layer's queries can see, None for everything.
     """
 
     # What transformers asks of a cache's layers.
@@ -42,6 +43,7 @@ class SlotLayer:
         self.used = 0
         self.gaps = False
         self.hole: Tensor | None = None
+        self.full_for: int | None = None
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._columns: Tensor | None = None
@@ -136,7 +138,9 @@ class SlotLayer:
         if in_hole and self.hole is not None and not self._record:
             self._fill(self.hole, keys, values, columns)
             self.gaps = self.gaps or not complete
+            self.full_for = self.full_for if complete else None
         else:
+            self.full_for = None
             self.gaps = self.gaps or self.hole is not None or not complete
             self._extend(keys, values, columns)
         self.hole = None
@@ -208,7 +212,7 @@ class SlotLayer:
         Args:
             kept: `[B, 1|Hkv, S]` bool; with a head axis of Hkv the heads part ways.
         """
-        columns = self.columns.masked_fill(~kept, -1)
+        columns, self.full_for = self.columns.masked_fill(~kept, -1), None
         if self._record:
             self._columns, self.gaps = _widened(columns, self.capacity, -1), True
             return
@@ -222,11 +226,12 @@ class SlotLayer:
         # As it will be once the hole is filled.
         self.gaps = fewest < (self.used - 1 if self.hole is not None else self.used)
 
-    def free(self, gone: Tensor) -> None:
+    def free(self, gone: Tensor, by: int | None = None) -> None:
         """Drops one slot in every row and head, for the next token to take.
 
         Args:
             gone: `[B, 1|Hkv, 1]` int64; with a head axis of Hkv the heads part ways.
+            by: see `full_for`.
         """
         assert self._columns is not None
         fits = self.hole is None and self.capacity - self.used < SLACK and not self._record
@@ -237,7 +242,7 @@ class SlotLayer:
             return
         # Not in place: layers may share the tensor until one of them drops something.
         self._columns = self._columns.scatter(-1, gone, -1)
-        self.hole = gone
+        self.hole, self.full_for = gone, by
 
     def record(self) -> None:
         """Notes what is held now, to come back to; until `settle`, nothing leaves its place."""
@@ -322,6 +327,9 @@ def _watched(*tensors: Tensor) -> bool:
     """
     if torch.is_grad_enabled() or any(t.requires_grad for t in tensors):
         return True
+    if torch.compiler.is_compiling():
+        # Which cannot see inference mode; it would fail where a tensor may not be written to.
+        return False
     return not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors)
 
 

@@ -15,31 +15,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .composition import surviving_slots, surviving_tokens
+from .composition import Survivors, next_to_go, surviving_slots, surviving_tokens
 from .errors import KVPruneError
 from .masks import Local
-from .policy import SlotView, TokenPolicy, TokenView, _Statistics
+from .policy import Lengths, SlotView, TokenPolicy, TokenView, _Statistics
 from .positions import CachePositions
 from .slots import SlotLayer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowNumbers:
-    """What a cache knows of each of its rows, `[B]` int64 each.
+    """What a cache knows of each of its rows; the same object while nothing of it changes.
 
-    first: the first valid column (columns seen so far, where a row has none yet).
-    prompt_length: the valid tokens handed in as prompt, all turns together.
+    first: `[B]` int64, the first valid column (columns seen so far, where a row has none yet).
+    prompt: the valid tokens handed in as prompt, all turns together.
     """
 
     first: Tensor
-    prompt_length: Tensor
+    prompt: Lengths
 
     def select(self, rows: Tensor) -> RowNumbers:
         """Row i becomes what row `rows[i]` was."""
         rows = rows.to(self.first.device)
-        return RowNumbers(
-            self.first.index_select(0, rows), self.prompt_length.index_select(0, rows)
-        )
+        prompt = Lengths(self.prompt.tensor.index_select(0, rows))
+        return RowNumbers(self.first.index_select(0, rows), prompt)
 
 
 def new_columns(
@@ -101,19 +100,18 @@ def _check_left_padded(mask: Tensor) -> None:
 def padding_so_far(
     before: Tensor | None, columns: Tensor, seen: int, mask: Tensor | None
 ) -> Tensor | None:
-    """Which of all columns are padding, `[B, seen + Q]` bool; None if none is.
+    """Which columns are padding, `[B, n]` bool; those behind are not. None if none is.
 
-    What was padding once stays padding; a later mask may hide columns that were not.
+    What was padding once stays padding; a later mask may hide columns that were not. It is
+    `before` itself where nothing is new.
     """
-    four_d = mask is None or mask.dim() == 4
-    if four_d and before is None:
-        return None
-    padding = torch.zeros_like(columns[:, :1], dtype=torch.bool).repeat(1, seen + columns.shape[1])
-    if mask is not None and not four_d:
-        padding |= mask.to(columns.device) == 0
+    if mask is None or mask.dim() == 4:
+        return before
+    padding = mask.to(columns.device) == 0
+    known = torch.zeros_like(padding)
     if before is not None:
-        padding[:, :seen] |= before
-    return padding if before is not None or bool(padding.any()) else None
+        known[:, : before.shape[1]] = before
+    return padding | known if bool((padding & ~known).any()) else before
 
 
 def rows_after(
@@ -121,6 +119,7 @@ def rows_after(
     columns: Tensor,
     prompt: Tensor | int,
     padding: Tensor | None,
+    same_padding: bool,
 ) -> RowNumbers:
     """The rows' numbers once a forward's tokens are in.
 
@@ -128,15 +127,19 @@ def rows_after(
         before: as they were; None for an empty cache.
         columns: `[B, Q]`, -1 for padding.
         prompt: the prompt tokens that this adds, `[B]` or the same for all.
-        padding: see `padding_so_far`.
+        padding: see `padding_so_far`. same_padding: whether it is as it was before.
     """
+    same_prompt = isinstance(prompt, int) and prompt == 0
+    if before is not None and same_padding and same_prompt:
+        return before
     first = torch.zeros_like(columns[:, 0])
     if padding is not None:
         # The number of a row's leading padding columns.
         first = padding.long().cumprod(-1).sum(-1)
-    prompt = torch.as_tensor(prompt, device=columns.device)
-    so_far = torch.zeros_like(first) if before is None else before.prompt_length
-    return RowNumbers(first, so_far + prompt)
+    if before is not None and same_prompt:
+        return RowNumbers(first, before.prompt)
+    so_far = torch.zeros_like(first) if before is None else before.prompt.tensor
+    return RowNumbers(first, Lengths(so_far + torch.as_tensor(prompt, device=columns.device)))
 
 
 def asked_tokens(
@@ -160,7 +163,8 @@ class Step:
     seen: columns that the cache had been shown before. count: tokens of this forward.
     columns: `[B, Q]` int64 of those still on their way, -1 where a row has fewer;
     slot_columns: the same `[B, 1, Q]`, one object for all layers, which masks go by.
-    complete: none of `columns` is -1. rows: the rows' numbers, this forward included.
+    complete: it is known that none of `columns` is -1. rows: the rows' numbers, this forward
+    included; same_rows: whether they are as before it.
     padding: see `padding_so_far`. prunes: whether policies are asked before the layers.
     drafts: how many tokens, at the end, may be taken back; they are never pruned.
     position_ids: `[B, Q]` where positions are assigned inside the cache, by `inside`; else None.
@@ -173,7 +177,9 @@ class Step:
         num_layers: int,
         seen: int,
         columns: Tensor,
+        complete: bool,
         rows: RowNumbers,
+        same_rows: bool,
         asked: Tensor,
         padding: Tensor | None,
         drafts: int = 0,
@@ -188,7 +194,6 @@ class Step:
         self.inside = inside
         self.position_ids = None if inside is None else inside.of_new(columns, padding)
         self._asked = asked
-        self._length = (columns[:, : columns.shape[1] - drafts] >= 0).sum(-1)
         self._places: Tensor | None = None
         self._parked: Tensor | None = None
         self._aligned: dict[int, tuple[Any, Any]] = {}
@@ -198,10 +203,13 @@ class Step:
         self.drafts = drafts
         self.one_by_one = one_by_one
         self.prunes = self.count - drafts > 1 and bool(self._pruners)
+        lead = columns[:, : self.count - drafts]
+        self._lengths = Lengths((lead >= 0).sum(-1)) if self.prunes else None
         self.columns = columns
         self.slot_columns = columns[:, None]
-        self.complete = bool((columns >= 0).all())
+        self.complete = complete
         self.rows = rows
+        self.same_rows = same_rows
         self.padding = padding
 
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
@@ -209,6 +217,7 @@ class Step:
 
         Asked only where the step `prunes`: in forwards of several tokens, if a policy does.
         """
+        assert self._lengths is not None
         lead = self.columns.shape[1] - self.drafts
         columns = self.columns[:, :lead]
         tokens = TokenView(
@@ -218,7 +227,7 @@ class Step:
             columns=columns,
             valid=columns >= 0,
             first=self.rows.first,
-            length=self._length,
+            lengths=self._lengths,
             statistic=_Statistics(self._previous),
             group=self._group,
         )
@@ -286,28 +295,35 @@ class Step:
             self._previous = {n: s[..., -new:].clone() for n, s in slots.statistics.items()}
         if not self._evicters and slots.local is None:
             return
-        present = slots.columns
-        columns = self._in_sight(slots.local, present, at.seen)
-        view = SlotView(
+        columns = self._in_sight(slots.local, slots.columns, at.seen)
+        view = self._view_of(at, columns)
+        if slots.full_for is not None and self.same_rows and columns is slots.columns:
+            by = slots.full_for
+            left = Survivors(gone=next_to_go(self._evicters[by], view), by=by)
+        else:
+            left = surviving_slots(self._evicters, view, several=new > 1)
+        if columns is not slots.columns:
+            slots.keep(_left(view.valid if left.kept is None else left.kept, left.gone))
+        elif left.gone is not None:
+            slots.free(left.gone, left.by)
+        elif left.kept is not None:
+            slots.keep(left.kept)
+
+    def _view_of(self, at: LayerStep, columns: Tensor) -> SlotView:
+        slots = at.slots
+        return SlotView(
             layer=at.index,
             num_layers=self._num_layers,
             columns=columns,
             valid=columns >= 0,
             first=self.rows.first,
             seen=at.seen,
-            prompt_length=self.rows.prompt_length,
+            lengths=self.rows.prompt,
             keys=slots.keys.detach(),
             values=slots.values.detach(),
             statistic=_Statistics(slots.statistics),
             group=self._group,
         )
-        kept, gone = surviving_slots(self._evicters, view, several=new > 1)
-        if columns is not present:
-            slots.keep(_left(view.valid if kept is None else kept, gone))
-        elif gone is not None:
-            slots.free(gone)
-        elif kept is not None:
-            slots.keep(kept)
 
     def _in_sight(self, local: Local | None, columns: Tensor, end: int) -> Tensor:
         """The same columns, -1 for those that no query at column `end` or later can see."""

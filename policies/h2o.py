@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvprune.policy import Budget, Ranking, SlotView, TokenPolicy, newest
+from kvprune.policy import Budget, Ranking, SlotView, TokenPolicy
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,6 +39,7 @@ class H2O(TokenPolicy):
     recent: int | float = 0.1
 
     statistics = ("attention",)
+    constant_budget = True
 
     def __post_init__(self) -> None:
         Budget(self.heavy, "H2O: heavy", least=0)
@@ -46,8 +47,5 @@ class H2O(TokenPolicy):
 
     def rank_slots(self, slots: SlotView) -> Ranking:
         """Accumulated attention ranks; the newest slots are protected."""
-        heavy = Budget(self.heavy, least=0).of(slots.prompt_length)
-        recent = Budget(self.recent).of(slots.prompt_length)
-        score = slots.statistic("attention")
-        protected = newest(slots.columns, recent)
-        return Ranking(score, protected, heavy + recent)
+        budget = slots.tokens(self.heavy) + slots.tokens(self.recent)
+        return Ranking(slots.statistic("attention"), slots.newest(self.recent), budget)

@@ -35,6 +35,8 @@ class StreamingLLM(TokenPolicy):
     window: int | float = 1020
     positions: str = "original"
 
+    constant_budget = True
+
     def __post_init__(self) -> None:
         Budget(self.window, "StreamingLLM: window")
         if not isinstance(self.sinks, int) or isinstance(self.sinks, bool) or self.sinks < 0:
@@ -56,6 +58,6 @@ class StreamingLLM(TokenPolicy):
     def rank_slots(self, slots: SlotView) -> Ranking:
         """Columns rank; the sinks are protected and do not use up the window."""
         sinks = slots.valid & (slots.columns < slots.first[:, None, None] + self.sinks)
-        window = Budget(self.window).of(slots.prompt_length)
+        budget = sinks.sum(-1) + slots.tokens(self.window)[:, None]
         # float64: columns stay exact up to 2 ** 53.
-        return Ranking(slots.columns.double(), sinks, sinks.sum(-1) + window[:, None])
+        return Ranking(slots.columns.double(), sinks, budget)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvprune.errors import KVPruneError
-from kvprune.policy import Budget, Ranking, TokenPolicy, TokenView, newest
+from kvprune.policy import Budget, Ranking, TokenPolicy, TokenView
 
 from .heads import SDTPHeads, check_keep
 from .shipped import heads_for
@@ -120,11 +120,10 @@ class SDTP(TokenPolicy):
 
     def ranking(self, tokens: TokenView, stage: int, score: Tensor) -> Ranking:
         """What SDTP's schedule makes of any scores `[B, Q]` for a stage's tokens."""
-        budget = Budget(self.share ** (stage + 1)).of(tokens.length)
+        budget = tokens.tokens(self.share ** (stage + 1))
         budget = torch.where(tokens.length < self.min_tokens, tokens.length, budget)
-        local = Budget(self.local, least=0).of(tokens.length)
-        columns = tokens.columns[:, None]
-        protected = newest(columns, local) | (columns < (tokens.first + self.sinks)[:, None, None])
+        sinks = tokens.columns < (tokens.first + self.sinks)[:, None]
+        protected = tokens.newest(self.local) | sinks[:, None]
         return Ranking(score[:, None], protected, budget)
 
     @property

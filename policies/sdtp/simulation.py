@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kvprune.families import argument, decoder_layers, with_argument
 from kvprune.masks import biased_mask
-from kvprune.policy import TokenView, _Statistics
+from kvprune.policy import Lengths, TokenView, _Statistics
 from kvprune.selection import select
 
 from .policy import SDTP
@@ -96,7 +96,7 @@ class PruningPass:
             columns=columns,
             valid=columns >= 0,
             first=columns.new_zeros(1),
-            length=columns.new_full((1,), self.prompt),
+            lengths=Lengths(columns.new_full((1,), self.prompt)),
             statistic=_Statistics({}),
         )
 
