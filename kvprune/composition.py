@@ -67,7 +67,8 @@ class Survivors:
     kept: `[B, 1|Hkv, S]` bool; None where all stay, or where `gone` says it.
     gone: `[B, 1|Hkv, 1]` int64, instead of `kept`, where it is known that one slot goes in every
         row and head.
-    by: the policy that says so, by its number, if it promises to say the same of the next token.
+    by: the policy, by its number, whose budget is full in every row and head, if all promise that
+        it alone costs the next token a slot: those before it let more pass, those behind it too.
     """
 
     kept: Tensor | None = None
@@ -83,21 +84,22 @@ def surviving_slots(policies: Sequence[TokenPolicy], slots: SlotView, several: b
         slots: the view that the first one sees.
         several: whether this forward had several tokens; only then is NaN looked for.
     """
-    before, heads = slots.valid, slots.keys.shape[1]
+    before, heads, by = slots.valid, slots.keys.shape[1], None
+    promised = all(p.constant_budget for p in policies)
     for number, policy in enumerate(policies):
         ranking = answer_of(policy, "rank_slots", slots)
         if ranking is None:
             continue
         check_ranking(policy, ranking, slots.columns, heads, look_for_nan=several)
         selection = Selection(ranking, slots.columns, slots.valid)
+        if not selection.nothing_goes:
+            by = number if promised and selection.full else None
         if selection.one_goes and slots.valid is before and number == len(policies) - 1:
-            # Those before it let all pass, and will again if they promise to.
-            promised = all(p.constant_budget for p in policies)
-            return Survivors(gone=selection.gone(), by=number if promised else None)
+            return Survivors(gone=selection.gone(), by=by)
         if not selection.nothing_goes:
             kept = selection.kept()
             slots = replace(slots, valid=kept, columns=slots.columns.masked_fill(~kept, -1))
-    return Survivors(kept=None if slots.valid is before else slots.valid)
+    return Survivors(kept=None if slots.valid is before else slots.valid, by=by)
 
 
 def next_to_go(policy: TokenPolicy, slots: SlotView) -> Tensor | None:

@@ -262,9 +262,14 @@ def _class(module: nn.Module) -> Any:
     return type(module)
 
 
-@cache
+# Not functools.cache, which compiled code looks through, with a warning.
+_PARAMETERS: dict[Any, tuple[str, ...]] = {}
+
+
 def _parameters(module: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(module.forward).parameters)[1:]
+    if module not in _PARAMETERS:
+        _PARAMETERS[module] = tuple(inspect.signature(module.forward).parameters)[1:]
+    return _PARAMETERS[module]
 
 
 @cache

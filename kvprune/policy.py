@@ -71,20 +71,23 @@ class Lengths:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self._ends = (int(tensor.min()), int(tensor.max())) if tensor.numel() else (0, 0)
-        self._known: dict[str, Tensor] = {}
+        # By an amount's repr: 1 is a token, 1.0 is all of them.
+        self._known: dict[str, tuple[Tensor, tuple[int, int]]] = {}
 
     def tokens(self, amount: int | float) -> Tensor:
         """An amount, as of a `Budget`, in tokens of each row, `[B]` int64; read only."""
-        # By its repr: 1 is a token, 1.0 is all of them.
-        if repr(amount) not in self._known:
-            self._known[repr(amount)] = Budget(amount, least=0).of(self.tensor)
-        return self._known[repr(amount)]
+        return self._of(amount)[0]
 
     def ends(self, amount: int | float) -> tuple[int, int]:
         """The least and the most of `tokens`, without waiting for the device."""
-        budget = Budget(amount, least=0)
-        least, most = (budget.of_length(end) for end in self._ends)
-        return least, most
+        return self._of(amount)[1]
+
+    def _of(self, amount: int | float) -> tuple[Tensor, tuple[int, int]]:
+        if repr(amount) not in self._known:
+            budget = Budget(amount, least=0)
+            least, most = (budget.of_length(end) for end in self._ends)
+            self._known[repr(amount)] = (budget.of(self.tensor), (least, most))
+        return self._known[repr(amount)]
 
 
 class _Amounts:

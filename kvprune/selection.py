@@ -25,6 +25,7 @@ class Selection:
 
     Attributes:
         nothing_goes: everything valid stays.
+        full: something goes in every row and head, so that the budget is then full.
         one_goes: exactly one goes in every row and head, as in decoding at a full budget.
     """
 
@@ -42,6 +43,7 @@ class Selection:
         self._excess = over.minimum(self._free.sum(-1, keepdim=True)).clamp(min=0)
         least, self._most = torch.stack(self._excess.aminmax()).tolist()
         self.nothing_goes = self._most == 0
+        self.full = least > 0
         self.one_goes = least == self._most == 1
 
     def gone(self) -> Tensor:

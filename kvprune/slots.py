@@ -22,9 +22,9 @@ class SlotLayer:
     `[B, Hkv, capacity, D]` for keys and values, `[B, 1|Hkv, capacity]` for columns,
     `[B, Hkv, capacity]` for each statistic. A slot whose column is -1 is empty. Slots come
     in no order. While every row and head has an empty slot, `hole` `[B, 1|Hkv, 1]` says
-    where, and the next single token is written there, in place. `full_for` is the number of the
-    policy whose budget has been full since the last token that was not written so, None for no
-    such policy. `local` says what the layer's queries can see, None for everything.
+    where, and the next single token is written there, in place. `full_for` is the number of a
+    policy whose budget is full in every row and head, since when only single tokens came; None
+    where that is not known. `local` says what the layer's queries can see, None for everything.
     """
 
     # What transformers asks of a cache's layers.
@@ -138,12 +138,11 @@ class SlotLayer:
         if in_hole and self.hole is not None and not self._record:
             self._fill(self.hole, keys, values, columns)
             self.gaps = self.gaps or not complete
-            self.full_for = self.full_for if complete else None
         else:
-            self.full_for = None
             self.gaps = self.gaps or self.hole is not None or not complete
             self._extend(keys, values, columns)
         self.hole = None
+        self.full_for = self.full_for if complete and columns.shape[-1] == 1 else None
         return self.keys, self.values
 
     def columns_after(self, columns: Tensor, in_hole: bool) -> Tensor:
@@ -206,13 +205,14 @@ class SlotLayer:
             keys = torch.where(there[..., None], keys, self._keys.gather(2, place))
         self._keys = _put(self._keys, index, keys)
 
-    def keep(self, kept: Tensor) -> None:
+    def keep(self, kept: Tensor, by: int | None = None) -> None:
         """Drops every slot that is not named.
 
         Args:
             kept: `[B, 1|Hkv, S]` bool; with a head axis of Hkv the heads part ways.
+            by: see `full_for`.
         """
-        columns, self.full_for = self.columns.masked_fill(~kept, -1), None
+        columns, self.full_for = self.columns.masked_fill(~kept, -1), by
         if self._record:
             self._columns, self.gaps = _widened(columns, self.capacity, -1), True
             return
@@ -238,7 +238,7 @@ class SlotLayer:
         if not fits or gone.shape[1] != self.columns.shape[1]:
             shape = (*gone.shape[:2], self.used)
             everything = torch.ones(shape, dtype=torch.bool, device=gone.device)
-            self.keep(everything.scatter(-1, gone, False))
+            self.keep(everything.scatter(-1, gone, False), by)
             return
         # Not in place: layers may share the tensor until one of them drops something.
         self._columns = self._columns.scatter(-1, gone, -1)

@@ -307,7 +307,7 @@ class Step:
         elif left.gone is not None:
             slots.free(left.gone, left.by)
         elif left.kept is not None:
-            slots.keep(left.kept)
+            slots.keep(left.kept, left.by)
 
     def _view_of(self, at: LayerStep, columns: Tensor) -> SlotView:
         slots = at.slots

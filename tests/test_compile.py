@@ -1,6 +1,8 @@
-"""`torch.compile(model.forward)`: the same numbers. It breaks the graph (see README)."""
+"""`torch.compile(model.forward)`: one graph for a decode step, and the same numbers."""
 
 from __future__ import annotations
+
+import warnings
 
 import pytest
 import torch
@@ -10,26 +12,45 @@ import kvprune
 
 from .models import fresh_model, prompt
 from .strategies import POLICIES
+from .test_host import FIXED
+
+
+@pytest.mark.parametrize("policies", FIXED.values(), ids=FIXED)
+def test_a_decode_step_is_one_graph(policies):
+    """Bit for bit, and compiled no more than twice: behind the prompt, and at a full budget."""
+    model, ids, counter = kvprune.attach(fresh_model()), prompt(1, 28), CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, backend=counter, fullgraph=True)
+    caches = [kvprune.ComposedCache(policies) for _ in range(2)]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for cache in caches:
+            model(ids[:, :20], past_key_values=cache)
+        for i in range(20, 28):
+            _same_logits(compiled, model, ids[:, i : i + 1], caches)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", [None, *POLICIES], ids=repr)
-def test_compiled_decoding_is_bit_for_bit(policy):
-    """Token by token, at a full budget; a step that has been compiled is not compiled again."""
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_any_policy_compiles_with_breaks(policy):
+    """A step that has been compiled is not compiled again."""
     torch._dynamo.reset()
     model, ids, counter = kvprune.attach(fresh_model()), prompt(1, 28), CompileCounter()
     compiled = torch.compile(model.forward, backend=counter)
-    caches = [kvprune.ComposedCache([policy.make(8)] if policy else []) for _ in range(2)]
+    caches = [kvprune.ComposedCache([policy.make(8)]) for _ in range(2)]
     frames = []
     with torch.no_grad():
         for cache in caches:
             model(ids[:, :20], past_key_values=cache)
         for i in range(20, 28):
-            new = ids[:, i : i + 1]
-            one, two = (
-                f(new, past_key_values=c) for f, c in zip((compiled, model), caches, strict=True)
-            )
-            assert torch.equal(one.logits, two.logits)
+            _same_logits(compiled, model, ids[:, i : i + 1], caches)
             frames.append(counter.frame_count)
     # A union keeps now more and now fewer, which are two ways to go.
     assert frames[0] > 0 and frames[5] == frames[7]
+
+
+def _same_logits(compiled, model, new, caches):
+    pairs = zip((compiled, model), caches, strict=True)
+    one, two = (run(new, past_key_values=cache) for run, cache in pairs)
+    assert torch.equal(one.logits, two.logits)
