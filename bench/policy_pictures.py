@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -79,20 +80,20 @@ def found(model: Any, ids: torch.Tensor) -> dict[str, Any]:
 
 def drawn(picture: dict[str, Any], prompt: int, heads: int) -> str:
     """An SVG: a row for each layer from the top, a column for each token."""
-    rows = picture["kept"]
+    rows, name = picture["kept"], escape(picture["policies"])
     width, height = len(rows[0]) * WIDTH, len(rows) * HEIGHT
     share = sum(map(int, "".join(rows))) / heads / len(rows) / len(rows[0])
     end = LEFT + prompt * WIDTH
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" '
-        f'viewBox="0 0 {width + LEFT + 10:.0f} {height + TOP + 40}">',
-        f"<title>{picture['policies']}</title><style>{STYLE}</style>",
-        _word(LEFT, 14, f"{picture['policies']}: {share:.0%} of all slots kept"),
+        f'viewBox="0 0 {width + LEFT + 10:.0f} {height + TOP + 24}">',
+        f"<title>{name}</title><style>{STYLE}</style>",
+        _word(LEFT, 14, f"{name}: {share:.0%} of all slots kept"),
         _word(0, TOP + 10, "layer 0"),
         _word(0, TOP + height, f"layer {len(rows) - 1}"),
         _word(LEFT, TOP + height + 16, "first token"),
-        _word(end, TOP + height + 16, "end of the prompt", "end"),
-        _word(end, TOP + height + 32, "and what was generated", "end"),
+        _word(end - 4, TOP + height + 16, "end of the prompt", "end"),
+        _word(end + 4, TOP + height + 16, "generated"),
         *(_cells(row, TOP + i * HEIGHT, heads) for i, row in enumerate(rows)),
         f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{width:.1f}" height="{height}"/>',
         f'<path class="end" d="M{end:.1f} {TOP - 4}v{height + 12}"/>',

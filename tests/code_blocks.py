@@ -181,7 +181,9 @@ def _do(block: Block, names: dict[str, Any], folder: Path) -> None:
             # Empty lines first, so that a traceback names the page's own lines.
             exec(compile("\n" * (block.line - 1) + block.code, block.page, "exec"), names)
     except Exception as error:
-        raise BrokenBlock(f"{block.where}: {type(error).__name__}: {error}") from error
+        # Some of typer's errors name the option here alone.
+        said = getattr(error, "format_message", error.__str__)()
+        raise BrokenBlock(f"{block.where}: {type(error).__name__}: {said}") from error
 
 
 def _copy(folder: Path) -> Path:
