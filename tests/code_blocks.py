@@ -246,7 +246,7 @@ def check_command(words: list[str], whole: bool = True) -> None:
     if words[0] not in checks:
         raise BrokenBlock(f"{words[0]!r}: expected one of {sorted(checks)}")
     if words[0] == "kvprune" and not whole:
-        _kvprune(words[1:2] + ["--help"])
+        _kvprune([*words[1:2], "--help"])
     else:
         checks[words[0]](words[1:])
 
