@@ -15,6 +15,7 @@ their options, targets, extras and files.
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -44,8 +45,9 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/**/*.md", "policies/**/*.md")
     for path in ROOT.glob(pattern)
 )
-LANGUAGES = {"python", "bash", "diff", "text", "math"}
+LANGUAGES = {"python", "bash", "diff", "toml", "json", "text", "math"}
 COPIED = ("kvprune", "policies", "tests", "pyproject.toml", "README.md")
+READERS: dict[str, Callable[[str], Any]] = {"toml": tomllib.loads, "json": json.loads}
 TEXT = " ".join(["5 6 7 8 9"] * 30)
 
 
@@ -177,6 +179,8 @@ def _do(block: Block, names: dict[str, Any], folder: Path) -> None:
         elif block.language == "bash":
             for command in commands(block.code):
                 check_command(command)
+        elif block.language in READERS:
+            READERS[block.language](block.code)
         elif block.language == "python":
             # Empty lines first, so that a traceback names the page's own lines.
             exec(compile("\n" * (block.line - 1) + block.code, block.page, "exec"), names)

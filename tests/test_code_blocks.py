@@ -59,6 +59,8 @@ BROKEN = {
     "given": ("<!-- given: modle -->", "modle"),
     "language": ("```\nmake demo\n```", "expected a block of"),
     "no reason": ("<!-- not run: -->\n```python\nx\n```", ":3: BrokenBlock: not run: expected"),
+    "toml": ("```toml\n[a\n```", ":2: TOMLDecodeError"),
+    "json": ("```json\n{'a': 1}\n```", ":2: JSONDecodeError"),
     "command": ("```bash\nkvprnue demo\n```", "kvprnue"),
     "subcommand": ("```bash\nkvprune dmeo\n```", "dmeo"),
     "option": ("```bash\nkvprune explain text --htlm page\n```", "htlm"),
