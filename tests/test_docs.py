@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+import yaml
 
 import kvprune
 from kvprune.policies import H2O
 
 from .bad_input.test_models import REFUSED
+from .code_blocks import GIVEN, blocks_of
 from .family_models import CANNOT_PRUNE, FAMILIES
-from .models import VOCAB, fresh_model, prompt, tiny_model
+from .models import prompt, tiny_model
 from .strategies import sdtp_heads
 from .test_families import CELLS
 
@@ -24,9 +25,8 @@ ROOT = Path(__file__).parent.parent
 
 def code_blocks(name: str) -> list[str]:
     """The Python blocks of a document, dedented."""
-    text = (ROOT / name).read_text()
-    found = re.findall(r"^( *)```python\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
-    return [re.sub(rf"^{indent}", "", body, flags=re.MULTILINE) for indent, body in found]
+    blocks = blocks_of(name, (ROOT / name).read_text())
+    return [block.code for block in blocks if block.language == "python"]
 
 
 def test_the_readme_s_tree_is_true():
@@ -82,16 +82,8 @@ def test_the_readme_shows_the_demo_s_table():
 
 def test_the_readme_s_ten_lines_run(tmp_path, monkeypatch, capsys):
     """As they stand, on a tiny model with a tiny tokenizer."""
-    tiny = fresh_model(dtype=torch.float32)
-    tiny.save_pretrained(tmp_path / "model")
-    words = {"[UNK]": 0, **{str(i): i for i in range(1, VOCAB)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
-    fast.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    given: dict[str, Any] = {"name": str(tmp_path / "model")}
-    given["long_text"] = " ".join(["5 6 7 8 9"] * 30)
+    given: dict[str, Any] = {name: GIVEN[name](tmp_path) for name in ("name", "long_text")}
     block = code_blocks("README.md")[0]
     assert len(block.strip().splitlines()) <= 12
     # No heads ship for the tiny model.
@@ -101,13 +93,13 @@ def test_the_readme_s_ten_lines_run(tmp_path, monkeypatch, capsys):
     assert "layers 0-3: 30/277 slots" in capsys.readouterr().out
 
 
-def test_the_readme_s_saved_prompt_goes_on(tmp_path, monkeypatch):
-    """As it stands: the tokens are those of a cache that was never saved."""
+def test_a_saved_prompt_goes_on(tmp_path, monkeypatch):
+    """As docs/saving.md has it: the tokens are those of a cache that was never saved."""
     monkeypatch.chdir(tmp_path)
     model: Any = tiny_model()
     ids = {"system_ids": prompt(1, 40), "question_ids": prompt(1, 6, 1)}
-    (block,) = [b for b in code_blocks("README.md") if "cache.save" in b]
-    given: dict[str, Any] = {"kvprune": kvprune, "torch": torch, "H2O": H2O, "model": model, **ids}
+    (block,) = code_blocks("docs/saving.md")
+    given: dict[str, Any] = {"model": model, **ids}
     exec(block, given)
     cache = kvprune.ComposedCache([H2O(heavy=0.1, recent=0.1)])
     with torch.no_grad():
@@ -118,17 +110,10 @@ def test_the_readme_s_saved_prompt_goes_on(tmp_path, monkeypatch):
     assert torch.equal(given["cache"].columns(2), cache.columns(2))
 
 
-def test_the_policy_in_contributing_runs(monkeypatch):
-    """The five steps' example is a policy that works."""
-    scope: dict[str, object] = {"__name__": "example"}
-    import sys
-    import types
-
-    monkeypatch.setitem(sys.modules, "example", types.ModuleType("example"))
-    exec(code_blocks("CONTRIBUTING.md")[0], scope)
-    policy = scope["LastQueries"]
-    cache = kvprune.ComposedCache([policy(budget=0.5, window=4)])  # type: ignore[operator]
-    with torch.no_grad():
-        tiny_model()(prompt(1, 40), past_key_values=cache)
-    kept = cache.columns(0)[0, 0].tolist()
-    assert len(kept) == 20 and kept[-4:] == [36, 37, 38, 39]
+def test_the_citation_is_of_this_version():
+    """In CITATION.cff and in BibTeX."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == project["version"] and citation["license"] == project["license"]
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert f"version = {{{project['version']}}}" in (ROOT / "docs" / "citing.md").read_text()

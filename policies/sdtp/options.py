@@ -28,7 +28,8 @@ class Training:
         signed: rank, and err by, the signed gradient instead of its magnitude; without the
             listwise loss, which is of what is not negative.
         temperature: of the Gumbel noise on the scores, and of the relaxation.
-        learning_rate, pruning_learning_rate: AdamW's, at their highest, in each phase.
+        learning_rate: AdamW's, at its highest, in the first phase.
+        pruning_learning_rate: likewise in the second.
         weight_decay: AdamW's.
         batch: examples per step, one after the other.
         validation: the share of the examples that is held out, the last ones, at least one.

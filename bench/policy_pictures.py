@@ -1,0 +1,145 @@
+"""The pictures of the policies in docs/policies: which columns each layer keeps of a short text.
+
+python -m bench.policy_pictures            # with the demo model
+python -m bench.policy_pictures --redraw   # from pictures.json, as it is
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kvprune
+from kvprune.evaluation.assets import demo_model
+from kvprune.files import write_text
+from kvprune.policies import H2O, SDTP, StreamingLLM
+
+FOLDER = Path(__file__).parent.parent / "docs" / "policies"
+TEXT = (
+    "The lighthouse stands on a rock two miles off the coast. It was built in 1871, after a "
+    "storm in which four ships were lost in one night. The tower is 38 metres high, and its "
+    "lamp can be seen from twenty miles away. The keepers used to live in it with their "
+    "families, for three months at a time; in summer a boat brought bread and letters every "
+    "week, in winter they lived on what they had. Since 1988 the lamp has worked by itself. "
+    "Today the tower belongs to a society that repairs it, and on Sundays visitors may climb "
+    "to the top.\n\nQuestion: In which year was the lighthouse built?\nAnswer:"
+)
+NEW_TOKENS = 16
+POLICIES: dict[str, tuple[kvprune.TokenPolicy, ...]] = {
+    "h2o": (H2O(heavy=0.1, recent=0.1),),
+    "streaming-llm": (StreamingLLM(sinks=4, window=24),),
+    "sdtp": (SDTP(),),
+    "sdtp-h2o": (SDTP(), H2O(heavy=0.1, recent=0.1)),
+    "union": (StreamingLLM(sinks=4, window=14) | H2O(heavy=14, recent=14),),
+}
+
+# Light and dark: tokens that no head, some heads, all heads keep.
+STYLE = """
+.word { font: 11px sans-serif; fill: #444 } .few { fill: #8fb3d9 } .all { fill: #1f5a96 }
+.frame { fill: none; stroke: #999 } .end { stroke: #b3541e; stroke-dasharray: 3 3 }
+@media (prefers-color-scheme: dark) {
+  .word { fill: #ccc } .few { fill: #44688c } .all { fill: #9cc9f5 }
+  .frame { stroke: #777 } .end { stroke: #f0a070 }
+}
+"""
+WIDTH, HEIGHT, LEFT, TOP = 4.6, 6, 56, 24  # of a token, of a layer; of what stands around
+
+
+def kept(model: Any, ids: torch.Tensor, policies: tuple[kvprune.TokenPolicy, ...]) -> list[str]:
+    """For each layer, a digit for each column: how many key/value heads hold it at the end."""
+    cache = kvprune.ComposedCache(policies)
+    tokens = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), cache=cache, **tokens)
+    rows = []
+    for layer in range(len(cache)):
+        columns = cache.columns(layer)[0]
+        heads = model.config.num_key_value_heads // len(columns)
+        held = torch.bincount(columns[columns >= 0], minlength=cache.seen) * heads
+        rows.append("".join(map(str, held.tolist())))
+    return rows
+
+
+def found(model: Any, ids: torch.Tensor) -> dict[str, Any]:
+    """What all pictures show, `ids` being `[1, N]`."""
+    return {
+        "prompt": ids.shape[1],
+        "heads": model.config.num_key_value_heads,
+        "pictures": {
+            name: {"policies": ", ".join(map(repr, p)), "kept": kept(model, ids, p)}
+            for name, p in POLICIES.items()
+        },
+    }
+
+
+def drawn(picture: dict[str, Any], prompt: int, heads: int) -> str:
+    """An SVG: a row for each layer from the top, a column for each token."""
+    rows, name = picture["kept"], escape(picture["policies"])
+    width, height = len(rows[0]) * WIDTH, len(rows) * HEIGHT
+    share = sum(map(int, "".join(rows))) / heads / len(rows) / len(rows[0])
+    end = LEFT + prompt * WIDTH
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" '
+        f'viewBox="0 0 {width + LEFT + 10:.0f} {height + TOP + 24}">',
+        f"<title>{name}</title><style>{STYLE}</style>",
+        _word(LEFT, 14, f"{name}: {share:.0%} of all slots kept"),
+        _word(0, TOP + 10, "layer 0"),
+        _word(0, TOP + height, f"layer {len(rows) - 1}"),
+        _word(LEFT, TOP + height + 16, "first token"),
+        _word(end - 4, TOP + height + 16, "end of the prompt", "end"),
+        _word(end + 4, TOP + height + 16, "generated"),
+        *(_cells(row, TOP + i * HEIGHT, heads) for i, row in enumerate(rows)),
+        f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{width:.1f}" height="{height}"/>',
+        f'<path class="end" d="M{end:.1f} {TOP - 4}v{height + 12}"/>',
+    ]
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _word(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text class="word" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
+
+
+def _cells(row: str, top: float, heads: int) -> str:
+    """One rectangle for each run of equal columns."""
+    paths, at = {"few": "", "all": ""}, 0
+    for held, run in groupby(row):
+        count = len(list(run))
+        if held != "0":
+            name = "all" if int(held) == heads else "few"
+            across = f"h{count * WIDTH:.1f}v{HEIGHT - 1}h-{count * WIDTH:.1f}z"
+            paths[name] += f"M{LEFT + at * WIDTH:.1f} {top:.1f}{across}"
+        at += count
+    return "".join(f'<path class="{name}" d="{d}"/>' for name, d in paths.items() if d)
+
+
+def draw(folder: Path) -> None:
+    """Writes an SVG for each picture of the folder's pictures.json."""
+    said = json.loads((folder / "pictures.json").read_text())
+    for name, picture in said["pictures"].items():
+        write_text(folder / f"{name}.svg", drawn(picture, said["prompt"], said["heads"]))
+
+
+def demo() -> dict[str, Any]:
+    """What the demo model keeps of the text, in float32 on one thread."""
+    torch.set_num_threads(1)
+    path = demo_model(report=print)
+    ids = AutoTokenizer.from_pretrained(path)(TEXT, return_tensors="pt")["input_ids"]
+    return found(kvprune.attach(AutoModelForCausalLM.from_pretrained(path, dtype="float32")), ids)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--redraw", action="store_true", help="do not run the model")
+    if not parser.parse_args().redraw:
+        write_text(FOLDER / "pictures.json", json.dumps(demo(), indent=1) + "\n")
+    draw(FOLDER)
+
+
+if __name__ == "__main__":
+    main()
