@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help demo test test-all lint heads clean
+.PHONY: help demo test test-all lint heads peers clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test-all: lint ## lint and all tests
 
 heads: $(READY) ## train the heads that ship (an hour of two cores), and put them into the package
 	$(BIN)/python -m bench.heads --ship
+
+peers: $(READY) ## kvpress beside kvprune, in an environment of its own; ARGS="speed --repeats 2"
+	$(BIN)/python -m bench.peers $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check
