@@ -1,8 +1,8 @@
 """Measures both sides, and writes bench/results/peers-*.json and docs/peers.md.
 
 What is measured is kept as it comes, in build/peers: a run that was stopped goes on where it was.
-After a change of code, `--fresh` measures anew. Exit codes: 0; 1 if a measurement failed; 3 if
-kvpress, the model or the texts cannot be had; 130 if stopped.
+After a change of code, `--fresh` measures anew. What cannot be had (kvpress, the model,
+the texts) or measured ends it with one line and exit code 1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from .protocol import STEPS, WARM_UP_STEPS
 from .rows import DENSE, OURS, THEIRS
 
 TASKS = ("speed", "quality")
-FAILED, NOT_TO_BE_HAD, STOPPED = 1, 3, 130
+FAILED, STOPPED = 1, 130
 
 
 def options(given: list[str]) -> argparse.Namespace:
@@ -83,8 +82,7 @@ def measure(asked: argparse.Namespace) -> None:
     """All of it.
 
     Raises:
-        KVPruneError: something cannot be had or written.
-        RuntimeError: a measurement failed.
+        KVPruneError: something cannot be had or written, or a measurement failed.
     """
     model = demo_model(report=print)
     pythons = {OURS: Path(sys.executable), THEIRS: peers_python()}
@@ -95,9 +93,9 @@ def measure(asked: argparse.Namespace) -> None:
     text = max(asked.lengths) + WARM_UP_STEPS + STEPS
     prompts = export(prompts_file, model, text, asked.questions)
     asked.questions = len(prompts["questions"])
-    todo = plan(asked)
+    todo, found = plan(asked), jobs.read(out)
     files = [str(path) for path in (model, prompts_file, out)]
-    _run_all([job for job in todo if not _done(job, prompts, out)], pythons, files)
+    _run_all([job for job in todo if not _done(job, prompts, found)], pythons, files)
     for task in asked.tasks:
         said = {"command": " ".join(sys.argv[1:]), **merged(jobs.read(out), todo, prompts, task)}
         asked.results.mkdir(parents=True, exist_ok=True)
@@ -106,8 +104,7 @@ def measure(asked: argparse.Namespace) -> None:
     print(f"written: {asked.results}/peers-*.json, {asked.table}")
 
 
-def _done(job: Job, prompts: dict[str, Any], out: Path) -> bool:
-    found = jobs.read(out)
+def _done(job: Job, prompts: dict[str, Any], found: dict[str, Any]) -> bool:
     return all(jobs.name(key) in found for key in job.keys(prompts))
 
 
@@ -132,11 +129,11 @@ def _run(job: Job, python: Path, files: list[str]) -> None:
     # No registry is asked for models, and nothing of this process's Python gets into the other.
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(job.threads)}
-    command = [str(python), "-m", "bench.peers.worker", json.dumps(asdict(job)), *files]
+    command = [str(python), "-m", "bench.peers.worker", job.text(), *files]
     done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise RuntimeError(
+        raise KVPruneError(
             f"peers: {job.side} {job.task} {', '.join(job.rows)} failed with exit code "
             f"{done.returncode}: {said[-1] if said else 'it said nothing'}. The same command goes "
             f"on with it; --leave-out ROW goes on without a row"
@@ -149,9 +146,6 @@ def main() -> int:
     try:
         measure(asked)
     except KVPruneError as error:
-        print(error, file=sys.stderr)
-        return NOT_TO_BE_HAD
-    except RuntimeError as error:
         print(error, file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:

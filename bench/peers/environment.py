@@ -42,7 +42,7 @@ def peers_python(place: Path = PLACE, requirements: Path = REQUIREMENTS) -> Path
 def _install(python: Path, requirements: Path) -> None:
     # One retry: pip's five, each with its time-out, would keep a machine without a network for
     # minutes. All in one call: an open range would pull another torch.
-    options = ["-q", "--disable-pip-version-check", "--retries", "1"]
+    options = ["-q", "--disable-pip-version-check", "--retries", "1", "--timeout", "60"]
     pip = [str(python), "-m", "pip", "install", *options, "-r", str(requirements)]
     done = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:

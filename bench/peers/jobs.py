@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,19 @@ class Job:
     asked: str = ""
     shares: tuple[float, ...] = ()
     numbers: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, text: str) -> Job:
+        """From what `text` of a job says."""
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in json.loads(text).items()
+        }
+        return cls(**fields)
+
+    def text(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self))
 
     def keys(self, prompts: dict[str, Any]) -> list[dict[str, Any]]:
         """What names each of its results, in the order of measuring."""

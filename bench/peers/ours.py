@@ -34,12 +34,13 @@ class Ours:
     def policies(self, row: str, budget: int) -> list[kvprune.TokenPolicy]:
         """Those of a row, which keep `budget` slots in each layer; SDTP keeps its own schedule."""
         h2o = H2O(heavy=budget // 2, recent=budget - budget // 2)
-        return {
+        rows: dict[str, list[kvprune.TokenPolicy]] = {
             "StreamingLLM": [StreamingLLM(sinks=4, window=budget - 4)],
             "H2O": [h2o],
             "SDTP": [self.sdtp],
             "SDTP + H2O": [self.sdtp, h2o],
-        }[row]
+        }
+        return rows[row]
 
     def nbytes(self, cache: Any) -> int:
         """See `Side`; statistics and all."""

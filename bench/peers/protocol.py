@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,10 +103,10 @@ def _run(
     # What an earlier row left is not collected while this one is timed.
     gc.collect()
     with opened.reading:
-        prefill = seconds(lambda: opened.read(prompt), clock)
+        prefill = seconds(partial(opened.read, prompt), clock)
     held = side.nbytes(opened.cache)
     with opened.after:
-        times = [seconds(lambda token=token: opened.read(token), clock) for token in following]
+        times = [seconds(partial(opened.read, token), clock) for token in following]
     said = {"prefill": prefill, "decode": statistics.fmean(times[-STEPS:]), "held": held}
     return said | {"held_after": side.nbytes(opened.cache)}
 

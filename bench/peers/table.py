@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def _megabytes(*numbers: int | None) -> str:
     return " / ".join(dict.fromkeys(known))
 
 
-def _table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+def _table(header: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
     rule = ("---", "---", *["---:"] * (len(header) - 2))
     return "".join(f"| {' | '.join(line)} |\n" for line in [header, rule, *lines])
 

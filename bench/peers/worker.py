@@ -63,8 +63,7 @@ def work(side: Side, job: Job, prompts: dict[str, Any], out: Path) -> None:
 def main() -> None:
     """See the module."""
     given, model, prompts, out = sys.argv[1:]
-    fields = json.loads(given)
-    job = Job(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    job = Job.of(given)
     torch.set_num_threads(job.threads)
     side = loaded(job, Path(model))
     jobs.append(Path(out), [({"side": job.side, "task": "about"}, about(job.side))])
