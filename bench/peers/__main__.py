@@ -110,6 +110,9 @@ def _done(job: Job, prompts: dict[str, Any], found: dict[str, Any]) -> bool:
 
 def _run_all(todo: list[Job], pythons: dict[str, Path], files: list[str]) -> None:
     expected, start, passed = sum(map(seconds_of, todo)), time.monotonic(), 0.0
+    if not todo:
+        print("all of it was measured before; --fresh measures anew")
+        return
     print(f"{len(todo)} measurements, about {_minutes(expected)} on two quiet cores", flush=True)
     for number, job in enumerate(todo, 1):
         _run(job, pythons[job.side], files)
