@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -158,4 +159,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # As Ctrl-C does: whoever is told to stop takes its worker along.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())
