@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help demo test test-all lint docs heads clean
+.PHONY: help demo test test-all lint docs heads peers clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ docs: $(READY) ## the documentation as a site, in build/docs
 
 heads: $(READY) ## train the heads that ship (an hour of two cores), and put them into the package
 	$(BIN)/python -m bench.heads --ship
+
+peers: $(READY) ## kvpress beside kvprune, in an environment of its own; ARGS="speed --repeats 2"
+	$(BIN)/python -m bench.peers $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check

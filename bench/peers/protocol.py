@@ -1,0 +1,173 @@
+"""How either side is measured: the same lines, which import neither library.
+
+A prompt is read with a fresh cache, which then holds what the row's budget allows; what follows,
+single tokens or an answer, is read on what is held, at the positions that it has in the text.
+Nothing is generated: what follows is given, so that all rows read the same tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+WARM_UP_STEPS, STEPS = 10, 20
+"""Single-token steps after a prompt. kvpress's decoding press compresses in every tenth, so that
+it does so once before and twice among the timed ones."""
+
+WARM_UP_PROMPT = 128
+"""Tokens that each row reads before anything is timed."""
+
+Clock = Callable[[], float]
+
+
+@dataclass
+class Opened:
+    """A model, and a fresh cache for one prompt.
+
+    reading, after: entered while the prompt, and what follows it, is read.
+    """
+
+    model: Any
+    cache: Any
+    reading: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    after: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    seen: int = 0
+
+    def read(self, ids: Tensor, logits: int = 1) -> Tensor:
+        """The last `logits` tokens' logits `[1, logits, V]`, of the next tokens `[1, Q]`."""
+        positions = torch.arange(self.seen, self.seen + ids.shape[1])[None]
+        self.seen += ids.shape[1]
+        given = {"past_key_values": self.cache, "position_ids": positions}
+        said: Tensor = self.model(ids, logits_to_keep=logits, **given).logits
+        return said
+
+
+class Side(Protocol):
+    """One library with the model."""
+
+    def open(self, row: str, budget: int, length: int) -> Opened:
+        """For a prompt of `length` tokens, of which the row keeps `budget` in each layer."""
+
+    def nbytes(self, cache: Any) -> int:
+        """Of all storage that a cache has."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Token ids: a prompt that asks, its first `context` tokens, and the tokens of the answer."""
+
+    number: int
+    prompt: list[int]
+    context: int
+    answer: list[int]
+
+
+def seconds(work: Callable[[], Any], clock: Clock) -> float:
+    """Of one call."""
+    start = clock()
+    work()
+    return clock() - start
+
+
+@torch.no_grad()
+def turn(
+    side: Side, rows: tuple[str, ...], ids: Tensor, budget: int, clock: Clock = time.perf_counter
+) -> dict[str, dict[str, Any]]:
+    """Times of each row, one after the other; ids `[1, prompt + all steps]`.
+
+    A row's `prefill` is in seconds; `decode` in seconds a step, the mean of `STEPS`; `held` and
+    `held_after` are bytes, after the prompt and after all steps.
+    """
+    for row in rows:
+        _run(side, row, ids[:, : WARM_UP_PROMPT + 1], WARM_UP_PROMPT // 2, 1, clock)
+    steps = WARM_UP_STEPS + STEPS
+    return {row: _run(side, row, ids, budget, steps, clock) for row in rows}
+
+
+def _run(
+    side: Side, row: str, ids: Tensor, budget: int, steps: int, clock: Clock
+) -> dict[str, Any]:
+    prompt, following = ids[:, :-steps], ids[:, -steps:].split(1, 1)
+    opened = side.open(row, budget, prompt.shape[1])
+    # What an earlier row left is not collected while this one is timed.
+    gc.collect()
+    with opened.reading:
+        prefill = seconds(partial(opened.read, prompt), clock)
+    held = side.nbytes(opened.cache)
+    with opened.after:
+        times = [seconds(partial(opened.read, token), clock) for token in following]
+    said = {"prefill": prefill, "decode": statistics.fmean(times[-STEPS:]), "held": held}
+    return said | {"held_after": side.nbytes(opened.cache)}
+
+
+@torch.no_grad()
+def memory(side: Side, row: str, ids: Tensor, budget: int) -> dict[str, Any]:
+    """The most that this process held while a prompt `[1, n]` was read, in bytes.
+
+    `peak`: of the whole process; `beyond`: what came to what it held before. In a process of its
+    own, as the allocator keeps what earlier rows freed. None where the system does not say (not
+    Linux).
+    """
+    _run(side, row, ids[:, : WARM_UP_PROMPT + 1], WARM_UP_PROMPT // 2, 1, time.perf_counter)
+    gc.collect()
+    before = _forget_peak()
+    opened = side.open(row, budget, ids.shape[1])
+    with opened.reading:
+        opened.read(ids)
+    peak = _status("VmHWM")
+    known = peak is not None and before is not None
+    return {"peak": peak, "beyond": peak - before if known else None}  # type: ignore[operator]
+
+
+def _forget_peak() -> int | None:
+    """Has the system count the peak anew; what is held now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
+
+
+@torch.no_grad()
+def answer_loss(
+    side: Side, row: str, question: Question, asked: str, share: float | None
+) -> dict[str, Any]:
+    """The negative log-likelihood of the answer, mean of its tokens, in `nll`; bytes `held`.
+
+    asked: "inside": all of the prompt but its last token is read, and evicted from; "after": the
+    context alone is, and the question is read on what is held, as kvpress's own pipeline does.
+    Either way all of the answer's tokens are told from what is held.
+    share: of the tokens that are read, how many each layer keeps; None for a row without a budget.
+    """
+    # Presses that draw do so from the global generator.
+    torch.manual_seed(question.number)
+    length = {"inside": len(question.prompt) - 1, "after": question.context}[asked]
+    budget = length if share is None else int(share * length)
+    opened = side.open(row, budget, length)
+    with opened.reading:
+        opened.read(torch.tensor([question.prompt[:length]]))
+    held = side.nbytes(opened.cache)
+    rest = torch.tensor([question.prompt[length:] + question.answer[:-1]])
+    with opened.after:
+        logits = opened.read(rest, logits=rest.shape[1])[0, -len(question.answer) :]
+    loss = F.cross_entropy(logits.float(), torch.tensor(question.answer))
+    return {"nll": float(loss), "held": held}
