@@ -34,7 +34,9 @@ class Case:
         """Vectors of another dtype, or everything on another device."""
         if isinstance(target, torch.dtype):
             return replace(self, query=self.query.to(target), key=self.key.to(target))
-        moved = {n: v.to(target) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {
+            n: v.to(target) for n, v in vars(self).items() if isinstance(v, Tensor)
+        }
         return replace(self, **moved)
 
     def naive(self) -> tuple[Tensor, Tensor]:
