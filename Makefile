@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help demo test test-all lint heads clean
+.PHONY: help demo test test-all test-gpu lint heads clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ test: lint ## lint and the tests, without the slow ones
 
 test-all: lint ## lint and all tests
 	$(BIN)/python -m pytest -n 2 -m ""
+
+test-gpu: $(READY) ## the tests that need CUDA (skipped, and said so, without it)
+	$(BIN)/python -m pytest -m gpu -rs tests/gpu
 
 heads: $(READY) ## train the heads that ship (an hour of two cores), and put them into the package
 	$(BIN)/python -m bench.heads --ship

@@ -31,15 +31,19 @@ def on_the_cpu(family: str, policies: list[Any], *more: Any, **options: Any) -> 
 
 
 def follow(model: Any, policies: list[Any], steps: list[int], padding: list[int]) -> Any:
-    """Logits of every valid token, and the cache, after some forwards."""
+    """Logits of every valid token, on the CPU, and the cache, after some forwards."""
+    for policy in policies:
+        if isinstance(policy, SDTP) and policy.heads is not None:
+            policy.heads.to(model.device)
     ids = prompt(2, sum(steps))
     mask = left_padded(ids, padding)["attention_mask"]
     cache, start, logits = kvprune.ComposedCache(policies), 0, []
     for count in steps:
         new, start = slice(start, start + count), start + count
+        tokens, now = (t.to(model.device) for t in (ids[:, new], mask[:, :start]))
         with torch.no_grad():
-            out = model(ids[:, new], attention_mask=mask[:, :start], past_key_values=cache)
-        logits.append(out.logits[mask[:, new].bool()])
+            out = model(tokens, attention_mask=now, past_key_values=cache)
+        logits.append(out.logits.cpu()[mask[:, new].bool()])
     return torch.cat(logits), cache
 
 
