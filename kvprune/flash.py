@@ -88,7 +88,7 @@ def attention(
         softcap=0.0 if softcap is None else softcap,
         return_attn_probs=with_lse,
     )
-    return (result[0], result[1].detach()) if with_lse else (result, None)
+    return (result[0], result[1]) if with_lse else (result, None)
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import kvprune
 from kvprune import KVPruneError
+from kvprune.flash import attention as flash_attention
 from kvprune.masks import LazyMask
 from kvprune.policies import H2O, StreamingLLM
 
@@ -133,6 +134,20 @@ def test_dropout_reaches_the_output_but_not_the_statistic(flash):
     model(prompt(1, 30), past_key_values=kvprune.ComposedCache([])).logits.sum().backward()
     assert [call["dropout_p"] for call in flash.calls] == [0.5] * 4
     assert model.get_input_embeddings().weight.grad.isfinite().all()
+
+
+def test_what_the_package_has_no_argument_for_is_left(flash):
+    """Whatever else holds: asked without a layer, it is not looked at."""
+    states = [torch.zeros(1, 2, 3, 4, dtype=torch.float64)] * 3
+    for more in (
+        {"s_aux": torch.zeros(2)},
+        {"position_bias": torch.zeros(1, 2, 3, 3)},
+        {"dropout": 0.5, "softcap": 3.0},
+        {"dropout": 0.5, "with_lse": True},
+    ):
+        nothing: Any = None
+        assert flash_attention(nothing, *states, nothing, **more) is None
+    assert not flash.calls
 
 
 def test_a_mask_of_the_user_s_is_respected(flash):
