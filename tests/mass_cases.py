@@ -86,6 +86,7 @@ def case(
 CASES: dict[str, dict[str, Any]] = {
     "second turn": {},
     "first turn": {"old": 0},
+    "one beyond a block": {"old": 0, "new": 65, "rows": 1},
     "one query": {"new": 1, "rows": 1},
     "mha": {"heads": (3, 3), "per_head": False},
     "mqa": {"heads": (4, 1), "size": 16},
