@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help demo test test-all lint docs heads peers clean
+.PHONY: help demo test test-all test-gpu lint docs heads peers clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test-all: lint ## lint and all tests
 
 docs: $(READY) ## the documentation as a site, in build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # not -q: it would count no warnings
+
+test-gpu: $(READY) ## the tests that need CUDA (skipped, and said so, without it)
+	$(BIN)/python -m pytest -m gpu -rs tests/gpu
 
 heads: $(READY) ## train the heads that ship (an hour of two cores), and put them into the package
 	$(BIN)/python -m bench.heads --ship

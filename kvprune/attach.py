@@ -54,7 +54,8 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         model: a decoder-only transformers model, with or without its language-model head,
-            whose attention implementation is "sdpa" or "eager"; or a PEFT model around one.
+            whose attention implementation is "sdpa", "eager" or "flash_attention_2" (with the
+            package flash-attn; see `flash`); or a PEFT model around one.
 
     Returns:
         the same object.

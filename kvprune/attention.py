@@ -2,7 +2,7 @@
 
 Where nobody asked for a statistic, the model's own backend runs, on the slots that the layer
 holds and with the model's own rule evaluated at their columns. Where somebody did, attention
-runs here, block by block, so that no n x n matrix is ever held.
+runs here, block by block, so that no n x n matrix is ever held; on a GPU by fused kernels.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from . import flash, fused
 from .errors import KVPruneError
 from .masks import LazyMask, Mask, additive, as_mask
 from .step import LayerStep
@@ -79,12 +80,20 @@ def _attend(
     **arguments: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if layer.slots.names:
-        return _observed(layer, query, key, value, mask, **arguments), None
+        return _observed(backend, module, layer, query, key, value, mask, **arguments), None
+    if backend == flash.NAME:
+        flashed = flash.attention(layer, query, key, value, mask, **arguments)
+        if flashed is not None:
+            return flashed[0], None
+        backend = flash.instead(**arguments)
+        stock = _backend(backend, module)
     dense = _mask_for(backend, layer, query, key, mask)
     return stock(module, query, key, value, dense, **arguments)
 
 
 def _backend(name: str, module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if name == flash.NAME:
+        return flash.stock
     if name != "eager":
         return ALL_ATTENTION_FUNCTIONS[name]
     # Each model file has its own eager function, which its attention modules fall back to.
@@ -131,6 +140,8 @@ class _Scores:
 
 
 def _observed(
+    backend: str,
+    module: torch.nn.Module,
     layer: LayerStep,
     query: Tensor,
     key: Tensor,
@@ -150,9 +161,14 @@ def _observed(
             "expected position_bias=None. Use a policy without statistics, as StreamingLLM"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    how = _Scores(scaling, softcap, s_aux, dropout)
-    run = _one_query if query.shape[2] == 1 else _block_by_block
-    output, received = run(layer, query, key, value, mask, how)
+    states = (query, key, value, mask)
+    result = fused.attention(
+        backend, module, layer, *states, scaling, dropout, softcap=softcap, s_aux=s_aux
+    )
+    if result is None:
+        run = _one_query if query.shape[2] == 1 else _block_by_block
+        result = run(layer, *states, _Scores(scaling, softcap, s_aux, dropout))
+    output, received = result
     # With latent attention (MLA) many heads read the slots of one.
     received = received.unflatten(1, (layer.slots.keys.shape[1], -1)).sum(2)
     layer.slots.observe("attention", received)

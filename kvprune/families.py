@@ -14,6 +14,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from . import flash
 from .errors import KVPruneError
 from .masks import Local
 
@@ -52,7 +53,7 @@ HYBRID = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"}
 DROPS_CACHE = {"phi3", "phimoe", "phi4_multimodal"}
 
 LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-BACKENDS = ("sdpa", "eager")
+BACKENDS = ("sdpa", "eager", flash.NAME)
 
 
 def base_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -169,11 +170,18 @@ def check_family(model: PreTrainedModel) -> None:
     _check_devices(model)
     if isinstance(model, GenerationMixin) and not hasattr(model, "_prepare_cache_for_generation"):
         raise unsupported(model, "this transformers release prepares caches in another place")
-    if backend_of(config) not in BACKENDS:
+    _check_backend(model, backend_of(config), has_own_attention(base))
+
+
+def _check_backend(model: PreTrainedModel, backend: str, own_attention: bool) -> None:
+    if backend == flash.NAME:
+        flash.flash_attn_func()
+    if backend not in BACKENDS or (backend == flash.NAME and own_attention):
+        others = "" if own_attention else f", or {flash.NAME!r} with the package flash-attn"
         raise unsupported(
             model,
-            f"its attention implementation is {backend_of(config)!r}; load it with "
-            f"attn_implementation='sdpa' or 'eager'",
+            f"its attention implementation is {backend!r}; load it with "
+            f"attn_implementation='sdpa' or 'eager'{others}",
         )
 
 

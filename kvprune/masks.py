@@ -57,6 +57,8 @@ class Mask(Protocol):
 
     plainly_causal: bool
     """Every slot is visible whose column is not newer than the query's."""
+    stock: bool
+    """Nothing hides slots but causality, padding and what the layer can see."""
 
     def at(self, queries: Tensor, slots: Tensor, row: int | None = None) -> Tensor:
         """The mask at some columns.
@@ -75,9 +77,12 @@ class Mask(Protocol):
 class LazyMask:
     """A mask function's arguments, kept until the columns are known."""
 
-    def __init__(self, rule: Callable[..., Tensor], plainly_causal: bool) -> None:
+    def __init__(
+        self, rule: Callable[..., Tensor], plainly_causal: bool, stock: bool = False
+    ) -> None:
         self._rule = rule
         self.plainly_causal = plainly_causal
+        self.stock = stock
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -105,6 +110,7 @@ class GivenMask:
     """A 4-D mask that the user handed in: its rows and columns are gathered."""
 
     plainly_causal = False
+    stock = False
 
     def __init__(self, mask: Tensor, seen: int) -> None:
         self._mask = mask
@@ -131,8 +137,20 @@ def mask_or_rule(stock: Callable[..., Any], **arguments: Any) -> Any:
         return stock(**arguments)
     length: int = arguments["kv_length"]
     local: int | None = arguments.get("local_size")
-    causal = arguments.get("allow_is_causal_skip", True) and (local is None or length < local)
-    return LazyMask(arguments["mask_function"], causal)
+    plain: bool = arguments.get("allow_is_causal_skip", True)
+    causal = plain and (local is None or length < local)
+    return LazyMask(arguments["mask_function"], causal, plain)
+
+
+def is_known(mask: Mask, local: Local | None) -> bool:
+    """Whether a mask is causality, padding and at most the sliding window `local`."""
+    slides = local is not None and not local.chunked
+    return mask.plainly_causal or (mask.stock and slides)
+
+
+def window_of(mask: Mask, local: Local | None) -> int | None:
+    """The window that a known mask hides slots by, in columns; None if it has none."""
+    return None if mask.plainly_causal or local is None else local.size
 
 
 def as_mask(mask: LazyMask | Tensor, seen: int) -> Mask:
