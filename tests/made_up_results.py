@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -94,13 +95,15 @@ def _sample(cell: Cell, number: int, draw: random.Random) -> SampleResult:
     else:
         score = mean + (0.6 * hard + draw.gauss(0, 0.1)) * (1 if unit == "nats a token" else 0.05)
     parts = {"first half": score - 0.1, "second half": score + 0.1} if cell.task == "squad" else {}
-    return SampleResult(cell, number, score, parts, "an answer", _cost(cell, draw))
+    return SampleResult(cell, number, score, parts, "an answer", _cost(cell, number, draw))
 
 
-def _cost(cell: Cell, draw: random.Random) -> Cost:
-    tokens = 40 if cell.policy == "no context" else cell.context - draw.randint(5, 60)
+def _cost(cell: Cell, number: int, draw: random.Random) -> Cost:
+    # The sample's, whatever the policy.
+    tokens = 40 if cell.policy == "no context" else cell.context - 5 - 7 * number % 50
     prunes = "sdtp" in cell.label
-    entered = [int(tokens * 0.93 ** max(0, i // 3 - 1)) if prunes else tokens for i in range(LAYERS)]
+    stages = [max(0, i // 3 - 1) if prunes else 0 for i in range(LAYERS)]
+    entered = [int(tokens * 0.93**stage) for stage in stages]
     share = 1.0 if cell.policy in ("no context", "sdtp") else _share(cell)
     kept = tuple(float(min(e, round(tokens * share))) for e in entered)
     flops = 2.7e8 * sum(entered) / LAYERS + 2.0e4 * sum(e * e for e in entered) / LAYERS
@@ -111,26 +114,30 @@ def _cost(cell: Cell, draw: random.Random) -> Cost:
     return Cost(seconds, flops, decode, held, peak, tokens, tuple(entered), kept)
 
 
-WORDS = "The parliament building was designed by the architect in <b>Edinburgh</b> & so on .".split()
+TEXT = "The parliament building was designed by the architect in <b>Edinburgh</b> & so on ."
 
 
 def tokens(count: int) -> tuple[str, ...]:
     """A text of so many tokens, with what HTML must not take for its own."""
-    return tuple((" " if i else "") + WORDS[i * 7 % len(WORDS)] for i in range(count))
+    words = TEXT.split()
+    return tuple((" " if i else "") + words[i * 7 % len(words)] for i in range(count))
 
 
 def _trace(cell: Cell, seed: int) -> Trace:
     count, share = cell.context - 30, _share(cell)
     draw = np.random.default_rng([seed, len(cell.label)])
     liked = draw.gumbel(size=count)
-    kept = []
-    for layer in range(LAYERS):
-        if cell.label.startswith("streaming(sinks"):
-            level = np.where((np.arange(count) < 4) | (np.arange(count) > count * (1 - share)), 3, 0)
-        else:
-            score = liked + draw.gumbel(size=(3, count)) * 0.7
-            score[:, -int(count * share / 4) :] += 5
-            top = np.argsort(-score, axis=1)[:, : int(count * share)]
-            level = np.bincount(top.ravel(), minlength=count)
-        kept.append(packed(level.astype(np.uint8)))
-    return Trace(cell, 0, tokens(count), tuple(kept))
+    kept = tuple(packed(_layer(cell, liked, share, draw)) for _ in range(LAYERS))
+    return Trace(cell, 0, tokens(count), kept)
+
+
+def _layer(cell: Cell, liked: Any, share: float, draw: np.random.Generator) -> Any:
+    """A window, or what each of three heads likes best with the newest quarter of the budget."""
+    count = len(liked)
+    if cell.label.startswith("streaming(sinks"):
+        column = np.arange(count)
+        return np.where((column < 4) | (column > count * (1 - share)), 3, 0).astype(np.uint8)
+    score = liked + 0.7 * draw.gumbel(size=(3, count))
+    score[:, -int(count * share / 4) :] += 5
+    top = np.argsort(-score, axis=1)[:, : int(count * share)]
+    return np.bincount(top.ravel(), minlength=count).astype(np.uint8)

@@ -9,9 +9,7 @@ import numpy as np
 RESAMPLES = 2000
 
 
-def interval(
-    values: Sequence[float], seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
+def interval(values: Sequence[float], seed: int = 0, level: float = 0.95) -> tuple[float, float]:
     """The percentile bootstrap interval of a mean (Efron 1979): low and high."""
     drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
     means = np.asarray(values, dtype=float)[drawn].mean(-1)

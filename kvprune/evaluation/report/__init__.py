@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvprune.errors import KVPruneError
 from kvprune.files import write_text, write_whole
@@ -12,9 +14,12 @@ from ..results import Results
 from . import view
 from .figures import Plot, need_matplotlib
 from .kept_text import SHADES, shown
-from .palette import GROUND, SERIES, dark_rules, styles
+from .palette import SERIES, dark_rules, styles
 from .plots import DENSE_STYLE, context_plots, heat_map, quality_plots
 from .summary import labels, tables
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 PLOTS = "plots"
 """The folder, beside the page, of the figures' files."""
@@ -42,10 +47,14 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     for plot in plots:
         vector, pixels = (folder / PLOTS / f"{plot.name}.{kind}" for kind in ("svg", "png"))
         write_text(vector, plot.svg)
-        write_whole(pixels, lambda scratch, plot=plot: scratch.write_bytes(plot.png))
+        write_whole(pixels, partial(_put, content=plot.png))
         written += [vector, pixels]
     write_text(written[0], page)
     return written
+
+
+def _put(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 def _make(folder: Path) -> None:
@@ -86,7 +95,7 @@ def _page(results: Results) -> tuple[str, list[Plot]]:
     return page, [*(plot for pair in quality for plot in pair), *costs, *maps]
 
 
-def _template():  # type: ignore[no-untyped-def]
+def _template() -> Template:
     # Everything is escaped unless the template says otherwise, which it does for figures alone.
     from jinja2 import Environment, StrictUndefined
 
@@ -105,6 +114,3 @@ def _style_sheet() -> str:
     dark = "".join(f".c{i}{{color:{dark}}}" for i, dark in enumerate(SERIES.values()))
     dark = f"@media screen and (prefers-color-scheme: dark){{{dark}}}"
     return _packaged("page.css") + series + dark + dark_rules()
-
-
-__all__ = ["GROUND", "PLOTS", "write_report"]

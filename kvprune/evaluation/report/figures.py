@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 # Inches, of 72 points: as wide as a phone is, so that no text gets smaller than it is here.
 WIDTH, LEFT, RIGHT = 5.0, 0.66, 0.12
-TITLE, AXIS, LINE = 0.34, 0.5, 0.19
+TITLE, AXIS, LINE = 0.34, 0.5, 0.168
 DOTS = 200
 LONGEST_LABEL = 66
 
-_LOOK = {
+_LOOK: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
@@ -90,7 +90,9 @@ def look(name: str) -> Iterator[None]:
         yield
 
 
-def canvas(title: str, height: float, legend: Sequence[tuple[Any, str]] = ()) -> tuple[Figure, Axes]:
+def canvas(
+    title: str, height: float, legend: Sequence[tuple[Any, str]] = ()
+) -> tuple[Figure, Axes]:
     """A figure of the usual width with axes of a height in inches, and a legend below them."""
     from matplotlib.figure import Figure
 
@@ -128,9 +130,14 @@ def finished(figure: Figure, name: str, title: str) -> Plot:
 
 
 def _bare(svg: str) -> str:
-    """Without the document type, and without ids that nothing refers to and all figures share."""
-    svg = svg[svg.index("<svg") :]
-    return re.sub(r'<g id="[^"]*"', "<g", svg)
+    """Without the document type, ids that nothing refers to, and digits that nobody sees."""
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
+    svg = re.sub(r">\s+<", "><", svg)
+    return re.sub(r"<[^>]*>", lambda tag: _short(tag[0]), svg)
+
+
+def _short(tag: str) -> str:
+    return re.sub(r"(\.\d\d)\d+", r"\1", re.sub(r"\s+", " ", tag))
 
 
 def _alone(svg: str) -> str:

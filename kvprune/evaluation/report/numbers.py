@@ -1,4 +1,4 @@
-"""Numbers as they are read: a minus that is one, units that fit, as many digits as mean something."""
+"""Numbers as they are read: units that fit, no more digits than mean something."""
 
 from __future__ import annotations
 

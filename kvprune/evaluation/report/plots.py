@@ -40,8 +40,9 @@ def quality_plots(table: Table, style: dict[str, Style], number: int) -> list[Pl
         ("bytes", "KV cache held, MB", lambda cost: MB.of(cost.held)),
         ("flops", f"prefill, {flops.unit}", lambda cost: flops.of(cost.flops)),
     ]
+    place = (number, table.task, table.context)
     return [
-        _quality(table, rows, style, of, axis, slug("quality", kind, number, table.task, table.context))
+        _quality(table, rows, style, of, axis, slug("quality", kind, *place))
         for kind, axis, of in kinds
     ]
 
@@ -132,14 +133,15 @@ def context_plots(tables: Sequence[Table], style: dict[str, Style]) -> list[Plot
     rows = [row for table in tables for row in table.rows if row.cell.policy != LOWER]
     if len({row.cell.context for row in rows}) < 2:
         return []
-    budgets = sorted({r.cell.budget for r in rows if r.cell.budget is not None}, reverse=True)
+    given = {r.cell.budget for r in rows if r.cell.budget is not None}
+    budgets: list[float | None] = [*sorted(given, reverse=True)] or [None]
     kinds: list[tuple[str, str, Callable[[CellCost], float]]] = [
         ("memory", "KV cache held, MB", lambda cost: MB.of(cost.held)),
         ("time", "prefill, s", lambda cost: cost.seconds),
     ]
     return [
         _context([r for r in rows if r.cell.budget in (None, budget)], budget, style, *kind)
-        for budget in budgets or [None]
+        for budget in budgets
         for kind in kinds
     ]
 
@@ -210,5 +212,3 @@ def _tinted(values: NDArray[np.float64], colour: str) -> NDArray[np.uint8]:
     image[..., :3] = list(bytes.fromhex(colour[1:]))
     image[: values.shape[0], : values.shape[1], 3] = np.rint(255 * values)
     return image
-
-

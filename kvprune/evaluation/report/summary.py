@@ -112,11 +112,12 @@ def labels(results: Results) -> list[str]:
 
 
 def _table(results: Results, task: str, context: int, cells: Mapping[Cell, Samples]) -> Table:
-    mine = {c: s for c, s in cells.items() if (c.task, c.context) == (task, context)}
+    place = (task, context)
+    mine = {c: s for c, s in cells.items() if (c.task, c.context) == place}
     named = {c.policy: s for c, s in mine.items()}
     dense, lower = named.get(DENSE, {}), named.get(LOWER, {})
     rows = [_row(cell, mine[cell], dense, lower) for cell in _ordered(mine, labels(results))]
-    failures = tuple(f for f in results.failures if (f.cell.task, f.cell.context) == (task, context))
+    failures = tuple(f for f in results.failures if (f.cell.task, f.cell.context) == place)
     warnings = tuple(_warnings(dense, lower, results.floors.get(task)))
     unit = results.units.get(task, "score")
     return Table(task, context, unit, _marked(rows), failures, warnings)

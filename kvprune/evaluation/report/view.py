@@ -8,7 +8,7 @@ from typing import Any
 
 from ..results import Results, Trace
 from .figures import Plot
-from .kept_text import SHADES, left_out, text_runs
+from .kept_text import left_out, text_runs
 from .numbers import MINUS, NONE, digits, flops_scale, number, ratio, runs, share
 from .palette import MARKERS, SERIES
 from .plots import MB
@@ -16,6 +16,7 @@ from .spark import areas
 from .summary import LOWER, Row, Span, Table, labels
 
 _SIGNS = dict(zip(MARKERS, "●■◆▲▼✚✖◀▶", strict=True))
+_LINES = ("★", "⋯")  # dense, and no context, which is a dotted line
 FIRST = ("model", "date", "command")
 
 
@@ -55,7 +56,7 @@ def sections(tables: Sequence[Table], names: Sequence[str], plots: Sequence[Sequ
 def _rows(table: Table, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     rows, dense = table.rows, table.dense
     flops = flops_scale([row.cost.flops for row in rows])
-    score = max(2, digits([row.score.mean for row in rows]))
+    score = _decimals(table)
     wide = {
         "seconds": digits([r.cost.seconds for r in rows]),
         "flops": digits([flops.of(r.cost.flops) for r in rows]),
@@ -89,6 +90,10 @@ def _rows(table: Table, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         }
 
 
+def _decimals(table: Table) -> int:
+    return max(2, digits([row.score.mean for row in table.rows]))
+
+
 def _who(row: Row, names: Sequence[str]) -> dict[str, Any]:
     return {**_named(row.cell, names), "best": row.best, "line": row.is_line}
 
@@ -100,7 +105,7 @@ def _named(cell: Any, names: Sequence[str]) -> dict[str, Any]:
         "label": cell.label,
         "policy": cell.policy,
         "budget": "" if cell.budget is None else share(cell.budget),
-        "sign": "★" if at is None else _SIGNS[MARKERS[at % len(MARKERS)]],
+        "sign": _LINES[cell.policy == LOWER] if at is None else _SIGNS[MARKERS[at % len(MARKERS)]],
         "colour": "ink" if at is None else f"c{at % len(SERIES)}",
     }
 
@@ -139,25 +144,35 @@ def _parts(table: Table) -> dict[str, Any] | None:
 
 def overview(tables: Sequence[Table], names: Sequence[str]) -> Any:
     """Every policy and budget in one line: its memory, and how much of dense it keeps where."""
-    kinds = list(dict.fromkeys(
-        (r.cell.label, r.cell.budget) for t in tables for r in t.rows if not r.is_line))  # fmt: skip
-    kinds.sort(key=lambda k: names.index(k[0]))
-    lines = []
-    for kind in kinds:
-        found = [next((r for r in t.rows if not r.is_line and
-                       (r.cell.label, r.cell.budget) == kind), None) for t in tables]  # fmt: skip
-        first = next(row for row in found if row is not None)
-        lines.append({
-            **_named(first.cell, names),
-            "held": _typical([_held(r, t) for r, t in zip(found, tables, strict=True)]),
-            "flops": _typical([_flops(r, t) for r, t in zip(found, tables, strict=True)]),
-            "cells": [_recovered(row) for row in found],
-        })  # fmt: skip
-    return lines
+    rows = [row for table in tables for row in table.rows if not row.is_line]
+    kinds = list(dict.fromkeys((row.cell.label, row.cell.budget) for row in rows))
+    kinds.sort(key=lambda kind: (names.index(kind[0]), -(kind[1] or 1)))
+    return [_line([_find(table, kind) for table in tables], tables, names) for kind in kinds]
+
+
+def _find(table: Table, kind: tuple[str, float | None]) -> Row | None:
+    for row in table.rows:
+        if not row.is_line and (row.cell.label, row.cell.budget) == kind:
+            return row
+    return None
+
+
+def _line(
+    rows: Sequence[Row | None], tables: Sequence[Table], names: Sequence[str]
+) -> dict[str, Any]:
+    placed = list(zip(rows, tables, strict=True))
+    return {
+        **_named(next(row for row in rows if row is not None).cell, names),
+        "held": _typical([_held(row, table) for row, table in placed]),
+        "flops": _typical([_flops(row, table) for row, table in placed]),
+        "cells": [_recovered(row, _decimals(table)) for row, table in placed],
+    }
 
 
 def _held(row: Row | None, table: Table) -> float | None:
-    return None if row is None or table.dense is None else row.cost.held / table.dense.cost.held
+    if row is None or table.dense is None or not table.dense.cost.held:
+        return None
+    return row.cost.held / table.dense.cost.held
 
 
 def _flops(row: Row | None, table: Table) -> float | None:
@@ -171,10 +186,10 @@ def _typical(ratios: Sequence[float | None]) -> str:
     return f"{number(statistics.fmean(real), 2)}×" if real else NONE
 
 
-def _recovered(row: Row | None) -> dict[str, Any]:
+def _recovered(row: Row | None, decimals: int) -> dict[str, Any]:
     if row is None:
         return {"text": NONE, "score": "", "fill": 0}
-    score = number(row.score.mean, max(2, digits([row.score.mean])))
+    score = number(row.score.mean, decimals)
     fill = min(1.0, max(0.0, row.recovered or 0.0))
     whole = NONE if row.recovered is None else f"{100 * row.recovered:.0f} %".replace("-", MINUS)
     return {"text": whole, "score": score, "fill": round(100 * fill)}
@@ -208,6 +223,3 @@ def failures(results: Results) -> Any:
         }
         for f in results.failures
     ]
-
-
-__all__ = ["LOWER", "SHADES", "about", "failures", "kept", "overview", "sections"]
