@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +21,7 @@ from .summary import labels, tables
 
 if TYPE_CHECKING:
     from jinja2 import Template
+    from markupsafe import Markup
 
 PLOTS = "plots"
 """The folder, beside the page, of the figures' files."""
@@ -102,7 +104,15 @@ def _template() -> Template:
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
+    environment.filters["breakable"] = _breakable
     return environment.from_string(_packaged("page.html"))
+
+
+def _breakable(spec: str) -> Markup:
+    """Escaped, with places where a long spec may go on in the next line."""
+    from markupsafe import Markup, escape
+
+    return Markup("<wbr>").join(escape(piece) for piece in re.split(r"(?<=[,|(+])", spec))
 
 
 def _packaged(name: str) -> str:

@@ -55,6 +55,12 @@ def share(amount: float | None) -> str:
     return f"{percent:.0f} %" if percent == round(percent) else f"{percent:.1f} %"
 
 
+def percent(amount: float | None) -> str:
+    """As per cent, whole."""
+    text = NONE if amount is None else number(100 * amount, 0)
+    return text if text == NONE else f"{text} %"
+
+
 def ratio(amount: float, base: float) -> str:
     """How many times the base an amount is."""
     return NONE if not base else f"{number(amount / base, 2)}×"

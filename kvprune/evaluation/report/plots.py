@@ -67,7 +67,8 @@ def _quality(
         if table.lower is not None:
             axes.axhline(table.lower.score.mean, color=MUTED, linestyle=":", linewidth=1.2)
         axes.set(xlabel=axis, ylabel=table.unit)
-        axes.set_xlim(left=0)
+        # Room for a ring around the last point.
+        axes.set_xlim(0, 1.06 * max(of(row.cost) for row in rows) or 1)
         return finished(figure, name, f"{title}: {table.unit} against {axis}")
 
 
@@ -166,7 +167,7 @@ def _context(
         axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
         axes.set(xlabel="context, tokens", ylabel=axis)
         axes.set_ylim(bottom=0)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.06 * contexts[-1])
         return finished(figure, name, f"{title}: {axis} against context")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..results import Results, Trace
 from .figures import Plot
 from .kept_text import left_out, text_runs
-from .numbers import MINUS, NONE, digits, flops_scale, number, ratio, runs, share
+from .numbers import NONE, digits, flops_scale, number, percent, ratio, runs, share
 from .palette import MARKERS, SERIES
 from .plots import MB
 from .spark import areas
@@ -72,7 +72,7 @@ def _rows(table: Table, names: Sequence[str]) -> Iterator[dict[str, Any]]:
             "interval": _interval(row.score, score),
             "difference": number(row.difference.mean, score, True) if row.difference else NONE,
             "difference_interval": _interval(row.difference, score, True),
-            "recovered": share(None if row.is_line else row.recovered),
+            "recovered": percent(None if row.is_line else row.recovered),
             "seconds": number(cost.seconds, wide["seconds"]),
             "seconds_ratio": ratio(cost.seconds, base.seconds) if base else "",
             "flops": number(flops.of(cost.flops), wide["flops"]),
@@ -124,9 +124,7 @@ def _interval(span: Span | None, decimals: int, sign: bool = False) -> str:
 
 
 def _mean_share(by_layer: Sequence[float], tokens: float) -> str:
-    if not by_layer or not tokens:
-        return NONE
-    return f"{100 * statistics.fmean(by_layer) / tokens:.0f} %"
+    return percent(statistics.fmean(by_layer) / tokens if by_layer and tokens else None)
 
 
 def _parts(table: Table) -> dict[str, Any] | None:
@@ -191,8 +189,7 @@ def _recovered(row: Row | None, decimals: int) -> dict[str, Any]:
         return {"text": NONE, "score": "", "fill": 0}
     score = number(row.score.mean, decimals)
     fill = min(1.0, max(0.0, row.recovered or 0.0))
-    whole = NONE if row.recovered is None else f"{100 * row.recovered:.0f} %".replace("-", MINUS)
-    return {"text": whole, "score": score, "fill": round(100 * fill)}
+    return {"text": percent(row.recovered), "score": score, "fill": round(100 * fill)}
 
 
 def kept(traces: Sequence[Trace], plots: Sequence[Plot], names: Sequence[str]) -> Any:
