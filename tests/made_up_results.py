@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kvprune.evaluation.results import Cell, Cost, Failure, Results, SampleResult, Trace
+from kvprune.evaluation.results import Cell, Cost, Results, SampleResult, Trace
 from kvprune.evaluation.traces import packed
 
 LAYERS, BYTES = 30, 46_080
@@ -53,7 +53,7 @@ def cells(tasks: Sequence[str], contexts: Sequence[int], budgets: Sequence[float
     return found
 
 
-def results(
+def made_up(
     tasks: Sequence[str] = tuple(TASKS),
     contexts: Sequence[int] = (1024, 2048),
     budgets: Sequence[float] = BUDGETS,
@@ -72,10 +72,6 @@ def results(
     )
     units = {task: TASKS[task][0] for task in tasks}
     return Results(RUN, units, measured, traces=traces, floors={"needle": 0.6, "words": 0.3})
-
-
-def failed(cell: Cell, error: str) -> Failure:
-    return Failure(cell, error)
 
 
 def _share(cell: Cell) -> float:
