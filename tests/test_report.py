@@ -177,6 +177,16 @@ def test_all_that_comes_from_outside_is_escaped(whole, tmp_path):
         ElementTree.parse(path)
 
 
+def test_figures_say_specs_as_they_are(whole, tmp_path):
+    """The SVG is made shorter, but not its words."""
+    spec = "h2o(heavy=0.123456,  recent=0.1)"
+    sample = replace(one(whole), cell=cell(label=spec))
+    _, page, paths = written(Results({}, {}, (sample,)), tmp_path)
+    drawn = next(path for path in paths if path.suffix == ".svg")
+    texts = ["".join(t.itertext()) for t in ElementTree.parse(drawn).iter() if "text" in t.tag]
+    assert spec in texts and spec in "".join(page.words)
+
+
 def test_an_empty_comparison(tmp_path):
     """A page that says so, and no figure."""
     _, page, paths = written(Results({}, {}), tmp_path)
@@ -223,15 +233,15 @@ def test_rows_compare_the_samples_that_both_have(whole):
 
     samples = [
         *scored("no context", {0: 0.0, 1: 0.2, 2: 0.1}),
-        *scored("a", {3: 9.0, 1: 0.6, 0: 0.5}),
-        *scored("dense", {0: 1.0, 1: 0.8, 2: 0.9}),
+        *scored("a", {3: 9.0, 1: 0.6, 0: 0.5, 4: 1.0}),
+        *scored("dense", {0: 1.0, 1: 0.8, 2: 0.9, 4: 1.0}),
     ]
     (table,) = tables(Results({}, {}, tuple(samples)))
     assert [row.cell.policy for row in table.rows] == ["dense", "a", "no context"]
     dense, mine, lower = table.rows
-    assert mine.score.mean == pytest.approx(10.1 / 3)
+    assert mine.score.mean == pytest.approx(11.1 / 4)
     assert mine.difference is not None and lower.difference is not None
-    assert mine.difference.mean == pytest.approx(-0.35)
+    assert mine.difference.mean == pytest.approx(-0.7 / 3)
     assert mine.difference.low == pytest.approx(-0.5)
     assert mine.recovered == pytest.approx((0.55 - 0.1) / 0.8)
     assert dense.difference is None and lower.difference.mean == pytest.approx(-0.8)
@@ -301,11 +311,11 @@ def test_heat_maps_are_means_of_neighbours():
     """All columns count once, also in the last and shorter bin."""
     import numpy as np
 
-    values = np.random.default_rng(0).random((3, 2 * BINS + 5))
+    values = np.random.default_rng(0).random((3, 2 * BINS + 6))
     found = binned(values)
-    assert found.shape == (3, -(-values.shape[1] // 3))
+    assert found.shape == (3, 344) and values.shape[1] % 3
     assert found[:, 0] == pytest.approx(values[:, :3].mean(1))
-    assert found[:, -1] == pytest.approx(values[:, found.shape[1] * 3 - 3 :].mean(1))
+    assert found[:, -1] == pytest.approx(values[:, 343 * 3 :].mean(1))
     assert binned(values[:, :7]) == pytest.approx(values[:, :7])
 
 
@@ -328,6 +338,8 @@ def test_of_a_long_prompt_both_ends_are_shown(whole, tmp_path, monkeypatch):
     first, last = kept_text.text_runs(trace)
     assert "".join(t for _, t in first) == "".join(trace.tokens[:50])
     assert "".join(t for _, t in last) == "".join(trace.tokens[-50:])
+    by_token = [shade for shade, t in last for _ in re.findall(r" ?\S+", t)]
+    assert by_token == list(map(kept_text.shade, (levels(trace).mean(0) / 3)[-50:]))
     results = Results({}, {}, (replace(one(whole), cell=trace.cell),), traces=(trace,))
     _, page, _ = written(results, tmp_path)
     assert f"{len(trace.tokens) - 100:,} tokens are not shown" in page.text
