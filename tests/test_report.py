@@ -211,15 +211,22 @@ def test_only_a_failed_cell(tmp_path):
     assert page.count("section", id="failures") == 1 and len(paths) == 1
 
 
-def test_a_score_that_is_no_number(whole, tmp_path):
-    """It is a dash, on no front, and draws nothing."""
-    bad = replace(one(whole), score=float("nan"), cell=cell())
-    good = replace(bad, score=0.5, cell=cell(policy="h2o@0.25", budget=0.25))
-    results = Results({}, {}, (bad, good))
+@pytest.mark.parametrize("bad", [[float("nan")], [float("inf"), 1.0, -float("inf")]])
+def test_a_score_that_is_no_number(whole, tmp_path, bad):
+    """It is a dash, on no front, and draws nothing; the lines may be none either."""
+    cells = [cell(), cell(policy="dense", label="dense", budget=None)]
+    good = [replace(one(whole), sample=i, score=0.5, cell=cell(budget=0.25)) for i in range(3)]
+    none = [
+        replace(one(whole), sample=i, score=s, cell=c, parts={"part": s})
+        for c in cells
+        for i, s in enumerate(bad)
+    ]
+    results = Results({}, {}, (*none, *good))
     (table,) = tables(results)
-    assert [row.best for row in table.rows] == [False, True]
+    assert [row.best for row in table.rows] == [False, False, True]
     _, page, _ = written(results, tmp_path)
-    assert "nan" not in page.text and "0.500" in page.text
+    assert not re.search(r"\b(nan|inf)\b", page.text) and "0.500" in page.text
+    assert "one sample" not in page.text
 
 
 def test_rows_compare_the_samples_that_both_have(whole):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite, nan
 
 from ..results import Cell, Cost, Failure, Results, SampleResult
 from ..statistics import interval, paired
@@ -16,7 +17,7 @@ LOWER = "no context"
 
 @dataclass(frozen=True)
 class Span:
-    """A mean and its 95 % bootstrap interval; of one sample there is none."""
+    """A mean and its 95 % bootstrap interval; of one sample, or of no number, there is none."""
 
     mean: float
     low: float | None = None
@@ -143,8 +144,7 @@ def _row(cell: Cell, samples: Samples, dense: Samples, lower: Samples) -> Row:
     scores = [result.score for result in samples.values()]
     names = dict.fromkeys(name for result in samples.values() for name in result.parts)
     parts = {
-        name: statistics.fmean(r.parts[name] for r in samples.values() if name in r.parts)
-        for name in names
+        name: _mean(r.parts[name] for r in samples.values() if name in r.parts) for name in names
     }
     return Row(
         cell=cell,
@@ -158,25 +158,30 @@ def _row(cell: Cell, samples: Samples, dense: Samples, lower: Samples) -> Row:
 
 
 def _span(values: Sequence[float]) -> Span:
-    limits = interval(values) if len(values) > 1 else (None, None)
-    return Span(statistics.fmean(values), *limits)
+    mean = _mean(values)
+    return Span(mean, *interval(values)) if len(values) > 1 and isfinite(mean) else Span(mean)
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Not a number where one of them is none: a sample that overflowed is not left out."""
+    every = list(values)
+    return statistics.fmean(every) if all(map(isfinite, every)) else nan
 
 
 def _difference(samples: Samples, baseline: Samples) -> Span | None:
     both = sorted(samples.keys() & baseline.keys())
     mine, other = ([s[i].score for i in both] for s in (samples, baseline))
-    if len(both) > 1:
-        return Span(*paired(mine, other))
-    return Span(mine[0] - other[0]) if both else None
+    if not both:
+        return None
+    mean = _mean(a - b for a, b in zip(mine, other, strict=True))
+    return Span(*paired(mine, other)) if len(both) > 1 and isfinite(mean) else Span(mean)
 
 
 def _recovered(samples: Samples, dense: Samples, lower: Samples) -> float | None:
     every = sorted(samples.keys() & dense.keys() & lower.keys())
     if not every:
         return None
-    mine, top, bottom = (
-        statistics.fmean(s[i].score for i in every) for s in (samples, dense, lower)
-    )
+    mine, top, bottom = (_mean(s[i].score for i in every) for s in (samples, dense, lower))
     return (mine - bottom) / (top - bottom) if top > bottom else None
 
 
@@ -205,7 +210,7 @@ def _warnings(dense: Samples, lower: Samples, floor: float | None) -> Iterable[s
     if not dense:
         yield "Dense was not run here, so nothing is compared with it."
         return
-    mean = statistics.fmean(result.score for result in dense.values())
+    mean = _mean(result.score for result in dense.values())
     if floor is not None and mean < floor:
         yield (
             f"Dense scores {mean:.3g}, below the {floor:.3g} that this task needs: the model "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from ..results import Results, Trace
@@ -119,7 +120,7 @@ def _interval(span: Span | None, decimals: int, sign: bool = False) -> str:
     if span is None:
         return ""
     if span.low is None or span.high is None:
-        return "one sample"
+        return "one sample" if isfinite(span.mean) else NONE
     return f"{number(span.low, decimals, sign)} to {number(span.high, decimals, sign)}"
 
 
