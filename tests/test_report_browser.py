@@ -39,7 +39,7 @@ document.getElementById("f").onload = e => {{
     wide.filter(t => t.scrollWidth > t.clientWidth).length, wide.length,
     [...page.querySelectorAll("figure svg")].every(s => s.getBoundingClientRect().height > 90),
     [...page.querySelectorAll("svg text")].every(t => !t.textContent ||
-      t.getBoundingClientRect().right <= {width})].join();
+      t.getBoundingClientRect().right <= t.ownerSVGElement.getBoundingClientRect().right)].join();
 }};</script>"""
 
 

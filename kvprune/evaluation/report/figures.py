@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Inches, of 72 points: as wide as a phone is, so that no text gets smaller than it is here.
-WIDTH, LEFT, RIGHT = 5.0, 0.66, 0.12
+WIDTH, LEFT, RIGHT = 5.0, 0.66, 0.24
 TITLE, AXIS, LINE = 0.34, 0.5, 0.168
 DOTS = 200
-LONGEST_LABEL = 66
+LONGEST_LABEL, LONGEST_TITLE = 66, 50
 
 _LOOK: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -103,7 +103,7 @@ def canvas(
     figure = Figure(figsize=(WIDTH, whole))
     place = (LEFT / WIDTH, below / whole, (WIDTH - LEFT - RIGHT) / WIDTH, height / whole)
     axes = figure.add_axes(place)
-    axes.set_title(shortened(title, LONGEST_LABEL), color=INK)
+    axes.set_title(shortened(title, LONGEST_TITLE), color=INK)
     if names:
         figure.legend(
             [handle for handle, _ in legend], names, loc="lower left", ncols=columns,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..results import Trace
 from ..traces import MOST, levels
-from .figures import Plot, canvas, finished, look
+from .figures import LONGEST_TITLE, Plot, canvas, finished, look, shortened
 from .numbers import Scale, flops_scale, share
 from .palette import INK, MUTED, PAPER, Style
 from .pareto import front
@@ -56,7 +56,7 @@ def _quality(
     name: str,
 ) -> Plot:
     named = {row.cell.label: row for row in rows}
-    title = f"{table.task}, {table.context:,} tokens"
+    title = f"{shortened(table.task, 30)}, {table.context:,} tokens"
     with look(name):
         figure, axes = canvas(title, 2.5, _legend(list(named), style, table.lower is not None))
         for label in named:
@@ -183,7 +183,7 @@ def heat_map(trace: Trace, style: Style, number: int) -> Plot:
     """Which columns each layer holds: the stronger the colour, the more heads hold them."""
     name = slug("kept", number, trace.cell.label)
     budget = "" if trace.cell.budget is None else f", budget {share(trace.cell.budget)}"
-    title = f"{trace.cell.label}{budget}"
+    title = shortened(trace.cell.label, LONGEST_TITLE - len(budget)) + budget
     shown = binned(levels(trace) / MOST)
     count, columns = len(shown), len(trace.tokens)
     with look(name):
