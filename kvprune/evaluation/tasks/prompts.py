@@ -46,7 +46,8 @@ def opening(tokenizer: Any) -> tuple[int, ...]:
     """What the tokenizer begins a text with: its bos, or nothing."""
     bare = tokenizer.encode("a", add_special_tokens=False)
     whole = tokenizer.encode("a", add_special_tokens=True)
-    return tuple(whole[: next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)])
+    found = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return tuple(whole[: next(found, 0)])
 
 
 def seeded(name: str, context: int, seed: int, number: int) -> random.Random:

@@ -35,7 +35,7 @@ class Words(Filled):
     unit: ClassVar[str] = RECALL
     floor: ClassVar[float | None] = 0.5
     common: int = 1
-    share: float = 0.25
+    share: float = 0.5
 
     def __post_init__(self) -> None:
         """Refuses a list that has no common words, or no others.
