@@ -67,7 +67,7 @@ def article(number: int) -> dict[str, Any]:
 
 
 def entry(number: int) -> dict[str, Any]:
-    """Four paragraphs, of which two are needed."""
+    """Four paragraphs, of which two are needed; the last has the answer of another entry."""
     titles = [f"title {number} {i}" for i in range(4)]
     said = [text_of(12, number), f" {text_of(12, 5000 + number)} answer{number} ends."]
     return {
@@ -75,7 +75,10 @@ def entry(number: int) -> dict[str, Any]:
         "question": f"what is {number}?",
         "supporting_facts": [[titles[0], 0], [titles[2], 1]],
         "context": [
-            [t, said if i == 2 else [text_of(30, 9 * number + i)]] for i, t in enumerate(titles)
+            [titles[0], [text_of(30, 9 * number)]],
+            [titles[1], [text_of(30, 9 * number + 1)]],
+            [titles[2], said],
+            [titles[3], [f"answer{number - 1} stands here too."]],
         ],
     }
 
@@ -180,7 +183,8 @@ def test_prompts_are_as_long_as_the_context_and_deterministic(name, kind, contex
     assert [sample.number for sample in made] == [0, 1, 2]
     assert list(task(name).samples(tokenizer(kind), context, 2, seed)) == list(made[:2])
     assert len({sample.prompt for sample in made}) == 3
-    assert task(name).samples(tokenizer(kind), context, 1, seed + 1)[0] != made[0]
+    other = task(name).samples(tokenizer(kind), context, 3, seed + 1)
+    assert [sample.prompt for sample in other] != [sample.prompt for sample in made]
 
 
 @pytest.mark.parametrize("kind", KINDS)
