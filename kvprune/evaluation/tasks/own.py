@@ -1,0 +1,158 @@
+"""A task of one's own: JSON lines, each with a context, a question and its answer.
+
+    {"context": "...", "question": "...", "answer": "..."}
+
+`answer` may be a list: then each is looked for. By default the score is recall: the share of the
+answers that stand in what the model generates. A line with `"score": "likelihood"` has the file
+scored by the log-likelihood of the answer instead, which tells more where the model answers in
+sentences. Other keys are left alone. The prompt is the context, the question and "Answer:"; a
+context is never cut, so a prompt that is longer than the context length is refused. Bare is the
+question alone.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvprune.errors import KVPruneError
+
+from .base import Reader, Sample, Score, Task
+from .prompts import Ask, refuse_few
+from .scoring import LIKELIHOOD, RECALL, likelihood, recall
+
+WAYS = ("recall", "likelihood")
+_TOKENS_BEFORE = 16
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the file, checked; `number` counts from 1."""
+
+    number: int
+    context: str
+    question: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Own(Task):
+    """The lines of a file; see `own`."""
+
+    path: str
+    lines: tuple[Line, ...]
+    way: str
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The path, as it was given."""
+        return self.path
+
+    @property
+    def unit(self) -> str:  # type: ignore[override]
+        """As the file says."""
+        return RECALL if self.way == "recall" else LIKELIHOOD
+
+    def samples(self, tokenizer: Any, context: int, count: int, seed: int) -> Sequence[Sample]:
+        """See `Task.samples`; the seed chooses the lines, the same ones at every context.
+
+        Raises:
+            KVPruneError: fewer lines than asked for, or one whose prompt is too long.
+        """
+        refuse_few(self.name, context, len(self.lines), count)
+        lines = random.Random(f"{seed}").sample(self.lines, len(self.lines))[:count]
+        found = [_sample(number, line, tokenizer) for number, line in enumerate(lines)]
+        self._refuse_long(lines, found, context)
+        return found
+
+    def score(self, sample: Sample, reader: Reader) -> Score:
+        """See `Task.score`."""
+        if self.way == "likelihood":
+            return likelihood(sample, reader)
+        # A token is a character or more, in nearly all tokenizers and languages.
+        return recall(sample, reader, _TOKENS_BEFORE + sum(map(len, sample.answers)))
+
+    def _refuse_long(self, lines: list[Line], found: list[Sample], context: int) -> None:
+        longest = max(found, key=lambda sample: len(sample.prompt), default=None)
+        if longest is not None and len(longest.prompt) > context:
+            raise KVPruneError(
+                f"{self.path}, line {lines[longest.number].number}: expected a prompt of at most"
+                f" {context} tokens, got {len(longest.prompt)}; ask for a context of that many, or"
+                " shorten the line's context"
+            )
+
+
+def own(path: str) -> Own:
+    """The task that a file of JSON lines is.
+
+    Raises:
+        KVPruneError: no such file, no line, or a line that is not as it has to be, with its
+            number.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise KVPruneError(f"{path}: expected a file of JSON lines in UTF-8: {error}") from error
+    # Not splitlines: JSON may hold other line ends as they are.
+    written = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not written:
+        raise KVPruneError(f"{path}: expected at least one line of JSON, got none")
+    found = [(n, _mapping(f"{path}, line {n}", line)) for n, line in written]
+    lines = tuple(_line(f"{path}, line {n}", n, given) for n, given in found)
+    way = _way(path, found)
+    _refuse_lists(path, lines, way)
+    return Own(path, lines, way)
+
+
+def _mapping(where: str, line: str) -> Mapping[str, object]:
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise KVPruneError(f"{where}: expected JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise KVPruneError(f"{where}: expected a JSON object, got {type(given).__name__}")
+    return given
+
+
+def _line(where: str, number: int, given: Mapping[str, object]) -> Line:
+    context, question = (_text(where, key, given.get(key)) for key in ("context", "question"))
+    answer = given.get("answer")
+    answers = answer if isinstance(answer, list) and answer else [answer]
+    return Line(number, context, question, tuple(_text(where, "answer", one) for one in answers))
+
+
+def _text(where: str, key: str, value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        texts = "a text, or a list of them," if key == "answer" else "a text"
+        raise KVPruneError(f"{where}: expected {texts} as {key!r}, got {json.dumps(value)}")
+    return value.strip() if key == "answer" else value
+
+
+def _way(path: str, found: list[tuple[int, Mapping[str, object]]]) -> str:
+    """What the lines that say it say, which must be the same."""
+    said = [(number, given["score"]) for number, given in found if "score" in given]
+    for number, way in said:
+        if way not in WAYS or way != said[0][1]:
+            expected = " or ".join(WAYS) if way not in WAYS else f"{said[0][1]!r}, as before,"
+            raise KVPruneError(
+                f"{path}, line {number}: expected {expected} as 'score', got {json.dumps(way)}"
+            )
+    return str(said[0][1]) if said else WAYS[0]
+
+
+def _refuse_lists(path: str, lines: tuple[Line, ...], way: str) -> None:
+    for line in lines:
+        if way == "likelihood" and len(line.answers) > 1:
+            raise KVPruneError(
+                f"{path}, line {line.number}: expected one answer, since the file is scored by"
+                f" likelihood, got {len(line.answers)}"
+            )
+
+
+def _sample(number: int, line: Line, tokenizer: Any) -> Sample:
+    ask = Ask("", f"\n\n{line.question}", "Answer:")
+    return Sample(number, ask.ids(tokenizer, line.context), ask.ids(tokenizer), line.answers)

@@ -1,0 +1,91 @@
+"""Perplexity of a long document: how likely the text behind a long stretch of it is.
+
+The prompt is `context` tokens of Paul Graham's essays, and what is scored are the 128 tokens that
+follow, teacher-forced: their mean log-likelihood (perplexity is exp of minus that), and by distance
+from the prompt's end. After the evaluations of StreamingLLM (arXiv 2309.17453, section 4.1) and
+others. It is a sanity check more than a measure: the next words mostly follow from the last ones,
+so a policy that keeps those loses little whatever else it drops. Bare is the prompt's last 32
+tokens: what those alone are good for.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from kvprune.errors import KVPruneError
+
+from .base import Reader, Sample, Score, Task
+from .prompts import opening, refuse_short, seeded
+from .scoring import LIKELIHOOD, mean
+from .texts import essays
+
+_BARE = 32
+_STRETCH = 32
+_FOLLOWING = 4 * _STRETCH
+# A first guess, of English.
+_CHARACTERS_A_TOKEN = 5
+
+
+@dataclass(frozen=True)
+class Stretch(Sample):
+    """A stretch of a document, and the token ids that follow it: not all tokenizers find them
+    again in their text, which is the one answer."""
+
+    following: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Perplexity(Task):
+    """128 tokens behind a stretch of essays."""
+
+    name: ClassVar[str] = "perplexity"
+    unit: ClassVar[str] = LIKELIHOOD
+
+    def samples(self, tokenizer: Any, context: int, count: int, seed: int) -> Sequence[Stretch]:
+        """See `Task.samples`; each prompt has exactly `context` tokens."""
+        first = opening(tokenizer)
+        refuse_short(self.name, context, len(first) + _BARE + 1)
+        draws = (seeded(self.name, context, seed, i) for i in range(count))
+        size = context - len(first)
+        texts = [_tokens(tokenizer, draw, size + _FOLLOWING) for draw in draws]
+        return [_stretch(i, first, ids, size, tokenizer) for i, ids in enumerate(texts)]
+
+    def score(self, sample: Sample, reader: Reader) -> Score:
+        """See `Task.score`; `parts` has the mean of each stretch of 32 tokens."""
+        assert isinstance(sample, Stretch)
+        values = reader.log_likelihood(sample.following)
+        parts = {
+            f"tokens {i + 1}-{i + _STRETCH}": mean(values[i : i + _STRETCH])
+            for i in range(0, _FOLLOWING, _STRETCH)
+        }
+        return Score(mean(values), parts)
+
+
+def _stretch(
+    number: int, first: tuple[int, ...], ids: list[int], size: int, tokenizer: Any
+) -> Stretch:
+    before, following = ids[:size], ids[size:]
+    answer = tokenizer.decode(following)
+    prompt, bare = (*first, *before), (*first, *before[-_BARE:])
+    return Stretch(number, prompt, bare, (answer,), tuple(following))
+
+
+def _tokens(tokenizer: Any, draw: random.Random, count: int) -> list[int]:
+    """So many from somewhere in the first half of the essays, from a sentence's start on."""
+    text = essays()
+    start = text.find(". ", int(draw.random() * len(text) / 2)) + 2
+    characters = count * _CHARACTERS_A_TOKEN
+    while True:
+        ids = list(tokenizer.encode(text[start : start + characters], add_special_tokens=False))
+        # The last token is cut off with the text, or may be.
+        if len(ids) > count:
+            return ids[:count]
+        if start + characters >= len(text):
+            raise KVPruneError(
+                f"perplexity: expected a context that the essays can fill, got {count} tokens with"
+                f" what follows, where they have {len(ids)} from a start on; take a shorter one"
+            )
+        characters *= 2

@@ -1,0 +1,140 @@
+"""Prompts of a length: a question around a context, as a chat where the tokenizer knows one."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvprune.errors import KVPruneError
+
+from .base import Sample, Task
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is asked and how the answer begins.
+
+    before, after: what is said around the context.
+    lead: put into the assistant's turn, so that a small model answers and does not chat. It ends
+    without a space: the answer brings its own.
+    """
+
+    before: str
+    after: str
+    lead: str
+
+    def ids(self, tokenizer: Any, context: str = "") -> tuple[int, ...]:
+        """The prompt's token ids, with the template or with what begins a text."""
+        content = f"{self.before}{context}{self.after}"
+        if not getattr(tokenizer, "chat_template", None):
+            return plain(tokenizer, f"{content}\n{self.lead}")
+        message = [{"role": "user", "content": content}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return tuple(tokenizer.encode(text + self.lead, add_special_tokens=False))
+
+
+def plain(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of a text with what the tokenizer begins one with, and nothing at its end."""
+    return (*opening(tokenizer), *tokenizer.encode(text, add_special_tokens=False))
+
+
+def opening(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer begins a text with: its bos, or nothing."""
+    bare = tokenizer.encode("a", add_special_tokens=False)
+    whole = tokenizer.encode("a", add_special_tokens=True)
+    found = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return tuple(whole[: next(found, 0)])
+
+
+def seeded(name: str, context: int, seed: int, number: int) -> random.Random:
+    """The chance in a sample, which depends on nothing but these."""
+    return random.Random(f"{name} {context} {seed} {number}")
+
+
+def refuse_short(name: str, context: int, needed: int) -> None:
+    """Refuses a context that holds less than `needed` tokens.
+
+    Raises:
+        KVPruneError: it does.
+    """
+    if context < needed:
+        raise KVPruneError(
+            f"{name}: expected a context of at least {needed} tokens, got {context}: what is asked"
+            " for does not fit into less"
+        )
+
+
+def refuse_few(name: str, context: int, found: int, count: int) -> None:
+    """Refuses fewer samples than asked for.
+
+    Raises:
+        KVPruneError: there are fewer.
+    """
+    if found < count:
+        raise KVPruneError(
+            f"{name}: expected {count} samples that fit into {context} tokens, and there are"
+            f" {found}; ask for fewer samples" + (" or a longer context" if found == 0 else "")
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sample before its length is known.
+
+    text: the context of so many units (words, pairs); the same whenever it is asked.
+    least: the fewest units that hold what is asked for.
+    """
+
+    ask: Ask
+    text: Callable[[int], str]
+    answers: tuple[str, ...]
+    least: int = 0
+
+    def prompt(self, tokenizer: Any, units: int) -> tuple[int, ...]:
+        """Token ids of the whole prompt with so many units."""
+        return self.ask.ids(tokenizer, self.text(units))
+
+
+class Filled(Task):
+    """A task with a made-up context, which is as long as is asked for."""
+
+    @abstractmethod
+    def plan(self, draw: random.Random) -> Plan:
+        """One sample, drawn."""
+
+    def samples(self, tokenizer: Any, context: int, count: int, seed: int) -> Sequence[Sample]:
+        """See `Task.samples`; each context has as many units as fit."""
+        plans = [self.plan(seeded(self.name, context, seed, i)) for i in range(count)]
+        needed = max((len(p.prompt(tokenizer, p.least)) for p in plans), default=0)
+        refuse_short(self.name, context, needed)
+        return [_filled(plan, number, tokenizer, context) for number, plan in enumerate(plans)]
+
+
+def _filled(plan: Plan, number: int, tokenizer: Any, context: int) -> Sample:
+    units = most(lambda n: len(plan.prompt(tokenizer, n)), plan.least, context)
+    prompt = plan.prompt(tokenizer, units)
+    return Sample(number, prompt, plan.ask.ids(tokenizer), plan.answers)
+
+
+def most(length: Callable[[int], int], least: int, limit: int) -> int:
+    """A number whose length is within the limit though the next one's is not.
+
+    That of `least` is. It is the largest where lengths grow, and found in a few steps where they
+    grow evenly.
+    """
+    low, high, base = least, None, length(least)
+    number = least + 64
+    for turn in itertools.count():
+        found = length(number)
+        low, high = (number, high) if found <= limit else (low, number)
+        if high is not None and high - low == 1:
+            break
+        rate = max((found - base) / (number - least), 1e-3)
+        number = max(low + 1, number + int((limit - found) / rate))
+        if high is not None:
+            number = min(number, high - 1) if turn < 8 else (low + high) // 2
+    return low

@@ -1,0 +1,90 @@
+"""Common words: which words a long list has more often than the others.
+
+What is measured is whether a policy keeps what is spread over the whole text and only matters by
+its number. After RULER's common words extraction (arXiv 2404.06654, section 3 and appendix B), with
+its template. A small model cannot count, so by default there is one common word and not ten; it
+makes up a share of the list whatever the list's length, where RULER repeats it 30 times; the other
+words, of Paul Graham's essays, come once each, and again only in a list that is longer than there
+are words. There is no solved example: SmolLM2-135M answers with the example's words. Bare is the
+question without the list, so the lower line is 0.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import chain, cycle, islice
+from typing import ClassVar
+
+from kvprune.errors import KVPruneError
+
+from .base import Reader, Sample, Score
+from .prompts import Ask, Filled, Plan
+from .scoring import RECALL, recall
+from .texts import vocabulary
+
+# A word of up to eight letters, with its number.
+_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Words(Filled):
+    """The `common` most common words, which together are a `share` of the list."""
+
+    name: ClassVar[str] = "words"
+    unit: ClassVar[str] = RECALL
+    floor: ClassVar[float | None] = 0.5
+    common: int = 1
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuses a list that has no common words, or no others.
+
+        Raises:
+            KVPruneError: it has not.
+        """
+        if not (self.common >= 1 and 0 < self.share < 1):
+            raise KVPruneError(
+                f"words: expected a common word and a share between 0 and 1, got {self}"
+            )
+
+    def plan(self, draw: random.Random) -> Plan:
+        """See `Filled.plan`."""
+        ask = _ask(self.common)
+        said = f"{ask.before}{ask.after}{ask.lead}".lower()
+        words = [word for word in draw.sample(vocabulary(), len(vocabulary())) if word not in said]
+        common, others, order = words[: self.common], words[self.common :], draw.random()
+        # With fewer, a common word would come once, as the others do.
+        least = round(4 * self.common / self.share)
+        text = lambda n: _listed(self._words(n, common, others), order)  # noqa: E731
+        return Plan(ask, text, tuple(common), least)
+
+    def score(self, sample: Sample, reader: Reader) -> Score:
+        """See `Task.score`."""
+        return recall(sample, reader, _TOKENS * len(sample.answers) + 4)
+
+    def _words(self, count: int, common: list[str], others: list[str]) -> list[str]:
+        often = common * round(count * self.share / self.common)
+        return list(islice(chain(often, cycle(others)), count))
+
+
+def _listed(words: list[str], order: float) -> str:
+    random.Random(order).shuffle(words)
+    return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
+
+
+def _ask(common: int) -> Ask:
+    """RULER's template, in the singular for one word."""
+    before = (
+        "Below is a numbered list of words. In these words, some appear more often than others."
+        " Memorize the ones that appear most often.\n"
+    )
+    asked, answered = f"are the {common} most common words", f"top {common} words that appear"
+    if common == 1:
+        asked, answered = "is the most common word", "word that appears"
+    verb = "is" if common == 1 else "are"
+    return Ask(
+        before,
+        f"\nQuestion: What {asked} in the above list?",
+        f"Answer: The {answered} most often in the list {verb}: 1.",
+    )
