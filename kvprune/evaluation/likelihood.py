@@ -17,7 +17,6 @@ from torch.nn.functional import pad
 
 from kvprune.cache import ComposedCache
 from kvprune.families import base_of, takes, unwrapped
-from kvprune.policy import TokenPolicy
 
 LogSoftmax = Callable[[Tensor], Tensor]
 
@@ -67,19 +66,19 @@ class Contexts:
         """The logits `[B, Q, V]` that say each of `tokens` `[B, T]`, some at a time."""
         yield self.logits[:, None]
         # The last token is not read: nothing follows it.
-        read = tokens[:, :-1]
-        if not read.shape[1]:
+        rest = tokens[:, :-1]
+        if not rest.shape[1]:
             return
         cache = copy.deepcopy(self.cache)
         # Several tokens at once attend to all of each other, as if nothing were evicted between.
         evicts = any("rank_slots" in p.hooks for p in cache.policies)
-        for some in read.split(1 if evicts else read.shape[1], dim=1):
+        for some in rest.split(1 if evicts else rest.shape[1], dim=1):
             yield _forward(self.model, some, self.mask, cache, some.shape[1])
 
 
 def read(
     model: Any,
-    policies: Sequence[TokenPolicy],
+    cache: ComposedCache,
     contexts: Sequence[Sequence[int]],
     prompt_lengths: Sequence[int] | None = None,
 ) -> Contexts:
@@ -87,17 +86,16 @@ def read(
 
     Args:
         model: attached.
-        policies: as for `ComposedCache`.
+        cache: an empty one.
         contexts: B lists of token ids, none empty.
         prompt_lengths: B, in tokens: what a budget given as a share is a share of; the contexts'
             own where None.
 
     Raises:
-        KVPruneError: as `ComposedCache`, or a policy cannot work on the model.
+        KVPruneError: a policy cannot work on the model.
     """
     tokens, mask = _left_padded(contexts, model.device)
     lengths = torch.tensor(prompt_lengths or [len(c) for c in contexts], device=model.device)
-    cache = ComposedCache(policies)
     # Outside `generate` a prompt of one token would not count as one.
     cache.enter_generate()
     try:

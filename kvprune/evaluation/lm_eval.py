@@ -8,7 +8,7 @@ reads the context with the policies' cache first, and scores what follows on wha
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -16,13 +16,17 @@ import torch
 from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import hash_string
 from tqdm import tqdm
 
 import kvprune
 from kvprune.errors import KVPruneError
 from kvprune.policy import TokenPolicy
 
+from .flops import Flops
 from .likelihood import Contexts, read
+from .results import Cost
+from .watch import Watch
 
 Answer = tuple[float, bool]
 # What lm-eval keys its cache by (None for windows of a text), the context, the continuation.
@@ -54,6 +58,9 @@ class KVPruneLM(HFLM):  # type: ignore[misc]
             may hold commas in brackets), or a list of policies.
         more: lm-eval's own arguments.
 
+    What reading each context cost is in the results' `config`, under "kvprune": `harness_results`
+    makes results of it as `kvprune compare` has them.
+
     Raises:
         KVPruneError: no such policy, or one that cannot work on the model; the model's family
             is not supported.
@@ -62,10 +69,15 @@ class KVPruneLM(HFLM):  # type: ignore[misc]
     def __init__(
         self, pretrained: Any, policies: str | Sequence[TokenPolicy] = "dense", **more: Any
     ) -> None:
-        self.policies = _parsed(policies)
+        self.policies, self.spec = _parsed(policies)
+        self.label = policies if isinstance(policies, str) else self.spec
         super().__init__(pretrained, **more)
         kvprune.attach(self.model)
         self._check_policies()
+        self._flops = Flops.measured(self.model)
+        # By the context's text as lm-eval hashes it, which is all that its samples say of it.
+        self._costs: dict[str, Cost] = {}
+        self._texts: list[str] = []
 
     @classmethod
     def create_from_arg_string(
@@ -76,7 +88,7 @@ class KVPruneLM(HFLM):  # type: ignore[misc]
 
     def _check_policies(self) -> None:
         """Finds out now, not after an hour of other tasks."""
-        read(self.model, self.policies, [[0]])
+        read(self.model, kvprune.ComposedCache(self.policies), [[0]])
 
     def _loglikelihood_tokens(
         self,
@@ -89,11 +101,12 @@ class KVPruneLM(HFLM):  # type: ignore[misc]
         silent = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=silent, desc="Scoring behind contexts") as bar:
             for questions in self._batches(requests, override_bs):
-                for number, answer in self._answers(questions):
+                texts = [requests[q.numbers[0]][0] for q in questions]
+                for number, answer in self._answers(questions, [t and t[0] for t in texts]):
                     answers[number] = answer
-                    text = requests[number][0]
-                    if text is not None:
-                        self.cache_hook.add_partial("loglikelihood", text, answer)
+                    pair = requests[number][0]
+                    if pair is not None:
+                        self.cache_hook.add_partial("loglikelihood", pair, answer)
                     bar.update()
         return answers
 
@@ -128,11 +141,16 @@ class KVPruneLM(HFLM):  # type: ignore[misc]
             return int(self.batch_size)
         return override_bs or int(self._detect_batch_size())
 
-    def _answers(self, questions: Sequence[_Question]) -> Iterator[tuple[int, Answer]]:
+    def _answers(
+        self, questions: Sequence[_Question], texts: Sequence[str | None]
+    ) -> Iterator[tuple[int, Answer]]:
         """Each request's number and answer: every context is read once."""
+        cache = kvprune.ComposedCache(self.policies)
+        lengths = [q.prompt_length for q in questions]
         with self._precision():
-            lengths = [q.prompt_length for q in questions]
-            contexts = read(self.model, self.policies, [q.context for q in questions], lengths)
+            with Watch(self.model, cache) as watch:
+                contexts = read(self.model, cache, [q.context for q in questions], lengths)
+            self._note(texts, watch)
             yield from self._scored(contexts, questions)
 
     def _scored(
@@ -143,9 +161,7 @@ class KVPruneLM(HFLM):  # type: ignore[misc]
         for row_numbers, row_texts in zip(numbers, continuations, strict=True):
             scores = contexts.score(row_texts, self._log_softmax)
             yield from (
-                (n, score)
-                for n, score in zip(row_numbers, scores, strict=True)
-                if n is not None
+                (n, score) for n, score in zip(row_numbers, scores, strict=True) if n is not None
             )
 
     def _log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
@@ -156,18 +172,41 @@ class KVPruneLM(HFLM):  # type: ignore[misc]
         mixed = self.mixed_precision_dtype
         return torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None)
 
+    def tok_batch_encode(self, strings: list[str], *args: Any, **more: Any) -> Any:
+        """As lm-eval's; what is encoded here is what is generated from next."""
+        self._texts = list(strings)
+        return super().tok_batch_encode(strings, *args, **more)
+
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
     ) -> Any:
         cache = kvprune.ComposedCache(self.policies)
-        return super()._model_generate(
-            context, max_length, stop, past_key_values=cache, **options
-        )
+        with Watch(self.model, cache) as watch:
+            said = super()._model_generate(
+                context, max_length, stop, past_key_values=cache, **options
+            )
+        self._note(self._texts, watch)
+        return said
+
+    def _note(self, texts: Sequence[str | None], watch: Watch) -> None:
+        """Keeps the costs of contexts; a window of a text (None) is no context."""
+        costs = watch.costs(self._flops, len(texts))
+        for text, cost in zip(texts, costs, strict=True):
+            if text is not None:
+                self._costs[hash_string(text)] = cost
+
+    def get_model_info(self) -> dict[str, Any]:
+        """lm-eval's, and under "kvprune" the policies and what reading each context cost."""
+        costs = {text: asdict(cost) for text, cost in self._costs.items()}
+        mine = {"policy": self.spec, "label": self.label, "costs": costs}
+        return {**super().get_model_info(), "kvprune": mine}
 
 
-def _parsed(policies: str | Sequence[TokenPolicy]) -> list[TokenPolicy]:
+def _parsed(policies: str | Sequence[TokenPolicy]) -> tuple[list[TokenPolicy], str]:
+    """The policies, and their canonical spec."""
     if not isinstance(policies, str):
-        return list(policies)
-    from .specs import parse
+        return list(policies), " + ".join(map(repr, policies)) or "dense"
+    from .specs import canonical, parse
 
-    return parse(policies)
+    found = parse(policies)
+    return found, canonical(found)

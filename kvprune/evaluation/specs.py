@@ -32,3 +32,8 @@ def _policy(node: ast.expr) -> TokenPolicy:
     given = {k.arg: ast.literal_eval(k.value) for k in keywords if k.arg}
     made: TokenPolicy = _NAMES[name.id](**given)
     return made
+
+
+def canonical(policies: list[TokenPolicy]) -> str:
+    """The spec with every argument named."""
+    return " + ".join(map(repr, policies)) or "dense"
