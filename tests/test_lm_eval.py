@@ -188,12 +188,12 @@ def test_what_is_generated_is_the_model_s_own(random_folder, name, batch):
     """`generate` with the same cache, each context alone."""
     lm = lm_of(random_folder, name, batch_size=batch)
     contexts = sorted({c for c, _ in pairs()})[:6]
-    until = {"until": ["."], "max_gen_toks": 9, "do_sample": False}
+    until = {"until": ["."], "max_gen_toks": 9, "do_sample": False, "eos_token_id": 1}
     got = lm.generate_until(asked("generate_until", *[(c, until) for c in contexts]), True)
     for context, text in zip(contexts, got, strict=True):
         ids = lm.tokenizer(context, return_tensors="pt").input_ids
         cache = ComposedCache(POLICIES[name])
-        said = lm.model.generate(ids, cache=cache, max_new_tokens=9, do_sample=False)
+        said = lm.model.generate(ids, cache=cache, max_new_tokens=9, eos_token_id=1)
         whole = lm.tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
         assert text == whole.split(".")[0]
 
@@ -222,11 +222,9 @@ def test_what_is_too_long_is_cut_on_its_left(random_folder):
         got = KVPruneLM(random_folder, **options).loglikelihood(requests, True)
         for (a, same), (b, greedy) in zip(got, expected, strict=True):
             assert a == pytest.approx(b, abs=1e-5, rel=1e-5) and same == greedy
+    short = KVPruneLM(random_folder, device="cpu", max_length=2)
     with pytest.raises(KVPruneError, match="continuation of 1 to 2 tokens"):
-        options["max_length"] = 2
-        KVPruneLM(random_folder, **options).loglikelihood(
-            asked("loglikelihood", ("It is", " dark in the")), True
-        )
+        short.loglikelihood(asked("loglikelihood", ("It is", " dark in the")), True)
 
 
 def test_argument_strings_keep_their_brackets(random_folder):

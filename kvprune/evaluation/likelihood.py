@@ -1,7 +1,10 @@
 """How likely continuations are behind contexts that were read with a cache, in batches.
 
-A context is read first, in one forward, so that policies prune and evict; what follows it is
-then scored on what they left. Each token of a continuation sees what it would see in decoding.
+A context is read first, so that policies prune and evict; what follows it is then scored on what
+they left. Its last token is read by itself: in one forward with the others it would see all of
+them before anything is evicted, and an answer of one token would not depend on the budget at all.
+That, and the continuation's tokens, is what `generate` does with `prefill_chunk_size` one less than
+the context.
 """
 
 from __future__ import annotations
@@ -82,7 +85,7 @@ def read(
     contexts: Sequence[Sequence[int]],
     prompt_lengths: Sequence[int] | None = None,
 ) -> Contexts:
-    """Reads contexts of any lengths in one forward, padded on the left.
+    """Reads contexts of any lengths, padded on the left: all but their last tokens, then these.
 
     Args:
         model: attached.
@@ -100,7 +103,9 @@ def read(
     cache.enter_generate()
     try:
         cache.announce_prompt(lengths, tokens.shape[1])
-        logits = _forward(model, tokens, mask, cache, 1)[:, -1]
+        if tokens.shape[1] > 1:
+            _forward(model, tokens[:, :-1], mask, cache, 1)
+        logits = _forward(model, tokens[:, -1:], mask, cache, 1)[:, -1]
     finally:
         cache.leave_generate()
     return Contexts(model, cache, logits, mask)
@@ -130,11 +135,12 @@ def _right_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, T
 def _forward(
     model: Any, tokens: Tensor, mask: Tensor | None, cache: ComposedCache, asked: int
 ) -> Tensor:
-    """The logits `[B, asked, V]` of the last tokens; `mask` may end before they do."""
+    """The logits `[B, asked, V]` of the last tokens; behind `mask` nothing is padding."""
     given: dict[str, Any] = {}
     if mask is not None:
         columns = cache.seen + tokens.shape[1]
-        mask = given["attention_mask"] = pad(mask, (0, columns - mask.shape[1]), value=1)
+        mask = pad(mask, (0, max(columns - mask.shape[1], 0)), value=1)[:, :columns]
+        given["attention_mask"] = mask
         if takes(base_of(unwrapped(model)), "position_ids"):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             given["position_ids"] = positions[:, cache.seen :]

@@ -35,17 +35,15 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 @dataclass(frozen=True)
 class _Question:
-    """A context, and what is asked behind it: the requests' numbers, and their continuations."""
+    """A context, and what is asked behind it: the requests' numbers, and their continuations.
+
+    prompt_length: what a share is a share of.
+    """
 
     context: tuple[int, ...]
+    prompt_length: int
     numbers: list[int] = field(default_factory=list)
     continuations: list[list[int]] = field(default_factory=list)
-
-    @property
-    def prompt_length(self) -> int:
-        """What a share is a share of: the context, or the text where there is nothing else."""
-        alone = len(self.context) == 1
-        return len(self.context) + alone * max(map(len, self.continuations))
 
 
 @register_model("kvprune")
@@ -114,10 +112,12 @@ class KVPruneLM(HFLM):  # type: ignore[misc]
         self, requests: Sequence[Request], override_bs: int | None
     ) -> Iterator[list[_Question]]:
         """The questions, each context once, the longest first; some at a time."""
-        questions: dict[tuple[int, ...], _Question] = {}
+        questions: dict[tuple[tuple[int, ...], int], _Question] = {}
         for number, (_, context, continuation) in enumerate(requests):
             cut = self._cut(context, continuation)
-            question = questions.setdefault(cut, _Question(cut))
+            # Behind nothing but a start token, the text itself is what a share is a share of.
+            length = len(cut) if len(cut) > 1 else 1 + len(continuation)
+            question = questions.setdefault((cut, length), _Question(cut, length))
             question.numbers.append(number)
             question.continuations.append(continuation)
         ordered = sorted(questions.values(), key=lambda q: (-len(q.context), q.context))
@@ -148,7 +148,7 @@ class KVPruneLM(HFLM):  # type: ignore[misc]
         cache = kvprune.ComposedCache(self.policies)
         lengths = [q.prompt_length for q in questions]
         with self._precision():
-            with Watch(self.model, cache) as watch:
+            with Watch(self.model, cache, len(questions[0].context)) as watch:
                 contexts = read(self.model, cache, [q.context for q in questions], lengths)
             self._note(texts, watch)
             yield from self._scored(contexts, questions)
@@ -181,7 +181,7 @@ class KVPruneLM(HFLM):  # type: ignore[misc]
         self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
     ) -> Any:
         cache = kvprune.ComposedCache(self.policies)
-        with Watch(self.model, cache) as watch:
+        with Watch(self.model, cache, context.shape[1]) as watch:
             said = super()._model_generate(
                 context, max_length, stop, past_key_values=cache, **options
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,28 +17,31 @@ from .results import Cost
 
 
 class Watch:
-    """Notes what the first forward inside the context costs: `with Watch(model, cache) as watch`.
+    """Notes what reading prompts costs: `with Watch(model, cache, columns) as watch`.
 
     Args:
         model: attached.
-        cache: an empty one, with which the forward is done, by `generate` or otherwise.
+        cache: an empty one, with which the prompts are read, by `generate` or otherwise.
+        columns: of the prompts, padding included; forwards beyond them are not counted.
     """
 
-    def __init__(self, model: Any, cache: ComposedCache) -> None:
+    def __init__(self, model: Any, cache: ComposedCache, columns: int) -> None:
         self._base: Any = base_of(unwrapped(model))
-        self._cache = cache
+        self._cache, self._columns = cache, columns
         self._handles: list[Any] = []
+        self._counting = False
         self._begun = self._seconds = 0.0
         self._tokens = torch.zeros(0)
-        self._entered: list[Tensor] = []
+        self._entered: dict[int, Tensor] = {}
         self._kept: list[Tensor] = []
         self._held = self._peak = 0
 
     def __enter__(self) -> Watch:
+        layers = enumerate(decoder_layers(self._base))
         self._handles = [
             self._base.register_forward_pre_hook(self._before),
             self._base.register_forward_hook(self._after),
-            *(x.register_forward_hook(self._after_layer) for x in decoder_layers(self._base)),
+            *(x.register_forward_hook(partial(self._after_layer, i)) for i, x in layers),
         ]
         return self
 
@@ -54,8 +58,8 @@ class Watch:
             flops: of the model.
             prompts: how many there were; rows are a multiple of that in beam search.
         """
-        each = self._entered[0].shape[0] // prompts
-        entered = torch.stack(self._entered, 1)[::each].tolist()
+        each = len(self._tokens) // prompts
+        entered = torch.stack(list(self._entered.values()), 1)[::each].tolist()
         kept = torch.stack(self._kept, 1)[::each].tolist()
         tokens = self._tokens[::each].tolist()
         return [
@@ -73,29 +77,32 @@ class Watch:
         ]
 
     def _before(self, *_: Any) -> None:
-        if self._cache.seen == 0:
-            self._begun = self._now()
+        self._counting = self._cache.seen < self._columns
+        self._begun = self._now()
 
-    def _after_layer(self, *_: Any) -> None:
-        if self._cache.seen:
+    def _after_layer(self, index: int, *_: Any) -> None:
+        if not self._counting:
             return
         step = self._cache.step
-        if not self._entered:
-            valid = step.count if step.padding is None else (~step.padding).sum(-1)
-            self._tokens = torch.as_tensor(valid).expand(step.columns.shape[0])
-        self._entered.append((step.columns >= 0).sum(-1))
+        entered = (step.columns >= 0).sum(-1)
+        self._entered[index] = self._entered.get(index, 0) + entered
+        self._tokens = torch.full_like(entered, step.seen + step.count)
+        if step.padding is not None:
+            self._tokens -= step.padding.sum(-1)
         self._peak = max(self._peak, self._cache.nbytes)
 
     def _after(self, *_: Any) -> None:
-        if self._kept:
+        if not self._counting:
             return
-        self._seconds = self._now() - self._begun
+        self._seconds += self._now() - self._begun
         self._held = self._cache.nbytes
         self._peak = max(self._peak, self._held)
-        rows = self._entered[0].shape[0]
-        for index, _ in self._cache.slot_layers():
-            held = (self._cache.columns(index) >= 0).sum(-1).double().mean(-1)
-            self._kept.append(held.expand(rows))
+        self._kept = [self._kept_in(index) for index, _ in self._cache.slot_layers()]
+
+    def _kept_in(self, layer: int) -> Tensor:
+        """Slots by row `[B]`, the mean over heads."""
+        held = (self._cache.columns(layer) >= 0).sum(-1).double().mean(-1)
+        return held.expand(len(self._tokens))
 
     def _now(self) -> float:
         if self._base.device.type != "cpu":
