@@ -63,14 +63,33 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """Which tokens of one sample's prompt each layer of a cell holds once it was read.
+
+    tokens: the prompt's, as text, n of them; joined they are the prompt.
+    kept: for each layer of the model, which heads hold which of them: n levels of 0 to 3 as text
+        (see `traces.levels`); empty for a layer that holds no slots at all.
+    """
+
+    cell: Cell
+    sample: int
+    tokens: tuple[str, ...]
+    kept: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Results:
     """All that a results file says.
 
     run: the settings, versions, machine and command, as plain JSON values.
     units: of each task's score, by its name.
+    traces: of one sample of a cell, for as many cells as there are to look at.
+    floors: the least that dense must score for a task to mean anything, where it has such.
     """
 
     run: Mapping[str, object]
     units: Mapping[str, str]
     samples: tuple[SampleResult, ...] = ()
     failures: tuple[Failure, ...] = field(default=())
+    traces: tuple[Trace, ...] = ()
+    floors: Mapping[str, float] = field(default_factory=dict)

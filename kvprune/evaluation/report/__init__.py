@@ -1,0 +1,126 @@
+"""The report of a comparison: one page that opens from disk, and its figures as files."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvprune.errors import KVPruneError
+from kvprune.files import write_text, write_whole
+
+from ..results import Results
+from . import view
+from .figures import Plot, need_matplotlib
+from .kept_text import SHADES, shown
+from .palette import SERIES, dark_rules, styles
+from .plots import DENSE_STYLE, context_plots, heat_map, quality_plots
+from .summary import labels, tables
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from markupsafe import Markup
+
+PLOTS = "plots"
+"""The folder, beside the page, of the figures' files."""
+
+
+def write_report(results: Results, folder: Path) -> list[Path]:
+    """Writes `report.html`, and each of its figures as SVG and PNG into `plots/` beside it.
+
+    The page needs nothing but itself: no network, no script, no other file.
+
+    Args:
+        results: what was measured; may be empty or lack whole cells.
+        folder: where to, made if it is not there; files of the same names are replaced.
+
+    Returns:
+        What was written, the page first.
+
+    Raises:
+        KVPruneError: matplotlib is missing, a trace is damaged, or the folder cannot be written.
+    """
+    need_matplotlib()
+    page, plots = _page(results)
+    _make(folder / PLOTS)
+    written = [folder / "report.html"]
+    for plot in plots:
+        vector, pixels = (folder / PLOTS / f"{plot.name}.{kind}" for kind in ("svg", "png"))
+        write_text(vector, plot.svg)
+        write_whole(pixels, partial(_put, content=plot.png))
+        written += [vector, pixels]
+    write_text(written[0], page)
+    return written
+
+
+def _put(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KVPruneError(
+            f"{folder}: expected a folder for the report, and could not make it: {error}. Name "
+            f"one that can be written"
+        ) from error
+
+
+def _page(results: Results) -> tuple[str, list[Plot]]:
+    found, names = tables(results), labels(results)
+    style = styles(names)
+    quality = [quality_plots(table, style, i) for i, table in enumerate(found, start=1)]
+    costs = context_plots(found, style)
+    traces = list(shown(results.traces, names))
+    maps = [
+        heat_map(trace, style.get(trace.cell.label, DENSE_STYLE), i)
+        for i, trace in enumerate(traces, start=1)
+    ]
+    page = _template().render(
+        model=str(results.run.get("model", "")),
+        about=view.about(results.run),
+        sections=view.sections(found, names, quality),
+        overview=view.overview(found, names),
+        costs=costs,
+        kept=view.kept(traces, maps, names),
+        failures=view.failures(results),
+        samples=f"{len(results.samples):,}",
+        shades=list(enumerate(SHADES)),
+        style=_style_sheet(),
+        plots=PLOTS,
+    )
+    # A file name in an error may hold what UTF-8 cannot.
+    page = page.encode("utf-8", "replace").decode("utf-8")
+    return page, [*(plot for pair in quality for plot in pair), *costs, *maps]
+
+
+def _template() -> Template:
+    # Everything is escaped unless the template says otherwise, which it does for figures alone.
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    environment.filters["breakable"] = _breakable
+    return environment.from_string(_packaged("page.html"))
+
+
+def _breakable(spec: str) -> Markup:
+    """Escaped, with places where a long spec may go on in the next line."""
+    from markupsafe import Markup, escape
+
+    return Markup("<wbr>").join(escape(piece) for piece in re.split(r"(?<=[,|(+])", spec))
+
+
+def _packaged(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _style_sheet() -> str:
+    series = "".join(f".c{i}{{color:{light}}}" for i, light in enumerate(SERIES))
+    dark = "".join(f".c{i}{{color:{dark}}}" for i, dark in enumerate(SERIES.values()))
+    dark = f"@media screen and (prefers-color-scheme: dark){{{dark}}}"
+    return _packaged("page.css") + series + dark + dark_rules()

@@ -1,0 +1,26 @@
+"""What enters each layer and what it keeps, as a picture that fits into a line of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .summary import CellCost
+
+WIDTH, HEIGHT = 72, 20
+
+
+def areas(cost: CellCost) -> tuple[str, str]:
+    """Paths for SVG of `WIDTH` by `HEIGHT`: tokens that enter each layer, slots that it keeps."""
+    if not cost.tokens or not cost.pruned:
+        return "", ""
+    entered = [1 - pruned / cost.tokens for pruned in cost.pruned]
+    kept = [e - gone / cost.tokens for e, gone in zip(entered, cost.evicted, strict=True)]
+    return _area(entered), _area(kept)
+
+
+def _area(shares: Sequence[float]) -> str:
+    """A stair from layer to layer, down to the ground."""
+    step, parts = WIDTH / len(shares), [f"M0 {HEIGHT}"]
+    for layer, share in enumerate(shares):
+        parts.append(f"V{HEIGHT * (1 - share):.1f}H{step * (layer + 1):.1f}")
+    return "".join([*parts, f"V{HEIGHT}Z"])
