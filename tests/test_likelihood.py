@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from kvprune import ComposedCache
-from kvprune.evaluation.flops import Flops
+from kvprune.evaluation import harness
+from kvprune.evaluation.flops import Flops, counting
 from kvprune.evaluation.likelihood import read
 from kvprune.evaluation.watch import Watch
 from kvprune.policies import H2O, StreamingLLM
@@ -135,9 +138,15 @@ def test_what_reading_cost_is_noted_by_row(generates):
     assert not tiny_model().model._forward_hooks.keys() & {h.id for h in watch._handles}
 
 
-def test_flops_of_a_dense_prompt_are_what_torch_counts():
-    from kvprune.evaluation.flops import counting
+def test_without_lm_eval_its_command_says_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    with pytest.raises(SystemExit) as ended:
+        harness.main()
+    assert ended.value.code == 2
+    assert "pip install kvprune[lm-eval]" in capsys.readouterr().err
 
+
+def test_flops_of_a_dense_prompt_are_what_torch_counts():
     ids = prompt(1, 100)
     with counting() as counter, torch.no_grad():
         tiny_model()(ids, past_key_values=ComposedCache(), logits_to_keep=1)

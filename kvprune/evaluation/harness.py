@@ -1,28 +1,34 @@
 """`python -m kvprune.evaluation.harness ...`: lm-eval's own command, with the model `kvprune`.
 
-lm-eval (0.4.13) has no entry points for models of other packages: its registry holds what was
-imported. This imports ours and goes on as `lm_eval` does.
+lm-eval (0.4.13) has no entry points for models of other packages: its registry holds its own and
+what was imported. So this imports ours, and goes on as `lm_eval` does.
 """
 
 from __future__ import annotations
+
+import sys
 
 from kvprune.errors import KVPruneError
 
 
 def main() -> None:
-    """Runs lm-eval's command line.
+    """Runs lm-eval's command line; an expected error is one line, not a traceback."""
+    try:
+        _run()
+    except KVPruneError as error:
+        print(f"kvprune: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
-    Raises:
-        KVPruneError: lm-eval is not installed.
-    """
+
+def _run() -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
+
+        from . import lm_eval  # noqa: F401
     except ImportError as error:
         raise KVPruneError(
             f"harness: expected lm-evaluation-harness, came {error}: pip install kvprune[lm-eval]"
         ) from error
-    from . import lm_eval  # noqa: F401
-
     cli_evaluate()
 
 

@@ -13,8 +13,6 @@ from kvprune.errors import KVPruneError
 
 from .results import Cell, Cost, Results, SampleResult
 
-RUN = ("date", "git_hash", "lm_eval_version", "transformers_version", "config")
-
 
 def results_of(outputs: Iterable[Mapping[str, Any]]) -> Results:
     """What several runs of lm-eval say, such as one for each policy.
@@ -27,16 +25,25 @@ def results_of(outputs: Iterable[Mapping[str, Any]]) -> Results:
         outputs: what `lm_eval.simple_evaluate` returns with samples, or `read_outputs` reads.
 
     Raises:
-        KVPruneError: an output of another model or without samples, or a sample whose context
-            was not read in that run.
+        KVPruneError: an output of a model that is not `kvprune`, without samples, or with a sample
+            whose context was not read in that run; or runs of several models.
     """
     outputs = list(outputs)
     samples = [s for output in outputs for s in _samples(output)]
     units = {s.cell.task: next(iter(s.parts)) for s in samples}
-    runs = [{k: output[k] for k in RUN if k in output} for output in outputs]
-    for run in runs:
-        run["config"] = {k: v for k, v in run["config"].items() if k != "kvprune"}
-    return Results({"runs": json.loads(json.dumps(runs, default=str))}, units, tuple(samples))
+    return Results(_run(outputs), units, tuple(samples))
+
+
+def _run(outputs: Sequence[Mapping[str, Any]]) -> dict[str, object]:
+    """What is said of all runs together."""
+    models = sorted({output["config"]["kvprune"]["model"] for output in outputs})
+    if len(models) > 1:
+        raise KVPruneError(f"expected runs of one model, came runs of {', '.join(models)}")
+    config = outputs[0]["config"] if outputs else {}
+    versions = {n: outputs[0].get(f"{n}_version") for n in ("lm_eval", "transformers") if outputs}
+    named = ("batch_size", "device", "limit", "model_dtype", "fewshot_seed")
+    settings = {name: str(config[name]) for name in named if name in config}
+    return {"model": "".join(models), **settings, "versions": versions}
 
 
 def read_outputs(folder: Path) -> list[dict[str, Any]]:

@@ -145,4 +145,4 @@ def _forward(
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             given["position_ids"] = positions[:, cache.seen :]
     output = model(tokens, past_key_values=cache, logits_to_keep=asked, **given)
-    return output.logits  # type: ignore[no-any-return]
+    return output.logits

@@ -47,7 +47,7 @@ class _Question:
 
 
 @register_model("kvprune")
-class KVPruneLM(HFLM):  # type: ignore[misc]
+class KVPruneLM(HFLM):
     """lm-eval's Hugging Face model, read through a `ComposedCache`.
 
     Args:
@@ -198,8 +198,8 @@ class KVPruneLM(HFLM):  # type: ignore[misc]
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's, and under "kvprune" the policies and what reading each context cost."""
         costs = {text: asdict(cost) for text, cost in self._costs.items()}
-        mine = {"policy": self.spec, "label": self.label, "costs": costs}
-        return {**super().get_model_info(), "kvprune": mine}
+        mine = {"model": self.model.name_or_path, "policy": self.spec, "label": self.label}
+        return {**super().get_model_info(), "kvprune": {**mine, "costs": costs}}
 
 
 def _parsed(policies: str | Sequence[TokenPolicy]) -> tuple[list[TokenPolicy], str]:
