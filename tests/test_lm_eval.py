@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kvprune import ComposedCache, KVPruneError
+from kvprune import ComposedCache, KVPruneError, TokenPolicy
 from kvprune.policies import H2O, StreamingLLM
 
 from .models import LAYERS, fresh_model, tiny_model
@@ -155,7 +157,7 @@ def test_a_tiny_budget_costs_accuracy(recalling_folder):
     assert accuracy["streaming(sinks=1,window=5)"] < 0.5
 
 
-POLICIES = {
+POLICIES: dict[str, list[TokenPolicy]] = {
     "h2o": [H2O(heavy=2, recent=2)],
     "share": [H2O(heavy=0.1, recent=0.1)],
     "streaming": [StreamingLLM(sinks=1, window=4)],
@@ -244,9 +246,20 @@ def test_policies_that_cannot_work_are_refused_before_any_task(random_folder, sp
         KVPruneLM(random_folder, spec, **QUIET)
 
 
-def run_command(*arguments: str, place: Path) -> str:
-    """The command, from the repository's root, without a network."""
-    command = [sys.executable, "-m", "kvprune.evaluation.harness", *arguments]
+def command_of_the_docs(**replaced: str) -> list[str]:
+    """The example of docs/lm-eval.md that needs no network, with other values in their places."""
+    text = (ROOT / "docs" / "lm-eval.md").read_text()
+    (block,) = (b for b in re.findall(r"```bash\n(.*?)```", text, re.S) if "include_path" in b)
+    for value, other in replaced.items():
+        assert value in block
+        block = block.replace(value, other)
+    python, *arguments = shlex.split(block.replace("\\\n", " "))
+    assert python == "python"
+    return [sys.executable, *arguments]
+
+
+def run_command(command: list[str], place: Path) -> str:
+    """From the repository's root, without a network."""
     env = {**os.environ, "HF_HOME": str(place / "hf"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -255,15 +268,12 @@ def run_command(*arguments: str, place: Path) -> str:
 
 def test_the_command_and_its_results(recalling_folder, tmp_path):
     """lm-eval's own command line; what it wrote becomes results with costs, dense beside others."""
-    specs = {"dense": 1.0, "streaming(sinks=1,window=5)": 0.5}
+    given = "streaming(sinks=1,window=5)"
+    specs = {"dense": 1.0, given: 0.5}
     for spec in specs:
-        printed = run_command(
-            "--model", "kvprune", "--model_args",
-            f"pretrained={recalling_folder},policies={spec},max_length=256",
-            "--include_path", "tests/lm_eval_tasks", "--tasks", "seen,seen_said,seen_text",
-            "--device", "cpu", "--batch_size", "4", "--log_samples", "--limit", "12",
-            "--output_path", str(tmp_path / "out"), place=tmp_path,
-        )  # fmt: skip
+        out = str(tmp_path / "out")
+        replaced = {"NAME": recalling_folder, given: spec, "lm-eval-out": out}
+        printed = run_command([*command_of_the_docs(**replaced), "--limit", "12"], tmp_path)
         assert "|seen " in printed and spec in printed
     results = results_of(read_outputs(tmp_path / "out"))
     assert results.units == {"seen": "acc", "seen_said": "exact_match"}
