@@ -14,6 +14,7 @@ from kvprune.evaluation.likelihood import read
 from kvprune.evaluation.watch import Watch
 from kvprune.policies import H2O, StreamingLLM
 
+from .family_models import attached_family
 from .models import LAYERS, plain_model, prompt, tiny_model
 from .strategies import sdtp_pruner
 
@@ -72,6 +73,16 @@ def test_several_continuations_are_each_one_alone(name):
     for (likely, greedy), expected in zip(rounds[1], alone, strict=True):
         assert likely == pytest.approx(expected[0], **EXACT) and greedy == expected[1]
     assert together.score([[], TEXTS[0], [], []])[0] == (0.0, True)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_positions_do_not_count_padding(family):
+    """Absolute ones, and ALiBi, whose forward takes none."""
+    model, policies = attached_family(family), [H2O(heavy=3, recent=3)]
+    together = read(model, ComposedCache(policies), CONTEXTS).score(TEXTS)
+    for (likely, _), context, text in zip(together, CONTEXTS, TEXTS, strict=True):
+        ((alone, _),) = read(model, ComposedCache(policies), [context]).score([text])
+        assert likely == pytest.approx(alone, rel=1e-6)
 
 
 def test_dense_is_one_forward_over_all():

@@ -208,8 +208,12 @@ def test_texts_are_scored_on_what_is_kept(random_folder):
     texts = asked("loglikelihood_rolling", *[(c,) for c, _ in pairs()[::8]])
     tiny = lm_of(random_folder, "share", batch_size=3).loglikelihood_rolling(texts, True)
     for text, likely in list(zip(texts, tiny, strict=True))[:2]:
-        (alone,) = lm_of(random_folder, "share").loglikelihood_rolling([text], True)
+        lm = lm_of(random_folder, "share")
+        (alone,) = lm.loglikelihood_rolling([text], True)
         assert likely == pytest.approx(alone, rel=1e-9)
+        tenth = (1 + len(lm.tokenizer.encode(text.args[0])) + 5) // 10
+        lm.policies = [H2O(tenth, tenth)]
+        assert lm.loglikelihood_rolling([text], True) == pytest.approx([alone], rel=1e-9)
     model = tiny_model(vocab_size=len(words()) + 3)
     tokenizer = AutoTokenizer.from_pretrained(random_folder)
     expected = HFLM(model, tokenizer=tokenizer).loglikelihood_rolling(texts, True)
