@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LM_EVAL := $(VENV)/.ready-lm-eval
 
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
@@ -19,7 +20,7 @@ demo: $(READY) ## the quick look: a small model, with and without pruning
 test: lint ## lint and the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2
 
-test-all: lint ## lint and all tests
+test-all: lint $(LM_EVAL) ## lint and all tests
 	$(BIN)/python -m pytest -n 2 -m ""
 
 docs: $(READY) ## the documentation as a site, in build/docs
@@ -52,4 +53,9 @@ $(READY): pyproject.toml constraints.txt
 	test -e $@ || $(PYTHON) -m venv --clear $(VENV)
 	rm -f $@
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+# Half a gigabyte that only the tests of lm-evaluation-harness need.
+$(LM_EVAL): $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,lm-eval]"
 	touch $@

@@ -72,7 +72,7 @@ class Bench:
         h2o, streaming = H2O(heavy=0.2, recent=0.2), StreamingLLM(sinks=4, window=0.4)
         generator = torch.Generator().manual_seed(item.number + 10_000 * draw)
         heads = plan.heads
-        assert heads is not None
+        assert isinstance(heads, SDTPHeads)
         stages, columns = len(heads.layers), item.prompt.shape[1]
         chance = torch.rand(columns, generator=generator).expand(stages, -1)
         oracle: Any = cache(lambda: saliency(model, item.prompt, heads.layers, signed=True)[0])
@@ -158,7 +158,7 @@ class Bench:
     def setting(self, split: str, row: str) -> dict[str, Any]:
         """What results of a row must have in common to be put together."""
         heads = self.others.get(row, self.default).heads
-        assert heads is not None
+        assert isinstance(heads, SDTPHeads)
         learned = row in self.others or row.startswith("SDTP")
         return {
             "split": split,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import KVPruneError
 from .parallel import agreed
-from .policy import Ranking, SlotView, TokenPolicy, TokenView
+from .policy import Ranking, SlotView, TokenPolicy, TokenView, split_share
 from .selection import Selection, check_ranking, first_to_go, select
 
 
@@ -153,6 +153,16 @@ class Union(TokenPolicy):
     def statistics(self) -> tuple[str, ...]:  # type: ignore[override]
         """What any part wants observed."""
         return tuple(dict.fromkeys(name for p in self.parts for name in p.statistics))
+
+    def with_budget(self, share: float) -> Union | None:
+        """The share split evenly among the parts, so that they keep no more than that together.
+
+        None where a part has no budget, as that may keep anything.
+        """
+        each = split_share(share, *(1 for _ in self.parts))
+        parts = [p.with_budget(s) for p, s in zip(self.parts, each, strict=True)]
+        found = tuple(part for part in parts if part is not None)
+        return replace(self, parts=found) if len(found) == len(parts) else None
 
     def for_model(self, model: torch.nn.Module) -> Union:
         """The union of what its parts are on `model`."""

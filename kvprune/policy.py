@@ -216,6 +216,26 @@ class TokenPolicy:
         mine = type(self)
         return frozenset(h for h in HOOKS if getattr(mine, h) is not getattr(TokenPolicy, h))
 
+    def with_budget(self, share: float) -> TokenPolicy | None:
+        """The policy with another budget, as comparisons at one budget need it.
+
+        Args:
+            share: of the prompt's slots, what a layer keeps in all, in (0, 1].
+
+        Returns:
+            a copy; None where the policy has no budget that could be set, as one that prunes by
+            a schedule of its own.
+
+        Raises:
+            KVPruneError: not a share.
+        """
+        return None
+
+    @property
+    def fixed_budget(self) -> int:
+        """The slots that a layer keeps whatever the prompt's length; 0 where that is a share."""
+        return 0
+
     def for_model(self, model: torch.nn.Module) -> TokenPolicy:
         """The policy that works on `model`: itself, or a copy with what it needs of the model.
 
@@ -298,6 +318,25 @@ def _share(share: float, length: Any) -> Any:
     part = _fraction(share)
     up, down = part.numerator, part.denominator
     return (2 * up * length + down) // (2 * down)
+
+
+def split_share(share: float, *amounts: int | float) -> tuple[float, ...]:
+    """A share of the prompt, split in the proportion of some amounts; exact for decimal shares.
+
+    Amounts of which some are tokens and some are shares have no proportion: parts that are not 0
+    are alike then.
+
+    Raises:
+        KVPruneError: `share` is not a float in (0, 1].
+    """
+    if not isinstance(share, float) or not 0.0 < share <= 1.0:
+        raise KVPruneError(
+            f"with_budget({share!r}): expected a share of the prompt (a float in (0, 1])"
+        )
+    parts = [_fraction(amount) for amount in amounts]
+    if len({type(amount) for amount in amounts if amount}) > 1:
+        parts = [Fraction(part != 0) for part in parts]
+    return tuple(float(_fraction(share) * part / sum(parts)) for part in parts)
 
 
 @lru_cache(maxsize=256)

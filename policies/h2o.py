@@ -15,9 +15,9 @@ Where the sources differ:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kvprune.policy import Budget, Ranking, SlotView, TokenPolicy
+from kvprune.policy import Budget, Ranking, SlotView, TokenPolicy, split_share
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,6 +44,16 @@ class H2O(TokenPolicy):
     def __post_init__(self) -> None:
         Budget(self.heavy, "H2O: heavy", least=0)
         Budget(self.recent, "H2O: recent")
+
+    def with_budget(self, share: float) -> H2O:
+        """Heavy and recent in the proportion that they have; each is rounded for itself."""
+        heavy, recent = split_share(share, self.heavy, self.recent)
+        return replace(self, heavy=heavy, recent=recent)
+
+    @property
+    def fixed_budget(self) -> int:
+        """Heavy and recent, as far as they are tokens."""
+        return sum(part for part in (self.heavy, self.recent) if isinstance(part, int))
 
     def rank_slots(self, slots: SlotView) -> Ranking:
         """Accumulated attention ranks; the newest slots are protected."""

@@ -9,10 +9,10 @@ those that tokens came with.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvprune.errors import KVPruneError
-from kvprune.policy import Budget, Ranking, SlotView, TokenPolicy
+from kvprune.policy import Budget, Ranking, SlotView, TokenPolicy, split_share
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,6 +54,16 @@ class StreamingLLM(TokenPolicy):
     def sinks_before_window(self) -> int | None:  # type: ignore[override]
         """The sinks, if positions are assigned inside the cache."""
         return self.sinks if self.positions == "cache" else None
+
+    def with_budget(self, share: float) -> StreamingLLM:
+        """The window gets the share; the sinks, a few tokens whatever the prompt, come on top."""
+        (window,) = split_share(share, self.window)
+        return replace(self, window=window)
+
+    @property
+    def fixed_budget(self) -> int:
+        """Sinks and window, where the window is tokens."""
+        return self.sinks + self.window if isinstance(self.window, int) else 0
 
     def rank_slots(self, slots: SlotView) -> Ranking:
         """Columns rank; the sinks are protected and do not use up the window."""

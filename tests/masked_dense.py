@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvprune.families import attention_of, decoder_layers
-from kvprune.policies import SDTP
+from kvprune.policies import SDTP, SDTPHeads
 
 from .models import positions
 from .oracles import budget_oracle
@@ -57,7 +57,7 @@ class MaskedDense:
         """Drops new tokens from `layer` on, given the whole hidden states `[B, columns, C]`."""
         self.entered[layer] = hidden
         p, heads = self.policy, self.policy.heads
-        assert heads is not None
+        assert isinstance(heads, SDTPHeads)
         if count == 1 or layer not in heads.layers[: p.stages]:
             return
         stage = heads.layers.index(layer)
@@ -80,7 +80,7 @@ class MaskedDense:
         local = budget_oracle(p.local, length)
         protected = {c for c in present if c < first + p.sinks or c in asked}
         protected |= set(present[len(present) - local :])
-        assert p.heads is not None
+        assert isinstance(p.heads, SDTPHeads)
         share = p.heads.keep if p.keep is None else p.keep
         budget = max(budget_oracle(share ** (stage + 1), length), len(protected))
         rest = sorted(set(present) - protected, key=lambda c: (score[c], c), reverse=True)

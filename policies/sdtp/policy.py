@@ -21,7 +21,7 @@ from kvprune.errors import KVPruneError
 from kvprune.policy import Budget, Ranking, TokenPolicy, TokenView
 
 from .heads import SDTPHeads, check_keep
-from .shipped import heads_for
+from .shipped import heads_for, heads_in
 
 
 @dataclass(frozen=True, repr=False)
@@ -30,7 +30,8 @@ class SDTP(TokenPolicy):
 
     Args:
         heads: the learned modules (`SDTPHeads.from_pretrained(folder)`); None for those that
-            ship with kvprune, where there are any for the model.
+            ship with kvprune, where there are any for the model. A folder's name is read on first
+            use, in float32 and onto the model's device, as what ships is.
         keep: the share that each stage keeps of what the stage before it kept; None for what
             the heads were trained for.
         stages: how many of the heads' stages to use, the first ones; None for all. The paper's
@@ -46,7 +47,7 @@ class SDTP(TokenPolicy):
             model, heads of another model, or heads on another device.
     """
 
-    heads: SDTPHeads | None = None
+    heads: SDTPHeads | str | None = None
     keep: float | None = None
     stages: int | None = None
     sinks: int = 4
@@ -54,10 +55,10 @@ class SDTP(TokenPolicy):
     min_tokens: int = 64
 
     def __post_init__(self) -> None:
-        if not isinstance(self.heads, SDTPHeads | None):
+        if not isinstance(self.heads, SDTPHeads | str | None):
             raise KVPruneError(
-                f"SDTP: heads: expected SDTPHeads, as SDTPHeads.from_pretrained(folder), or None "
-                f"for those that ship with kvprune, came {self.heads!r}"
+                f"SDTP: heads: expected SDTPHeads, as SDTPHeads.from_pretrained(folder), such a "
+                f"folder's name, or None for those that ship with kvprune, came {self.heads!r}"
             )
         if self.keep is not None:
             check_keep(self.keep, "SDTP")
@@ -70,7 +71,11 @@ class SDTP(TokenPolicy):
 
     def for_model(self, model: torch.nn.Module) -> SDTP:
         """With heads; refuses heads of another model, and more stages than they have."""
-        policy = self if self.heads is not None else replace(self, heads=heads_for(model))
+        policy = self
+        if self.heads is None:
+            policy = replace(self, heads=heads_for(model))
+        elif isinstance(self.heads, str):
+            policy = replace(self, heads=heads_in(self.heads, model))
         policy._check_heads(model)
         return policy
 
@@ -132,14 +137,14 @@ class SDTP(TokenPolicy):
         return self._with_heads().keep if self.keep is None else self.keep
 
     def _with_heads(self) -> SDTPHeads:
-        if self.heads is None:
+        if not isinstance(self.heads, SDTPHeads):
             raise KVPruneError("SDTP: no heads yet: expected for_model(model) to be called first")
         return self.heads
 
     def __repr__(self) -> str:
         return (
             super().__repr__().replace(repr(self.heads), "...", 1)
-            if self.heads
+            if isinstance(self.heads, SDTPHeads)
             else super().__repr__()
         )
 

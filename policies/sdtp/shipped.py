@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from torch import Tensor
 
 from kvprune.errors import KVPruneError
@@ -94,8 +95,19 @@ def heads_for(model: torch.nn.Module) -> SDTPHeads:
     )
 
 
+def heads_in(folder: str, model: torch.nn.Module) -> SDTPHeads:
+    """The heads in a folder, in float32 on the model's device; read again where they changed.
+
+    Raises:
+        KVPruneError: there are none.
+    """
+    file = Path(folder, SAFETENSORS_SINGLE_FILE)
+    written = file.stat().st_mtime_ns if file.is_file() else 0
+    return _loaded(folder, str(next(model.parameters()).device), written)
+
+
 @cache
-def _loaded(folder: Path, device: str) -> SDTPHeads:
+def _loaded(folder: Path | str, device: str, written: int = 0) -> SDTPHeads:
     heads: SDTPHeads = SDTPHeads.from_pretrained(folder)
     return heads.float().to(device).requires_grad_(False)
 

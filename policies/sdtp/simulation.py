@@ -23,6 +23,7 @@ from kvprune.masks import biased_mask
 from kvprune.policy import Lengths, TokenView, _Statistics
 from kvprune.selection import select
 
+from .heads import SDTPHeads
 from .policy import SDTP
 
 LEAK = 1e-5
@@ -67,7 +68,7 @@ class PruningPass:
             self._decide(stage, tokens)
 
     def _decide(self, stage: int, tokens: TokenView) -> None:
-        assert self.policy.heads is not None
+        assert isinstance(self.policy.heads, SDTPHeads)
         score = self.policy.heads(tokens.hidden, tokens.columns, stage)
         noisy = score + self._noise(score)
         ranking = self.policy.ranking(tokens, stage, noisy.detach())

@@ -26,6 +26,7 @@ from kvprune.families import decoder_layers
 from kvprune.files import write_text, write_whole
 
 from .examples import Example
+from .heads import SDTPHeads
 from .losses import listwise_loss, ranking_loss
 from .marks import Mark, Marks, standardised
 from .options import Phase, Training, phases
@@ -60,7 +61,7 @@ class Trainer:
         accelerator: Any,
         progress: bool,
     ) -> None:
-        assert policy.heads is not None
+        assert isinstance(policy.heads, SDTPHeads)
         self.model, self.policy, self.heads = model, policy, policy.heads
         self.training, self.held_out, self.marks = tuple(training), tuple(held_out), marks
         self.options, self.out, self.accelerator = options, out, accelerator

@@ -90,7 +90,7 @@ def train(
         folder = Path(marks or Path(out) / "marks")
         _make(Path(out))
         _make(folder)
-        assert policy.heads is not None
+        assert isinstance(policy.heads, SDTPHeads)
         marked = Marks(
             model,
             policy.heads.layers,
@@ -127,7 +127,7 @@ def _as_json(note: dict[str, Any]) -> dict[str, Any]:
 
 def _prepared(policy: SDTP, model: Any) -> SDTP:
     """With a copy of its heads, ready to be trained for the model."""
-    if not isinstance(policy, SDTP) or policy.heads is None:
+    if not isinstance(policy, SDTP) or not isinstance(policy.heads, SDTPHeads):
         raise KVPruneError(
             f"train: expected a policy with heads: SDTP(untrained(model)), came {policy!r}"
         )

@@ -101,9 +101,9 @@ def test_share_that_sdtp_cannot_keep(value):
 # The learned heads of SDTP.
 
 
-@pytest.mark.parametrize("heads", ["heads.safetensors", SDTPHeads, nn.Linear(32, 2)])
+@pytest.mark.parametrize("heads", [Path("heads.safetensors"), SDTPHeads, nn.Linear(32, 2)])
 def test_sdtp_heads_that_are_none(heads):
-    """Also where the path is passed instead of the heads."""
+    """A folder is named by a text."""
     with pytest.raises(KVPruneError, match=r"SDTP: heads: .*SDTPHeads\.from_pretrained\(folder\)"):
         SDTP(heads)
 

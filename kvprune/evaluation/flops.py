@@ -1,0 +1,167 @@
+"""FLOPs of reading a prompt, counted alike for every policy.
+
+torch's `FlopCounterMode` cannot be used as it is: it does not know the kernel that CPUs use for
+sdpa (which would make dense attention free), and H2O's block-wise attention skips what a query
+cannot see while it counts a fused kernel as if nothing were skipped. So a layer costs
+`linear * Q + attention * Q ** 2` for the Q tokens that enter it, whatever computes its attention,
+and the two constants of each layer are measured with that counter on the dense model. That is what
+the counter says of the dense model, in full: twice what causal attention needs at the least.
+
+What policies compute themselves (SDTP's heads) is counted by `own_flops` and comes on top. Only
+what the counter knows is counted, matrix products above all: no softmax, no norm, no sorting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
+
+from kvprune.cache import ComposedCache
+from kvprune.families import attention_of, base_of, decoder_layers, linear_layers, unwrapped
+
+LENGTHS = (64, 128)
+"""Tokens of the two prompts that are measured; linear attention works in chunks of 64."""
+
+_SDPA_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def layers_of(model: Any) -> Sequence[nn.Module]:
+    """The decoder layers of an attached model, in order."""
+    return decoder_layers(base_of(unwrapped(model)))
+
+
+@dataclass(frozen=True)
+class Flops:
+    """What a model's parts cost, in FLOPs.
+
+    linear, attention: by layer, for each token, and for each pair of tokens.
+    each, once: of what is not in the layers, for each token of the prompt, and once.
+    """
+
+    linear: tuple[float, ...]
+    attention: tuple[float, ...]
+    each: float
+    once: float
+
+    @classmethod
+    def measured(cls, model: Any) -> Flops:
+        """Of an attached model, from two short prompts."""
+        short, long = (_by_layer(model, n) for n in LENGTHS)
+        n, m = LENGTHS
+        both = list(zip(short, long, strict=True))
+        # a = linear * n + attention * n ** 2, and b the same of m.
+        attention = [(b / m - a / n) / (m - n) for a, b in both[:-1]]
+        linear = [a / n - c * n for (a, _), c in zip(both[:-1], attention, strict=True)]
+        each = (long[-1] - short[-1]) / (m - n)
+        return cls(tuple(linear), tuple(attention), each, short[-1] - each * n)
+
+    def of_prompt(self, tokens: int, entered: Sequence[int]) -> float:
+        """Of reading a prompt by itself, with one token's logits.
+
+        Args:
+            tokens: of the prompt.
+            entered: how many of them entered each layer.
+        """
+        layers = zip(self.linear, self.attention, entered, strict=True)
+        return sum(b * q + c * q * q for b, c, q in layers) + self.each * tokens + self.once
+
+
+def _by_layer(model: Any, tokens: int) -> list[float]:
+    """Of each layer of the dense model; last, of all that is in none."""
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    meter = _Meter()
+    with meter.whole(layers_of(model)), counting() as counter, torch.no_grad():
+        model(ids, past_key_values=ComposedCache(), logits_to_keep=1)
+    return [*meter.counted, counter.get_total_flops() - sum(meter.counted)]
+
+
+def counting() -> FlopCounterMode:
+    """torch's counter, with the kernel that it does not know."""
+    return FlopCounterMode(display=False, custom_mapping={_SDPA_ON_CPU: _attention})
+
+
+def _attention(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
+) -> int:
+    """Two products over all pairs of a query `[B, Hq, Q, D]` and a slot, as for any other sdpa."""
+    rows, heads, count, size = query
+    return 2 * rows * heads * count * key[2] * (size + value[3])
+
+
+@contextmanager
+def own_flops(model: Any) -> Iterator[list[float]]:
+    """What policies compute while they rank, piece by piece, in forwards inside the context.
+
+    Slow, as the counter is: not for a forward that is timed.
+    """
+    base = base_of(unwrapped(model))
+    layers = zip(decoder_layers(base), linear_layers(base), strict=True)
+    attentions = [attention_of(base, layer) for layer, linear in layers if not linear]
+    meter = _Meter()
+    with meter.before(decoder_layers(base)), meter.after(attentions):
+        yield meter.counted
+
+
+class _Meter:
+    """Counts between two hooks; those of `attach` lie between the first and the last one."""
+
+    def __init__(self) -> None:
+        self.counted: list[float] = []
+        self._open: FlopCounterMode | None = None
+
+    def start(self, *_: Any) -> None:
+        """A hook."""
+        self._open = counting()
+        self._open.__enter__()
+
+    def stop(self, *_: Any) -> None:
+        """A hook."""
+        counter, self._open = self._open, None
+        assert counter is not None
+        counter.__exit__(None, None, None)
+        self.counted.append(counter.get_total_flops())
+
+    @contextmanager
+    def whole(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Each module's forward."""
+        with self._hooked(
+            [m.register_forward_pre_hook(self.start) for m in modules]
+            + [m.register_forward_hook(self.stop) for m in modules]
+        ):
+            yield
+
+    @contextmanager
+    def before(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """What other hooks do before each module's forward."""
+        with self._hooked(
+            [m.register_forward_pre_hook(self.start, prepend=True) for m in modules]
+            + [m.register_forward_pre_hook(self.stop) for m in modules]
+        ):
+            yield
+
+    @contextmanager
+    def after(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """What other hooks do after each module's forward."""
+        with self._hooked(
+            [m.register_forward_hook(self.start, prepend=True) for m in modules]
+            + [m.register_forward_hook(self.stop) for m in modules]
+        ):
+            yield
+
+    @contextmanager
+    def _hooked(self, hooks: list[RemovableHandle]) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            if self._open is not None:
+                # An error came in between: torch would go on counting.
+                self.stop()

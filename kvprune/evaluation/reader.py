@@ -1,0 +1,209 @@
+"""A model that has read a prompt with one cache, and what that cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvprune.cache import ComposedCache
+from kvprune.errors import KVPruneError
+from kvprune.families import argument, cannot_record, unwrapped
+from kvprune.policy import TokenPolicy
+
+from .flops import Flops, layers_of, own_flops
+from .results import Cost
+
+PIECE = 64
+"""Tokens of a text that are scored at once: their logits over the vocabulary are held."""
+
+
+class CacheReader:
+    """Reads a prompt in one forward with a fresh cache; then it can be asked once.
+
+    Implements `tasks.base.Reader`.
+
+    Args:
+        model: attached.
+        tokenizer: of the model.
+        prompt: token ids, at least one.
+        policies: as for `ComposedCache`.
+
+    Raises:
+        KVPruneError: no prompt, or policies that do not work on the model.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, prompt: Sequence[int], policies: Sequence[TokenPolicy]
+    ) -> None:
+        if not prompt:
+            raise KVPruneError("a sample's prompt: expected at least one token, came none")
+        self._model, self._tokenizer, self.tokens = model, tokenizer, len(prompt)
+        self._cache = ComposedCache(policies)
+        ids = torch.tensor([list(prompt)], device=model.device)
+        with _entering(model) as self.entered:
+            began = _now(model)
+            self._next = self._forward(ids)[-1]
+            self.seconds = _now(model) - began
+        self.bytes_held = self._peak = self._cache.nbytes
+        self._kept = _kept(self._cache)
+        self._rate: float | None = None
+        self._asked = False
+
+    def generate(self, tokens: int) -> str:
+        """Up to so many greedy tokens behind the prompt, as text; ends at eos.
+
+        They are those of `model.generate(cache=..., do_sample=False)` with no other options.
+        """
+        self._ask()
+        ends, found = _eos(self._model, self._tokenizer), list[int]()
+        began = _now(self._model)
+        for left in reversed(range(tokens)):
+            token = int(self._next.argmax())
+            if token in ends:
+                break
+            found.append(token)
+            if left:
+                self._next = self._forward(self._ids([token]))[-1]
+        seconds, steps = _now(self._model) - began, self._cache.seen - self.tokens
+        self._rate = steps / seconds if steps else None
+        self._peak = max(self._peak, self._cache.nbytes)
+        text: str = self._tokenizer.decode(found, skip_special_tokens=True)
+        return text
+
+    def log_likelihood(self, text: str | Sequence[int]) -> list[float]:
+        """Of each token of a text behind the prompt, in nats, the text as it stands.
+
+        Every token is predicted from what the cache holds after the tokens before it were read
+        one by one, each with its eviction, and none of them is pruned.
+        """
+        self._ask()
+        tokens: Sequence[int] = (
+            self._tokenizer.encode(text, add_special_tokens=False)
+            if isinstance(text, str)
+            else text
+        )
+        logits, found = self._next[None], list[float]()
+        for piece in self._pieces(tokens[:-1]):
+            found += _of(logits, tokens[len(found) : len(found) + len(logits)])
+            logits = self._forward(self._ids(piece), len(piece))
+        found += _of(logits[: len(tokens) - len(found)], tokens[len(found) :])
+        self._peak = max(self._peak, self._cache.nbytes)
+        return found
+
+    def cost(self, flops: Flops, own: float) -> Cost:
+        """What it cost so far.
+
+        Args:
+            flops: of the model.
+            own: what the policies compute themselves for this prompt, see `own_prefill_flops`.
+        """
+        return Cost(
+            prefill_seconds=self.seconds,
+            prefill_flops=flops.of_prompt(self.tokens, self.entered) + own,
+            decode_tokens_per_second=self._rate,
+            bytes_held=self.bytes_held,
+            bytes_peak=self._peak,
+            prompt_tokens=self.tokens,
+            entered=tuple(self.entered),
+            kept=self._kept,
+        )
+
+    def _ask(self) -> None:
+        if self._asked:
+            raise KVPruneError("a reader was asked twice: expected one question of each sample")
+        self._asked = True
+
+    def _ids(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor([list(tokens)], device=self._model.device)
+
+    @torch.no_grad()
+    def _forward(self, ids: Tensor, logits: int = 1) -> Tensor:
+        """`[1, n]` to the logits `[logits, V]`."""
+        given = self._model(ids, past_key_values=self._cache, logits_to_keep=logits)
+        if self._recording:
+            # What was read stays: evicted for good, not merely on record.
+            self._cache.crop(0)
+        found: Tensor = given.logits[0]
+        return found
+
+    _recording = False
+
+    def _pieces(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
+        """How a text may be cut into forwards so that each policy acts as in decoding.
+
+        A policy is asked once a forward, and one that prunes would prune a text of several
+        tokens. Where the cache can record drafts, which are read as if one by one, many go at
+        once all the same; and where no policy has a hook there is nothing to ask.
+        """
+        together = PIECE
+        if any(policy.hooks for policy in self._cache.policies):
+            self._recording = not cannot_record(unwrapped(self._model))
+            together = PIECE if self._recording else 1
+        if self._recording:
+            self._cache.activate_past_recording()
+        for start, stop in pairwise([*range(0, len(tokens), together), len(tokens)]):
+            yield tokens[start:stop]
+
+
+def own_prefill_flops(model: Any, prompt: Sequence[int], policies: Sequence[TokenPolicy]) -> float:
+    """What the policies compute themselves while a prompt is read; reads it once, slowly."""
+    cache = ComposedCache(policies)
+    ids = torch.tensor([list(prompt)], device=model.device)
+    with own_flops(model) as counted, torch.no_grad():
+        model(ids, past_key_values=cache, logits_to_keep=1)
+    return sum(counted)
+
+
+def _of(logits: Tensor, tokens: Sequence[int]) -> list[float]:
+    """The log-likelihood of tokens under the logits `[n, V]` for them."""
+    if not len(tokens):
+        return []
+    wanted = torch.tensor(list(tokens), device=logits.device)
+    # In double precision for a model that is, as everywhere.
+    precise = logits if logits.dtype == torch.float64 else logits.float()
+    found: list[float] = precise.log_softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
+    return found
+
+
+def _eos(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens at which `generate` ends."""
+    named = model.generation_config.eos_token_id
+    named = tokenizer.eos_token_id if named is None else named
+    return set(named) if isinstance(named, (list, tuple)) else {named}
+
+
+def _now(model: Any) -> float:
+    """Seconds, once the device has done what it was given."""
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def _kept(cache: ComposedCache) -> tuple[float, ...]:
+    """Slots that each layer holds, on average over its heads; 0 where it holds a state."""
+    found = [0.0] * len(cache)
+    for layer, _ in cache.slot_layers():
+        found[layer] = float((cache.columns(layer)[0] >= 0).sum(-1).double().mean())
+    return tuple(found)
+
+
+@contextmanager
+def _entering(model: Any) -> Iterator[list[int]]:
+    """Notes how many tokens enter each layer, as the hooks of `attach` leave them."""
+    entered: list[int] = []
+
+    def note(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(argument(layer, args, kwargs, "hidden_states").shape[1])
+
+    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in layers_of(model)]
+    try:
+        yield entered
+    finally:
+        for hook in hooks:
+            hook.remove()

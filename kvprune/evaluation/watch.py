@@ -1,0 +1,110 @@
+"""What it costs to read prompts with a cache, noted while a model reads them."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvprune.cache import ComposedCache
+from kvprune.families import base_of, decoder_layers, unwrapped
+
+from .flops import Flops
+from .results import Cost
+
+
+class Watch:
+    """Notes what reading prompts costs: `with Watch(model, cache, columns) as watch`.
+
+    Args:
+        model: attached.
+        cache: an empty one, with which the prompts are read, by `generate` or otherwise.
+        columns: of the prompts, padding included; forwards beyond them are not counted.
+    """
+
+    def __init__(self, model: Any, cache: ComposedCache, columns: int) -> None:
+        self._base: Any = base_of(unwrapped(model))
+        self._cache, self._columns = cache, columns
+        self._handles: list[Any] = []
+        self._counting = False
+        self._begun = self._seconds = 0.0
+        self._tokens = torch.zeros(0)
+        self._entered: dict[int, Tensor] = {}
+        self._kept: list[Tensor] = []
+        self._held = self._peak = 0
+
+    def __enter__(self) -> Watch:
+        layers = enumerate(decoder_layers(self._base))
+        self._handles = [
+            self._base.register_forward_pre_hook(self._before),
+            self._base.register_forward_hook(self._after),
+            *(x.register_forward_hook(partial(self._after_layer, i)) for i, x in layers),
+        ]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def costs(self, flops: Flops, prompts: int) -> list[Cost]:
+        """What each prompt of the batch cost.
+
+        Seconds, bytes held and bytes at peak are each prompt's equal share of the batch's.
+
+        Args:
+            flops: of the model.
+            prompts: how many there were; rows are a multiple of that in beam search.
+        """
+        each = len(self._tokens) // prompts
+        entered = torch.stack(list(self._entered.values()), 1)[::each].tolist()
+        kept = torch.stack(self._kept, 1)[::each].tolist()
+        tokens = self._tokens[::each].tolist()
+        return [
+            Cost(
+                prefill_seconds=self._seconds / prompts,
+                prefill_flops=flops.of_prompt(count, row),
+                decode_tokens_per_second=None,
+                bytes_held=self._held // prompts,
+                bytes_peak=self._peak // prompts,
+                prompt_tokens=count,
+                entered=tuple(row),
+                kept=tuple(slots),
+            )
+            for count, row, slots in zip(tokens, entered, kept, strict=True)
+        ]
+
+    def _before(self, *_: Any) -> None:
+        self._counting = self._cache.seen < self._columns
+        self._begun = self._now()
+
+    def _after_layer(self, index: int, *_: Any) -> None:
+        if not self._counting:
+            return
+        step = self._cache.step
+        entered = (step.columns >= 0).sum(-1)
+        self._entered[index] = self._entered.get(index, 0) + entered
+        self._tokens = torch.full_like(entered, step.seen + step.count)
+        if step.padding is not None:
+            self._tokens -= step.padding.sum(-1)
+        self._peak = max(self._peak, self._cache.nbytes)
+
+    def _after(self, *_: Any) -> None:
+        if not self._counting:
+            return
+        self._seconds += self._now() - self._begun
+        self._held = self._cache.nbytes
+        self._peak = max(self._peak, self._held)
+        self._kept = [self._kept_in(index) for index, _ in self._cache.slot_layers()]
+
+    def _kept_in(self, layer: int) -> Tensor:
+        """Slots by row `[B]`, the mean over heads."""
+        held = (self._cache.columns(layer) >= 0).sum(-1).double().mean(-1)
+        return held.expand(len(self._tokens))
+
+    def _now(self) -> float:
+        if self._base.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()

@@ -1,0 +1,224 @@
+"""A model that has read a prompt: what it says, and what that cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kvprune
+from kvprune import KVPruneError, Ranking
+from kvprune.evaluation.flops import Flops, counting
+from kvprune.evaluation.reader import CacheReader, own_prefill_flops
+from kvprune.policies import H2O, SDTP, StreamingLLM
+
+from .family_models import attached_family
+from .models import LAYERS, prompt, tiny_model
+from .strategies import pipelines, sdtp_pruner
+
+
+class Letters:
+    """A tokenizer: each token is a letter."""
+
+    eos_token_id: int | None = None
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        """Never special."""
+        return "".join(chr(ord("A") + i) for i in ids)
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """As it stands."""
+        assert not add_special_tokens
+        return [ord(c) - ord("A") for c in text]
+
+
+MODELS = ["llama", "mistral-window", "gpt_neox"]
+
+
+def reader(policies: list[Any], ids: Tensor, model: Any = None) -> CacheReader:
+    """One of a row of ids."""
+    return CacheReader(model or tiny_model(), Letters(), ids[0].tolist(), policies)
+
+
+def made(chosen: tuple[list[Any], list[int]]) -> list[kvprune.TokenPolicy]:
+    """The policies of a drawn pipeline."""
+    return [listed.make(budget) for listed, budget in zip(*chosen, strict=True)]
+
+
+@given(pipelines(), st.integers(1, 40), st.integers(1, 9), st.sampled_from(MODELS))
+def test_what_is_generated_is_what_generate_generates(chosen, length, count, family):
+    """Greedily, with the same policies."""
+    model, ids = tiny_model(family), prompt(1, length, length)
+    expected = model.generate(
+        ids, cache=kvprune.ComposedCache(made(chosen)), max_new_tokens=count, do_sample=False
+    )[0, length:]
+    said = reader(made(chosen), ids, model).generate(count)
+    # A prompt of one token is none for a forward outside `generate`.
+    assert length == 1 or Letters().encode(said, False) == expected.tolist()
+
+
+@settings(max_examples=30)
+@given(
+    pipelines(),
+    st.integers(2, 40),
+    st.integers(0, 20),
+    st.sampled_from(MODELS),
+    st.sampled_from([1, 3, 64]),
+)
+def test_a_text_is_as_likely_as_token_by_token(chosen, length, count, family, piece):
+    """However many go at once: each token is read after what was evicted for those before it."""
+    model, ids = tiny_model(family), prompt(1, length, length)
+    text = prompt(1, max(count, 1), count + 1)[0, :count].tolist()
+    cache, found = kvprune.ComposedCache(made(chosen)), []
+    with torch.no_grad():
+        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+        for token in text:
+            found.append(float(logits.log_softmax(-1)[token]))
+            logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+    asked = reader(made(chosen), ids, model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvprune.evaluation.reader.PIECE", piece)
+        said = asked.log_likelihood(Letters().decode(text, True) if count % 2 else text)
+    assert said == pytest.approx(found, abs=1e-9)
+    assert asked.cost(Flops.measured(model), 0.0).decode_tokens_per_second is None
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "bloom"])
+def test_a_text_on_models_whose_drafts_cannot_be_taken_back(family):
+    """One token a forward, where a policy evicts."""
+    model: Any = attached_family(family)
+    ids, text = prompt(1, 20), prompt(1, 9, 1)[0].tolist()
+    for policies in ([], [H2O(3, 4)]):
+        cache, found = kvprune.ComposedCache(policies), []
+        with torch.no_grad():
+            logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+            for token in text:
+                found.append(float(logits.log_softmax(-1)[token]))
+                logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+        said = reader(policies, ids, model).log_likelihood(text)
+        assert said == pytest.approx(found, abs=1e-6)
+
+
+def test_it_ends_at_eos(monkeypatch):
+    """Of the generation config, or else of the tokenizer; the token itself is not said."""
+    model: Any = tiny_model()
+    whole = reader([], prompt(1, 20)).generate(12)
+    end = Letters().encode(whole, False)[5]
+    first = whole.index(whole[5])
+    monkeypatch.setattr(Letters, "eos_token_id", end)
+    assert reader([], prompt(1, 20)).generate(12) == whole[:first]
+    for named in (end, [0, end]):
+        monkeypatch.setattr(Letters, "eos_token_id", None)
+        monkeypatch.setattr(model.generation_config, "eos_token_id", named)
+        assert reader([], prompt(1, 20)).generate(12) == whole[:first]
+
+
+def test_costs_are_those_of_the_cache():
+    """After the prompt, and at the most; tokens by layer as they entered."""
+    model, ids = tiny_model(), prompt(1, 40)
+    policies = [sdtp_pruner(0.6), H2O(3, 4)]
+    cache = kvprune.ComposedCache(policies)
+    with torch.no_grad():
+        model(ids, past_key_values=cache, logits_to_keep=1)
+    asked = reader(policies, ids)
+    asked.generate(4)
+    cost = asked.cost(Flops.measured(model), 5.0)
+    assert cost.prompt_tokens == 40 and cost.entered == (40, 24, 24, 14)
+    assert cost.kept == (7.0,) * LAYERS and cost.bytes_held == cache.nbytes <= cost.bytes_peak
+    assert cost.prefill_seconds > 0.0
+    assert cost.decode_tokens_per_second is not None and cost.decode_tokens_per_second > 0.0
+    assert cost.prefill_flops == Flops.measured(model).of_prompt(40, cost.entered) + 5.0
+    dense = reader([], ids)
+    dense.log_likelihood([1] * 30)
+    held = dense.cost(Flops.measured(model), 0.0)
+    assert held.bytes_peak > held.bytes_held and held.kept == (40.0,) * LAYERS
+    # No hook stays behind.
+    assert all(len(m._forward_pre_hooks) == 1 for m in model.model.layers)
+
+
+def test_kept_is_the_mean_over_heads():
+    """Where the heads of a union hold different slots."""
+    policies = [H2O(12, 2) | StreamingLLM(1, 12)]
+    ids, cache = prompt(1, 40), kvprune.ComposedCache(policies)
+    with torch.no_grad():
+        tiny_model()(ids, past_key_values=cache)
+    counts = [(cache.columns(i)[0] >= 0).sum(-1).tolist() for i in range(LAYERS)]
+    assert any(len(set(heads)) > 1 for heads in counts)
+    kept = reader(policies, ids).cost(Flops.measured(tiny_model()), 0.0).kept
+    assert kept == tuple(sum(heads) / len(heads) for heads in counts)
+
+
+def test_a_reader_is_asked_once():
+    """What was read before would count."""
+    asked = reader([], prompt(1, 9))
+    asked.generate(1)
+    for ask in (asked.generate, asked.log_likelihood):
+        with pytest.raises(KVPruneError, match="asked twice"):
+            ask(1)  # type: ignore[arg-type]
+    with pytest.raises(KVPruneError, match="at least one token"):
+        CacheReader(tiny_model(), Letters(), (), [])
+
+
+# FLOPs.
+
+COUNTED = [("llama", "sdpa"), ("llama", "eager"), ("mistral-window", "sdpa"), ("gpt_neox", "sdpa")]
+
+
+@pytest.mark.parametrize(("family", "backend"), COUNTED)
+@pytest.mark.parametrize("length", [8, 200])
+def test_flops_are_those_that_torch_counts(family, backend, length):
+    """To the last one, where a kernel that it knows computes the attention."""
+    model = tiny_model(family, backend=backend)
+    flops, ids = Flops.measured(model), prompt(1, length)
+    for policies in ([], [StreamingLLM(2, 5)], [sdtp_pruner(0.6)], [sdtp_pruner(0.6, 3)]):
+        with counting() as counter, torch.no_grad():
+            model(ids, past_key_values=kvprune.ComposedCache(policies), logits_to_keep=1)
+        own = own_prefill_flops(model, ids[0].tolist(), policies)
+        cost = reader(policies, ids, model).cost(flops, own)
+        assert cost.prefill_flops == counter.get_total_flops()
+        assert (own > 0.0) == any(isinstance(policy, SDTP) for policy in policies)
+
+
+def test_h2o_costs_what_dense_costs():
+    """Its own attention is not cheaper for being counted block by block, without what is hidden."""
+    model, ids = tiny_model(), prompt(1, 200)
+    flops = Flops.measured(model)
+    costs = [reader(p, ids).cost(flops, 0.0).prefill_flops for p in ([], [H2O()])]
+    assert costs[0] == costs[1]
+    with counting() as counter, torch.no_grad():
+        model(ids, past_key_values=kvprune.ComposedCache([H2O()]), logits_to_keep=1)
+    assert counter.get_total_flops() < costs[0]
+    assert own_prefill_flops(model, ids[0].tolist(), [H2O()]) == 0.0
+
+
+class Multiplies(H2O):
+    """Computes something of its own: 2 * 3 * 4 * 5 FLOPs a layer."""
+
+    def rank_slots(self, slots: kvprune.policy.SlotView) -> Ranking:
+        """As H2O does."""
+        torch.ones(3, 4) @ torch.ones(4, 5)
+        return super().rank_slots(slots)
+
+
+class Fails(H2O):
+    """Raises in the middle of a forward."""
+
+    def rank_slots(self, slots: kvprune.policy.SlotView) -> Ranking:
+        """Not at all."""
+        raise RuntimeError("no")
+
+
+def test_what_a_policy_computes_is_counted_and_an_error_leaves_nothing():
+    """In whichever hook; torch does not go on counting after an error."""
+    model, ids = tiny_model(), prompt(1, 20)[0].tolist()
+    assert own_prefill_flops(model, ids, [Multiplies()]) == 120 * LAYERS
+    with pytest.raises(RuntimeError, match="no"):
+        own_prefill_flops(model, ids, [Fails()])
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    assert not _get_current_dispatch_mode_stack()
+    assert own_prefill_flops(model, ids, [Multiplies()]) == 120 * LAYERS
