@@ -27,7 +27,8 @@ from kvprune.families import base_of, unwrapped
 from kvprune.policy import TokenPolicy
 from kvprune.saving import describe
 
-from .executors import EXECUTORS, Executor, Source, in_process
+from .executors import Source
+from .executors import executor as executor_of
 from .ledger import FORMAT, Ledger, Outcome, key_of, opened
 from .loading import loaded
 from .plan import Plan, check_device, digest_of
@@ -109,7 +110,7 @@ def compare(
             with all finished samples kept.
     """
     plan = Plan(policies, tasks, contexts, budgets, samples, seed)
-    execute = _executor(executor, model)
+    execute = executor_of(executor, loaded=not isinstance(model, (str, Path)))
     check_device(dtype, device or "cpu")
     with ExitStack() as stack:
         keep = Path(out) if out is not None else None
@@ -130,18 +131,6 @@ def compare(
 
         write_report(results, keep)
     return Comparison(results, keep)
-
-
-def _executor(name: str, model: Any) -> Executor:
-    if name not in EXECUTORS:
-        raise KVPruneError(f"--executor {name!r}: expected one of {', '.join(EXECUTORS)}")
-    run = EXECUTORS[name]
-    if run is not in_process and not isinstance(model, (str, Path)):
-        raise KVPruneError(
-            f"executor={name!r} with a loaded model: expected its name or folder, which every "
-            f"worker loads by itself"
-        )
-    return run
 
 
 @contextmanager

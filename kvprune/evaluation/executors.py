@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from kvprune.errors import KVPruneError
+
 from .ledger import Outcome
 from .worker import Job, Worker, failed
+
+NAMES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -37,4 +42,29 @@ def attempted(job: Job, worker: Worker) -> Iterator[Outcome]:
         yield failed(job.cell, error)
 
 
-EXECUTORS: dict[str, Executor] = {"local": in_process}
+def executor(name: str, loaded: bool) -> Executor:
+    """The executor of a name.
+
+    Args:
+        name: one of `NAMES`.
+        loaded: whether the model is an object, which no other process can load.
+
+    Raises:
+        KVPruneError: no such executor, not installed, or not for a loaded model.
+    """
+    if name not in NAMES:
+        raise KVPruneError(f"--executor {name!r}: expected one of {', '.join(NAMES)}")
+    if name == "local":
+        return in_process
+    if loaded:
+        raise KVPruneError(
+            f"executor={name!r} with a loaded model: expected its name or folder, which every "
+            f"worker loads by itself"
+        )
+    if importlib.util.find_spec("ray") is None:
+        raise KVPruneError(
+            "--executor ray: expected the package ray; mend it with: pip install kvprune[ray]"
+        )
+    from .on_ray import on_ray
+
+    return on_ray
