@@ -7,9 +7,31 @@ model.generate(**inputs, cache=cache, max_new_tokens=128)
 ```
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .attach import attach, detach
 from .cache import ComposedCache
 from .errors import KVPruneError
 from .policy import Ranking, TokenPolicy
 
-__all__ = ["ComposedCache", "KVPruneError", "Ranking", "TokenPolicy", "attach", "detach"]
+if TYPE_CHECKING:
+    from .evaluation.compare import compare
+
+__all__ = [
+    "ComposedCache",
+    "KVPruneError",
+    "Ranking",
+    "TokenPolicy",
+    "attach",
+    "compare",
+    "detach",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`compare`, and what it needs, only once it is asked for."""
+    if name == "compare":
+        from .evaluation.compare import compare
+
+        return compare
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

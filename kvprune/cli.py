@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from .errors import KVPruneError
+
+_TASKS = ["needle", "squad"]
+_CONTEXTS = [1024]
+_BUDGETS = list[float]()
 
 app = typer.Typer(
     add_completion=False,
@@ -64,6 +70,7 @@ def train_sdtp(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Trains SDTP's heads for a model. Stopped, it goes on where it was when called again."""
+    from .evaluation.loading import loaded as load
     from .policies import SDTP
     from .policies.sdtp import Training, read_examples, train, untrained
 
@@ -83,7 +90,7 @@ def train_sdtp(
         mixed_precision=mixed_precision,
         seed=seed,
     )
-    tokenizer, loaded = _loaded(model, dtype)
+    tokenizer, loaded = load(model, dtype)
     examples = read_examples(data, tokenizer, tokens, completion, limit=limit)
     apart = None if held_out is None else read_examples(held_out, tokenizer, tokens, completion)
     heads = untrained(loaded, seed, keep=keep, stages=stages, query_heads=query_heads)
@@ -113,6 +120,7 @@ def explain_text(
     from .attach import attach
     from .evaluation.assets import demo_model
     from .evaluation.explain import as_page, as_terminal, explain
+    from .evaluation.loading import loaded as load
     from .files import write_text
     from .policies import SDTP, SDTPHeads
 
@@ -120,7 +128,7 @@ def explain_text(
     path = (
         str(demo_model(report=lambda line: typer.echo(line, err=True))) if model is None else model
     )
-    tokenizer, loaded = _loaded(path, "auto")
+    tokenizer, loaded = load(path)
     explained = explain(attach(loaded), tokenizer, _text(text), [policy])
     Console().print(as_terminal(explained))
     if html is not None:
@@ -151,23 +159,85 @@ def _text(given: str) -> str:
     return given
 
 
-def _loaded(name: str, dtype: str) -> tuple[Any, Any]:
-    """Tokenizer and model.
+class _Several(TyperCommand):
+    """Options that may be given several times also take several values: `--tasks a b`.
 
-    Raises:
-        KVPruneError: there is no such model.
+    That is sound for a command without arguments of its own: what follows a value can then only
+    be another one, up to the next option.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Puts the option's name before each further value."""
+        several = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
+        return super().parse_args(ctx, _repeated(args, several))
+
+
+def _repeated(args: list[str], several: Collection[str]) -> list[str]:
+    spelled, option, has_value = list[str](), None, False
+    for arg in args:
+        name, equals, _ = arg.partition("=")
+        if arg.startswith("-"):
+            option, has_value = name if name in several else None, bool(equals)
+        else:
+            spelled += [option] if option and has_value else []
+            has_value = True
+        spelled.append(arg)
+    return spelled
+
+
+@app.command("compare", cls=_Several)
+def compare_policies(
+    policies: Annotated[
+        list[str], typer.Option(help="Specs, as dense, h2o(heavy=256,recent=256), sdtp+h2o, a|b.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for results.jsonl and report.html.")],
+    model: Annotated[str | None, typer.Option(help="Name or path; the demo model.")] = None,
+    tasks: Annotated[list[str], typer.Option(help="Names, or paths of JSON lines.")] = _TASKS,
+    context: Annotated[list[int], typer.Option(help="The most tokens of a prompt.")] = _CONTEXTS,
+    budgets: Annotated[
+        list[float], typer.Option(help="Shares of the prompt; the policies' own budgets.")
+    ] = _BUDGETS,
+    samples: Annotated[int, typer.Option(help="Of each cell.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    executor: Annotated[str, typer.Option(help="local, or ray for a cluster.")] = "local",
+) -> None:
+    """Compares policies: quality and cost on each task, at each context length and budget.
+
+    Stopped, it goes on where it was when called again; more of everything may then be asked for.
+    Ends with 1 if a cell failed (the others are run), with 2 if something was asked for that
+    cannot be, and with 130 if it was stopped.
+    """
+    from .evaluation.assets import demo_model
+    from .evaluation.compare import compare
+    from .evaluation.tables import show
+
+    path = model or str(demo_model(report=lambda line: typer.echo(line, err=True)))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    # A broken file, a dtype that is none: each library has an error class of its own.
-    except Exception as error:
-        raise KVPruneError(
-            f"--model {name}: expected the name or the folder of a transformers model: {error}"
-        ) from error
-    return tokenizer, model
+        found = compare(
+            path,
+            policies,
+            tasks=tasks,
+            contexts=context,
+            budgets=budgets,
+            samples=samples,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            out=out,
+            executor=executor,
+            progress=True,
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the same command goes on with what is in {out}", err=True)
+        raise typer.Exit(130) from None
+    show(found.rows)
+    typer.echo(f"{out / 'report.html'}, {out / 'results.jsonl'}")
+    for failure in found.failures:
+        typer.echo(f"failed: {failure.cell}: {failure.error}", err=True)
+    if found.failures:
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -57,11 +57,19 @@ def explain(model: Any, tokenizer: Any, text: str, policies: Sequence[TokenPolic
     for layer in range(len(cache)):
         columns = cache.columns(layer).unique()
         held[columns[columns >= 0].cpu()] += 1
-    # What lies between two tokens goes to the second; special tokens have no place in the text.
+    return Explanation(
+        pieces(text, spans), tuple(held.tolist()), len(cache), repr(list(cache.policies))
+    )
+
+
+def pieces(text: str, spans: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+    """A text cut into its tokens' texts, by where each begins and ends; joined they are the text.
+
+    What lies between two tokens goes to the second; special tokens have no place in the text.
+    """
     ends = list(accumulate((end for _, end in spans), max))
     ends[-1] = len(text)
-    tokens = tuple(text[a:b] for a, b in pairwise([0, *ends]))
-    return Explanation(tokens, tuple(held.tolist()), len(cache), repr(list(cache.policies)))
+    return tuple(text[a:b] for a, b in pairwise([0, *ends]))
 
 
 SHADES = 5

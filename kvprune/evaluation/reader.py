@@ -44,14 +44,14 @@ class CacheReader:
         if not prompt:
             raise KVPruneError("a sample's prompt: expected at least one token, came none")
         self._model, self._tokenizer, self.tokens = model, tokenizer, len(prompt)
-        self._cache = ComposedCache(policies)
+        self.cache = ComposedCache(policies)
         ids = torch.tensor([list(prompt)], device=model.device)
         with _entering(model) as self.entered:
             began = _now(model)
             self._next = self._forward(ids)[-1]
             self.seconds = _now(model) - began
-        self.bytes_held = self._peak = self._cache.nbytes
-        self._kept = _kept(self._cache)
+        self.bytes_held = self._peak = self.cache.nbytes
+        self._kept = _kept(self.cache)
         self._rate: float | None = None
         self._asked = False
 
@@ -70,9 +70,9 @@ class CacheReader:
             found.append(token)
             if left:
                 self._next = self._forward(self._ids([token]))[-1]
-        seconds, steps = _now(self._model) - began, self._cache.seen - self.tokens
+        seconds, steps = _now(self._model) - began, self.cache.seen - self.tokens
         self._rate = steps / seconds if steps else None
-        self._peak = max(self._peak, self._cache.nbytes)
+        self._peak = max(self._peak, self.cache.nbytes)
         text: str = self._tokenizer.decode(found, skip_special_tokens=True)
         return text
 
@@ -93,7 +93,7 @@ class CacheReader:
             found += _of(logits, tokens[len(found) : len(found) + len(logits)])
             logits = self._forward(self._ids(piece), len(piece))
         found += _of(logits[: len(tokens) - len(found)], tokens[len(found) :])
-        self._peak = max(self._peak, self._cache.nbytes)
+        self._peak = max(self._peak, self.cache.nbytes)
         return found
 
     def cost(self, flops: Flops, own: float) -> Cost:
@@ -125,10 +125,10 @@ class CacheReader:
     @torch.no_grad()
     def _forward(self, ids: Tensor, logits: int = 1) -> Tensor:
         """`[1, n]` to the logits `[logits, V]`."""
-        given = self._model(ids, past_key_values=self._cache, logits_to_keep=logits)
+        given = self._model(ids, past_key_values=self.cache, logits_to_keep=logits)
         if self._recording:
             # What was read stays: evicted for good, not merely on record.
-            self._cache.crop(0)
+            self.cache.crop(0)
         found: Tensor = given.logits[0]
         return found
 
@@ -142,11 +142,11 @@ class CacheReader:
         once all the same; and where no policy has a hook there is nothing to ask.
         """
         together = PIECE
-        if any(policy.hooks for policy in self._cache.policies):
+        if any(policy.hooks for policy in self.cache.policies):
             self._recording = not cannot_record(unwrapped(self._model))
             together = PIECE if self._recording else 1
         if self._recording:
-            self._cache.activate_past_recording()
+            self.cache.activate_past_recording()
         for start, stop in pairwise([*range(0, len(tokens), together), len(tokens)]):
             yield tokens[start:stop]
 

@@ -1,0 +1,238 @@
+"""The comparison: policies, budgets, tasks and contexts, each cell once, whatever happens.
+
+What is finished is in `results.jsonl` (see `ledger`); what is not is run, cell by cell, by an
+executor (see `executors`). Everything that can be wrong is looked at before the first cell.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvprune.attach import attach, detach
+from kvprune.errors import KVPruneError
+from kvprune.families import base_of, unwrapped
+from kvprune.policy import TokenPolicy
+from kvprune.saving import describe
+
+from .executors import Source
+from .executors import executor as executor_of
+from .ledger import FORMAT, Ledger, Outcome, key_of, opened
+from .loading import loaded
+from .plan import Plan, check_device, digest_of
+from .progress import Watch
+from .results import Cell, Failure, Results
+from .rows import rows_of
+from .tasks.base import Sample, Task
+from .worker import Job, Worker
+
+PACKAGES = ("kvprune", "torch", "transformers", "tokenizers", "numpy")
+"""Whose versions may change a result."""
+ROOM = 16 * 2**20
+LINE = 8 * 2**10
+"""Bytes that must be free: for the report and what is looked at, and for each sample."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came out.
+
+    rows: one flat dict for each cell, for `pandas.DataFrame(comparison.rows)`; see `rows_of`.
+    results: all samples. folder: where they are kept; None where they are not.
+    """
+
+    results: Results = field(repr=False)
+    folder: Path | None = None
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each cell, failed ones included."""
+        return rows_of(self.results)
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """The cells that could not be run, and why."""
+        return self.results.failures
+
+
+def compare(
+    model: Any,
+    policies: Sequence[str | Sequence[TokenPolicy] | TokenPolicy],
+    *,
+    tasks: Sequence[str | Task] = ("needle", "squad"),
+    contexts: Sequence[int] = (1024,),
+    budgets: Sequence[float] = (),
+    samples: int = 20,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str | None = None,
+    out: str | Path | None = None,
+    executor: str = "local",
+    tokenizer: Any = None,
+    progress: bool = False,
+) -> Comparison:
+    """Runs every policy at every budget on every task at every context length.
+
+    The lines "dense" (nothing is dropped) and "no context" (what can be guessed) are always run.
+    Stopped and called again with the same `out`, it goes on where it was; more of everything may
+    then be asked for. A cell that fails is in `failures`, stops no other, and is tried again.
+
+    Args:
+        model: its name or folder, or a loaded model (attached or not; not with `executor="ray"`).
+        policies: specs (see `specs`), policies, or pipelines as for `ComposedCache`.
+        tasks: names, paths of JSON lines, or `Task` objects.
+        contexts: the most tokens of a prompt.
+        budgets: shares of the prompt that replace the budgets of policies that have one (see
+            `TokenPolicy.with_budget`); none for the policies' own.
+        samples: of each cell.
+        seed: of the samples.
+        dtype: to load the model in; "auto" for that of its file.
+        device: to run on, as "cuda"; None for the CPU, or where a loaded model is.
+        out: folder for `results.jsonl` and the report; None keeps no files.
+        executor: "local" for this process, or "ray" for a cluster.
+        tokenizer: of a loaded model; None for that of its `name_or_path`.
+        progress: whether to draw a bar, with the time left, on stderr.
+
+    Raises:
+        KVPruneError: anything that cannot be, before any cell is run; also no room on the disk,
+            with all finished samples kept.
+    """
+    plan = Plan(policies, tasks, contexts, budgets, samples, seed)
+    execute = executor_of(executor, loaded=not isinstance(model, (str, Path)))
+    check_device(dtype, device or "cpu")
+    with ExitStack() as stack:
+        keep = Path(out) if out is not None else None
+        folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if keep is not None:
+            from .report.figures import need_matplotlib
+
+            need_matplotlib()
+        ledger = stack.enter_context(opened(folder))
+        worker = stack.enter_context(_worker(model, tokenizer, dtype, device))
+        jobs = _prepared(plan, ledger, worker, _about(model, worker, seed))
+        watch = stack.enter_context(Watch.shown(jobs, progress))
+        source = Source(str(model), dtype, device or "cpu")
+        _run(ledger, execute(jobs, worker, source), jobs, watch)
+        results = ledger.results
+    if keep is not None:
+        from .report import write_report
+
+        write_report(results, keep)
+    return Comparison(results, keep)
+
+
+@contextmanager
+def _worker(model: Any, tokenizer: Any, dtype: str, device: str | None) -> Iterator[Worker]:
+    """A worker with the model, which is afterwards as it was."""
+    if isinstance(model, (str, Path)):
+        tokenizer, model = loaded(str(model), dtype, device or "cpu")
+        yield Worker(attach(model), tokenizer)
+        return
+    if not hasattr(model, "config"):
+        raise KVPruneError(f"model: expected a name, a folder or a model, came {model!r}")
+    if dtype != "auto" or device not in (None, str(model.device)):
+        raise KVPruneError(
+            f"dtype and device of a loaded model are its own: leave them out, came {dtype!r} "
+            f"and {device!r}"
+        )
+    if model.training:
+        raise KVPruneError("model: expected one that is not in training: call model.eval() first")
+    if tokenizer is None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
+    was_attached = "_kvprune" in base_of(unwrapped(model)).__dict__
+    try:
+        yield Worker(model if was_attached else attach(model), tokenizer)
+    finally:
+        if not was_attached:
+            detach(model)
+
+
+def _about(model: Any, worker: Worker, seed: int) -> dict[str, Any]:
+    """What a results file says of where it comes from."""
+    on = worker.model.device
+    name = str(model) if isinstance(model, (str, Path)) else worker.model.config.name_or_path
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if on.type == "cuda":
+        machine += f", {torch.cuda.get_device_name(on)}"
+    return {
+        "format": FORMAT,
+        "model": Path(name).name,
+        "digest": describe(base_of(unwrapped(worker.model)))["digest"],
+        "seed": seed,
+        "dtype": str(worker.model.dtype).removeprefix("torch."),
+        "device": on.type,
+        "versions": {package: _version(package) for package in PACKAGES},
+        "machine": machine,
+        "date": datetime.datetime.now().isoformat(" ", "minutes"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _prepared(plan: Plan, ledger: Ledger, worker: Worker, about: dict[str, Any]) -> list[Job]:
+    """What is still to be run; everything is checked before the file is written to."""
+    ledger.check(about)
+    modules = plan.check_model(worker.model)
+    for policy, digest in modules.items():
+        ledger.check_modules(policy, digest)
+    drawn = plan.drawn(worker.tokenizer)
+    for (name, context), samples in drawn.items():
+        for sample in samples:
+            ledger.check_item(name, context, sample.number, digest_of(sample))
+    jobs = [Job(c, task, _missing(ledger, c, drawn)) for c, task in plan.cells()]
+    jobs = [job for job in jobs if job.samples]
+    _check_room(ledger.path.parent, jobs)
+    ledger.begin(about)
+    for task in plan.found:
+        ledger.note_task(task.name, task.unit, task.floor)
+    for policy, digest in modules.items():
+        if digest:
+            ledger.note_modules(policy, digest)
+    return jobs
+
+
+def _missing(
+    ledger: Ledger, cell: Cell, drawn: Mapping[tuple[str, int], tuple[Sample, ...]]
+) -> tuple[Sample, ...]:
+    done = ledger.done(cell)
+    return tuple(s for s in drawn[cell.task, cell.context] if s.number not in done)
+
+
+def _check_room(folder: Path, jobs: Sequence[Job]) -> None:
+    needed, free = ROOM + LINE * sum(len(j.samples) for j in jobs), shutil.disk_usage(folder).free
+    if jobs and free < needed:
+        raise KVPruneError(
+            f"{folder}: expected {needed / 2**20:.0f} MiB of room for the results, found "
+            f"{free / 2**20:.0f}: make room on the disk, or name another folder with --out"
+        )
+
+
+def _run(ledger: Ledger, outcomes: Iterable[Outcome], jobs: Sequence[Job], watch: Watch) -> None:
+    """Writes each outcome as it comes."""
+    items = {(key_of(j.cell), s.number): digest_of(s) for j in jobs for s in j.samples}
+    for outcome in outcomes:
+        number = getattr(outcome, "sample", -1)
+        if (key_of(outcome.cell), number) in ledger.samples:
+            continue
+        ledger.add(outcome, items.get((key_of(outcome.cell), number), ""))
+        watch.came(outcome)
