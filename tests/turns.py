@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kvprune
-from kvprune.policies import H2O, SDTP, StreamingLLM
+from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
 
 from .models import left_padded, prompt, tiny_model
 from .strategies import sdtp_heads
@@ -33,7 +33,7 @@ def on_the_cpu(family: str, policies: list[Any], *more: Any, **options: Any) -> 
 def follow(model: Any, policies: list[Any], steps: list[int], padding: list[int]) -> Any:
     """Logits of every valid token, on the CPU, and the cache, after some forwards."""
     for policy in policies:
-        if isinstance(policy, SDTP) and policy.heads is not None:
+        if isinstance(policy, SDTP) and isinstance(policy.heads, SDTPHeads):
             policy.heads.to(model.device)
     ids = prompt(2, sum(steps))
     mask = left_padded(ids, padding)["attention_mask"]
