@@ -132,10 +132,15 @@ def test_costs_are_those_of_the_cache():
     assert cost.prefill_seconds > 0.0
     assert cost.decode_tokens_per_second is not None and cost.decode_tokens_per_second > 0.0
     assert cost.prefill_flops == Flops.measured(model).of_prompt(40, cost.entered) + 5.0
-    dense = reader([], ids)
-    dense.log_likelihood([1] * 30)
-    held = dense.cost(Flops.measured(model), 0.0)
-    assert held.bytes_peak > held.bytes_held and held.kept == (40.0,) * LAYERS
+    scored = reader([H2O(3, 4)], ids)
+    scored.log_likelihood([1] * 60)
+    # Drafts that are on record do not count once they are read.
+    assert scored.cost(Flops.measured(model), 0.0).bytes_peak < 2 * scored.bytes_held
+    for ask in ("generate", "log_likelihood"):
+        dense = reader([], ids)
+        getattr(dense, ask)(30 if ask == "generate" else [1] * 30)
+        held = dense.cost(Flops.measured(model), 0.0)
+        assert held.bytes_peak > held.bytes_held and held.kept == (40.0,) * LAYERS
     # No hook stays behind.
     assert all(len(m._forward_pre_hooks) == 1 for m in model.model.layers)
 
