@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from kvprune import KVPruneError
 from kvprune.evaluation import questions
-from kvprune.evaluation.tasks import TASKS, articles, task, texts
+from kvprune.evaluation.tasks import TASKS, articles, kv, task, texts
+from kvprune.evaluation.tasks import words as words_task
 from kvprune.evaluation.tasks.base import Sample
 from kvprune.evaluation.tasks.needles import MultiNeedle
 from kvprune.evaluation.tasks.perplexity import Perplexity
@@ -237,11 +240,11 @@ def test_questions_are_scored_by_the_gold_answer(name):
 @pytest.mark.parametrize("name", ASKED)
 def test_questions_come_with_their_paragraphs_and_others(name):
     """What is put around them does not have the answer, and never parts them."""
-    made = task(name).samples(tokenizer("gpt2"), 6000, 4, 0)
+    made = task(name).samples(tokenizer("gpt2"), 6000, 12, 0)
     for sample in made:
         prompt = decoded(sample.prompt, "gpt2")
         assert prompt.count(sample.answers[0]) == 1
-        assert len(sample.prompt) > 5000
+        assert len(sample.prompt) > 5500
         if name == "hotpotqa":
             number = sample.answers[0].removeprefix("answer")
             places = [prompt.index(f"title {number} {i}") for i in range(4)]
@@ -326,18 +329,38 @@ def test_parameters_say_how_much_is_to_be_found():
     assert len(several.answers) == 4
     text = decoded(several.prompt, "chat")
     assert text.count("One of the special magic numbers for") == 6
-    (chain,) = Tracking(hops=3).samples(chat, 1500, 1, 0)
-    a, b, c, d = chain.answers
-    text = decoded(chain.prompt, "chat")
-    places = [
-        text.index(s) for s in (f"VAR {b} = VAR {a}.", f"VAR {c} = VAR {b}.", f"VAR {d} = VAR {c}.")
-    ]
-    assert places == sorted(places)
+    for chain in Tracking(hops=3).samples(chat, 1500, 6, 0):
+        text = decoded(chain.prompt, "chat")
+        links = [f"VAR {b} = VAR {a}." for a, b in itertools.pairwise(chain.answers)]
+        places = [text.index(link) for link in links]
+        assert places == sorted(places) and len(places) == 3
     (words,) = Words(common=2, share=0.5).samples(chat, 1500, 1, 0)
     said = decoded(words.prompt, "chat").split()
     first, second = (said.count(word) for word in words.answers)
     assert first == second and first > 5
     assert max(said.count(w) for w in texts.vocabulary() if w not in words.answers) <= 2
+
+
+def test_pairs_are_json_whose_keys_differ():
+    """Also where there are more of them than words; the value is that of the key asked for."""
+    few = texts.vocabulary()[:20]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv, "vocabulary", lambda: few)
+        made = task("kv").samples(tokenizer("gpt2"), 1500, 3, 0)
+    for sample in made:
+        text = decoded(sample.prompt, "gpt2")
+        pairs = json.loads(text[text.index("{") : text.index("}") + 1], object_pairs_hook=list)
+        assert len({key for key, _ in pairs}) == len(pairs) > 40
+        assert dict(pairs)[text.split('Key: "')[1].split('"')[0]] == sample.answers[0]
+
+
+def test_a_common_word_is_none_that_the_question_says():
+    """Or it would be found without the list."""
+    few = ("list", "often", "most", "above", "zebra", "appear")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(words_task, "vocabulary", lambda: few)
+        made = task("words").samples(tokenizer("gpt2"), 500, 9, 0)
+    assert {sample.answers for sample in made} == {("zebra",)}
 
 
 def test_depths_are_all_over_the_text():

@@ -45,7 +45,7 @@ def test_the_seed_chooses_the_lines(tmp_path):
 
 def test_a_list_is_found_in_parts(tmp_path):
     """Each answer of it counts alike, and there is room to say them all."""
-    line = {**GOOD, "answer": ["blue", "a much longer answer than that", "no"]}
+    line = {**GOOD, "answer": ["blue", *(f"answer{i}" for i in range(30))]}
     asked = task(written(tmp_path, line))
     (sample,) = asked.samples(tokenizer("gpt2"), 200, 1, 0)
     assert asked.score(sample, Right(sample, tokenizer("gpt2"))).value == 1

@@ -74,17 +74,10 @@ def _listed(words: list[str], order: float) -> str:
 
 
 def _ask(common: int) -> Ask:
-    """RULER's template, in the singular for one word."""
-    before = (
-        "Below is a numbered list of words. In these words, some appear more often than others."
-        " Memorize the ones that appear most often.\n"
-    )
-    asked, answered = f"are the {common} most common words", f"top {common} words that appear"
-    if common == 1:
-        asked, answered = "is the most common word", "word that appears"
-    verb = "is" if common == 1 else "are"
+    """RULER's template, for one word too: SmolLM2-135M found 6 of 10 in the singular, and 10 so."""
     return Ask(
-        before,
-        f"\nQuestion: What {asked} in the above list?",
-        f"Answer: The {answered} most often in the list {verb}: 1.",
+        "Below is a numbered list of words. In these words, some appear more often than others."
+        " Memorize the ones that appear most often.\n",
+        f"\nQuestion: What are the {common} most common words in the above list?",
+        f"Answer: The top {common} words that appear most often in the list are: 1.",
     )
