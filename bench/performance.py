@@ -1,6 +1,6 @@
 """docs/performance.md, from what `bench.speed` measured: no number is written by hand.
 
-    python -m bench.performance
+python -m bench.performance
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ PAGE = ROOT / "docs" / "performance.md"
 HEAD = """# Performance
 
 Each candidate against the dense model in the same process, in turns; ratios are medians over the
-turns, each to the dense run of its own turn, with the least and the most. Prefill is to come close to
-the ratio of FLOPs; a decode step at so many slots is compared with a dense step at a context of as many
-tokens. Live MB is the most that tensors beyond the weights held at once while the prompt was read. SDTP
-has random heads here, which cost what trained ones do. This page is made by
-`python -m bench.performance` from `bench/results/speed-*.json`, which `python -m bench.speed` writes.
+turns, each to the dense run of its own turn, with the least and the most. Prefill is to come
+close to the ratio of FLOPs; a decode step at so many slots is compared with a dense step at a
+context of as many tokens. Live MB is the most that tensors beyond the weights held at once while
+the prompt was read. SDTP has random heads here, which cost what trained ones do. This page is
+made by `python -m bench.performance` from `bench/results/speed-*.json`, which `python -m
+bench.speed` writes.
 """
 COLUMNS = (
     "policy",
