@@ -240,7 +240,7 @@ def test_questions_are_scored_by_the_gold_answer(name):
 @pytest.mark.parametrize("name", ASKED)
 def test_questions_come_with_their_paragraphs_and_others(name):
     """What is put around them does not have the answer, and never parts them."""
-    made = task(name).samples(tokenizer("gpt2"), 6000, 12, 0)
+    made = task(name).samples(tokenizer("gpt2"), 6000, 30, 0)
     for sample in made:
         prompt = decoded(sample.prompt, "gpt2")
         assert prompt.count(sample.answers[0]) == 1
