@@ -5,6 +5,10 @@ a question at the end asks for it. After RULER (arXiv 2404.06654, section 3 and 
 its template and Paul Graham's essays as the haystack. A key is two words of the essays where RULER
 has an adjective and a noun; depths are drawn, not taken from forty steps; a number counts only as a
 whole. Bare is the question without the essays, so the lower line is 0.
+
+SmolLM2-135M always finds a single number at 512 and 1024 tokens, and 0.80 and 0.78 of the two
+numbers of two keys (ten samples, bench/results/tasks.json). Of four keys with one number each it
+finds, at 512 tokens, 0.90 where one is asked for and 0.45 where two are.
 """
 
 from __future__ import annotations

@@ -7,6 +7,10 @@ section 3 and appendix B), with its template, its noise and its solved example b
 The chain has one link by default and not four; the noise is cut at a word and not after its five
 sentences, so that the length can be met. Bare is all but the noise and the chain: the example is
 still there.
+
+SmolLM2-135M finds 0.75 and 0.70 of the two variables at 512 and 1024 tokens (ten samples,
+bench/results/tasks.json), at 512 tokens 0.73 with two links, 0.45 with three, and none without the
+example.
 """
 
 from __future__ import annotations
