@@ -7,8 +7,7 @@ has an adjective and a noun; depths are drawn, not taken from forty steps; a num
 whole. Bare is the question without the essays, so the lower line is 0.
 
 SmolLM2-135M always finds a single number at 512 and 1024 tokens, and 0.80 and 0.78 of the two
-numbers of two keys (ten samples, bench/results/tasks.json). Of four keys with one number each it
-finds, at 512 tokens, 0.90 where one is asked for and 0.45 where two are.
+numbers of two keys (ten samples, bench/results/tasks.json).
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ sentences, so that the length can be met. Bare is all but the noise and the chai
 still there.
 
 SmolLM2-135M finds 0.75 and 0.70 of the two variables at 512 and 1024 tokens (ten samples,
-bench/results/tasks.json), at 512 tokens 0.73 with two links, 0.45 with three, and none without the
-example.
+bench/results/tasks.json).
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ are words. There is no solved example: SmolLM2-135M answers with the example's w
 question without the list, so the lower line is 0.
 
 SmolLM2-135M always finds the one word at 512 and 1024 tokens (ten samples,
-bench/results/tasks.json), if only behind a "2." with which it goes on; of three words that are half
-of the list it finds 0.50 and 0.33 (eight samples).
+bench/results/tasks.json).
 """
 
 from __future__ import annotations
