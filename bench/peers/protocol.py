@@ -126,8 +126,8 @@ def memory(side: Side, row: str, ids: Tensor, budget: int) -> dict[str, Any]:
     with opened.reading:
         opened.read(ids)
     peak = _status("VmHWM")
-    known = peak is not None and before is not None
-    return {"peak": peak, "beyond": peak - before if known else None}  # type: ignore[operator]
+    beyond = None if peak is None or before is None else peak - before
+    return {"peak": peak, "beyond": beyond}
 
 
 def _forget_peak() -> int | None:

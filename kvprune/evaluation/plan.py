@@ -190,10 +190,9 @@ def _tasks(given: Any) -> Iterator[Task]:
 
 
 def _named(name: str) -> Task:
-    from . import tasks
+    from .tasks import task
 
-    found: Task = tasks.task(name)  # type: ignore[attr-defined, unused-ignore]
-    return found
+    return task(name)
 
 
 def _drawn(task: Task, tokenizer: Any, context: int, count: int, seed: int) -> tuple[Sample, ...]:

@@ -59,7 +59,10 @@ class Words(Filled):
         common, others, order = words[: self.common], words[self.common :], draw.random()
         # With fewer, a common word would come once, as the others do.
         least = round(4 * self.common / self.share)
-        text = lambda n: _listed(self._words(n, common, others), order)  # noqa: E731
+
+        def text(count: int) -> str:
+            return _listed(self._words(count, common, others), order)
+
         return Plan(ask, text, tuple(common), least)
 
     def score(self, sample: Sample, reader: Reader) -> Score:
