@@ -26,6 +26,7 @@ from .positions import CachePositions, positions_for
 from .slots import SlotLayer
 from .statistics import check_statistics, wanted_at
 from .step import (
+    Arrival,
     LayerStep,
     RowNumbers,
     Step,
@@ -538,51 +539,57 @@ class ComposedCache(Cache):
     def _new_step(self, rows: int, count: int, mask: Tensor | None, device: torch.device) -> Step:
         self._check_size(rows, count)
         assert self._attachment is not None
+        new = self._arrival(rows, count, mask, device)
+        drafts = min(count, max(self.seen + count - self._prompt_end, 0)) * self._recording
+        self._check_records(drafts)
+        # Of a prompt with drafts behind it, what it would be asked for without them.
+        keep = 1 if drafts else self._logits_to_keep
+        asked = asked_tokens(keep, rows, count - drafts, device)
+        self._settle()
+        if self._positions is not None:
+            layers = [layer for _, layer in self.slot_layers()]
+            self._positions.anchor(layers, new.columns, new.padding, new.rows.first)
+        return Step(
+            self._working,
+            len(self),
+            self.seen,
+            new,
+            asked,
+            drafts,
+            one_by_one=drafts > 0 and self._drops,
+            group=self._attachment.group,
+            inside=self._positions,
+        )
+
+    def _arrival(self, rows: int, count: int, mask: Tensor | None, device: torch.device) -> Arrival:
+        """What a forward of `[rows, count]` tokens brings; refuses a mask that does not fit."""
+        assert self._attachment is not None
         if self._in_generate and mask is not None and mask.dim() == 2 and self._past_prompt:
             # It goes on with ones.
             mask = None
         heads = self._attachment.num_heads
         columns = new_columns(rows, count, self.seen, mask, heads, self._in_generate, device)
         complete = mask is None or mask.dim() == 4 or bool((columns >= 0).all())
+        padding = padding_so_far(self._padding, columns, self.seen, mask)
+        if self._is_hybrid:
+            self._check_states(rows, count, padding)
         # What counts as prompt: what `generate` promised, or any forward of several tokens.
         # Not what may be taken back.
         counts = count > 1 and not self._in_generate and not self._recording
         added = (columns >= 0).sum(-1) if counts else self._promise
-        padding = padding_so_far(self._padding, columns, self.seen, mask)
-        if self._is_hybrid:
-            self._check_states(rows, count, padding)
-        same_padding = padding is self._padding
-        numbers = rows_after(self._rows, columns, added, padding, same_padding)
-        drafts = min(count, max(self.seen + count - self._prompt_end, 0)) * self._recording
+        same = padding is self._padding
+        numbers = rows_after(self._rows, columns, added, padding, same)
+        return Arrival(columns, complete, padding, numbers, numbers is self._rows)
+
+    def _check_records(self, drafts: int) -> None:
+        """Refuses drafts on a model that cannot take them back."""
+        assert self._attachment is not None
         if drafts and self._attachment.cannot_record and (self._drops or self._is_hybrid):
             raise KVPruneError(
                 f"assisted decoding and recording with {self.policies!r} on "
                 f"{self._attachment.name} are refused: {self._attachment.cannot_record}; leave out "
                 f"assistant_model and prompt_lookup_num_tokens"
             )
-        # Of a prompt with drafts behind it, what it would be asked for without them.
-        keep = 1 if drafts else self._logits_to_keep
-        asked = asked_tokens(keep, rows, count - drafts, device)
-        self._settle()
-        if self._positions is not None:
-            self._positions.anchor(
-                [s for _, s in self.slot_layers()], columns, padding, numbers.first
-            )
-        return Step(
-            self._working,
-            len(self),
-            self.seen,
-            columns,
-            complete,
-            numbers,
-            numbers is self._rows,
-            asked,
-            padding,
-            drafts,
-            drafts > 0 and self._drops,
-            self._attachment.group,
-            self._positions,
-        )
 
     @property
     def _past_prompt(self) -> bool:

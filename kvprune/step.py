@@ -142,6 +142,22 @@ def rows_after(
     return RowNumbers(first, Lengths(so_far + torch.as_tensor(prompt, device=columns.device)))
 
 
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """What a forward brings to a cache.
+
+    columns: `[B, Q]` int64, -1 for padding. complete: it is known that none is -1.
+    padding: see `padding_so_far`.
+    rows: the rows' numbers, this forward included; same_rows: whether they are as before it.
+    """
+
+    columns: Tensor
+    complete: bool
+    padding: Tensor | None
+    rows: RowNumbers
+    same_rows: bool
+
+
 def asked_tokens(
     logits_to_keep: int | Tensor, rows: int, count: int, device: torch.device
 ) -> Tensor:
@@ -176,12 +192,8 @@ class Step:
         policies: Sequence[TokenPolicy],
         num_layers: int,
         seen: int,
-        columns: Tensor,
-        complete: bool,
-        rows: RowNumbers,
-        same_rows: bool,
+        new: Arrival,
         asked: Tensor,
-        padding: Tensor | None,
         drafts: int = 0,
         one_by_one: bool = False,
         group: Any = None,
@@ -192,7 +204,8 @@ class Step:
         self._num_layers = num_layers
         self._group = group
         self.inside = inside
-        self.position_ids = None if inside is None else inside.of_new(columns, padding)
+        columns = new.columns
+        self.position_ids = None if inside is None else inside.of_new(columns, new.padding)
         self._asked = asked
         self._places: Tensor | None = None
         self._parked: Tensor | None = None
@@ -207,10 +220,10 @@ class Step:
         self._lengths = Lengths((lead >= 0).sum(-1)) if self.prunes else None
         self.columns = columns
         self.slot_columns = columns[:, None]
-        self.complete = complete
-        self.rows = rows
-        self.same_rows = same_rows
-        self.padding = padding
+        self.complete = new.complete
+        self.rows = new.rows
+        self.same_rows = new.same_rows
+        self.padding = new.padding
 
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
         """Drops what no longer enters `layer`: `[B, Q, C]` to `[B, Q', C]`.
