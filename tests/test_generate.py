@@ -13,7 +13,7 @@ from transformers import DynamicCache
 import kvprune
 from kvprune.policies import H2O, StreamingLLM
 
-from .models import LAYERS, VOCAB, left_padded, plain_model, prompt, tiny_model
+from .models import LAYERS, VOCAB, fresh_model, left_padded, plain_model, prompt, tiny_model
 from .strategies import POLICIES, evicting, seeds
 
 MODES = {
@@ -257,3 +257,15 @@ def test_a_copy_made_inside_generate_is_in_none():
     assert copies[0].columns(0).shape[-1] == 12
     model.generate(prompt(1, 40), cache=copies[1], max_new_tokens=2)
     assert copies[1].seen == 41
+
+
+def test_what_was_padding_stays_padding():
+    """A later mask that hides a token, and shows the padding, does not move a row's first token."""
+    model, ids = kvprune.attach(fresh_model()), prompt(1, 20)
+    cache, mask = kvprune.ComposedCache([StreamingLLM(2, 4)]), torch.ones(1, 20, dtype=torch.long)
+    with torch.no_grad():
+        model(**left_padded(ids[:, :12], [3]), past_key_values=cache)
+        mask[0, 10] = 0
+        for i in range(12, 20):
+            model(ids[:, i : i + 1], past_key_values=cache, attention_mask=mask[:, : i + 1])
+    assert cache.columns(0).tolist() == [[[3, 4, 16, 17, 18, 19]]]
