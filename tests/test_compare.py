@@ -214,6 +214,15 @@ def stopping(model: Path, out: Path, how: int) -> int:
     return done.returncode
 
 
+@pytest.fixture
+def hears_ctrl_c():
+    """Also where the tests run in the background of a script, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize(
     "how",
     [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
@@ -486,6 +495,7 @@ def test_the_command_ends_with_1_where_a_cell_failed(folder, tmp_path, named, mo
     assert run(*COMMAND, "--samples", 3, *options, "--out", tmp_path).exit_code == 0
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_the_command_ends_with_130_where_it_was_stopped(folder, tmp_path, named, monkeypatch):
     """And says how to go on."""
     monkeypatch.setattr(Echo, "score", lambda *_: os.kill(os.getpid(), signal.SIGINT))
