@@ -77,6 +77,9 @@ def main(path: str, out: str) -> None:
     )
     with open(f"{out}.{torch.distributed.get_rank()}", "w") as file:
         json.dump(report(kvprune.attach(model)), file)
+    # A process that just ends closes connections which the other may still read from.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
