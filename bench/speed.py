@@ -55,7 +55,7 @@ def options(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", help="names, or groups as prefill; default: all")
     parser.add_argument("--contexts", type=int, nargs="+", default=Sizes.contexts)
     parser.add_argument("--budgets", type=int, nargs="+", default=Sizes.budgets)
-    parser.add_argument("--stream", type=int, default=Sizes.stream, help="tokens, from 1,024 on")
+    parser.add_argument("--stream", type=int, default=Sizes.stream, help="tokens, from 2,048 on")
     parser.add_argument("--new", type=int, default=Sizes.new, help="generated tokens, end to end")
     parser.add_argument("--repeats", type=int, help="turns of every part")
     parser.add_argument("--model", help="name or path; default: the demo model")
@@ -76,8 +76,9 @@ def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
         parser.error("--contexts, --budgets: expected prompts of at least 128, budgets of 16")
     if max(asked.budgets) > max(asked.contexts):
         parser.error("--budgets: expected none above the longest of --contexts")
-    if asked.stream < 1024 or min(asked.new, asked.threads, asked.repeats or 1) < 1:
-        parser.error("--stream: expected at least 1024; --new, --threads, --repeats: at least 1")
+    repeats = 1 if asked.repeats is None else asked.repeats
+    if asked.stream < 2048 or min(asked.new, asked.threads, repeats) < 1:
+        parser.error("--stream: expected at least 2048; --new, --threads, --repeats: at least 1")
     names = {name for part in planned(asked, everything=True) for name in (part.name, part.group)}
     if unknown := sorted(set(asked.parts or ()) - names):
         parser.error(f"--parts: expected some of {', '.join(sorted(names))}, came {unknown}")

@@ -19,6 +19,7 @@ from .plan import STEPS, Part
 
 BUDGETED = (STREAMING, HEAVY, BOTH)
 WARM_UP = 5
+"""Steps that are not counted, of every candidate."""
 
 
 @torch.no_grad()
