@@ -28,7 +28,7 @@ def prefill(name: str, context: int, **more: Any) -> dict[str, Any]:
     shares = dict(zip(NAMES, (1.0, 1.01, 1.08, 0.5, 0.6), strict=True))
     rows = {
         label: {
-            "prefill": [2 * share, 2 * share, 4 * share],
+            "prefill": [2 * share, 2 * share, 4 * share if label == DENSE else 3.9 * share],
             "step": [0.1] * 3,
             "live": int(share * 100e6),
             "held": 10_000_000,

@@ -74,7 +74,10 @@ def test_all_bars_are_told_and_met(found):
     assert len(told) == 2 * 3 + 1 + 3 + 3 + 2 * 3 + 2
     assert [bar for bar in told if not bar.met] == []
     said = {bar.what: bar.measured for bar in told}
-    assert said["SDTP, prefill of 4,096: time to dense over FLOPs to dense"].startswith("1.000 (")
+    assert (
+        said["SDTP, prefill of 4,096: time to dense over FLOPs to dense"]
+        == "1.000 (0.975 to 1.000)"
+    )
     assert said["SDTP + H2O, 8,192 tokens and 128 new: times faster"] == "1.80 (1.60 to 2.00)"
     assert said["the same: bytes held at the end"] == "15.0%"
     assert said["H2O, prefill of 8,192: live MB beyond dense's"] == "8.0"
@@ -119,7 +122,7 @@ BROKEN: dict[str, tuple[str, Any, str]] = {
     ),
     "an unsure slope": (
         "stream-4096",
-        lambda f: f["rows"][HEAVY].update(step=[[0.1, 0.1, 0.11], [0.11, 0.1, 0.1]]),
+        lambda f: f["rows"][HEAVY].update(step=[[0.1, 0.1, 0.108], [0.11, 0.1, 0.1]]),
         "H2O, a step after",
     ),
     "bytes of a stream": (
@@ -151,7 +154,7 @@ def test_the_page_has_a_table_for_each_part_and_says_what_is_missing(found):
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         lines = block.splitlines()
         assert len({line.count("|") for line in lines}) == 1 and len(lines) > 2
-    assert "| SDTP | 1.00 | 0.50 (0.50 to 0.50) | 0.500 | 1.000 | 100 | 10.0 | 50.0 |  |" in text
+    assert "| SDTP | 1.00 | 0.50 (0.49 to 0.50) | 0.500 | 1.000 | 100 | 10.0 | 50.0 |  |" in text
     assert "two layers of a 7B model" in text and "Not measured yet" not in text
     without = [r for r in found if r["part"]["kind"] != "whole"]
     assert "Not measured yet: whole." in performance.page(without)
