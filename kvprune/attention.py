@@ -7,6 +7,7 @@ runs here, block by block, so that no n x n matrix is ever held; on a GPU by fus
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from .errors import KVPruneError
 from .masks import LazyMask, Mask, additive, as_mask
 from .step import LayerStep
 
-BLOCK = 64
-"""Queries per block; with its query heads stacked, a block of scores stays in the caches."""
+BLOCK = 128
+"""Queries per block: more waste work on what they cannot see, fewer make small products."""
 
 
 def slot_attention(
@@ -124,7 +125,10 @@ class _Scores:
     dropout: float
 
     def probabilities(self, scores: Tensor, sinks: Tensor | None, out: Tensor | None) -> Tensor:
-        """Softmax over the slots; `sinks` `[..., 1]` take their share and are left out."""
+        """Softmax over the slots; `sinks` `[..., 1]` take their share and are left out.
+
+        `out` may be the scores themselves.
+        """
         if sinks is None:
             return torch.softmax(scores, -1, out=out)
         return torch.cat([scores, sinks.expand_as(scores[..., :1])], -1).softmax(-1)[..., :-1]
@@ -221,7 +225,8 @@ def _block_by_block(
     rows, heads, count, _ = query.shape
     groups, dtype = heads // key.shape[1], layer.slots.statistics["attention"].dtype
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    room = None if tracked else _Room(groups * BLOCK * key.shape[2], query, dtype)
+    # Scores, which all blocks of a layer reuse.
+    room = None if tracked else query.new_empty(groups * BLOCK * key.shape[2])
     outputs, received = [], []
     for row in range(rows):
         for head in range(key.shape[1]):
@@ -232,24 +237,6 @@ def _block_by_block(
             received.append(mass)
     whole = torch.stack(outputs).reshape(rows, heads, count, -1).transpose(1, 2)
     return whole.contiguous(), torch.stack(received).reshape(rows, -1, key.shape[2])
-
-
-class _Room:
-    """Two score buffers that all blocks of a layer reuse."""
-
-    def __init__(self, size: int, like: Tensor, dtype: torch.dtype) -> None:
-        self._scores = like.new_empty(size)
-        self._probabilities = like.new_empty(size, dtype=dtype)
-
-    def scores_for(self, shape: tuple[int, ...]) -> Tensor:
-        """`[G * n, S']`."""
-        groups, count, size = shape
-        return self._scores[: groups * count * size].view(groups * count, size)
-
-    def probabilities_for(self, shape: tuple[int, ...]) -> Tensor:
-        """`[G, n, S']`."""
-        groups, count, size = shape
-        return self._probabilities[: groups * count * size].view(shape)
 
 
 @dataclass(frozen=True)
@@ -263,7 +250,7 @@ class _Head:
     head: int
     query_heads: slice
     dtype: torch.dtype
-    room: _Room | None
+    room: Tensor | None
 
     def run(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """query `[G, Q, D]`, key `[S, D]`, value `[S, Dv]` to `[G, Q, Dv]` and mass `[S]`."""
@@ -283,14 +270,15 @@ class _Head:
     def _probabilities(self, query: Tensor, key: Tensor, start: int, stop: int) -> Tensor:
         """One block: query `[G, n, D]`, key `[D, S']` to `[G, n, S']`."""
         shape = (*query.shape[:2], key.shape[1])
-        rows = (query * self.how.scaling).flatten(0, 1)
-        scores = torch.mm(rows, key, out=None if self.room is None else self.room.scores_for(shape))
-        scores = self._masked(self.how.capped(scores).view(shape).to(self.dtype), start, stop)
+        rows, out = (query * self.how.scaling).flatten(0, 1), None
+        if self.room is not None:
+            out = self.room[: math.prod(shape)].view(len(rows), -1)
+        scores = self.how.capped(torch.mm(rows, key, out=out)).view(shape)
+        scores = self._masked(scores.to(self.dtype), start, stop)
         sinks = self.how.sinks
         if sinks is not None:
             sinks = sinks[self.query_heads].view(-1, 1, 1).to(self.dtype)
-        out = None if self.room is None else self.room.probabilities_for(shape)
-        return self.how.probabilities(scores, sinks, out)
+        return self.how.probabilities(scores, sinks, out=None if self.room is None else scores)
 
     def _masked(self, scores: Tensor, start: int, stop: int) -> Tensor:
         """Hides what each query of `[G, n, S']` may not see."""

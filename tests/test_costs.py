@@ -51,9 +51,9 @@ def policies(name: str, layers: int = LAYERS) -> list[kvprune.TokenPolicy]:
 OPERATORS = {
     "dense": (72, 24),
     "no policy": (79, 32),
-    "StreamingLLM": (108, 32),
-    "H2O": (133, 32),
-    "SDTP + H2O": (133, 32),
+    "StreamingLLM": (79, 65),
+    "H2O": (99, 63),
+    "SDTP + H2O": (99, 63),
 }
 
 
