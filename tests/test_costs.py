@@ -121,15 +121,15 @@ def live_bytes(tokens: int, make: Callable[[], Cache]) -> int:
 
 @pytest.mark.parametrize("name", ["H2O", "SDTP + H2O"])
 def test_h2o_s_prefill_is_linear_in_memory(name: str):
-    """Beyond dense it has two buffers of scores, of a block of queries each: nothing n x n."""
+    """Beyond dense it has one buffer, with the scores of a block of queries: nothing n x n."""
 
     def make() -> Cache:
         return kvprune.ComposedCache(policies(name))
 
     short, long = (live_bytes(n, make) for n in (1024, 2048))
     assert long <= 2.01 * short
-    buffers = 2 * 4 * HEADS // KV_HEADS * BLOCK * 2048
-    assert long - live_bytes(2048, DynamicCache) <= buffers < 4 * 2048**2
+    scores = 4 * HEADS // KV_HEADS * BLOCK * 2048
+    assert long - live_bytes(2048, DynamicCache) <= scores < 4 * 2048**2
 
 
 SLOT = 2 * KV_HEADS * D * 4  # bytes of its keys and values
