@@ -7,10 +7,8 @@ runs here, block by block, so that no n x n matrix is ever held; on a GPU by fus
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +16,10 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import flash, fused
+from .blocks import Scores, block_by_block, hide
 from .errors import KVPruneError
 from .masks import LazyMask, Mask, additive, as_mask
 from .step import LayerStep
-
-BLOCK = 128
-"""Queries per block: more waste work on what they cannot see, fewer make small products."""
 
 
 def slot_attention(
@@ -115,34 +111,6 @@ def _mask_for(
     return additive(dense, query.dtype) if backend == "eager" else dense
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """How scores come about beyond the product of query and key."""
-
-    scaling: float
-    softcap: float | None
-    sinks: Tensor | None
-    dropout: float
-
-    def probabilities(self, scores: Tensor, sinks: Tensor | None, out: Tensor | None) -> Tensor:
-        """Softmax over the slots; `sinks` `[..., 1]` take their share and are left out.
-
-        `out` may be the scores themselves.
-        """
-        if sinks is None:
-            return torch.softmax(scores, -1, out=out)
-        return torch.cat([scores, sinks.expand_as(scores[..., :1])], -1).softmax(-1)[..., :-1]
-
-    def capped(self, scores: Tensor) -> Tensor:
-        return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
-
-    def dropped(self, probabilities: Tensor, dtype: torch.dtype) -> Tensor:
-        probabilities = probabilities.to(dtype)
-        if not self.dropout:
-            return probabilities
-        return torch.nn.functional.dropout(probabilities, self.dropout)
-
-
 def _observed(
     backend: str,
     module: torch.nn.Module,
@@ -170,8 +138,8 @@ def _observed(
         backend, module, layer, *states, scaling, dropout, softcap=softcap, s_aux=s_aux
     )
     if result is None:
-        run = _one_query if query.shape[2] == 1 else _block_by_block
-        result = run(layer, *states, _Scores(scaling, softcap, s_aux, dropout))
+        run = _one_query if query.shape[2] == 1 else block_by_block
+        result = run(layer, *states, Scores(scaling, softcap, s_aux, dropout))
     output, received = result
     heads = layer.slots.keys.shape[1]
     if received.shape[1] != heads:
@@ -182,9 +150,9 @@ def _observed(
 
 
 def _one_query(
-    layer: LayerStep, query: Tensor, key: Tensor, value: Tensor, mask: Mask, how: _Scores
+    layer: LayerStep, query: Tensor, key: Tensor, value: Tensor, mask: Mask, how: Scores
 ) -> tuple[Tensor, Tensor]:
-    """One new token per row: all heads at once. Returns what `_block_by_block` does."""
+    """One new token per row: all heads at once. Returns what `block_by_block` does."""
     rows, heads, _, size = query.shape
     grouped = (query * how.scaling).reshape(rows, key.shape[1], -1, size)
     scores = how.capped(torch.matmul(grouped, key.transpose(-1, -2)))
@@ -193,7 +161,7 @@ def _one_query(
         here = mask.at(layer.columns, layer.slots.columns)
         if here.shape[1] == heads:
             here = here.view(rows, key.shape[1], -1, key.shape[2])
-        scores = _hide(scores, here)
+        scores = hide(scores, here)
     sinks = None if how.sinks is None else how.sinks.view(1, key.shape[1], -1, 1).to(scores.dtype)
     probabilities = how.probabilities(scores, sinks, out=None)
     output = torch.matmul(how.dropped(probabilities, value.dtype), value)
@@ -202,101 +170,3 @@ def _one_query(
         # Padding does not vote.
         received = received * (layer.columns >= 0)[:, None]
     return output.view(rows, 1, heads, -1), received
-
-
-def _hide(scores: Tensor, mask: Tensor) -> Tensor:
-    """Applies a mask in place; what it hides stays finite (see `masks.additive`)."""
-    if mask.dtype == torch.bool:
-        return scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-    return scores.add_(mask)
-
-
-def _block_by_block(
-    layer: LayerStep, query: Tensor, key: Tensor, value: Tensor, mask: Mask, how: _Scores
-) -> tuple[Tensor, Tensor]:
-    """Several new tokens: one row, one key/value head and one block of queries at a time.
-
-    The new tokens' slots are the last ones, in order, so a block needs no slot behind its
-    own end.
-
-    Returns:
-        the output `[B, Q, Hq, Dv]`, and what each slot received `[B, Hkv, S]`.
-    """
-    rows, heads, count, _ = query.shape
-    groups, dtype = heads // key.shape[1], layer.slots.statistics["attention"].dtype
-    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    # Scores, which all blocks of a layer reuse.
-    room = None if tracked else query.new_empty(groups * BLOCK * key.shape[2])
-    outputs, received = [], []
-    for row in range(rows):
-        for head in range(key.shape[1]):
-            mine = slice(head * groups, (head + 1) * groups)
-            one = _Head(layer, mask, how, row, head, mine, dtype, room)
-            output, mass = one.run(query[row, mine], key[row, head], value[row, head])
-            outputs.append(output)
-            received.append(mass)
-    whole = torch.stack(outputs).reshape(rows, heads, count, -1).transpose(1, 2)
-    return whole.contiguous(), torch.stack(received).reshape(rows, -1, key.shape[2])
-
-
-@dataclass(frozen=True)
-class _Head:
-    """One row's one key/value head, with its G query heads stacked into the rows."""
-
-    layer: LayerStep
-    mask: Mask
-    how: _Scores
-    row: int
-    head: int
-    query_heads: slice
-    dtype: torch.dtype
-    room: Tensor | None
-
-    def run(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """query `[G, Q, D]`, key `[S, D]`, value `[S, Dv]` to `[G, Q, Dv]` and mass `[S]`."""
-        transposed = key.t().contiguous()
-        count, size = query.shape[1], key.shape[0]
-        mass = query.new_zeros(size, dtype=self.dtype)
-        outputs = []
-        for start in range(0, count, BLOCK):
-            stop = min(start + BLOCK, count)
-            end = size - count + stop
-            p = self._probabilities(query[:, start:stop], transposed[:, :end], start, stop)
-            mass[:end] += self._votes(p.detach(), start, stop)
-            block = self.how.dropped(p, value.dtype).flatten(0, 1) @ value[:end]
-            outputs.append(block.view(query.shape[0], stop - start, -1))
-        return torch.cat(outputs, 1), mass
-
-    def _probabilities(self, query: Tensor, key: Tensor, start: int, stop: int) -> Tensor:
-        """One block: query `[G, n, D]`, key `[D, S']` to `[G, n, S']`."""
-        shape = (*query.shape[:2], key.shape[1])
-        rows, out = (query * self.how.scaling).flatten(0, 1), None
-        if self.room is not None:
-            out = self.room[: math.prod(shape)].view(len(rows), -1)
-        scores = self.how.capped(torch.mm(rows, key, out=out)).view(shape)
-        scores = self._masked(scores.to(self.dtype), start, stop)
-        sinks = self.how.sinks
-        if sinks is not None:
-            sinks = sinks[self.query_heads].view(-1, 1, 1).to(self.dtype)
-        return self.how.probabilities(scores, sinks, out=None if self.room is None else scores)
-
-    def _masked(self, scores: Tensor, start: int, stop: int) -> Tensor:
-        """Hides what each query of `[G, n, S']` may not see."""
-        count, size = scores.shape[1:]
-        if self.mask.plainly_causal and self.layer.slots.complete:
-            # Slots before the block are all older; within it, the upper triangle is newer.
-            older = torch.ones(count, count, dtype=torch.bool, device=scores.device).tril_()
-            _hide(scores[..., size - count :], older)
-            return scores
-        slots = self.layer.slots.columns[self.row : self.row + 1, :, :size]
-        slots = slots[:, self.head : self.head + 1] if slots.shape[1] > 1 else slots
-        queries = self.layer.columns[self.row : self.row + 1, start:stop]
-        mask = self.mask.at(queries, slots, self.row)[0]
-        return _hide(scores, mask[self.query_heads] if mask.shape[0] > 1 else mask)
-
-    def _votes(self, probabilities: Tensor, start: int, stop: int) -> Tensor:
-        """What the slots received `[S']`; padding does not vote."""
-        if self.layer.complete:
-            return probabilities.sum((0, 1))
-        votes = self.layer.columns[self.row, start:stop] >= 0
-        return votes.to(self.dtype) @ probabilities.sum(0)

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import kvprune
-from kvprune.attention import BLOCK
+from kvprune.blocks import BLOCK
 from kvprune.policies import H2O, StreamingLLM
 
 from .driver import Driver

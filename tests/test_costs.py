@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache
 import kvprune
 from bench.costs.count import entering
 from bench.live import LiveBytes
-from kvprune.attention import BLOCK
+from kvprune.blocks import BLOCK
 from kvprune.evaluation.flops import Flops, counting, own_flops
 from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
 

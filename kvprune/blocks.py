@@ -1,0 +1,189 @@
+"""Attention over the slots block by block, with what each slot receives; nothing is n x n.
+
+The softmax runs over complete rows, so one pass over the keys gives outputs and probabilities
+alike, which are summed over the queries. A block of scores stays in the processor's caches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, product
+
+import torch
+from torch import Tensor
+
+from .masks import Mask
+from .step import LayerStep
+from .threads import in_threads
+
+BLOCK = 64
+"""Queries per block, with the query heads of a key/value head stacked into the rows."""
+MOST_WORKERS = 8
+"""Each holds a block of scores."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How scores come about beyond the product of query and key."""
+
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+    dropout: float
+
+    def probabilities(self, scores: Tensor, sinks: Tensor | None, out: Tensor | None) -> Tensor:
+        """Softmax over the slots; `sinks` `[..., 1]` take their share and are left out.
+
+        `out` may be the scores themselves.
+        """
+        if sinks is None:
+            return torch.softmax(scores, -1, out=out)
+        return torch.cat([scores, sinks.expand_as(scores[..., :1])], -1).softmax(-1)[..., :-1]
+
+    def capped(self, scores: Tensor) -> Tensor:
+        return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
+
+    def dropped(self, probabilities: Tensor, dtype: torch.dtype) -> Tensor:
+        probabilities = probabilities.to(dtype)
+        if not self.dropout:
+            return probabilities
+        return torch.nn.functional.dropout(probabilities, self.dropout)
+
+
+def hide(scores: Tensor, mask: Tensor) -> Tensor:
+    """Applies a mask in place; what it hides stays finite (see `masks.additive`)."""
+    if mask.dtype == torch.bool:
+        return scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    return scores.add_(mask)
+
+
+def block_by_block(
+    layer: LayerStep, query: Tensor, key: Tensor, value: Tensor, mask: Mask, how: Scores
+) -> tuple[Tensor, Tensor]:
+    """Several new tokens: one row, one key/value head and one block of queries at a time.
+
+    The new tokens' slots are the last ones, in order, so a block needs no slot behind its
+    own end.
+
+    Args:
+        layer: whose slots they are.
+        query: `[B, Hq, Q, D]`. key: `[B, Hkv, S, D]`. value: `[B, Hkv, S, Dv]`.
+        mask: what hides slots.
+        how: what scores are beyond products.
+
+    Returns:
+        the output `[B, Q, Hq, Dv]`, and what each slot received `[B, Hkv, S]`.
+    """
+    rows, heads, count, _ = query.shape
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    most = MOST_WORKERS if query.device.type == "cpu" else 1
+    blocks = _Blocks(
+        layer,
+        mask,
+        how,
+        query,
+        key.transpose(-1, -2).contiguous(),
+        value,
+        tracked,
+        workers=min(most, torch.get_num_threads(), math.ceil(count / BLOCK)),
+    )
+    found = in_threads(blocks.run, blocks.workers, at_once=not tracked and not how.dropout)
+    outputs = {place: output for outputs, _ in found for place, output in outputs.items()}
+    whole = torch.stack([torch.cat([outputs[p] for p in each], 1) for each in blocks.places()])
+    whole = whole.reshape(rows, heads, count, -1).transpose(1, 2)
+    return whole.contiguous(), torch.stack([mass for _, mass in found]).sum(0)
+
+
+_Place = tuple[int, int, int]
+"""Of a block: its row, its key/value head, its first query."""
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """All blocks of a layer.
+
+    key: `[B, Hkv, D, S]`. tracked: autograd saves what comes about, so that nothing is written to
+    twice. workers: among how many the blocks are dealt out.
+    """
+
+    layer: LayerStep
+    mask: Mask
+    how: Scores
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    tracked: bool
+    workers: int
+
+    def places(self, first: int = 0, step: int = 1) -> Iterator[list[_Place]]:
+        """By row and head, the places of the blocks `first`, `first + step`, ..."""
+        starts = range(first * BLOCK, self.query.shape[2], step * BLOCK)
+        for row, head in product(range(self.key.shape[0]), range(self.key.shape[1])):
+            yield [(row, head, start) for start in starts]
+
+    def run(self, worker: int) -> tuple[dict[_Place, Tensor], Tensor]:
+        """One worker's blocks: outputs `[G, n, Dv]` by place, and mass `[B, Hkv, S]`.
+
+        They are dealt out alike in every row, so that no row's sums depend on the others.
+        """
+        rows, heads, _, size = self.key.shape
+        groups = self.query.shape[1] // heads
+        room = None if self.tracked else self.query.new_empty(groups * BLOCK * size)
+        dtype = self.layer.slots.statistics["attention"].dtype
+        mass = self.query.new_zeros(rows, heads, size, dtype=dtype)
+        outputs = {}
+        for place in chain.from_iterable(self.places(worker, self.workers)):
+            outputs[place], votes = self._block(place, groups, room, dtype)
+            mass[place[0], place[1], : len(votes)] += votes
+        return outputs, mass
+
+    def _block(
+        self, place: _Place, groups: int, room: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Output `[G, n, Dv]`, and what the slots up to the block's end receive `[S']`."""
+        row, head, start = place
+        count = self.query.shape[2]
+        stop = min(start + BLOCK, count)
+        end = self.key.shape[-1] - count + stop
+        mine = slice(head * groups, (head + 1) * groups)
+        scores = self._scores(self.query[row, mine, start:stop], self.key[row, head, :, :end], room)
+        scores = self._masked(scores.to(dtype), row, head, start)
+        sinks = self.how.sinks
+        if sinks is not None:
+            sinks = sinks[mine].view(-1, 1, 1).to(dtype)
+        p = self.how.probabilities(scores, sinks, out=None if room is None else scores)
+        value = self.value[row, head, :end]
+        output = self.how.dropped(p, value.dtype).flatten(0, 1) @ value
+        return output.view(groups, stop - start, -1), self._votes(p.detach(), row, start)
+
+    def _scores(self, query: Tensor, key: Tensor, room: Tensor | None) -> Tensor:
+        """`[G, n, D]` and `[D, S']` to `[G, n, S']`."""
+        groups, count, _ = query.shape
+        rows, size = groups * count, key.shape[-1]
+        out = None if room is None else room[: rows * size].view(rows, size)
+        products = torch.mm((query * self.how.scaling).flatten(0, 1), key, out=out)
+        return self.how.capped(products).view(groups, count, size)
+
+    def _masked(self, scores: Tensor, row: int, head: int, start: int) -> Tensor:
+        """Hides what each query of `[G, n, S']` may not see."""
+        groups, count, size = scores.shape
+        if self.mask.plainly_causal and self.layer.slots.complete:
+            # Slots before the block are all older; within it, the upper triangle is newer.
+            older = torch.ones(count, count, dtype=torch.bool, device=scores.device).tril_()
+            hide(scores[..., size - count :], older)
+            return scores
+        slots = self.layer.slots.columns[row : row + 1, :, :size]
+        slots = slots[:, head : head + 1] if slots.shape[1] > 1 else slots
+        queries = self.layer.columns[row : row + 1, start : start + count]
+        mask = self.mask.at(queries, slots, row)[0]
+        mine = mask[head * groups : (head + 1) * groups] if mask.shape[0] > 1 else mask
+        return hide(scores, mine)
+
+    def _votes(self, probabilities: Tensor, row: int, start: int) -> Tensor:
+        """What the slots receive `[S']`; padding does not vote."""
+        if self.layer.complete:
+            return probabilities.sum((0, 1))
+        votes = self.layer.columns[row, start : start + probabilities.shape[1]] >= 0
+        return votes.to(probabilities.dtype) @ probabilities.sum(0)
