@@ -14,7 +14,7 @@ import kvprune
 from kvprune import KVPruneError, Ranking
 from kvprune.evaluation.flops import Flops, counting
 from kvprune.evaluation.reader import CacheReader, Reading, own_prefill_flops
-from kvprune.evaluation.reading import read_prompt
+from kvprune.evaluation.reading import read_lead, read_prompt
 from kvprune.policies import H2O, SDTP, StreamingLLM
 
 from .family_models import attached_family
@@ -142,7 +142,10 @@ def test_costs_are_those_of_the_cache():
     cost = asked.cost(Flops.measured(model), 5.0)
     # Of 39 tokens 23 and then 14 stay; the last one enters every layer.
     assert cost.prompt_tokens == 40 and cost.entered == (40, 24, 24, 15)
-    assert cost.kept == (7.0,) * LAYERS and cost.bytes_held == cache.nbytes <= cost.bytes_peak
+    assert cost.kept == (7.0,) * LAYERS
+    evicted = kvprune.ComposedCache(policies)
+    read_lead(model, evicted, ids)
+    assert cost.bytes_held == evicted.nbytes <= cost.bytes_peak
     assert cost.prefill_seconds > 0.0
     assert cost.decode_tokens_per_second is not None and cost.decode_tokens_per_second > 0.0
     flops = Flops.measured(model)
@@ -157,6 +160,8 @@ def test_costs_are_those_of_the_cache():
         getattr(dense, ask)(30 if ask == "generate" else [1] * 30)
         held = dense.cost(Flops.measured(model), 0.0)
         assert held.bytes_peak > held.bytes_held and held.kept == (40.0,) * LAYERS
+        # Keys and values in float64 and columns, but nothing for tokens to come.
+        assert held.bytes_held < 39 * (LAYERS * 2 * 2 * 8 * 8 + 16)
     # No hook stays behind.
     assert all(len(m._forward_pre_hooks) == 1 for m in model.model.layers)
 

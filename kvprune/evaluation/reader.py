@@ -75,10 +75,12 @@ class CacheReader:
         # Of each layer, with the last token; an empty cache has no layers yet.
         in_use = [_in_use(layer) for layer in self.cache.layers]
         self._slots = [n + 1 for n in in_use or [0] * len(layers_of(model))]
-        began = _now(model)
+        # Before the last token, which makes a cache that grows take room for many more.
+        held, began = self.cache.nbytes, _now(model)
         self._next = read_last(model, self.cache, lead.tokens)[0]
         self._last = _now(model) - began
-        self.bytes_held = self._peak = self.cache.nbytes
+        self._peak = max(held, self.cache.nbytes)
+        self.bytes_held = held if lead.entered else self._peak
         self._kept = _kept(self.cache)
         self._rate: float | None = None
         self._asked = False
