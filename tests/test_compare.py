@@ -108,7 +108,7 @@ def test_every_cell_is_run_and_written(folder, tmp_path):
 
 
 def test_samples_are_what_the_model_says(folder, tmp_path):
-    """Those of `generate` with the same policies, the last token read by itself; costs and traces are of the same cache."""
+    """Those of `generate` that reads the last token by itself; costs and traces of its cache."""
     found = small(folder, policies=["h2o(heavy=3,recent=4)"], out=tmp_path)
     tokenizer, model = loaded(str(folder))
     kvprune.attach(model)

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.peers.rows import DENSE, OURS, THEIRS
 from kvprune.evaluation.report.figures import canvas, finished, look
-from kvprune.evaluation.report.palette import INK, MUTED, styles
+from kvprune.evaluation.report.palette import INK, styles
 from kvprune.evaluation.worker import NO_CONTEXT
 
 from .settings import PRESSES
@@ -24,8 +24,8 @@ HEAD = """# A comparison
 
 SmolLM2-135M-Instruct, float32, on two CPU cores: every policy at budgets of {budgets} of the
 prompt, {samples} samples a cell, the same ones for all. Beside them presses of
-[kvpress](https://github.com/NVIDIA/kvpress) on the same prompts of SQuAD, in an environment of their
-own. `make comparison` measures all of it and writes this page from
+[kvpress](https://github.com/NVIDIA/kvpress) on the same prompts of SQuAD, in an environment of
+their own. `make comparison` measures all of it and writes this page from
 `bench/results/comparison.json`. The whole report of kvprune's side, with what each policy keeps
 of a text, is [one page](comparison/report.html).
 """
@@ -37,10 +37,10 @@ METHOD = """## How it was measured
 * All of a prompt but its last token is read at once and evicted from; that token and the answer are
   then told from what is left. kvprune's policies go on evicting; a press evicts once, and what is
   read after it stays.
-* "Minus dense" is paired by sample with each library's own dense run, with 95 % bootstrap intervals:
-  they say how far other samples of the same kind may lie, and nothing of other models.
-* A budget is the share of the prompt's slots that a layer keeps. SDTP prunes hidden states by its own
-  schedule and has no budget; StreamingLLM's four sinks come on top of its window in kvprune.
+* "Minus dense" is paired by sample with each library's own dense run, with 95 % bootstrap
+  intervals: they say how far other samples of the same kind may lie, and nothing of other models.
+* A budget is the share of the prompt's slots that a layer keeps. SDTP prunes hidden states by its
+  own schedule and has no budget; StreamingLLM's four sinks come on top of its window in kvprune.
   "KV / dense" is of the bytes held, statistics included.
 * Policies that differ in what they evict alone shared one reading of each prompt
   (`--executor shared`): scores are the same to the bit. Prefill seconds are of one sample that each
@@ -174,36 +174,46 @@ def drawn(said: dict[str, Any]) -> dict[str, str]:
 def _figure(said: dict[str, Any], group: tuple[str, int]) -> str:
     from matplotlib.lines import Line2D
 
-    rows = [r for r in of_group(said, group) if r["label"] not in (DENSE, NO_CONTEXT)]
-    names = list(dict.fromkeys(_name(r) for r in said["rows"] if r["label"] != DENSE))
-    style = styles([name for name in names if name != f"{OURS} {NO_CONTEXT}"])
-    looks = {
+    looks = _looks(said)
+    rows = [r for r in of_group(said, group) if _name(r) in looks]
+    labels = list(dict.fromkeys(map(_name, rows)))
+    title = f"{group[0]}, {group[1]:,} tokens: minus dense, with 95 %"
+    with look(figure_name(group)):
+        legend = [(Line2D([], [], **looks[label]), label) for label in labels]
+        figure, axes = canvas(title, 3.0, legend)
+        axes.axhline(0, color=INK, linewidth=0.8)
+        for label in labels:
+            _series(axes, [r for r in rows if _name(r) == label], looks[label])
+        unit = said["units"][group[0]]
+        axes.set(xlabel="KV bytes held, of dense's", ylabel=f"minus dense, {unit}")
+        axes.set_xlim(0, 1)
+        return finished(figure, figure_name(group), title).svg
+
+
+def _series(axes: Any, rows: list[dict[str, Any]], given: dict[str, Any]) -> None:
+    """A policy's budgets, joined, each with its interval."""
+    rows = sorted(rows, key=lambda r: r["held_share"])
+    axes.plot([r["held_share"] for r in rows], [r["difference"] for r in rows], **given)
+    for r in rows:
+        if r["difference_low"] is not None:
+            ends = (r["difference_low"], r["difference_high"])
+            axes.plot([r["held_share"]] * 2, ends, color=given["color"], linewidth=0.8)
+
+
+def _looks(said: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """How each policy and press looks in all figures; theirs are dashed."""
+    shown = [r for r in said["rows"] if r["label"] not in (DENSE, NO_CONTEXT)]
+    shown = [r for r in shown if r["difference"] is not None]
+    return {
         name: {
-            "color": style[name].colour,
-            "marker": style[name].marker,
+            "color": style.colour,
+            "marker": style.marker,
             "linestyle": "--" if name.startswith(THEIRS) else "-",
             "markersize": 5,
             "linewidth": 1.2,
         }
-        for name in dict.fromkeys(map(_name, rows))
+        for name, style in styles(list(dict.fromkeys(map(_name, shown)))).items()
     }
-    title = f"{group[0]}, {group[1]:,} tokens: minus dense, with 95 %"
-    name = figure_name(group).removesuffix(".svg")
-    with look(name):
-        legend = [(Line2D([], [], **given), label) for label, given in looks.items()]
-        figure, axes = canvas(title, 3.0, legend)
-        axes.axhline(0, color=INK, linewidth=0.8)
-        for label, given in looks.items():
-            mine = sorted((r for r in rows if _name(r) == label), key=lambda r: r["held_share"])
-            axes.plot([r["held_share"] for r in mine], [r["difference"] for r in mine], **given)
-            for r in mine:
-                if r["difference_low"] is not None:
-                    ends = (r["difference_low"], r["difference_high"])
-                    axes.plot([r["held_share"]] * 2, ends, color=given["color"], linewidth=0.8)
-        axes.set(xlabel="KV bytes held, of dense's", ylabel=f"minus dense, {said['units'][group[0]]}")
-        axes.set_xlim(0, 1)
-        axes.tick_params(colors=MUTED)
-        return finished(figure, name, title).svg
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -4,8 +4,9 @@ torch's `FlopCounterMode` cannot be used as it is: it does not know the kernel t
 sdpa (which would make dense attention free), and H2O's block-wise attention skips what a query
 cannot see while it counts a fused kernel as if nothing were skipped. So a layer costs
 `linear * Q + attention * Q * S` for the Q tokens that enter it and the S slots that it then has,
-whatever computes its attention, and the two constants of each layer are measured with that counter on the dense model. That is what
-the counter says of the dense model, in full: twice what causal attention needs at the least.
+whatever computes its attention, and the two constants of each layer are measured with that counter
+on the dense model. That is what the counter says of the dense model, in full: twice what causal
+attention needs at the least.
 
 What policies compute themselves (SDTP's heads) is counted by `own_flops` and comes on top. Only
 what the counter knows is counted, matrix products above all: no softmax, no norm, no sorting.

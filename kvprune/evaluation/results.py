@@ -31,7 +31,8 @@ class Cost:
     nothing was generated. bytes_held: of the cache once all of the prompt but its last token was
     read and evicted from; bytes_peak: the most that the cache held at a forward's end, room for
     more tokens included. prompt_tokens: of this sample.
-    entered: tokens that entered each layer, in both forwards. kept: slots that each layer holds after the prompt.
+    entered: tokens that entered each layer, in both forwards. kept: slots that each layer holds
+    after the prompt.
     """
 
     prefill_seconds: float | None
