@@ -78,6 +78,17 @@ def test_a_cache_with_other_policies_is_one_that_had_them(evicting, prunes, padd
     assert lead.seen == 40
 
 
+def test_statistics_that_nobody_wants_any_more_are_gone():
+    """They would be observed, at a cost, and held."""
+    model, ids, policies = tiny_model(), prompt(1, 20), [StreamingLLM(1, 5)]
+    lead, expected = ComposedCache(observe=("attention",)), ComposedCache(policies)
+    with torch.no_grad():
+        for cache in (lead, expected):
+            model(ids, past_key_values=cache)
+    found = lead.with_policies(policies, model)
+    assert found.nbytes == expected.nbytes and not found.attends_in_pieces
+
+
 @pytest.mark.parametrize("family", ["gpt2", "qwen3_next", "mistral"])
 def test_other_families(family):
     """Local layers, and layers that keep a state."""
