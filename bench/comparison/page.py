@@ -176,7 +176,8 @@ def _figure(said: dict[str, Any], group: tuple[str, int]) -> str:
 
     looks = _looks(said)
     rows = [r for r in of_group(said, group) if _name(r) in looks]
-    labels = list(dict.fromkeys(map(_name, rows)))
+    there = set(map(_name, rows))
+    labels = [label for label in looks if label in there]
     title = f"{group[0]}, {group[1]:,} tokens: minus dense, with 95 %"
     with look(figure_name(group)):
         legend = [(Line2D([], [], **looks[label]), label) for label in labels]
