@@ -199,8 +199,9 @@ def test_flops_are_those_that_torch_counts(family, backend, length):
     """To the last one, where a kernel that it knows computes the attention."""
     model = tiny_model(family, backend=backend)
     flops, ids = Flops.measured(model), prompt(1, length)
-    evicts = [StreamingLLM(2, 5)]
-    for policies in ([], evicts, [sdtp_pruner(0.6)], [sdtp_pruner(0.6, 3), *evicts]):
+    # The second drops one slot, which the last token takes.
+    evicts, one = [StreamingLLM(2, 5)], [StreamingLLM(2, max(length - 4, 1))]
+    for policies in ([], evicts, one, [sdtp_pruner(0.6)], [sdtp_pruner(0.6, 3), *evicts]):
         with counting() as counter:
             read_prompt(model, kvprune.ComposedCache(policies), ids)
         own = own_prefill_flops(model, ids[0].tolist(), policies)

@@ -224,6 +224,10 @@ def test_a_cell_that_fails_stops_no_other(folder, tmp_path, monkeypatch):
     counts = {row["label"]: row["samples"] for row in found.rows}
     assert counts == {"dense": 4, "no context": 4, "h2o": 4, FAILING: counts[FAILING]}
     assert counts[FAILING] < 4
+    # In its first sample, which is read alone: then it is not tried with the others either.
+    found = small(folder, **options, contexts=[21])
+    assert {row["label"]: row["samples"] for row in found.rows}[FAILING] == 0
+    assert len(found.failures) == 1
     monkeypatch.setattr("kvprune.evaluation.sharing._lead", lambda *_: 1 / 0)
     found = small(folder, **options | {"policies": ["h2o"]})
     assert {f.cell.label for f in found.failures} == {"dense", "h2o"}
