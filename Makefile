@@ -9,7 +9,7 @@ LM_EVAL := $(VENV)/.ready-lm-eval
 
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help demo test test-all test-gpu lint docs heads peers speed clean
+.PHONY: help demo test test-all test-gpu lint docs heads comparison peers speed clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test-gpu: $(READY) ## the tests that need CUDA (skipped, and said so, without it
 
 heads: $(READY) ## train the heads that ship (an hour of two cores), and put them into the package
 	$(BIN)/python -m bench.heads --ship
+
+comparison: $(READY) ## the published comparison (two hours of two cores); goes on where it was stopped
+	$(BIN)/python -m bench.comparison $(ARGS)
 
 peers: $(READY) ## kvpress beside kvprune, in an environment of its own; ARGS="speed --repeats 2"
 	$(BIN)/python -m bench.peers $(ARGS)

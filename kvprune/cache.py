@@ -24,7 +24,7 @@ from .masks import OURS, Local
 from .policy import Lengths, TokenPolicy
 from .positions import CachePositions, positions_for
 from .slots import SlotLayer
-from .statistics import check_statistics, wanted_at
+from .statistics import check_names, check_statistics, wanted_at
 from .step import (
     Arrival,
     LayerStep,
@@ -72,9 +72,11 @@ class ComposedCache(Cache):
         policies: a pipeline: each policy sees the survivors of those before it, so a token
             stays only if all keep it. `a | b` keeps what either keeps. An empty list is
             dense.
+        observe: statistics to observe though no policy wants them (see `statistics.OBSERVABLE`),
+            for policies that come later, by `with_policies` or `load`.
 
     Raises:
-        KVPruneError: not a list of policies, or a policy with unknown statistics or layers.
+        KVPruneError: not a list of policies, or unknown statistics or layers.
 
     Attributes:
         seen: columns shown so far, padding included: the logical length. Positions, masks
@@ -83,9 +85,11 @@ class ComposedCache(Cache):
 
     layers: list[Any]  # SlotLayer, or LinearAttentionLayer in hybrid models
 
-    def __init__(self, policies: Sequence[TokenPolicy] = ()) -> None:
+    def __init__(self, policies: Sequence[TokenPolicy] = (), observe: Sequence[str] = ()) -> None:
         super().__init__(layers=[])
         self.policies = _checked(policies)
+        self._observe = tuple(observe)
+        check_names(self._observe, "ComposedCache: observe")
         # What they are on the model that the cache is tied to.
         self._working: tuple[TokenPolicy, ...] = ()
         self.seen = 0
@@ -237,20 +241,104 @@ class ComposedCache(Cache):
             KVPruneError: there is no such file, it is damaged, of another version or model, or
                 lacks a statistic that a policy needs; or the model is not attached.
         """
+        cache = cls(policies)
+        base = cache._bind_to(model, "load")
+        contents = saving.read(Path(path), next(base.parameters()).device)
+        cache._check_fits(Path(path), contents.numbers)
+        cache._restore(contents)
+        return cache
+
+    def with_policies(
+        self, policies: Sequence[TokenPolicy], model: torch.nn.Module
+    ) -> ComposedCache:
+        """What a cache with these policies would hold, had it read the same in one forward.
+
+        So one reading of a prompt serves several budgets: read it with `ComposedCache(observe=
+        ("attention",))`, and give each policy its own. This cache stays as it is.
+
+        Args:
+            policies: those that prune hidden states the same as this cache's, equal and in the
+                same order; those that evict slots any whose statistics were observed.
+            model: the one that the cache was used with, attached.
+
+        Raises:
+            KVPruneError: nothing was read yet or this cache is in use, it has a policy that
+                evicts, or others that prune; a policy wants what was not observed, or assigns
+                positions inside the cache; or the model is another.
+        """
+        self._check_usable()
+        if self._in_generate:
+            raise self._in_use("generate")
+        twin = type(self)(policies)
+        twin._bind_to(model, "with_policies")
+        self._check_becomes(twin)
+        held = copy.deepcopy(self)
+        for (_, layer), (_, wanted) in zip(held.slot_layers(), twin.slot_layers(), strict=True):
+            layer.narrow_statistics(wanted.names)
+        held.policies, held._working, held._observe = twin.policies, twin._working, ()
+        held._evict_all()
+        return held
+
+    def _check_becomes(self, twin: ComposedCache) -> None:
+        """Refuses policies that would have read something else, or that cannot know it."""
+        if not self.is_initialized or self._attachment is not twin._attachment:
+            raise KVPruneError(
+                f"with_policies: expected a cache that has read something with this model, came "
+                f"one that {'belongs to another' if self.is_initialized else 'is empty'}"
+            )
+        mine, others = (
+            [p for p in cache.policies if "rank_hidden" in p.hooks] for cache in (self, twin)
+        )
+        if mine != others or any("rank_slots" in p.hooks for p in self.policies):
+            raise KVPruneError(
+                f"with_policies: read with {list(self.policies)!r}, and came "
+                f"{list(twin.policies)!r}: expected a cache without policies that evict, and the "
+                f"same ones that prune hidden states"
+            )
+        if self._positions is not None or twin._positions is not None:
+            raise KVPruneError(
+                "with_policies: expected policies that leave positions as they are: positions "
+                "inside the cache are part of what was read"
+            )
+        for (index, layer), (_, wanted) in zip(self.slot_layers(), twin.slot_layers(), strict=True):
+            if not set(wanted.names) <= set(layer.names):
+                raise KVPruneError(
+                    f"with_policies: {list(twin.policies)!r} needs {list(wanted.names)} at layer "
+                    f"{index}, which was not observed: read with ComposedCache(observe="
+                    f"{wanted.names!r})"
+                )
+
+    @torch.no_grad()
+    def _evict_all(self) -> None:
+        """Asks the policies at every layer, as at the end of a forward of all that was seen."""
+        assert self._rows is not None and self._attachment is not None
+        columns = torch.arange(self.seen, device=self._rows.first.device)
+        columns = columns.expand(self.batch_size, -1)
+        if self._padding is not None:
+            hidden = torch.nn.functional.pad(
+                self._padding, (0, self.seen - self._padding.shape[1]), value=False
+            )
+            columns = columns.masked_fill(hidden, -1)
+        new = Arrival(columns, self._padding is None, self._padding, self._rows, False)
+        asked = torch.zeros_like(columns, dtype=torch.bool)
+        group = self._attachment.group
+        step = Step(self._working, len(self), 0, new, asked, group=group)
+        for index, layer in self.slot_layers():
+            at = LayerStep(step, index, layer, columns, columns[:, None], new.complete, self.seen)
+            step.evict(at)
+
+    def _bind_to(self, model: torch.nn.Module, what: str) -> Any:
+        """Ties the cache to an attached model outside a forward; its base model."""
         inner = unwrapped(model)
         base: Any = base_of(inner) if hasattr(inner, "base_model") else inner
         attachment = getattr(base, "__dict__", {}).get("_kvprune")
         if attachment is None:
             raise KVPruneError(
-                f"load: expected a model that kvprune is attached to, came {type(model).__name__}: "
-                f"call kvprune.attach(model) first"
+                f"{what}: expected a model that kvprune is attached to, came "
+                f"{type(model).__name__}: call kvprune.attach(model) first"
             )
-        cache = cls(policies)
-        cache.bind(attachment, base)
-        contents = saving.read(Path(path), next(base.parameters()).device)
-        cache._check_fits(Path(path), contents.numbers)
-        cache._restore(contents)
-        return cache
+        self.bind(attachment, base)
+        return base
 
     def _contents(self) -> saving.Contents:
         assert self._rows is not None
@@ -480,7 +568,7 @@ class ComposedCache(Cache):
         working = _checked([policy.for_model(model) for policy in self.policies])
         layers = range(attachment.num_layers)
         self._positions = positions_for(working, model, attachment.memory)
-        self.layers = [_new_layer(attachment, working, i) for i in layers]
+        self.layers = [_new_layer(attachment, working, i, self._observe) for i in layers]
         self._working, self._attachment = working, attachment
         self._model = saving.described(model, attachment.memory)
 
@@ -780,12 +868,12 @@ def _checked(policies: Sequence[TokenPolicy]) -> tuple[TokenPolicy, ...]:
 
 
 def _new_layer(
-    attachment: Attachment, policies: Sequence[TokenPolicy], index: int
+    attachment: Attachment, policies: Sequence[TokenPolicy], index: int, observe: tuple[str, ...]
 ) -> SlotLayer | LinearAttentionLayer:
     if attachment.states and attachment.states[index]:
         return LinearAttentionLayer(number_of_states=attachment.states[index])
     local = attachment.local[index] if attachment.local else None
-    return SlotLayer(wanted_at(policies, index), local)
+    return SlotLayer(tuple(dict.fromkeys(wanted_at(policies, index) + observe)), local)
 
 
 def _tensors(layer: SlotLayer | LinearAttentionLayer) -> Iterator[Tensor]:

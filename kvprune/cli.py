@@ -201,7 +201,9 @@ def compare_policies(
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    executor: Annotated[str, typer.Option(help="local, or ray for a cluster.")] = "local",
+    executor: Annotated[
+        str, typer.Option(help="local, shared (prompts read once), ray.")
+    ] = "local",
 ) -> None:
     """Compares policies: quality and cost on each task, at each context length and budget.
 

@@ -122,6 +122,11 @@ class SlotLayer:
         stored = {name: tensors[f"statistics.{name}"] for name in self.names}
         self._statistics = {name: _roomier(value, room, 0) for name, value in stored.items()}
 
+    def narrow_statistics(self, names: tuple[str, ...]) -> None:
+        """Forgets all statistics but these."""
+        self.names = names
+        self._statistics = {n: s for n, s in self._statistics.items() if n in names}
+
     def append(
         self, keys: Tensor, values: Tensor, columns: Tensor, complete: bool, in_hole: bool
     ) -> tuple[Tensor, Tensor]:

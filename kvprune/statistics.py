@@ -7,6 +7,7 @@ layer, moves and vanishes with its slot, starts at zero and is detached from aut
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +27,19 @@ def check_statistics(policy: TokenPolicy) -> None:
     Raises:
         KVPruneError: `policy.statistics` is not a tuple of names in `OBSERVABLE`.
     """
-    wanted = policy.statistics
+    check_names(policy.statistics, f"{policy!r}: statistics")
+
+
+def check_names(wanted: Any, what: str) -> None:
+    """Refuses names of statistics that nobody observes.
+
+    Raises:
+        KVPruneError: not a tuple of names in `OBSERVABLE`.
+    """
     names = isinstance(wanted, tuple) and all(isinstance(name, str) for name in wanted)
     if not names or not set(wanted) <= set(OBSERVABLE):
         raise KVPruneError(
-            f"{policy!r}: statistics = {wanted!r}: expected a tuple of names out of "
-            f"{sorted(OBSERVABLE)}"
+            f"{what} = {wanted!r}: expected a tuple of names out of {sorted(OBSERVABLE)}"
         )
 
 

@@ -18,6 +18,7 @@ import kvprune
 from kvprune import KVPruneError
 from kvprune.cli import app, main
 from kvprune.evaluation.explain import Explanation, as_page, as_terminal, explain
+from kvprune.evaluation.reading import read_prompt
 from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
 
 from .models import LAYERS, fresh_model, tiny_model
@@ -74,8 +75,7 @@ def test_counts_are_those_of_the_cache(policies, text):
     model, tokenizer = tiny_model(vocab_size=SIZE), bytes_tokenizer()
     found = explain(model, tokenizer, text, policies)
     ids, cache = torch.tensor([list(tokenizer(text)["input_ids"])]), kvprune.ComposedCache(policies)
-    with torch.no_grad():
-        model(ids, past_key_values=cache, logits_to_keep=1)
+    read_prompt(model, cache, ids)
     held = [set(cache.columns(layer).flatten().tolist()) for layer in range(LAYERS)]
     assert found.layers == tuple(sum(c in s for s in held) for c in range(ids.shape[1]))
     assert found.num_layers == LAYERS and len(found.tokens) == ids.shape[1]
@@ -180,7 +180,7 @@ def test_heads_are_trained_and_explain_a_text(folder, tmp_path):
         done = run("explain", given, "--model", model, "--heads", out, "--html", page)
         assert done.exception is None and done.stdout.startswith(text[:60])
         shown = " ".join(done.stdout.split())
-        assert "120 tokens, 6 layers" in shown and "60 tokens are in every layer" in shown
+        assert "120 tokens, 6 layers" in shown and "61 tokens are in every layer" in shown
     assert page.read_text(encoding="utf-8").count("of 6 layers") == 120
 
 

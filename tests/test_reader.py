@@ -13,7 +13,8 @@ from torch import Tensor
 import kvprune
 from kvprune import KVPruneError, Ranking
 from kvprune.evaluation.flops import Flops, counting
-from kvprune.evaluation.reader import CacheReader, own_prefill_flops
+from kvprune.evaluation.reader import CacheReader, Reading, own_prefill_flops
+from kvprune.evaluation.reading import read_lead, read_prompt
 from kvprune.policies import H2O, SDTP, StreamingLLM
 
 from .family_models import attached_family
@@ -41,7 +42,9 @@ MODELS = ["llama", "mistral-window", "gpt_neox"]
 
 def reader(policies: list[Any], ids: Tensor, model: Any = None) -> CacheReader:
     """One of a row of ids."""
-    return CacheReader(model or tiny_model(), Letters(), ids[0].tolist(), policies)
+    model = model or tiny_model()
+    lead = Reading.of(model, ids[0].tolist(), kvprune.ComposedCache(policies))
+    return CacheReader(model, Letters(), lead)
 
 
 def made(chosen: tuple[list[Any], list[int]]) -> list[kvprune.TokenPolicy]:
@@ -51,14 +54,25 @@ def made(chosen: tuple[list[Any], list[int]]) -> list[kvprune.TokenPolicy]:
 
 @given(pipelines(), st.integers(1, 40), st.integers(1, 9), st.sampled_from(MODELS))
 def test_what_is_generated_is_what_generate_generates(chosen, length, count, family):
-    """Greedily, with the same policies."""
+    """Greedily, with the same policies, where it reads the prompt's last token by itself."""
     model, ids = tiny_model(family), prompt(1, length, length)
-    expected = model.generate(
-        ids, cache=kvprune.ComposedCache(made(chosen)), max_new_tokens=count, do_sample=False
-    )[0, length:]
-    said = reader(made(chosen), ids, model).generate(count)
-    # A prompt of one token is none for a forward outside `generate`.
-    assert length == 1 or Letters().encode(said, False) == expected.tolist()
+    options = {"max_new_tokens": count, "do_sample": False}
+    if length > 1:
+        options["prefill_chunk_size"] = length - 1
+    cache = kvprune.ComposedCache(made(chosen))
+    expected = model.generate(ids, cache=cache, **options)[0, length:]
+    asked = reader(made(chosen), ids, model)
+    assert Letters().encode(asked.generate(count), False) == expected.tolist()
+    for layer in range(LAYERS):
+        assert torch.equal(asked.cache.columns(layer), cache.columns(layer))
+
+
+def test_the_first_token_is_told_from_what_is_left():
+    """In one forward it would be dense's, whatever the budget."""
+    ids, likely = prompt(1, 40), dict[str, float]()
+    for policies in ([], [H2O(1, 1)], [StreamingLLM(1, 1)]):
+        (likely[repr(policies)],) = reader(policies, ids).log_likelihood([7])
+    assert len(set(likely.values())) == 3
 
 
 @settings(max_examples=30)
@@ -74,8 +88,8 @@ def test_a_text_is_as_likely_as_token_by_token(chosen, length, count, family, pi
     model, ids = tiny_model(family), prompt(1, length, length)
     text = prompt(1, max(count, 1), count + 1)[0, :count].tolist()
     cache, found = kvprune.ComposedCache(made(chosen)), []
+    logits = read_prompt(model, cache, ids)[0]
     with torch.no_grad():
-        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
         for token in text:
             found.append(float(logits.log_softmax(-1)[token]))
             logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
@@ -94,8 +108,8 @@ def test_a_text_on_models_whose_drafts_cannot_be_taken_back(family):
     ids, text = prompt(1, 20), prompt(1, 9, 1)[0].tolist()
     for policies in ([], [H2O(3, 4)]):
         cache, found = kvprune.ComposedCache(policies), []
+        logits = read_prompt(model, cache, ids)[0]
         with torch.no_grad():
-            logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
             for token in text:
                 found.append(float(logits.log_softmax(-1)[token]))
                 logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
@@ -122,16 +136,21 @@ def test_costs_are_those_of_the_cache():
     model, ids = tiny_model(), prompt(1, 40)
     policies = [sdtp_pruner(0.6), H2O(3, 4)]
     cache = kvprune.ComposedCache(policies)
-    with torch.no_grad():
-        model(ids, past_key_values=cache, logits_to_keep=1)
+    read_prompt(model, cache, ids)
     asked = reader(policies, ids)
     asked.generate(4)
     cost = asked.cost(Flops.measured(model), 5.0)
-    assert cost.prompt_tokens == 40 and cost.entered == (40, 24, 24, 14)
-    assert cost.kept == (7.0,) * LAYERS and cost.bytes_held == cache.nbytes <= cost.bytes_peak
+    # Of 39 tokens 23 and then 14 stay; the last one enters every layer.
+    assert cost.prompt_tokens == 40 and cost.entered == (40, 24, 24, 15)
+    assert cost.kept == (7.0,) * LAYERS
+    evicted = kvprune.ComposedCache(policies)
+    read_lead(model, evicted, ids)
+    assert cost.bytes_held == evicted.nbytes <= cost.bytes_peak
     assert cost.prefill_seconds > 0.0
     assert cost.decode_tokens_per_second is not None and cost.decode_tokens_per_second > 0.0
-    assert cost.prefill_flops == Flops.measured(model).of_prompt(40, cost.entered) + 5.0
+    flops = Flops.measured(model)
+    read = flops.of_prompt(39, (39, 23, 23, 14)) + flops.of_prompt(1, (1,) * LAYERS, (8,) * LAYERS)
+    assert cost.prefill_flops == read + 5.0
     scored = reader([H2O(3, 4)], ids)
     scored.log_likelihood([1] * 60)
     # Drafts that are on record do not count once they are read.
@@ -141,6 +160,8 @@ def test_costs_are_those_of_the_cache():
         getattr(dense, ask)(30 if ask == "generate" else [1] * 30)
         held = dense.cost(Flops.measured(model), 0.0)
         assert held.bytes_peak > held.bytes_held and held.kept == (40.0,) * LAYERS
+        # Keys and values in float64 and columns, but nothing for tokens to come.
+        assert held.bytes_held < 39 * (LAYERS * 2 * 2 * 8 * 8 + 16)
     # No hook stays behind.
     assert all(len(m._forward_pre_hooks) == 1 for m in model.model.layers)
 
@@ -149,8 +170,7 @@ def test_kept_is_the_mean_over_heads():
     """Where the heads of a union hold different slots."""
     policies = [H2O(12, 2) | StreamingLLM(1, 12)]
     ids, cache = prompt(1, 40), kvprune.ComposedCache(policies)
-    with torch.no_grad():
-        tiny_model()(ids, past_key_values=cache)
+    read_prompt(tiny_model(), cache, ids)
     counts = [(cache.columns(i)[0] >= 0).sum(-1).tolist() for i in range(LAYERS)]
     assert any(len(set(heads)) > 1 for heads in counts)
     kept = reader(policies, ids).cost(Flops.measured(tiny_model()), 0.0).kept
@@ -165,7 +185,7 @@ def test_a_reader_is_asked_once():
         with pytest.raises(KVPruneError, match="asked twice"):
             ask(1)  # type: ignore[arg-type]
     with pytest.raises(KVPruneError, match="at least one token"):
-        CacheReader(tiny_model(), Letters(), (), [])
+        Reading.of(tiny_model(), (), kvprune.ComposedCache())
 
 
 # FLOPs.
@@ -174,18 +194,20 @@ COUNTED = [("llama", "sdpa"), ("llama", "eager"), ("mistral-window", "sdpa"), ("
 
 
 @pytest.mark.parametrize(("family", "backend"), COUNTED)
-@pytest.mark.parametrize("length", [8, 200])
+@pytest.mark.parametrize("length", [1, 8, 200])
 def test_flops_are_those_that_torch_counts(family, backend, length):
     """To the last one, where a kernel that it knows computes the attention."""
     model = tiny_model(family, backend=backend)
     flops, ids = Flops.measured(model), prompt(1, length)
-    for policies in ([], [StreamingLLM(2, 5)], [sdtp_pruner(0.6)], [sdtp_pruner(0.6, 3)]):
-        with counting() as counter, torch.no_grad():
-            model(ids, past_key_values=kvprune.ComposedCache(policies), logits_to_keep=1)
+    # The second drops one slot, which the last token takes.
+    evicts, one = [StreamingLLM(2, 5)], [StreamingLLM(2, max(length - 4, 1))]
+    for policies in ([], evicts, one, [sdtp_pruner(0.6)], [sdtp_pruner(0.6, 3), *evicts]):
+        with counting() as counter:
+            read_prompt(model, kvprune.ComposedCache(policies), ids)
         own = own_prefill_flops(model, ids[0].tolist(), policies)
         cost = reader(policies, ids, model).cost(flops, own)
         assert cost.prefill_flops == counter.get_total_flops()
-        assert (own > 0.0) == any(isinstance(policy, SDTP) for policy in policies)
+        assert (own > 0.0) == (length > 1 and any(isinstance(p, SDTP) for p in policies))
 
 
 def test_h2o_costs_what_dense_costs():
@@ -193,9 +215,10 @@ def test_h2o_costs_what_dense_costs():
     model, ids = tiny_model(), prompt(1, 200)
     flops = Flops.measured(model)
     costs = [reader(p, ids).cost(flops, 0.0).prefill_flops for p in ([], [H2O()])]
-    assert costs[0] == costs[1]
-    with counting() as counter, torch.no_grad():
-        model(ids, past_key_values=kvprune.ComposedCache([H2O()]), logits_to_keep=1)
+    # But for the last token, which attends to what is left of 199 and to itself.
+    assert costs[0] - costs[1] == 159 * sum(flops.attention)
+    with counting() as counter:
+        read_prompt(model, kvprune.ComposedCache([H2O()]), ids)
     assert counter.get_total_flops() < costs[0]
     assert own_prefill_flops(model, ids[0].tolist(), [H2O()]) == 0.0
 
@@ -220,10 +243,10 @@ class Fails(H2O):
 def test_what_a_policy_computes_is_counted_and_an_error_leaves_nothing():
     """In whichever hook; torch does not go on counting after an error."""
     model, ids = tiny_model(), prompt(1, 20)[0].tolist()
-    assert own_prefill_flops(model, ids, [Multiplies()]) == 120 * LAYERS
+    assert own_prefill_flops(model, ids, [Multiplies()]) == 2 * 120 * LAYERS
     with pytest.raises(RuntimeError, match="no"):
         own_prefill_flops(model, ids, [Fails()])
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
     assert not _get_current_dispatch_mode_stack()
-    assert own_prefill_flops(model, ids, [Multiplies()]) == 120 * LAYERS
+    assert own_prefill_flops(model, ids, [Multiplies()]) == 2 * 120 * LAYERS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -20,6 +21,7 @@ from kvprune.evaluation.report.pareto import front
 from kvprune.evaluation.report.plots import BINS, binned
 from kvprune.evaluation.report.summary import tables
 from kvprune.evaluation.results import Cell, Failure, Results, SampleResult
+from kvprune.evaluation.rows import rows_of
 from kvprune.evaluation.traces import levels
 
 from .made_up_results import BUDGETS, POLICIES, RUN, TASKS, made_up
@@ -287,6 +289,25 @@ def test_times_are_medians_and_layers_are_told_apart(whole):
     found = table.rows[0].cost
     assert (found.seconds, found.held) == (2, 3)
     assert (found.pruned, found.evicted) == ((0, 4), (6, 3))
+
+
+def test_what_no_sample_was_timed_for_has_no_time(whole, tmp_path):
+    """Where prompts were read for several cells; those that were timed count alone."""
+    cost = one(whole).cost
+    untimed = replace(cost, prefill_seconds=None)
+    samples = [replace(one(whole), sample=i, cost=c) for i, c in enumerate((cost, untimed))]
+    results = [Results({}, {}, tuple(found)) for found in (samples, samples[1:])]
+    rows = [tables(each)[0].rows[0] for each in results]
+    assert rows[0].cost.seconds == cost.prefill_seconds and math.isnan(rows[1].cost.seconds)
+    times = [rows_of(each)[0]["prefill_seconds"] for each in results]
+    assert times == [cost.prefill_seconds, None]
+    assert (
+        numbers.ratio(rows[1].cost.seconds, 2.0)
+        == "\u2013"
+        == numbers.number(rows[1].cost.seconds, 2)
+    )
+    assert write_report(results[1], tmp_path, figures=False) == [tmp_path / "report.html"]
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_contexts_are_compared_only_where_there_are_several(tmp_path):

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +24,7 @@ from .environment import ROOT, peers_python
 from .jobs import Job
 from .merge import merged
 from .plan import plan, seconds_of
+from .process import run_job
 from .prompts import export
 from .protocol import STEPS, WARM_UP_STEPS
 from .rows import DENSE, OURS, THEIRS
@@ -116,7 +115,7 @@ def _run_all(todo: list[Job], pythons: dict[str, Path], files: list[str]) -> Non
         return
     print(f"{len(todo)} measurements, about {_minutes(expected)} on two quiet cores", flush=True)
     for number, job in enumerate(todo, 1):
-        _run(job, pythons[job.side], files)
+        run_job(job, pythons[job.side], files)
         passed += seconds_of(job)
         # The guess is corrected by what the run has taken so far.
         left = (expected - passed) * (time.monotonic() - start) / passed
@@ -127,21 +126,6 @@ def _run_all(todo: list[Job], pythons: dict[str, Path], files: list[str]) -> Non
 
 def _minutes(seconds: float) -> str:
     return f"{max(1, round(seconds / 60))} min"
-
-
-def _run(job: Job, python: Path, files: list[str]) -> None:
-    # No registry is asked for models, and nothing of this process's Python gets into the other.
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(job.threads)}
-    command = [str(python), "-m", "bench.peers.worker", job.text(), *files]
-    done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True)
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise KVPruneError(
-            f"peers: {job.side} {job.task} {', '.join(job.rows)} failed with exit code "
-            f"{done.returncode}: {said[-1] if said else 'it said nothing'}. The same command goes "
-            f"on with it; --leave-out ROW goes on without a row"
-        )
 
 
 def main() -> int:

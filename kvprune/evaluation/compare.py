@@ -101,7 +101,9 @@ def compare(
         dtype: to load the model in; "auto" for that of its file.
         device: to run on, as "cuda"; None for the CPU, or where a loaded model is.
         out: folder for `results.jsonl` and the report; None keeps no files.
-        executor: "local" for this process, or "ray" for a cluster.
+        executor: "local" for this process; "shared" for the same, with each prompt read once for
+            all policies and budgets that differ in what they evict alone (see `sharing`): the same
+            scores, sooner, and prefill seconds of one sample; "ray" for a cluster.
         tokenizer: of a loaded model; None for that of its `name_or_path`.
         progress: whether to draw a bar, with the time left, on stderr.
 

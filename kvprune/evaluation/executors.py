@@ -1,4 +1,5 @@
-"""Who runs the cells: this process, or a Ray cluster. Only the caller ever writes results."""
+"""Who runs the cells: this process, one by one or several on one reading of each prompt, or a Ray
+cluster. Only the caller ever writes results."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from kvprune.errors import KVPruneError
 from .ledger import Outcome
 from .worker import Job, Worker, failed
 
-NAMES = ("local", "ray")
+NAMES = ("local", "shared", "ray")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ def executor(name: str, loaded: bool) -> Executor:
         raise KVPruneError(f"--executor {name!r}: expected one of {', '.join(NAMES)}")
     if name == "local":
         return in_process
+    if name == "shared":
+        from .sharing import shared
+
+        return shared
     if loaded:
         raise KVPruneError(
             f"executor={name!r} with a loaded model: expected its name or folder, which every "

@@ -15,6 +15,8 @@ from kvprune.cache import ComposedCache
 from kvprune.errors import KVPruneError
 from kvprune.policy import TokenPolicy
 
+from .reading import read_prompt
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -32,7 +34,7 @@ class Explanation:
 
 
 def explain(model: Any, tokenizer: Any, text: str, policies: Sequence[TokenPolicy]) -> Explanation:
-    """Reads a text once and says which layers still hold which of its tokens.
+    """Reads a text (see `reading`) and says which layers still hold which of its tokens.
 
     Args:
         model: attached.
@@ -51,8 +53,7 @@ def explain(model: Any, tokenizer: Any, text: str, policies: Sequence[TokenPolic
     if not ids:
         raise KVPruneError("explain: expected a text of at least one token, came an empty one")
     cache = ComposedCache(policies)
-    with torch.no_grad():
-        model(torch.tensor([ids], device=model.device), past_key_values=cache, logits_to_keep=1)
+    read_prompt(model, cache, torch.tensor([ids], device=model.device))
     held = torch.zeros(len(ids), dtype=torch.long)
     for layer in range(len(cache)):
         columns = cache.columns(layer).unique()

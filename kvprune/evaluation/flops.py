@@ -3,9 +3,10 @@
 torch's `FlopCounterMode` cannot be used as it is: it does not know the kernel that CPUs use for
 sdpa (which would make dense attention free), and H2O's block-wise attention skips what a query
 cannot see while it counts a fused kernel as if nothing were skipped. So a layer costs
-`linear * Q + attention * Q ** 2` for the Q tokens that enter it, whatever computes its attention,
-and the two constants of each layer are measured with that counter on the dense model. That is what
-the counter says of the dense model, in full: twice what causal attention needs at the least.
+`linear * Q + attention * Q * S` for the Q tokens that enter it and the S slots that it then has,
+whatever computes its attention, and the two constants of each layer are measured with that counter
+on the dense model. That is what the counter says of the dense model, in full: twice what causal
+attention needs at the least.
 
 What policies compute themselves (SDTP's heads) is counted by `own_flops` and comes on top. Only
 what the counter knows is counted, matrix products above all: no softmax, no norm, no sorting.
@@ -62,15 +63,19 @@ class Flops:
         each = (long[-1] - short[-1]) / (m - n)
         return cls(tuple(linear), tuple(attention), each, short[-1] - each * n)
 
-    def of_prompt(self, tokens: int, entered: Sequence[int]) -> float:
-        """Of reading a prompt by itself, with one token's logits.
+    def of_prompt(
+        self, tokens: int, entered: Sequence[int], slots: Sequence[int] | None = None
+    ) -> float:
+        """Of a forward of a prompt, or of the last part of one, with one token's logits.
 
         Args:
-            tokens: of the prompt.
+            tokens: of the forward.
             entered: how many of them entered each layer.
+            slots: how many slots each layer has in use then, with these; None for these alone.
         """
-        layers = zip(self.linear, self.attention, entered, strict=True)
-        return sum(b * q + c * q * q for b, c, q in layers) + self.each * tokens + self.once
+        seen = entered if slots is None else slots
+        layers = zip(self.linear, self.attention, entered, seen, strict=True)
+        return sum(b * q + c * q * s for b, c, q, s in layers) + self.each * tokens + self.once
 
 
 def _by_layer(model: Any, tokens: int) -> list[float]:

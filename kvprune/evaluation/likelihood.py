@@ -1,10 +1,7 @@
 """How likely continuations are behind contexts that were read with a cache, in batches.
 
-A context is read first, so that policies prune and evict; what follows it is then scored on what
-they left. Its last token is read by itself: in one forward with the others it would see all of
-them before anything is evicted, and an answer of one token would not depend on the budget at all.
-That, and the continuation's tokens, is what `generate` does with `prefill_chunk_size` one less than
-the context.
+A context is read first (see `reading`), so that policies prune and evict; what follows it is then
+scored on what they left, read as `generate` reads what it generates.
 """
 
 from __future__ import annotations
@@ -16,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from kvprune.cache import ComposedCache
-from kvprune.families import base_of, takes, unwrapped
+
+from .reading import forward, read_prompt
 
 LogSoftmax = Callable[[Tensor], Tensor]
 
@@ -76,7 +73,7 @@ class Contexts:
         # Several tokens at once attend to all of each other, as if nothing were evicted between.
         evicts = any("rank_slots" in p.hooks for p in cache.policies)
         for some in rest.split(1 if evicts else rest.shape[1], dim=1):
-            yield _forward(self.model, some, self.mask, cache, some.shape[1])
+            yield forward(self.model, some, cache, self.mask, some.shape[1])
 
 
 def read(
@@ -98,16 +95,7 @@ def read(
         KVPruneError: a policy cannot work on the model.
     """
     tokens, mask = _left_padded(contexts, model.device)
-    lengths = torch.tensor(prompt_lengths or [len(c) for c in contexts], device=model.device)
-    # Outside `generate` a prompt of one token would not count as one.
-    cache.enter_generate()
-    try:
-        cache.announce_prompt(lengths, tokens.shape[1])
-        if tokens.shape[1] > 1:
-            _forward(model, tokens[:, :-1], mask, cache, 1)
-        logits = _forward(model, tokens[:, -1:], mask, cache, 1)[:, -1]
-    finally:
-        cache.leave_generate()
+    logits = read_prompt(model, cache, tokens, mask, prompt_lengths)
     return Contexts(model, cache, logits, mask)
 
 
@@ -129,20 +117,3 @@ def _right_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, T
     ids = [[*row, *[0] * (size - len(row))] for row in rows]
     real = [[True] * len(row) + [False] * (size - len(row)) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(real, device=device)
-
-
-@torch.no_grad()
-def _forward(
-    model: Any, tokens: Tensor, mask: Tensor | None, cache: ComposedCache, asked: int
-) -> Tensor:
-    """The logits `[B, asked, V]` of the last tokens; behind `mask` nothing is padding."""
-    given: dict[str, Any] = {}
-    if mask is not None:
-        columns = cache.seen + tokens.shape[1]
-        mask = pad(mask, (0, max(columns - mask.shape[1], 0)), value=1)[:, :columns]
-        given["attention_mask"] = mask
-        if takes(base_of(unwrapped(model)), "position_ids"):
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            given["position_ids"] = positions[:, cache.seen :]
-    output = model(tokens, past_key_values=cache, logits_to_keep=asked, **given)
-    return output.logits

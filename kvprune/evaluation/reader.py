@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -15,42 +16,71 @@ from kvprune.cache import ComposedCache
 from kvprune.errors import KVPruneError
 from kvprune.families import argument, cannot_record, unwrapped
 from kvprune.policy import TokenPolicy
+from kvprune.slots import SlotLayer
 
 from .flops import Flops, layers_of, own_flops
+from .reading import forward, read_last, read_lead, read_prompt
 from .results import Cost
 
 PIECE = 64
 """Tokens of a text that are scored at once: their logits over the vocabulary are held."""
 
 
-class CacheReader:
-    """Reads a prompt in one forward with a fresh cache; then it can be asked once.
+@dataclass
+class Reading:
+    """A prompt that a cache has read all of but its last token, and what that took.
 
+    tokens: `[1, n]`. entered: tokens that entered each layer; empty if there was no such forward.
+    seconds: None where it was read for several caches. own: FLOPs that policies computed
+    themselves, where those were counted.
+    """
+
+    cache: ComposedCache
+    tokens: Tensor
+    entered: list[int]
+    seconds: float | None
+    own: float = 0.0
+
+    @classmethod
+    def of(cls, model: Any, prompt: Sequence[int], cache: ComposedCache) -> Reading:
+        """Reads it.
+
+        Raises:
+            KVPruneError: no prompt, or policies that do not work on the model.
+        """
+        if not prompt:
+            raise KVPruneError("a sample's prompt: expected at least one token, came none")
+        tokens = torch.tensor([list(prompt)], device=model.device)
+        with _entering(model) as entered:
+            began = _now(model)
+            read_lead(model, cache, tokens)
+            return cls(cache, tokens, entered, _now(model) - began)
+
+
+class CacheReader:
+    """Reads a prompt with a fresh cache, its last token by itself; then it can be asked once.
+
+    So all that it says is told from what the cache holds once it was evicted from; see `reading`.
     Implements `tasks.base.Reader`.
 
     Args:
         model: attached.
         tokenizer: of the model.
-        prompt: token ids, at least one.
-        policies: as for `ComposedCache`.
-
-    Raises:
-        KVPruneError: no prompt, or policies that do not work on the model.
+        lead: the prompt, all but its last token read; see `Reading.of`.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, prompt: Sequence[int], policies: Sequence[TokenPolicy]
-    ) -> None:
-        if not prompt:
-            raise KVPruneError("a sample's prompt: expected at least one token, came none")
-        self._model, self._tokenizer, self.tokens = model, tokenizer, len(prompt)
-        self.cache = ComposedCache(policies)
-        ids = torch.tensor([list(prompt)], device=model.device)
-        with _entering(model) as self.entered:
-            began = _now(model)
-            self._next = self._forward(ids)[-1]
-            self.seconds = _now(model) - began
-        self.bytes_held = self._peak = self.cache.nbytes
+    def __init__(self, model: Any, tokenizer: Any, lead: Reading) -> None:
+        self._model, self._tokenizer, self._lead = model, tokenizer, lead
+        self.cache, self.tokens = lead.cache, lead.tokens.shape[1]
+        # Of each layer, with the last token; an empty cache has no layers yet.
+        in_use = [_in_use(layer) for layer in self.cache.layers]
+        self._slots = [n + 1 for n in in_use or [0] * len(layers_of(model))]
+        # Before the last token, which makes a cache that grows take room for many more.
+        held, began = self.cache.nbytes, _now(model)
+        self._next = read_last(model, self.cache, lead.tokens)[0]
+        self._last = _now(model) - began
+        self._peak = max(held, self.cache.nbytes)
+        self.bytes_held = held if lead.entered else self._peak
         self._kept = _kept(self.cache)
         self._rate: float | None = None
         self._asked = False
@@ -58,7 +88,8 @@ class CacheReader:
     def generate(self, tokens: int) -> str:
         """Up to so many greedy tokens behind the prompt, as text; ends at eos.
 
-        They are those of `model.generate(cache=..., do_sample=False)` with no other options.
+        They are those of `model.generate(cache=..., do_sample=False)` with `prefill_chunk_size` one
+        less than the prompt's tokens.
         """
         self._ask()
         ends, found = _eos(self._model, self._tokenizer), list[int]()
@@ -103,16 +134,24 @@ class CacheReader:
             flops: of the model.
             own: what the policies compute themselves for this prompt, see `own_prefill_flops`.
         """
+        before = self._lead.seconds
         return Cost(
-            prefill_seconds=self.seconds,
-            prefill_flops=flops.of_prompt(self.tokens, self.entered) + own,
+            prefill_seconds=None if before is None else before + self._last,
+            prefill_flops=self._flops(flops) + own,
             decode_tokens_per_second=self._rate,
             bytes_held=self.bytes_held,
             bytes_peak=self._peak,
             prompt_tokens=self.tokens,
-            entered=tuple(self.entered),
+            entered=tuple(n + 1 for n in self._lead.entered or [0] * len(self._slots)),
             kept=self._kept,
         )
+
+    def _flops(self, flops: Flops) -> float:
+        """Of the two forwards that read the prompt."""
+        last = flops.of_prompt(1, [1] * len(self._slots), self._slots)
+        if not self._lead.entered:
+            return last
+        return flops.of_prompt(self.tokens - 1, self._lead.entered) + last
 
     def _ask(self) -> None:
         if self._asked:
@@ -122,15 +161,13 @@ class CacheReader:
     def _ids(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor([list(tokens)], device=self._model.device)
 
-    @torch.no_grad()
     def _forward(self, ids: Tensor, logits: int = 1) -> Tensor:
         """`[1, n]` to the logits `[logits, V]`."""
-        given = self._model(ids, past_key_values=self.cache, logits_to_keep=logits)
+        given = forward(self._model, ids, self.cache, asked=logits)
         if self._recording:
             # What was read stays: evicted for good, not merely on record.
             self.cache.crop(0)
-        found: Tensor = given.logits[0]
-        return found
+        return given[0]
 
     _recording = False
 
@@ -153,11 +190,17 @@ class CacheReader:
 
 def own_prefill_flops(model: Any, prompt: Sequence[int], policies: Sequence[TokenPolicy]) -> float:
     """What the policies compute themselves while a prompt is read; reads it once, slowly."""
-    cache = ComposedCache(policies)
-    ids = torch.tensor([list(prompt)], device=model.device)
-    with own_flops(model) as counted, torch.no_grad():
-        model(ids, past_key_values=cache, logits_to_keep=1)
+    tokens = torch.tensor([list(prompt)], device=model.device)
+    with own_flops(model) as counted:
+        read_prompt(model, ComposedCache(policies), tokens)
     return sum(counted)
+
+
+def _in_use(layer: Any) -> int:
+    """Slots in use once the next token has come, without it; 0 where a layer has a state."""
+    if not isinstance(layer, SlotLayer):
+        return 0
+    return layer.used - (layer.hole is not None)
 
 
 def _of(logits: Tensor, tokens: Sequence[int]) -> list[float]:

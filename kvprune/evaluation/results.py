@@ -26,13 +26,16 @@ class Cell:
 class Cost:
     """What one sample cost.
 
-    prefill_seconds, prefill_flops: of reading the prompt. decode_tokens_per_second: None where
-    nothing was generated. bytes_held: of the cache after the prompt; bytes_peak: the most that
-    the cache held at any layer's end. prompt_tokens: of this sample.
-    entered: tokens that entered each layer. kept: slots that each layer holds after the prompt.
+    prefill_seconds, prefill_flops: of reading the prompt, its last token included (see `reading`);
+    no seconds where it was read for several cells at once. decode_tokens_per_second: None where
+    nothing was generated. bytes_held: of the cache once all of the prompt but its last token was
+    read and evicted from; bytes_peak: the most that the cache held at a forward's end, room for
+    more tokens included. prompt_tokens: of this sample.
+    entered: tokens that entered each layer, in both forwards. kept: slots that each layer holds
+    after the prompt.
     """
 
-    prefill_seconds: float
+    prefill_seconds: float | None
     prefill_flops: float
     decode_tokens_per_second: float | None
     bytes_held: int

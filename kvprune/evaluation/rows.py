@@ -72,12 +72,13 @@ def _score(mine: Sequence[SampleResult], dense: Sequence[SampleResult]) -> dict[
 
 def _cost(mine: Sequence[SampleResult]) -> dict[str, Any]:
     costs = [result.cost for result in mine]
+    times = [c.prefill_seconds for c in costs if c.prefill_seconds is not None]
     rates = [c.decode_tokens_per_second for c in costs if c.decode_tokens_per_second is not None]
     means = ("prefill_flops", "bytes_held", "bytes_peak", "prompt_tokens")
     kept = [fmean(c.kept) / c.prompt_tokens for c in costs if c.kept]
     pruned = [[c.prompt_tokens - entered for entered in c.entered] for c in costs]
     return {
-        "prefill_seconds": median(c.prefill_seconds for c in costs) if costs else None,
+        "prefill_seconds": median(times) if times else None,
         "decode_tokens_per_second": median(rates) if rates else None,
         **{name: fmean(getattr(c, name) for c in costs) if costs else None for name in means},
         "share_kept": fmean(kept) if kept else None,

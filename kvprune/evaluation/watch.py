@@ -52,7 +52,8 @@ class Watch:
     def costs(self, flops: Flops, prompts: int) -> list[Cost]:
         """What each prompt of the batch cost.
 
-        Seconds, bytes held and bytes at peak are each prompt's equal share of the batch's.
+        Seconds, bytes held and bytes at peak are each prompt's equal share of the batch's. FLOPs
+        are those of one forward of all tokens that entered a layer, whatever it was cut into.
 
         Args:
             flops: of the model.

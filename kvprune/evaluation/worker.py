@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from kvprune.cache import ComposedCache
+
 from .explain import pieces
 from .flops import Flops
-from .reader import CacheReader, own_prefill_flops
+from .reader import CacheReader, Reading, own_prefill_flops
 from .results import Cell, Failure, SampleResult, Trace
 from .specs import DENSE, parse
 from .tasks.base import Sample, Task
@@ -57,15 +59,23 @@ class Worker:
         for sample, prompt in zip(job.samples, prompts, strict=True):
             if not nothing and len(prompt) not in own:
                 own[len(prompt)] = own_prefill_flops(self.model, prompt, policies)
-            reader = CacheReader(self.model, self.tokenizer, prompt, policies)
+            reader = self.reader(Reading.of(self.model, prompt, ComposedCache(policies)))
             if sample.number == 0 and policies:
                 texts = texts_of(self.tokenizer, prompt)
                 yield trace_of(reader.cache, texts, job.cell, sample.number)
-            score = job.task.score(sample, reader)
-            cost = reader.cost(self.flops, own.get(len(prompt), 0.0))
-            yield SampleResult(
-                job.cell, sample.number, score.value, dict(score.parts), score.answer, cost
-            )
+            yield self.asked(job, sample, reader, own.get(len(prompt), 0.0))
+
+    def reader(self, lead: Reading) -> CacheReader:
+        """One that has read the rest of a prompt."""
+        return CacheReader(self.model, self.tokenizer, lead)
+
+    def asked(self, job: Job, sample: Sample, reader: CacheReader, own: float) -> SampleResult:
+        """A sample's result; own: see `CacheReader.cost`."""
+        score = job.task.score(sample, reader)
+        cost = reader.cost(self.flops, own)
+        return SampleResult(
+            job.cell, sample.number, score.value, dict(score.parts), score.answer, cost
+        )
 
 
 def texts_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ PLOTS = "plots"
 """The folder, beside the page, of the figures' files."""
 
 
-def write_report(results: Results, folder: Path) -> list[Path]:
+def write_report(results: Results, folder: Path, figures: bool = True) -> list[Path]:
     """Writes `report.html`, and each of its figures as SVG and PNG into `plots/` beside it.
 
     The page needs nothing but itself: no network, no script, no other file.
@@ -35,6 +35,7 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     Args:
         results: what was measured; may be empty or lack whole cells.
         folder: where to, made if it is not there; files of the same names are replaced.
+        figures: whether to write them as files too, beside being in the page.
 
     Returns:
         What was written, the page first.
@@ -43,10 +44,10 @@ def write_report(results: Results, folder: Path) -> list[Path]:
         KVPruneError: matplotlib is missing, a trace is damaged, or the folder cannot be written.
     """
     need_matplotlib()
-    page, plots = _page(results)
-    _make(folder / PLOTS)
+    page, plots = _page(results, PLOTS if figures else "")
+    _make(folder / PLOTS if figures else folder)
     written = [folder / "report.html"]
-    for plot in plots:
+    for plot in plots if figures else ():
         vector, pixels = (folder / PLOTS / f"{plot.name}.{kind}" for kind in ("svg", "png"))
         write_text(vector, plot.svg)
         write_whole(pixels, partial(_put, content=plot.png))
@@ -69,7 +70,7 @@ def _make(folder: Path) -> None:
         ) from error
 
 
-def _page(results: Results) -> tuple[str, list[Plot]]:
+def _page(results: Results, files: str) -> tuple[str, list[Plot]]:
     found, names = tables(results), labels(results)
     style = styles(names)
     quality = [quality_plots(table, style, i) for i, table in enumerate(found, start=1)]
@@ -90,7 +91,7 @@ def _page(results: Results) -> tuple[str, list[Plot]]:
         samples=f"{len(results.samples):,}",
         shades=list(enumerate(SHADES)),
         style=_style_sheet(),
-        plots=PLOTS,
+        plots=files,
     )
     # A file name in an error may hold what UTF-8 cannot.
     page = page.encode("utf-8", "replace").decode("utf-8")

@@ -63,7 +63,7 @@ def percent(amount: float | None) -> str:
 
 def ratio(amount: float, base: float) -> str:
     """How many times the base an amount is."""
-    return NONE if not base else f"{number(amount / base, 2)}×"
+    return NONE if not base or math.isnan(amount / base) else f"{number(amount / base, 2)}×"
 
 
 def runs(values: Sequence[float]) -> str:

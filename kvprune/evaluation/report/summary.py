@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Span:
 class CellCost:
     """What a sample of a cell cost: medians of times, means of the rest; units as in `Cost`.
 
+    seconds: of the samples that were read by themselves; NaN if none was.
     pruned: tokens of the prompt that never entered a layer. evicted: those that entered and
     hold no slot after the prompt. Both by layer.
     """
@@ -186,12 +188,13 @@ def _recovered(samples: Samples, dense: Samples, lower: Samples) -> float | None
 
 
 def _cost(costs: Sequence[Cost]) -> CellCost:
+    times = [c.prefill_seconds for c in costs if c.prefill_seconds is not None]
     decode = [c.decode_tokens_per_second for c in costs if c.decode_tokens_per_second is not None]
     by_layer = list(zip(*(c.entered for c in costs), strict=True))
     kept = list(zip(*(c.kept for c in costs), strict=True))
     tokens, entered = statistics.fmean(c.prompt_tokens for c in costs), _means(by_layer)
     return CellCost(
-        seconds=statistics.median(c.prefill_seconds for c in costs),
+        seconds=statistics.median(times) if times else math.nan,
         flops=statistics.fmean(c.prefill_flops for c in costs),
         decode=statistics.median(decode) if decode else None,
         held=statistics.fmean(c.bytes_held for c in costs),

@@ -39,7 +39,10 @@ class Score:
 
 
 class Reader(Protocol):
-    """A model that has read a sample's prompt with one cache; can be asked once."""
+    """A model that has read a sample's prompt with one cache; can be asked once.
+
+    What it says is told from what that cache holds once the prompt was evicted from.
+    """
 
     def generate(self, tokens: int) -> str:
         """Up to so many greedy tokens behind the prompt, as text; ends at eos."""

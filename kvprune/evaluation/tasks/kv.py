@@ -3,9 +3,8 @@
 Every pair could be the one that is asked for, so what is measured is what a policy loses when
 nothing in the text stands out. After Liu et al., "Lost in the middle" (arXiv 2307.03172, section
 4), with its prompt. Keys are words of Paul Graham's essays and values numbers of seven digits,
-where the paper has UUIDs for both: SmolLM2-135M finds 2 of 8 UUIDs in 512 tokens, and none by a
-number. The answer begins with the key and an opening quote. Bare is the question with an empty
-object, so the lower line is 0.
+where the paper has UUIDs for both, which are harder. The answer begins with the key and an opening
+quote. Bare is the question with an empty object, so the lower line is 0.
 
 SmolLM2-135M finds 0.90 and 0.80 at 512 and 1024 tokens (ten samples, bench/results/tasks.json).
 """

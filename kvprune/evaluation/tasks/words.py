@@ -5,8 +5,8 @@ its number. After RULER's common words extraction (arXiv 2404.06654, section 3 a
 its template. A small model cannot count, so by default there is one common word and not ten; it
 makes up a share of the list whatever the list's length, where RULER repeats it 30 times; the other
 words, of Paul Graham's essays, come once each, and again only in a list that is longer than there
-are words. There is no solved example: SmolLM2-135M answers with the example's words. Bare is the
-question without the list, so the lower line is 0.
+are words. There is no solved example, as RULER has one. Bare is the question without the list, so
+the lower line is 0.
 
 SmolLM2-135M always finds the one word at 512 and 1024 tokens (ten samples,
 bench/results/tasks.json).

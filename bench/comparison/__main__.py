@@ -1,0 +1,87 @@
+"""Measures both sides, and writes the report, bench/results/comparison.json and the page.
+
+What is measured is kept as it comes, in build/comparison: a run that was stopped goes on where it
+was. What cannot be had or measured ends it with one line and exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from bench.peers.environment import ROOT, peers_python
+from kvprune.errors import KVPruneError
+from kvprune.evaluation.assets import demo_model
+
+from . import ours, theirs
+from .settings import CONTEXTS, SAMPLES, SHARED, stages
+
+WHAT = ("measure", "page")
+FAILED, STOPPED = 1, 130
+
+
+def options(given: list[str]) -> argparse.Namespace:
+    """What was asked for."""
+    parser = argparse.ArgumentParser(prog="python -m bench.comparison", description=__doc__)
+    parser.add_argument("what", nargs="*", choices=[*WHAT, []], help="default: both")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="of each cell")
+    parser.add_argument("--context", type=int, nargs="*", default=list(CONTEXTS), help=SHARED)
+    parser.add_argument("--needle", type=int, nargs="*", default=list(CONTEXTS), help="contexts")
+    parser.add_argument("--peers", type=int, nargs="*", default=[CONTEXTS[0]], help="kvpress's")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", type=Path, help="default: the demo model")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "comparison")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    asked = parser.parse_args(given)
+    asked.what = asked.what or list(WHAT)
+    return asked
+
+
+def measure(asked: argparse.Namespace) -> None:
+    """What is not there yet: the shared task, kvpress on it, then the rest.
+
+    Raises:
+        KVPruneError: something cannot be had, or a measurement failed.
+    """
+    torch.set_num_threads(asked.threads)
+    model = asked.model or demo_model(report=print)
+    asked.work.mkdir(parents=True, exist_ok=True)
+    todo = stages(asked)
+    for stage in [s for s in todo if s[0] == SHARED]:
+        ours.measure(asked, *stage, asked.work)
+    if asked.peers:
+        python = peers_python()
+        for context in asked.peers:
+            theirs.measure(asked, model, python, asked.work, context)
+    for stage in [s for s in todo if s[0] != SHARED]:
+        ours.measure(asked, *stage, asked.work)
+
+
+def main() -> int:
+    """The exit code."""
+    asked = options(sys.argv[1:])
+    try:
+        if "measure" in asked.what:
+            measure(asked)
+        if "page" in asked.what:
+            from .collect import write
+
+            write(asked.work, asked.results, asked.docs)
+    except KVPruneError as error:
+        print(error, file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("comparison: stopped; the same command goes on where it was", file=sys.stderr)
+        return STOPPED
+    return 0
+
+
+if __name__ == "__main__":
+    # As Ctrl-C does: whoever is told to stop takes its worker along.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""What both sides found, as one compact JSON, and the report and the page that are made of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from bench.peers import jobs
+from bench.peers.rows import DENSE, OURS, THEIRS
+from kvprune.evaluation import ledger
+from kvprune.evaluation.report import write_report
+from kvprune.evaluation.results import Results
+from kvprune.evaluation.rows import rows_of
+from kvprune.evaluation.statistics import interval, paired
+from kvprune.files import write_text
+
+from . import theirs
+from .page import FIGURES, NAME, drawn, page
+from .settings import SHARED
+
+DIGITS = 6
+_LEFT_OUT = ("policy", "unit", "pruned", "error", "prompt_tokens")
+Scores = dict[tuple[str, float | None], dict[int, dict[str, float]]]
+
+
+def collected(work: Path) -> dict[str, Any]:
+    """All of it: what it was run with, a row for each cell, and every sample's score.
+
+    Raises:
+        KVPruneError: nothing was measured yet, or it is damaged.
+    """
+    results = ledger.read(work)
+    rows, scores = list(_ours(results)), _scores(results)
+    about = {OURS: {k: v for k, v in results.run.items() if k != "digest"}}
+    found = jobs.read(theirs.results(work))
+    name = jobs.name({"side": THEIRS, "task": "about"})
+    if name in found:
+        about[THEIRS] = found[name]
+    for path in sorted(work.glob("prompts-*.json")):
+        context = int(path.stem.removeprefix("prompts-"))
+        losses = _losses(found, theirs.prompts_at(work, context))
+        rows += _theirs(losses, context)
+        scores |= _named(losses, context)
+    units = dict(results.units)
+    return {"about": about, "units": units, "rows": rows, "scores": scores}
+
+
+def _ours(results: Results) -> Iterator[dict[str, Any]]:
+    rows = rows_of(results)
+    dense = {(r["task"], r["context"]): r["bytes_held"] for r in rows if r["label"] == DENSE}
+    for row in rows:
+        if row["samples"]:
+            share = row["bytes_held"] / dense[row["task"], row["context"]]
+            kept = {name: _short(v) for name, v in row.items() if name not in _LEFT_OUT}
+            yield {"side": OURS, **kept, "held_share": _short(share)}
+
+
+def _scores(results: Results) -> dict[str, list[float]]:
+    """By side, task, context, policy and budget, in the order of the samples."""
+    found: dict[str, list[float]] = {}
+    for r in sorted(results.samples, key=lambda r: r.sample):
+        cell = r.cell
+        name = _key(OURS, cell.task, cell.context, cell.label, cell.budget)
+        found.setdefault(name, []).append(_short(r.score))
+    return found
+
+
+def _key(side: str, task: str, context: int, label: str, budget: float | None) -> str:
+    return " ".join([side, task, str(context), label, *([f"{budget:g}"] if budget else [])])
+
+
+def _losses(found: dict[str, Any], prompts: dict[str, Any]) -> Scores:
+    """By press and share, what was found on each question that was asked."""
+    asked = {q["number"]: jobs.digest(q) for q in prompts["questions"]}
+    losses: Scores = {}
+    for name, value in found.items():
+        key = json.loads(name)
+        if key["task"] == "quality" and asked.get(key["number"]) == key["digest"]:
+            losses.setdefault((key["row"], key["share"]), {})[key["number"]] = value
+    return losses
+
+
+def _theirs(losses: Scores, context: int) -> Iterator[dict[str, Any]]:
+    dense = losses.get((DENSE, None), {})
+    for (press, share), mine in losses.items():
+        both = sorted(mine.keys() & dense.keys())
+        scores, others = ([-of[n]["nll"] for n in both] for of in (mine, dense))
+        said: dict[str, Any] = {"side": THEIRS, "label": press, "task": SHARED}
+        said |= {"context": context, "budget": share, "samples": len(both)}
+        said |= dict(zip(_SPAN, (fmean(scores), *interval(scores)), strict=True))
+        apart = (None, None, None) if press == DENSE else paired(scores, others)
+        said |= dict(zip(_APART, apart, strict=True))
+        said["held_share"] = fmean(mine[n]["held"] / dense[n]["held"] for n in both)
+        yield {name: _short(value) for name, value in said.items()}
+
+
+_SPAN = ("score", "score_low", "score_high")
+_APART = ("difference", "difference_low", "difference_high")
+
+
+def _named(losses: Scores, context: int) -> dict[str, list[float]]:
+    return {
+        _key(THEIRS, SHARED, context, press, share): [_short(-mine[n]["nll"]) for n in sorted(mine)]
+        for (press, share), mine in losses.items()
+    }
+
+
+def _short(value: Any) -> Any:
+    """No more digits than anybody looks at; None for what is no number, as one value's interval."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+
+
+def write(work: Path, results: Path, docs: Path) -> None:
+    """The JSON, and the report, the figures and the page of it.
+
+    Raises:
+        KVPruneError: nothing was measured yet, or a file cannot be written.
+    """
+    said = collected(work)
+    text = json.dumps(said, separators=(",", ":"), allow_nan=False)
+    results.mkdir(parents=True, exist_ok=True)
+    # A line for each row and each cell's scores: a change shows.
+    write_text(results / NAME, text.replace("},{", "},\n{").replace("],", "],\n") + "\n")
+    write_report(ledger.read(work), docs / FIGURES, figures=False)
+    for name, svg in drawn(said).items():
+        write_text(docs / FIGURES / name, svg)
+    write_text(docs / "comparison.md", page(said))
+    print(f"written: {results / NAME}, {docs / 'comparison.md'}, {docs / FIGURES}")

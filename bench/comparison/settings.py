@@ -1,0 +1,26 @@
+"""What is compared. Half of it is what two cores can do in an evening."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+POLICIES = ("h2o", "streaming", "h2o|streaming", "sdtp", "sdtp+h2o", "sdtp+streaming")
+BUDGETS = (0.5, 0.25, 0.125)
+CONTEXTS = (1024, 2048)
+SAMPLES = 50
+SHARED = "squad"
+"""The task whose questions kvpress answers too."""
+
+PRESSES = {
+    "StreamingLLM": BUDGETS,
+    "SnapKV": BUDGETS,
+    "KeyDiff": BUDGETS,
+    "ExpectedAttention": BUDGETS,
+    "ObservedAttention": (0.25,),
+}
+"""kvpress's, each at these shares; the last needs eager attention, at several times the cost."""
+
+
+def stages(asked: Namespace) -> list[tuple[str, int]]:
+    """Our tasks and contexts, in the order of running."""
+    return [(SHARED, n) for n in asked.context] + [("needle", n) for n in asked.needle]

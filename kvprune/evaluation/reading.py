@@ -1,0 +1,107 @@
+"""A prompt read in two forwards: all but its last token, then that one.
+
+In one forward the last token would see all others before anything is evicted, so that an answer's
+first token, often the only one, would not depend on the budget at all. It is what `generate` does
+with `prefill_chunk_size` one less than the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kvprune.cache import ComposedCache
+from kvprune.families import base_of, takes, unwrapped
+
+
+def read_prompt(
+    model: Any,
+    cache: ComposedCache,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
+) -> Tensor:
+    """Reads prompts, padded on the left: all but their last tokens, then these.
+
+    Args:
+        model: attached.
+        cache: an empty one.
+        tokens: `[B, S]`, S at least 1.
+        mask: `[B, S]`, 1 for tokens; None if nothing is padding.
+        lengths: B, in tokens: what a budget given as a share is a share of; the prompts' own
+            where None.
+
+    Returns:
+        the logits behind the last tokens, `[B, V]`.
+
+    Raises:
+        KVPruneError: a policy cannot work on the model.
+    """
+    read_lead(model, cache, tokens, mask, lengths)
+    return read_last(model, cache, tokens, mask, lengths)
+
+
+def read_lead(
+    model: Any,
+    cache: ComposedCache,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
+) -> None:
+    """The first half of `read_prompt`: all but the last tokens, if there are any."""
+    if tokens.shape[1] > 1:
+        with _announced(cache, tokens, mask, lengths):
+            forward(model, tokens[:, :-1], cache, mask)
+
+
+def read_last(
+    model: Any,
+    cache: ComposedCache,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
+) -> Tensor:
+    """The second half: the last tokens, by themselves."""
+    with _announced(cache, tokens, mask, lengths):
+        return forward(model, tokens[:, -1:], cache, mask)[:, -1]
+
+
+@contextmanager
+def _announced(
+    cache: ComposedCache, tokens: Tensor, mask: Tensor | None, lengths: Sequence[int] | None
+) -> Iterator[None]:
+    """The whole prompt counts as one, in how many forwards it may come."""
+    count: Tensor | int = 0
+    if not cache.seen:
+        count = torch.full_like(tokens[:, 0], tokens.shape[1]) if mask is None else mask.sum(-1)
+        count = count if lengths is None else torch.tensor(lengths, device=tokens.device)
+    # Outside `generate` a single token would not count as a prompt.
+    cache.enter_generate()
+    try:
+        cache.announce_prompt(count, tokens.shape[1])
+        yield
+    finally:
+        cache.leave_generate()
+
+
+@torch.no_grad()
+def forward(
+    model: Any, tokens: Tensor, cache: ComposedCache, mask: Tensor | None = None, asked: int = 1
+) -> Tensor:
+    """The logits `[B, asked, V]` of the last tokens; behind `mask` nothing is padding."""
+    given: dict[str, Any] = {}
+    if mask is not None:
+        columns = cache.seen + tokens.shape[1]
+        mask = pad(mask, (0, max(columns - mask.shape[1], 0)), value=1)[:, :columns]
+        given["attention_mask"] = mask
+        if takes(base_of(unwrapped(model)), "position_ids"):
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            given["position_ids"] = positions[:, cache.seen :]
+    output = model(tokens, past_key_values=cache, logits_to_keep=asked, **given)
+    logits: Tensor = output.logits
+    return logits
