@@ -12,6 +12,7 @@ import torch
 from rich.text import Text
 
 from kvprune.cache import ComposedCache
+from kvprune.devices import device_of
 from kvprune.errors import KVPruneError
 from kvprune.policy import TokenPolicy
 
@@ -52,7 +53,7 @@ def explain(model: Any, tokenizer: Any, text: str, policies: Sequence[TokenPolic
         raise KVPruneError("explain: expected a text of at least one token, came an empty one")
     cache = ComposedCache(policies)
     with torch.no_grad():
-        model(torch.tensor([ids], device=model.device), past_key_values=cache, logits_to_keep=1)
+        model(torch.tensor([ids], device=device_of(model)), past_key_values=cache, logits_to_keep=1)
     held = torch.zeros(len(ids), dtype=torch.long)
     for layer in range(len(cache)):
         columns = cache.columns(layer).unique()

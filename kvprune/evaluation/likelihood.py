@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvprune.cache import ComposedCache
+from kvprune.devices import device_of
 from kvprune.families import base_of, takes, unwrapped
 
 LogSoftmax = Callable[[Tensor], Tensor]
@@ -97,8 +98,9 @@ def read(
     Raises:
         KVPruneError: a policy cannot work on the model.
     """
-    tokens, mask = _left_padded(contexts, model.device)
-    lengths = torch.tensor(prompt_lengths or [len(c) for c in contexts], device=model.device)
+    device = device_of(model)
+    tokens, mask = _left_padded(contexts, device)
+    lengths = torch.tensor(prompt_lengths or [len(c) for c in contexts], device=device)
     # Outside `generate` a prompt of one token would not count as one.
     cache.enter_generate()
     try:

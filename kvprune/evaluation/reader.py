@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -12,12 +11,14 @@ import torch
 from torch import Tensor
 
 from kvprune.cache import ComposedCache
+from kvprune.devices import device_of, devices_of
 from kvprune.errors import KVPruneError
 from kvprune.families import argument, cannot_record, unwrapped
 from kvprune.policy import TokenPolicy
 
 from .flops import Flops, layers_of, own_flops
 from .results import Cost
+from .watch import now
 
 PIECE = 64
 """Tokens of a text that are scored at once: their logits over the vocabulary are held."""
@@ -45,11 +46,12 @@ class CacheReader:
             raise KVPruneError("a sample's prompt: expected at least one token, came none")
         self._model, self._tokenizer, self.tokens = model, tokenizer, len(prompt)
         self.cache = ComposedCache(policies)
-        ids = torch.tensor([list(prompt)], device=model.device)
+        self._home, self._devices = device_of(model), devices_of(model)
+        ids = self._ids(prompt)
         with _entering(model) as self.entered:
-            began = _now(model)
+            began = now(self._devices)
             self._next = self._forward(ids)[-1]
-            self.seconds = _now(model) - began
+            self.seconds = now(self._devices) - began
         self.bytes_held = self._peak = self.cache.nbytes
         self._kept = _kept(self.cache)
         self._rate: float | None = None
@@ -62,7 +64,7 @@ class CacheReader:
         """
         self._ask()
         ends, found = _eos(self._model, self._tokenizer), list[int]()
-        began = _now(self._model)
+        began = now(self._devices)
         for left in reversed(range(tokens)):
             token = int(self._next.argmax())
             if token in ends:
@@ -70,7 +72,7 @@ class CacheReader:
             found.append(token)
             if left:
                 self._next = self._forward(self._ids([token]))[-1]
-        seconds, steps = _now(self._model) - began, self.cache.seen - self.tokens
+        seconds, steps = now(self._devices) - began, self.cache.seen - self.tokens
         self._rate = steps / seconds if steps else None
         self._peak = max(self._peak, self.cache.nbytes)
         text: str = self._tokenizer.decode(found, skip_special_tokens=True)
@@ -120,7 +122,7 @@ class CacheReader:
         self._asked = True
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
-        return torch.tensor([list(tokens)], device=self._model.device)
+        return torch.tensor([list(tokens)], device=self._home)
 
     @torch.no_grad()
     def _forward(self, ids: Tensor, logits: int = 1) -> Tensor:
@@ -154,7 +156,7 @@ class CacheReader:
 def own_prefill_flops(model: Any, prompt: Sequence[int], policies: Sequence[TokenPolicy]) -> float:
     """What the policies compute themselves while a prompt is read; reads it once, slowly."""
     cache = ComposedCache(policies)
-    ids = torch.tensor([list(prompt)], device=model.device)
+    ids = torch.tensor([list(prompt)], device=device_of(model))
     with own_flops(model) as counted, torch.no_grad():
         model(ids, past_key_values=cache, logits_to_keep=1)
     return sum(counted)
@@ -176,13 +178,6 @@ def _eos(model: Any, tokenizer: Any) -> set[int]:
     named = model.generation_config.eos_token_id
     named = tokenizer.eos_token_id if named is None else named
     return set(named) if isinstance(named, (list, tuple)) else {named}
-
-
-def _now(model: Any) -> float:
-    """Seconds, once the device has done what it was given."""
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter()
 
 
 def _kept(cache: ComposedCache) -> tuple[float, ...]:
