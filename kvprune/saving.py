@@ -134,12 +134,17 @@ def describe(model: nn.Module) -> dict[str, str]:
     named = list(named_weights(model))
     for name, weight in named:
         said.update(repr((name, str(weight.dtype), tuple(weight.shape))).encode())
-    samples = [_sampled(w) for _, w in named if type(w) is nn.Parameter and w.device.type != "meta"]
+    samples = [_sampled(weight) for _, weight in named if _is_plain(weight)]
     if samples:
         together = torch.cat([s.to(samples[0].device) for s in samples])
         said.update(together.cpu().numpy().tobytes())
     path = getattr(getattr(model, "config", None), "name_or_path", "")
     return {"name": f"{type(model).__name__} {path}".rstrip(), "digest": said.hexdigest()}
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether its numbers can be read: quantised ones are packed."""
+    return type(weight) is nn.Parameter and weight.device.type != "meta"
 
 
 def _config(model: nn.Module) -> str:

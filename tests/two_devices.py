@@ -100,7 +100,14 @@ class _Made(TorchFunctionMode):
         device = kwargs.get("device")
         if func in (torch.tensor, torch.as_tensor) and device is not None:
             return func(*args, **{**kwargs, "device": None}).to(device)
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple):
+            index = (_there(i, args[0].device) if isinstance(i, list) else i for i in args[1])
+            args = (args[0], tuple(index))
         return func(*args, **kwargs)
+
+
+def _there(numbers: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(numbers).to(device)
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
