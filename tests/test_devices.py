@@ -33,8 +33,15 @@ ALL = {
     "union": lambda: [H2O(4, 4) | StreamingLLM(2, 6)],
     "SDTP, asked": lambda: [sdtp_pruner(0.6, 3)],
 }
-UNLIKE = {"mistral-window", "llama4_text", "gpt2", "bloom", "deepseek_v3", "qwen3_next"}
-"""Families that differ in what lies about: windows, chunks, ALiBi, latents, states."""
+
+
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+def most(values: Any, *fast: Any) -> list[Any]:
+    """All, of which most are for `make test-all`: a device of the tests takes its time."""
+    return [value if value in fast else slow(value) for value in values]
 
 
 @pytest.fixture(autouse=True)
@@ -71,8 +78,8 @@ def same_cache(mine: kvprune.ComposedCache, theirs: kvprune.ComposedCache) -> No
         assert {t.device for t in here.tensors()} == {here.keys.device}
 
 
-@pytest.mark.parametrize("padding", [0, 9])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", most(ALL, "SDTP + H2O", "inside", "union"))
+@pytest.mark.parametrize("padding", most([0, 9], 9))
 def test_every_step_is_that_of_one_device(name, padding):
     """And each layer's slots are where the layer is."""
     expected = follow(tiny_model(), ALL[name](), STEPS, [0, padding])
@@ -82,7 +89,7 @@ def test_every_step_is_that_of_one_device(name, padding):
     assert tuple(layer.keys.device for layer in found[1].layers) == HALVES
 
 
-@pytest.mark.parametrize("layers", [(ZERO, ONE, ZERO, ONE), (ONE, ONE, ZERO, ZERO)], ids=str)
+@pytest.mark.parametrize("layers", [(ZERO, ONE, ZERO, ONE), slow((ONE, ONE, ZERO, ZERO))], ids=str)
 def test_layers_in_any_order(layers):
     policies = lambda: [sdtp_pruner(0.6, 3), H2O(4, 7)]  # noqa: E731
     expected = follow(tiny_model(), policies(), STEPS, [0, 9])
@@ -90,10 +97,7 @@ def test_layers_in_any_order(layers):
         same(follow(spread(fresh_model(), layers), policies(), STEPS, [0, 9]), expected)
 
 
-SOME = [f if f in UNLIKE else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
-
-
-@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("family", most(FAMILIES, "bloom", "llama4_text", "qwen3_next"))
 def test_families(family):
     def policies() -> list[Any]:
         prunes = [] if family in CANNOT_PRUNE else [sdtp_pruner(0.7)]
@@ -110,20 +114,42 @@ def test_an_index_that_stays_behind_is_noticed(devices):
         torch.ones(3).to(ONE).gather(0, torch.zeros(1, dtype=torch.long, device=ZERO))
 
 
-@pytest.mark.parametrize("policies", [[], [H2O(4, 4)], [StreamingLLM(2, 6)]], ids=repr)
+@pytest.mark.parametrize("policies", [[H2O(4, 4)], slow([]), slow([StreamingLLM(2, 6)])], ids=repr)
 def test_a_decode_step_moves_its_columns_once(policies, devices):
     """Beside what accelerate moves for the stock model."""
-    ids = prompt(1, 30).to(ZERO)
+    ids = prompt(1, 24).to(ZERO)
     model, counts = spread(fresh_model()), []
     for cache in (None, kvprune.ComposedCache(policies)):
         with torch.no_grad():
             cache = model(ids[:, :20], past_key_values=cache, use_cache=True).past_key_values
-            for i in range(20, 30):
+            for i in range(20, 24):
                 devices.moved.clear()
                 model(ids[:, i : i + 1], past_key_values=cache)
         counts.append(sorted(devices.moved))
     stock, mine = counts
     assert mine == sorted([*stock, (1, 1)])
+
+
+def test_position_data_is_moved_once_for_all_layers(devices):
+    """accelerate would move it for each, as it does what the model hands to its layers."""
+    model = spread(fresh_model(), (ZERO, ONE, ONE, ONE))
+    policy = SDTP(sdtp_heads(stages=1), 0.6, sinks=2, min_tokens=6)
+    policy.heads.to(ONE)
+    cache = kvprune.ComposedCache([policy])
+    with torch.no_grad():
+        model(prompt(1, 24).to(ZERO), past_key_values=cache)
+    kept = cache.columns(1).shape[-1]
+    # Before layer 1 with the hidden states, and once behind it: cosine and sine.
+    assert devices.moved.count((1, kept, 8)) == 4
+
+
+def test_bytes_are_counted_on_every_device(devices):
+    """Those of the rows' numbers too, which H2O is told on both."""
+    caches = [kvprune.ComposedCache([H2O(4, 7)]) for _ in range(2)]
+    for model, cache in zip((spread(fresh_model()), tiny_model()), caches, strict=True):
+        with torch.no_grad():
+            model(prompt(1, 20).to(model.device), past_key_values=cache)
+    assert caches[0].nbytes - caches[1].nbytes == 2 * 8
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -134,8 +160,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["SDTP + H2O", "inside"])
+@pytest.mark.parametrize("way", most(WAYS, "beams"))
+@pytest.mark.parametrize("name", ["SDTP + H2O", slow("inside")])
 def test_generate(name, way, devices):
     rows = 1 if way == "prompt lookup" else 2
     padded = left_padded(prompt(rows, 24), [0, 7][:rows])
