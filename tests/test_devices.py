@@ -108,6 +108,14 @@ def test_families(family):
         same(follow(spread(family_model(family)), policies(), [24, 1, 1], [0, 9]), expected)
 
 
+def test_a_bias_that_moves_on_with_positions():
+    """ALiBi inside the cache goes by the padding of the rows."""
+    policies = [StreamingLLM(2, 6, positions="cache")]
+    expected = follow(attached_family("bloom"), policies, [24, 1, 1], [0, 9])
+    with Devices():
+        same(follow(spread(family_model("bloom")), policies, [24, 1, 1], [0, 9]), expected)
+
+
 def test_an_index_that_stays_behind_is_noticed(devices):
     """The devices of these tests are worth something."""
     with pytest.raises(MixedDevices, match="lazy:0"):

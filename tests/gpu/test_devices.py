@@ -3,6 +3,7 @@
 Skipped without CUDA, the former also with one GPU. Nothing of this has been run by those who wrote
 it: see docs/gpu.md.
 """
+# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 import kvprune
+
+pytest.importorskip("accelerate")
 
 from ..models import fresh_model, left_padded, prompt
 from ..test_devices import ALL
