@@ -3,7 +3,6 @@
 Skipped without CUDA, the former also with one GPU. Nothing of this has been run by those who wrote
 it: see docs/gpu.md.
 """
-# ruff: noqa: E402
 
 from __future__ import annotations
 
