@@ -307,7 +307,7 @@ class ComposedCache(Cache):
             layer.restore(saved, {n: copies.on(t, devices[index]) for n, t in mine.items()})
         at = device_of(base)
         if self._positions is not None:
-            self._positions.restore(tensors, "positions.", at, devices)
+            self._positions.restore(tensors, "positions.", devices)
         home = {n: tensors[n].to(at) for n in ("rows.first", "rows.prompt_length")}
         self.seen, self._fixed = numbers["seen"], numbers["fixed"]
         self._rows = RowNumbers(home["rows.first"], Lengths(home["rows.prompt_length"]))

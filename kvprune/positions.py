@@ -183,19 +183,16 @@ class CachePositions:
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def restore(
-        self,
-        tensors: Mapping[str, Tensor],
-        prefix: str,
-        home: torch.device,
-        devices: Sequence[torch.device],
+        self, tensors: Mapping[str, Tensor], prefix: str, devices: Sequence[torch.device]
     ) -> None:
         """Takes over what `named_tensors` gave.
 
         Args:
             tensors, prefix: each name behind `prefix`.
-            home: where the model is handed its tokens. devices: by layer, where it is.
+            devices: by layer, where it is.
         """
-        self._set_offset(_moved(tensors.get(f"{prefix}offset"), home))
+        # It goes to where the tokens are in the next step.
+        self._set_offset(tensors.get(f"{prefix}offset"))
         for kind in _BY_LAYER:
             found = (
                 _moved(tensors.get(f"{prefix}{kind}.{i}"), device)
@@ -226,9 +223,9 @@ class CachePositions:
         Raises:
             KVPruneError: they run to where the model changes its frequencies.
         """
-        positions, offset = _numbers(columns, padding), self._offset_on(columns.device)
-        if offset is not None:
-            positions = positions - offset[:, None]
+        positions = _numbers(columns, padding)
+        if self._offset is not None:
+            positions = positions - self._offset[:, None]
         positions = positions.masked_fill(columns < 0, 0)
         if self.limit is not None and int(positions.max()) >= self.limit:
             raise KVPruneError(
