@@ -263,7 +263,8 @@ def _before_layer(
     for name in POSITION_ARGUMENTS:
         value = argument(layer, args, kwargs, name)
         if value is not None:
-            args, kwargs = with_argument(layer, args, kwargs, name, step.align(value))
+            aligned = step.align(value, hidden.device)
+            args, kwargs = with_argument(layer, args, kwargs, name, aligned)
     return args, kwargs
 
 

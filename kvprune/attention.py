@@ -50,7 +50,7 @@ def slot_attention(
     stock = _backend(backend, module)
     if kvprune_layer is None:
         return stock(module, query, key, value, attention_mask, **arguments)
-    layer = kvprune_layer
+    layer = kvprune_layer.on(query.device)
     assert attention_mask is not None, "our mask functions always return a rule"
     mask = as_mask(attention_mask, layer.step.seen)
     if not layer.step.one_by_one:

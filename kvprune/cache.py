@@ -18,8 +18,9 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from . import saving
 from .composition import leaves
+from .devices import Copies, device_of
 from .errors import KVPruneError
-from .families import base_of, unwrapped
+from .families import base_of, decoder_layers, unwrapped
 from .masks import OURS, Local
 from .policy import Lengths, TokenPolicy
 from .positions import CachePositions, positions_for
@@ -151,13 +152,13 @@ class ComposedCache(Cache):
         """Bytes of all storage that the cache has allocated."""
         held = [t for layer in self.layers for t in _tensors(layer)]
         if self._rows is not None:
-            held += [self._rows.first, self._rows.prompt.tensor]
+            held += self._rows.tensors()
         if self._padding is not None:
             held.append(self._padding)
         if self._positions is not None:
             held += self._positions.named_tensors().values()
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
-        return sum(storages.values())
+        storages = ((t.device, t.untyped_storage()) for t in held)
+        return sum({(at, s.data_ptr()): s.nbytes() for at, s in storages}.values())
 
     def __repr__(self) -> str:
         head = f"ComposedCache([{', '.join(map(repr, self.policies))}])"
@@ -243,9 +244,9 @@ class ComposedCache(Cache):
         """
         cache = cls(policies)
         base = cache._bind_to(model, "load")
-        contents = saving.read(Path(path), next(base.parameters()).device)
+        contents = saving.read(Path(path))
         cache._check_fits(Path(path), contents.numbers)
-        cache._restore(contents)
+        cache._restore(contents, base)
         return cache
 
     def with_policies(
@@ -386,18 +387,22 @@ class ComposedCache(Cache):
                     f"observed, or read the prompt again with these"
                 )
 
-    def _restore(self, contents: saving.Contents) -> None:
-        numbers, tensors = contents.numbers, contents.tensors
+    def _restore(self, contents: saving.Contents, base: Any) -> None:
+        """Becomes the cache that was saved; each layer's part goes to where that layer is."""
+        numbers, tensors, copies = contents.numbers, contents.tensors, Copies()
+        devices = [device_of(layer) for layer in decoder_layers(base)]
         for (index, layer), saved in zip(self.slot_layers(), numbers["layers"], strict=True):
             start = f"layers.{index}."
             mine = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
             mine["columns"] = tensors[f"layers.{saved['columns_of']}.columns"]
-            layer.restore(saved, mine)
-        self.seen, self._fixed = numbers["seen"], numbers["fixed"]
-        self._rows = RowNumbers(tensors["rows.first"], Lengths(tensors["rows.prompt_length"]))
-        self._padding = tensors.get("padding")
+            layer.restore(saved, {n: copies.on(t, devices[index]) for n, t in mine.items()})
+        at = device_of(base)
         if self._positions is not None:
-            self._positions.restore(tensors, "positions.")
+            self._positions.restore(tensors, "positions.", devices)
+        home = {n: tensors[n].to(at) for n in ("rows.first", "rows.prompt_length")}
+        self.seen, self._fixed = numbers["seen"], numbers["fixed"]
+        self._rows = RowNumbers(home["rows.first"], Lengths(home["rows.prompt_length"]))
+        self._padding = tensors["padding"].to(at) if "padding" in tensors else None
 
     # What transformers asks of a cache.
 
@@ -412,7 +417,7 @@ class ComposedCache(Cache):
         if self.step.one_by_one:
             # Stored by the attention function, each when its turn comes.
             return key_states, value_states
-        return self.at_layer(layer_idx).store(key_states, value_states)
+        return self.at_layer(layer_idx).on(key_states.device).store(key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The logical length; the same for all layers."""
@@ -629,11 +634,12 @@ class ComposedCache(Cache):
             self._hide(step.padding)
         if step.count == 1 and not step.one_by_one:
             for joint in self._together:
-                joint.let_in(step.slot_columns)
+                joint.let_in(step.columns_on(joint.columns.device)[1])
 
     def _new_step(self, rows: int, count: int, mask: Tensor | None, device: torch.device) -> Step:
         self._check_size(rows, count)
         assert self._attachment is not None
+        self._follow(device)
         new = self._arrival(rows, count, mask, device)
         drafts = min(count, max(self.seen + count - self._prompt_end, 0)) * self._recording
         self._check_records(drafts)
@@ -655,6 +661,13 @@ class ComposedCache(Cache):
             group=self._attachment.group,
             inside=self._positions,
         )
+
+    def _follow(self, device: torch.device) -> None:
+        """What is held of the rows goes to where a forward's tokens are, if it is elsewhere."""
+        if self._rows is None or self._rows.first.device == device:
+            return
+        self._rows = self._rows.on(device)
+        self._padding = None if self._padding is None else self._padding.to(device)
 
     def _arrival(self, rows: int, count: int, mask: Tensor | None, device: torch.device) -> Arrival:
         """What a forward of `[rows, count]` tokens brings; refuses a mask that does not fit."""
@@ -719,7 +732,8 @@ class ComposedCache(Cache):
             return
         for _, layer in self.slot_layers():
             shape = (*layer.columns.shape[:2], -1)
-            hidden = new[:, None].expand(shape).gather(-1, layer.columns.clamp(min=0))
+            here = new.to(layer.columns.device)[:, None].expand(shape)
+            hidden = here.gather(-1, layer.columns.clamp(min=0))
             layer.keep((layer.columns >= 0) & ~hidden)
 
     def _newly_hidden(self, padding: Tensor | None) -> Tensor:

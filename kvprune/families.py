@@ -167,7 +167,6 @@ def check_family(model: PreTrainedModel) -> None:
     if getattr(config, "reorder_and_upcast_attn", False):
         raise unsupported(model, "reorder_and_upcast_attn goes by the name of its attention")
     _check_layer_types(model)
-    _check_devices(model)
     if isinstance(model, GenerationMixin) and not hasattr(model, "_prepare_cache_for_generation"):
         raise unsupported(model, "this transformers release prepares caches in another place")
     _check_backend(model, backend_of(config), has_own_attention(base))
@@ -182,15 +181,6 @@ def _check_backend(model: PreTrainedModel, backend: str, own_attention: bool) ->
             model,
             f"its attention implementation is {backend!r}; load it with "
             f"attn_implementation='sdpa' or 'eager'{others}",
-        )
-
-
-def _check_devices(model: PreTrainedModel) -> None:
-    devices = {str(d) for d in getattr(model, "hf_device_map", {}).values()}
-    if len(devices) > 1:
-        raise KVPruneError(
-            f"attach: expected a model on one device, came one on {', '.join(sorted(devices))}. "
-            f"Load it without device_map, or with device_map={{'': 0}}"
         )
 
 

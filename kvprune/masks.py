@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, Protocol
 
 import torch
@@ -78,15 +79,20 @@ class LazyMask:
     """A mask function's arguments, kept until the columns are known."""
 
     def __init__(
-        self, rule: Callable[..., Tensor], plainly_causal: bool, stock: bool = False
+        self,
+        rule: Callable[..., Tensor],
+        plainly_causal: bool,
+        stock: bool = False,
+        device: torch.device | None = None,
     ) -> None:
-        self._rule = rule
+        self._rule, self._device = rule, device
         self.plainly_causal = plainly_causal
         self.stock = stock
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        # accelerate asks everything that it hands to a layer whether it can be moved.
+        if name.startswith("__") or name == "to":
             raise AttributeError(name)
         raise KVPruneError(
             f"this model's code reads its attention mask by itself (.{name}), which kvprune "
@@ -97,13 +103,31 @@ class LazyMask:
         """See `Mask.at`; layers that hold the very same columns share one evaluation."""
         if self._last is not None and self._last[0] is queries and self._last[1] is slots:
             return self._last[2]
-        start = 0 if row is None else row
-        rows = torch.arange(start, start + queries.shape[0], device=queries.device)
-        rows, keys = rows[:, None, None, None], slots[:, :, None, :]
-        mask = self._rule(rows, rows.new_zeros(()), queries[:, None, :, None], keys) & (keys >= 0)
+        there = queries.device
+        if self._device is None or self._device == there or not _holds_tensors(self._rule):
+            mask = self._evaluated(queries, slots, row)
+        else:
+            # What the rule holds is where the mask was made.
+            mask = self._evaluated(queries.to(self._device), slots.to(self._device), row).to(there)
         if row is None:
             self._last = (queries, slots, mask)
         return mask
+
+    def _evaluated(self, queries: Tensor, slots: Tensor, row: int | None) -> Tensor:
+        start = 0 if row is None else row
+        rows = torch.arange(start, start + queries.shape[0], device=queries.device)
+        rows, keys = rows[:, None, None, None], slots[:, :, None, :]
+        return self._rule(rows, rows.new_zeros(()), queries[:, None, :, None], keys) & (keys >= 0)
+
+
+def _holds_tensors(part: Any) -> bool:
+    """Whether a rule is more than arithmetic on columns, as far as one can see."""
+    if isinstance(part, (tuple, list)):
+        return any(map(_holds_tensors, part))
+    if isinstance(part, FunctionType):
+        held = [cell.cell_contents for cell in part.__closure__ or ()]
+        return _holds_tensors(held + list(part.__defaults__ or ()))
+    return not isinstance(part, (int, float, str, type(None)))
 
 
 class GivenMask:
@@ -139,7 +163,7 @@ def mask_or_rule(stock: Callable[..., Any], **arguments: Any) -> Any:
     local: int | None = arguments.get("local_size")
     plain: bool = arguments.get("allow_is_causal_skip", True)
     causal = plain and (local is None or length < local)
-    return LazyMask(arguments["mask_function"], causal, plain)
+    return LazyMask(arguments["mask_function"], causal, plain, arguments.get("device"))
 
 
 def is_known(mask: Mask, local: Local | None) -> bool:

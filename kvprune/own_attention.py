@@ -24,7 +24,8 @@ def at_slots(
     attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: LayerStep
 ) -> Arguments:
     """The arguments of an attention module, gathered to the slots that it will attend to."""
-    slots = layer.slots.columns_after(layer.step.slot_columns, in_hole=layer.step.count == 1)
+    layer = layer.on(argument(attention, args, kwargs, "hidden_states").device)
+    slots = layer.slots.columns_after(layer.slot_columns, in_hole=layer.step.count == 1)
     mask = argument(attention, args, kwargs, "attention_mask")
     alibi = argument(attention, args, kwargs, "alibi")
     mask = GivenMask(mask, layer.step.seen).at(layer.columns, slots)
@@ -52,8 +53,8 @@ def _closed(layer: LayerStep, slots: Tensor) -> Tensor | None:
     step = layer.step
     if step.inside is None:
         return None
-    closed = step.inside.distance_closed(layer.index, slots, step.padding, step.rows.first)
-    padding = 0 if step.padding is None else step.padding.sum(-1)[:, None, None]
+    closed = step.inside.distance_closed(layer.index, slots, layer.padding, layer.rows.first)
+    padding = 0 if layer.padding is None else layer.padding.sum(-1)[:, None, None]
     return closed.double() / (layer.seen - 1 - torch.as_tensor(padding)).clamp(min=1)
 
 
@@ -85,6 +86,7 @@ def observe(layer: LayerStep, probabilities: Tensor) -> None:
     """
     if not layer.slots.names:
         return
+    layer = layer.on(probabilities.device)
     dtype = layer.slots.statistics["attention"].dtype
     # Padding does not vote.
     votes = (layer.columns >= 0)[:, None, :, None]

@@ -81,14 +81,26 @@ class Lengths:
 
     Args:
         tensor: `[B]` int64.
+        ends: its least and its most, where they are known.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, ends: tuple[int, int] | None = None) -> None:
         self.tensor = tensor
-        self._ends = (int(tensor.min()), int(tensor.max())) if tensor.numel() else (0, 0)
+        if ends is None:
+            ends = (int(tensor.min()), int(tensor.max())) if tensor.numel() else (0, 0)
+        self._ends = ends
         # By an amount's repr: 1 is a token, 1.0 is all of them.
         self._known: dict[str, tuple[Tensor, tuple[int, int]]] = {}
         self._below: dict[int, Lengths] = {}
+        self._elsewhere: dict[torch.device, Lengths] = {}
+
+    def on(self, device: torch.device) -> Lengths:
+        """The same on a device; for a model on several, once for each."""
+        if self.tensor.device == device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Lengths(self.tensor.to(device), self._ends)
+        return self._elsewhere[device]
 
     def tokens(self, amount: int | float) -> Tensor:
         """An amount, as of a `Budget`, in tokens of each row, `[B]` int64; read only."""

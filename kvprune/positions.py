@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .composition import leaves
+from .devices import Copies, device_of
 from .errors import KVPruneError
 from .families import has_alibi
 from .policy import TokenPolicy
@@ -94,9 +95,10 @@ def _probe(base: Any) -> list[Tensor]:
     """Each layer's keys of one token at two positions, `[2, H, 1, D]`."""
     weight = base.get_input_embeddings().weight
     token = torch.randn(weight.shape[-1], generator=torch.Generator().manual_seed(0))
-    token = token.to(weight).expand(2, 1, -1)
+    device = device_of(base.get_input_embeddings())
+    token = token.to(device, weight.dtype).expand(2, 1, -1)
     cache: Any = DynamicCache(config=base.config)
-    where = torch.tensor(PROBED, device=weight.device)[:, None]
+    where = torch.tensor(PROBED, device=device)[:, None]
     training = [module for module in base.modules() if module.training]
     base.eval()
     try:
@@ -117,7 +119,7 @@ def _rotation_of(base: Any, keys: Tensor, found: list[Tensor]) -> Rotation | Non
     # Number by number: a large one (a bias) must not hide that others turn.
     if bool(((here - there).abs() <= near * here.abs()).all()):
         return None
-    for frequencies in found:
+    for frequencies in (each.to(keys.device) for each in found):
         size = 2 * len(frequencies)
         for start in dict.fromkeys((0, keys.shape[-1] - size)):
             for interleaved in (False, True):
@@ -164,6 +166,7 @@ class CachePositions:
         self.sinks, self.limit = sinks, limit
         self._rotations = rotations
         self._offset: Tensor | None = None
+        self._copies = Copies()
         # By layer: keys `[B, Hkv, sinks, D]`, and by how much those in the slots are turned.
         self._home: list[Tensor | None] = [None] * len(rotations)
         self._turn: list[Tensor | None] = [None] * len(rotations)
@@ -179,16 +182,33 @@ class CachePositions:
             held |= {f"{kind}.{i}": tensor for i, tensor in enumerate(getattr(self, f"_{kind}"))}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
-    def restore(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
-        """Takes over what `named_tensors` gave, each name behind `prefix`."""
-        self._offset = tensors.get(f"{prefix}offset")
+    def restore(
+        self, tensors: Mapping[str, Tensor], prefix: str, devices: Sequence[torch.device]
+    ) -> None:
+        """Takes over what `named_tensors` gave.
+
+        Args:
+            tensors, prefix: each name behind `prefix`.
+            devices: by layer, where it is.
+        """
+        # It goes to where the tokens are in the next step.
+        self._set_offset(tensors.get(f"{prefix}offset"))
         for kind in _BY_LAYER:
-            names = (f"{prefix}{kind}.{i}" for i in range(len(self._rotations)))
-            setattr(self, f"_{kind}", [tensors.get(name) for name in names])
+            found = (
+                _moved(tensors.get(f"{prefix}{kind}.{i}"), device)
+                for i, device in enumerate(devices)
+            )
+            setattr(self, f"_{kind}", list(found))
+
+    def _set_offset(self, offset: Tensor | None) -> None:
+        self._offset, self._copies = offset, Copies()
+
+    def _offset_on(self, device: torch.device) -> Tensor | None:
+        return None if self._offset is None else self._copies.on(self._offset, device)
 
     def select_rows(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was."""
-        self._offset = _selected(self._offset, rows)
+        self._set_offset(_selected(self._offset, rows))
         self._home = [_selected(home, rows) for home in self._home]
         self._turn = [_selected(turn, rows) for turn in self._turn]
         self._gap = [_selected(gap, rows) for gap in self._gap]
@@ -225,37 +245,42 @@ class CachePositions:
             columns, padding: see `of_new`.
             first: `[B]`, each row's first valid column.
         """
-        if self._offset is None:
-            self._offset = torch.zeros_like(first)
+        offset = self._offset_on(first.device)
+        if offset is None or offset is not self._offset:
+            self._set_offset(torch.zeros_like(first) if offset is None else offset)
         if not any(self._rotations):
             return
+        assert self._offset is not None
         held = max(layer.used for layer in layers)
         newest = (_numbers(columns, padding) - self._offset[:, None]).amax()
         if held == 0 or int(newest) <= 2 * held + columns.shape[1]:
             return
         each = enumerate(layers)
         lags = [self._lag(i, layer.columns, padding, first) for i, layer in each]
-        shift = torch.stack(lags).amin(0)
+        shift = torch.stack([lag.to(first.device) for lag in lags]).amin(0)
         if not bool(shift.any()):
             return
+        copies = Copies()
         for index, (layer, rotation) in enumerate(zip(layers, self._rotations, strict=True)):
+            here = copies.on(shift, layer.columns.device)
             if rotation is not None:
-                layer.rewrite_keys(rotation.turned(layer.keys, -shift))
+                layer.rewrite_keys(rotation.turned(layer.keys, -here))
             # The sinks were moved along; the next token's arrival puts them in their place.
             turn = self._turn[index]
-            self._turn[index] = (0 if turn is None else turn) - shift
-        self._offset = self._offset + shift
+            self._turn[index] = (0 if turn is None else turn) - here
+        self._set_offset(self._offset + shift)
 
     def _lag(self, index: int, columns: Tensor, padding: Tensor | None, first: Tensor) -> Tensor:
         """How far `[B]` a layer's window has moved on from its sinks as they first came."""
-        assert self._offset is not None
+        offset, first = self._offset_on(columns.device), first.to(columns.device)
+        assert offset is not None
         if not columns.shape[-1]:
             return torch.zeros_like(first)
         others = columns[:, 0] >= (first + self.sinks)[:, None]
         oldest = columns[:, 0].masked_fill(~others, _FAR).amin(-1, keepdim=True)
         alone = oldest[:, 0] == _FAR
-        number = _numbers(oldest, padding)[:, 0]
-        lag = (number - self._offset - self.sinks).masked_fill(alone, 0).clamp(min=0)
+        number = _numbers(oldest, _moved(padding, columns.device))[:, 0]
+        lag = (number - offset - self.sinks).masked_fill(alone, 0).clamp(min=0)
         gap = self._gap[index]
         gap = torch.full_like(lag, -1) if gap is None else gap
         gap = torch.where((gap < 0) & ~alone, lag, gap)
@@ -381,6 +406,10 @@ def _numbers(columns: Tensor, padding: Tensor | None) -> Tensor:
         return columns
     before = padding.long().cumsum(-1)
     return columns - before.gather(-1, columns.clamp(0, padding.shape[1] - 1))
+
+
+def _moved(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.to(device)
 
 
 def _selected(value: Tensor | None, rows: Tensor) -> Tensor | None:

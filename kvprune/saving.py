@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from .devices import named_weights
 from .errors import KVPruneError
 from .files import write_whole
 
@@ -53,8 +54,8 @@ def write(path: Path, contents: Contents) -> None:
     write_whole(path, lambda scratch: save_file(tensors, scratch, metadata))
 
 
-def read(path: Path, device: torch.device) -> Contents:
-    """Reads a file onto a device.
+def read(path: Path) -> Contents:
+    """Reads a file, onto the CPU.
 
     Raises:
         KVPruneError: there is none, it is no cache, of another version, or damaged.
@@ -72,7 +73,7 @@ def read(path: Path, device: torch.device) -> Contents:
     numbers = metadata.get("numbers", "")
     if metadata.get("digest") != _digest(numbers, tensors):
         raise _damaged(path, "its contents do not have the digest that was written with them")
-    return Contents(json.loads(numbers), {n: t.to(device) for n, t in tensors.items()})
+    return Contents(json.loads(numbers), tensors)
 
 
 def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
@@ -130,14 +131,20 @@ def describe(model: nn.Module) -> dict[str, str]:
             as they are; fine-tuning, another precision or an adapter change it.
     """
     said = hashlib.sha256(_config(model).encode())
-    named = list(model.named_parameters())
+    named = list(named_weights(model))
     for name, weight in named:
         said.update(repr((name, str(weight.dtype), tuple(weight.shape))).encode())
-    samples = [_sampled(w) for _, w in named if type(w) is nn.Parameter and w.device.type != "meta"]
+    samples = [_sampled(weight) for _, weight in named if _is_plain(weight)]
     if samples:
-        said.update(torch.cat(samples).cpu().numpy().tobytes())
+        together = torch.cat([s.to(samples[0].device) for s in samples])
+        said.update(together.cpu().numpy().tobytes())
     path = getattr(getattr(model, "config", None), "name_or_path", "")
     return {"name": f"{type(model).__name__} {path}".rstrip(), "digest": said.hexdigest()}
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether its numbers can be read: quantised ones are packed."""
+    return type(weight) is nn.Parameter and weight.device.type != "meta"
 
 
 def _config(model: nn.Module) -> str:

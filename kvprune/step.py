@@ -8,7 +8,7 @@ keeps the hidden state with which it left.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .composition import next_to_go, surviving_slots, surviving_tokens
+from .devices import Copies
 from .errors import KVPruneError
 from .masks import Local
 from .policy import Lengths, SlotView, TokenPolicy, TokenView, _Statistics
@@ -34,6 +35,22 @@ class RowNumbers:
 
     first: Tensor
     prompt: Lengths
+    _elsewhere: dict[torch.device, RowNumbers] = field(default_factory=dict, repr=False)
+
+    def on(self, device: torch.device) -> RowNumbers:
+        """The same on a device; for a model on several, once for each."""
+        if self.first.device == device:
+            return self
+        if device not in self._elsewhere:
+            there = RowNumbers(self.first.to(device), self.prompt.on(device))
+            self._elsewhere[device] = there
+        return self._elsewhere[device]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that is held, for counting bytes."""
+        yield from (self.first, self.prompt.tensor)
+        for there in self._elsewhere.values():
+            yield from there.tensors()
 
     def below(self, times: int) -> RowNumbers:
         """The same rows so many times, below each other."""
@@ -190,6 +207,9 @@ class Step:
     drafts: how many tokens, at the end, may be taken back; they are never pruned.
     position_ids: `[B, Q]` where positions are assigned inside the cache, by `inside`; else None.
     one_by_one: each layer treats them one by one, as something may be evicted in between.
+
+    All tensors are where the model is handed its tokens. Where a layer is elsewhere, `columns_on`
+    and `padding_on` have their copies there, and `rows.on` has them of the rows' numbers.
     """
 
     def __init__(
@@ -214,7 +234,9 @@ class Step:
         self._asked = asked
         self._places: Tensor | None = None
         self._parked: Tensor | None = None
-        self._aligned: dict[int, tuple[Any, Any]] = {}
+        self._aligned: dict[tuple[int, torch.device], tuple[Any, Any]] = {}
+        self._copies = Copies()
+        self._slot_columns: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._previous: dict[str, Tensor] = {}
         # Layers that are alike, which give up a slot together after the last of them.
         self._due: dict[Hashable, list[LayerStep]] = {}
@@ -233,28 +255,43 @@ class Step:
         self.same_rows = new.same_rows
         self.padding = new.padding
 
+    def columns_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`columns` and `slot_columns` on a device; one object each for all layers there."""
+        if self.columns.device == device:
+            return self.columns, self.slot_columns
+        columns = self._copies.on(self.columns, device)
+        if device not in self._slot_columns or self._slot_columns[device][0] is not columns:
+            self._slot_columns[device] = (columns, columns[:, None])
+        return self._slot_columns[device]
+
+    def padding_on(self, device: torch.device) -> Tensor | None:
+        """`padding` on a device."""
+        return None if self.padding is None else self._copies.on(self.padding, device)
+
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
         """Drops what no longer enters `layer`: `[B, Q, C]` to `[B, Q', C]`.
 
         Asked only where the step `prunes`: in forwards of several tokens, if a policy does.
         """
         assert self._lengths is not None
+        # That of the layer before: accelerate moves them on inside this one.
+        device = hidden.device
         lead = self.columns.shape[1] - self.drafts
-        columns = self.columns[:, :lead]
+        columns = self.columns_on(device)[0][:, :lead]
         tokens = TokenView(
             layer=layer,
             num_layers=self._num_layers,
             hidden=hidden[:, :lead].detach(),
             columns=columns,
             valid=columns >= 0,
-            first=self.rows.first,
-            lengths=self._lengths,
+            first=self.rows.on(device).first,
+            lengths=self._lengths.on(device),
             statistic=_Statistics(self._previous),
             group=self._group,
         )
-        asked = (
-            self._asked if self._places is None else self._asked.gather(1, self._places[:, :lead])
-        )
+        asked = self._copies.on(self._asked, device)
+        if self._places is not None:
+            asked = asked.gather(1, self._copies.on(self._places, device)[:, :lead])
         # For this layer alone: one without attention observes nothing for the next.
         self._previous = {}
         kept = surviving_tokens(self._pruners, tokens, asked)
@@ -273,8 +310,9 @@ class Step:
         order = torch.cat([order, drafts], 1)
         kept = torch.nn.functional.pad(kept, (0, self.drafts), value=True)
         self._parked = hidden if self._parked is None else self._written_back(hidden)
-        self._places = order if self._places is None else self._places.gather(1, order)
-        self.columns = self.columns.masked_fill(~kept, -1).gather(1, order)
+        places = None if self._places is None else self._copies.on(self._places, order.device)
+        self._places = order if places is None else places.gather(1, order)
+        self.columns = self.columns_on(order.device)[0].masked_fill(~kept, -1).gather(1, order)
         self.slot_columns = self.columns[:, None]
         self.complete = fewest == max(most, 1)
         self._aligned = {}
@@ -288,26 +326,36 @@ class Step:
         assert self._parked is not None
         if self._places is None:
             return hidden
+        parked = self._parked.to(hidden.device)
+        places = self._copies.on(self._places, hidden.device)
         # Places are unique, also those that only fill shorter rows: these keep what they had.
-        before = _gathered(self._parked, self._places)
-        hidden = torch.where((self.columns >= 0)[..., None], hidden, before)
-        return self._parked.scatter(1, self._places[..., None].expand_as(hidden), hidden)
+        before = _gathered(parked, places)
+        valid = self.columns_on(hidden.device)[0] >= 0
+        hidden = torch.where(valid[..., None], hidden, before)
+        return parked.scatter(1, places[..., None].expand_as(hidden), hidden)
 
-    def align(self, value: Any) -> Any:
-        """Gathers per-token data (`[1|B, Q, ...]`, or tuples of it) to the tokens left."""
+    def align(self, value: Any, device: torch.device) -> Any:
+        """Gathers per-token data (`[1|B, Q, ...]`, or tuples of it) to the tokens left.
+
+        Args:
+            value: as the model hands it to its layers.
+            device: where the tokens' hidden states are.
+        """
         if self._places is None or value is None:
             return value
         # Every layer is handed the same full-length data again.
-        if id(value) not in self._aligned:
-            self._aligned[id(value)] = (value, self._gather_tokens(value))
-        return self._aligned[id(value)][1]
+        key = (id(value), device)
+        if key not in self._aligned:
+            self._aligned[key] = (value, self._gather_tokens(value, device))
+        return self._aligned[key][1]
 
-    def _gather_tokens(self, value: Any) -> Any:
+    def _gather_tokens(self, value: Any, device: torch.device) -> Any:
         assert self._places is not None
         if isinstance(value, (tuple, list)):
-            return type(value)(self._gather_tokens(v) for v in value)
-        value = value.expand(self._places.shape[0], *value.shape[1:])
-        return _gathered(value, self._places)
+            return type(value)(self._gather_tokens(v, device) for v in value)
+        places = self._copies.on(self._places, value.device)
+        value = value.expand(places.shape[0], *value.shape[1:])
+        return _gathered(value, places).to(device)
 
     def at_layer(self, index: int, slots: SlotLayer) -> LayerStep:
         """What the attention function of a layer is handed, with the tokens that are left."""
@@ -322,6 +370,7 @@ class Step:
 
     def evict(self, at: LayerStep) -> None:
         """Asks the policies after a layer's attention and drops what none keeps."""
+        at = at.on(at.slots.keys.device)
         new, slots = at.columns.shape[1], at.slots
         if self.prunes and at.seen <= self.seen + self.count - self.drafts:
             self._previous = {n: s[..., -new:].clone() for n, s in slots.statistics.items()}
@@ -331,7 +380,7 @@ class Step:
         if slots.full_for is not None and self.same_rows and columns is slots.columns:
             self._evict_next(at, slots.full_for)
             return
-        view = self._view_of(at, columns, slots.statistics, self.rows)
+        view = self._view_of(at, columns, slots.statistics, at.rows)
         left = surviving_slots(self._evicters, view, several=new > 1)
         if columns is not slots.columns:
             slots.keep(_left(view.valid if left.kept is None else left.kept, left.gone))
@@ -347,7 +396,7 @@ class Step:
         if alike is not None:
             self._due.setdefault(alike, []).append(at)
             return
-        view = self._view_of(at, slots.columns, slots.statistics, self.rows)
+        view = self._view_of(at, slots.columns, slots.statistics, at.rows)
         gone = next_to_go(policy, view)
         if gone is not None:
             slots.free(gone, by)
@@ -366,7 +415,7 @@ class Step:
         assert by is not None
         same = next((one for one in before if one.lent_to(layers)), None)
         joint = Together(layers) if same is None else same
-        rows = self.rows.below(len(layers))
+        rows = due[0].rows.below(len(layers))
         view = self._view_of(due[0], joint.columns, joint.statistics, rows)
         gone = next_to_go(self._evicters[by], view)
         if gone is not None:
@@ -395,7 +444,8 @@ class Step:
         """The same columns, -1 for those that no query at column `end` or later can see."""
         if local is None or end < local.size:
             return columns
-        return columns.masked_fill(columns < local.oldest(end, self.rows.first)[:, None, None], -1)
+        oldest = local.oldest(end, self.rows.on(columns.device).first)
+        return columns.masked_fill(columns < oldest[:, None, None], -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -414,14 +464,31 @@ class LayerStep:
     complete: bool
     seen: int
 
+    def on(self, device: torch.device) -> LayerStep:
+        """The same where the layer is, if that is not where the step's tokens are."""
+        if self.columns.device == device:
+            return self
+        columns, slot_columns = self.step.columns_on(device)
+        return replace(self, columns=columns, slot_columns=slot_columns)
+
+    @property
+    def rows(self) -> RowNumbers:
+        """The rows' numbers, where the columns are."""
+        return self.step.rows.on(self.columns.device)
+
+    @property
+    def padding(self) -> Tensor | None:
+        """The step's padding, where the columns are."""
+        return self.step.padding_on(self.columns.device)
+
     def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Appends new tokens `[B, Hkv, Q, D]`; returns all that the layer then holds."""
         in_hole = self.step.count == 1
         held = self.slots.append(keys, values, self.slot_columns, self.complete, in_hole)
-        inside, step = self.step.inside, self.step
+        inside = self.step.inside
         if inside is None:
             return held
-        inside.arrange(self.index, self.slots, self.slot_columns, step.padding, step.rows.first)
+        inside.arrange(self.index, self.slots, self.slot_columns, self.padding, self.rows.first)
         return self.slots.keys, self.slots.values
 
     def pieces(self) -> Iterator[tuple[slice, LayerStep]]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from kvprune.attach import attach, detach
+from kvprune.devices import device_of
 from kvprune.errors import KVPruneError
 from kvprune.families import base_of, unwrapped
 from kvprune.policy import TokenPolicy
@@ -144,7 +145,7 @@ def _worker(model: Any, tokenizer: Any, dtype: str, device: str | None) -> Itera
         return
     if not hasattr(model, "config"):
         raise KVPruneError(f"model: expected a name, a folder or a model, came {model!r}")
-    if dtype != "auto" or device not in (None, str(model.device)):
+    if dtype != "auto" or device not in (None, str(device_of(model))):
         raise KVPruneError(
             f"dtype and device of a loaded model are its own: leave them out, came {dtype!r} "
             f"and {device!r}"
@@ -165,7 +166,7 @@ def _worker(model: Any, tokenizer: Any, dtype: str, device: str | None) -> Itera
 
 def _about(model: Any, worker: Worker, seed: int) -> dict[str, Any]:
     """What a results file says of where it comes from."""
-    on = worker.model.device
+    on = device_of(worker.model)
     name = str(model) if isinstance(model, (str, Path)) else worker.model.config.name_or_path
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if on.type == "cuda":

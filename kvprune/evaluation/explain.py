@@ -12,6 +12,7 @@ import torch
 from rich.text import Text
 
 from kvprune.cache import ComposedCache
+from kvprune.devices import device_of
 from kvprune.errors import KVPruneError
 from kvprune.policy import TokenPolicy
 
@@ -53,7 +54,7 @@ def explain(model: Any, tokenizer: Any, text: str, policies: Sequence[TokenPolic
     if not ids:
         raise KVPruneError("explain: expected a text of at least one token, came an empty one")
     cache = ComposedCache(policies)
-    read_prompt(model, cache, torch.tensor([ids], device=model.device))
+    read_prompt(model, cache, torch.tensor([ids], device=device_of(model)))
     held = torch.zeros(len(ids), dtype=torch.long)
     for layer in range(len(cache)):
         columns = cache.columns(layer).unique()

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from kvprune.cache import ComposedCache
+from kvprune.devices import device_of
 from kvprune.families import attention_of, base_of, decoder_layers, linear_layers, unwrapped
 
 LENGTHS = (64, 128)
@@ -80,7 +81,7 @@ class Flops:
 
 def _by_layer(model: Any, tokens: int) -> list[float]:
     """Of each layer of the dense model; last, of all that is in none."""
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=device_of(model))
     meter = _Meter()
     with meter.whole(layers_of(model)), counting() as counter, torch.no_grad():
         model(ids, past_key_values=ComposedCache(), logits_to_keep=1)

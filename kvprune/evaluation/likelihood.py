@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvprune.cache import ComposedCache
+from kvprune.devices import device_of
 
 from .reading import forward, read_prompt
 
@@ -94,7 +95,7 @@ def read(
     Raises:
         KVPruneError: a policy cannot work on the model.
     """
-    tokens, mask = _left_padded(contexts, model.device)
+    tokens, mask = _left_padded(contexts, device_of(model))
     logits = read_prompt(model, cache, tokens, mask, prompt_lengths)
     return Contexts(model, cache, logits, mask)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvprune.cache import ComposedCache
+from kvprune.devices import device_of, devices_of
 from kvprune.errors import KVPruneError
 from kvprune.families import argument, cannot_record, unwrapped
 from kvprune.policy import TokenPolicy
@@ -21,6 +21,7 @@ from kvprune.slots import SlotLayer
 from .flops import Flops, layers_of, own_flops
 from .reading import forward, read_last, read_lead, read_prompt
 from .results import Cost
+from .watch import now
 
 PIECE = 64
 """Tokens of a text that are scored at once: their logits over the vocabulary are held."""
@@ -50,11 +51,11 @@ class Reading:
         """
         if not prompt:
             raise KVPruneError("a sample's prompt: expected at least one token, came none")
-        tokens = torch.tensor([list(prompt)], device=model.device)
+        tokens = torch.tensor([list(prompt)], device=device_of(model))
         with _entering(model) as entered:
-            began = _now(model)
+            began = now(devices_of(model))
             read_lead(model, cache, tokens)
-            return cls(cache, tokens, entered, _now(model) - began)
+            return cls(cache, tokens, entered, now(devices_of(model)) - began)
 
 
 class CacheReader:
@@ -72,13 +73,14 @@ class CacheReader:
     def __init__(self, model: Any, tokenizer: Any, lead: Reading) -> None:
         self._model, self._tokenizer, self._lead = model, tokenizer, lead
         self.cache, self.tokens = lead.cache, lead.tokens.shape[1]
+        self._home, self._devices = device_of(model), devices_of(model)
         # Of each layer, with the last token; an empty cache has no layers yet.
         in_use = [_in_use(layer) for layer in self.cache.layers]
         self._slots = [n + 1 for n in in_use or [0] * len(layers_of(model))]
         # Before the last token, which makes a cache that grows take room for many more.
-        held, began = self.cache.nbytes, _now(model)
+        held, began = self.cache.nbytes, now(devices_of(model))
         self._next = read_last(model, self.cache, lead.tokens)[0]
-        self._last = _now(model) - began
+        self._last = now(devices_of(model)) - began
         self._peak = max(held, self.cache.nbytes)
         self.bytes_held = held if lead.entered else self._peak
         self._kept = _kept(self.cache)
@@ -93,7 +95,7 @@ class CacheReader:
         """
         self._ask()
         ends, found = _eos(self._model, self._tokenizer), list[int]()
-        began = _now(self._model)
+        began = now(self._devices)
         for left in reversed(range(tokens)):
             token = int(self._next.argmax())
             if token in ends:
@@ -101,7 +103,7 @@ class CacheReader:
             found.append(token)
             if left:
                 self._next = self._forward(self._ids([token]))[-1]
-        seconds, steps = _now(self._model) - began, self.cache.seen - self.tokens
+        seconds, steps = now(self._devices) - began, self.cache.seen - self.tokens
         self._rate = steps / seconds if steps else None
         self._peak = max(self._peak, self.cache.nbytes)
         text: str = self._tokenizer.decode(found, skip_special_tokens=True)
@@ -159,7 +161,7 @@ class CacheReader:
         self._asked = True
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
-        return torch.tensor([list(tokens)], device=self._model.device)
+        return torch.tensor([list(tokens)], device=self._home)
 
     def _forward(self, ids: Tensor, logits: int = 1) -> Tensor:
         """`[1, n]` to the logits `[logits, V]`."""
@@ -190,7 +192,7 @@ class CacheReader:
 
 def own_prefill_flops(model: Any, prompt: Sequence[int], policies: Sequence[TokenPolicy]) -> float:
     """What the policies compute themselves while a prompt is read; reads it once, slowly."""
-    tokens = torch.tensor([list(prompt)], device=model.device)
+    tokens = torch.tensor([list(prompt)], device=device_of(model))
     with own_flops(model) as counted:
         read_prompt(model, ComposedCache(policies), tokens)
     return sum(counted)
@@ -219,13 +221,6 @@ def _eos(model: Any, tokenizer: Any) -> set[int]:
     named = model.generation_config.eos_token_id
     named = tokenizer.eos_token_id if named is None else named
     return set(named) if isinstance(named, (list, tuple)) else {named}
-
-
-def _now(model: Any) -> float:
-    """Seconds, once the device has done what it was given."""
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter()
 
 
 def _kept(cache: ComposedCache) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvprune.cache import ComposedCache
+from kvprune.devices import devices_of
 from kvprune.families import base_of, decoder_layers, unwrapped
 
 from .flops import Flops
@@ -27,6 +29,7 @@ class Watch:
 
     def __init__(self, model: Any, cache: ComposedCache, columns: int) -> None:
         self._base: Any = base_of(unwrapped(model))
+        self._devices = devices_of(self._base)
         self._cache, self._columns = cache, columns
         self._handles: list[Any] = []
         self._counting = False
@@ -79,13 +82,14 @@ class Watch:
 
     def _before(self, *_: Any) -> None:
         self._counting = self._cache.seen < self._columns
-        self._begun = self._now()
+        self._begun = now(self._devices)
 
     def _after_layer(self, index: int, *_: Any) -> None:
         if not self._counting:
             return
         step = self._cache.step
-        entered = (step.columns >= 0).sum(-1)
+        # Together, wherever the layers are.
+        entered = (step.columns >= 0).sum(-1).to(step.rows.first.device)
         self._entered[index] = self._entered.get(index, 0) + entered
         self._tokens = torch.full_like(entered, step.seen + step.count)
         if step.padding is not None:
@@ -95,7 +99,7 @@ class Watch:
     def _after(self, *_: Any) -> None:
         if not self._counting:
             return
-        self._seconds += self._now() - self._begun
+        self._seconds += now(self._devices) - self._begun
         self._held = self._cache.nbytes
         self._peak = max(self._peak, self._held)
         self._kept = [self._kept_in(index) for index, _ in self._cache.slot_layers()]
@@ -103,9 +107,12 @@ class Watch:
     def _kept_in(self, layer: int) -> Tensor:
         """Slots by row `[B]`, the mean over heads."""
         held = (self._cache.columns(layer) >= 0).sum(-1).double().mean(-1)
-        return held.expand(len(self._tokens))
+        return held.to(self._tokens.device).expand(len(self._tokens))
 
-    def _now(self) -> float:
-        if self._base.device.type != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter()
+
+def now(devices: Iterable[torch.device]) -> float:
+    """Seconds, once the devices have done what they were given."""
+    for device in devices:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+    return time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -102,6 +103,17 @@ class SDTPHeads(
             _Head(hidden_size, query_heads, query_size, window) for _ in self.layers
         )
         self.asks = _Asks(hidden_size, query_heads, query_size) if query_heads else None
+        self._elsewhere: dict[torch.device, tuple[Any, SDTPHeads]] = {}
+
+    def on(self, device: torch.device) -> SDTPHeads:
+        """These heads, or their copy on another device, made once until a weight changes."""
+        if next(self.parameters()).device == device:
+            return self
+        state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()]
+        if device not in self._elsewhere or self._elsewhere[device][0] != state:
+            twin = copy.deepcopy(self, {id(self._elsewhere): {}})
+            self._elsewhere[device] = (state, twin.to(device))
+        return self._elsewhere[device][1]
 
     def forward(self, hidden: Tensor, columns: Tensor, stage: int) -> Tensor:
         """How much a stage wants to keep each token.

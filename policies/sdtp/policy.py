@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprune.devices import device_of, devices_of
 from kvprune.errors import KVPruneError
 from kvprune.policy import Budget, Ranking, TokenPolicy, TokenView
 
@@ -44,7 +45,8 @@ class SDTP(TokenPolicy):
 
     Raises:
         KVPruneError: a number out of range; on first use with a model also no heads for that
-            model, heads of another model, or heads on another device.
+            model, heads of another model, or heads on no device of the model's. (On a model over
+            several devices they follow the tokens.)
     """
 
     heads: SDTPHeads | str | None = None
@@ -81,11 +83,12 @@ class SDTP(TokenPolicy):
 
     def _check_heads(self, model: Any) -> None:
         heads, config = self._with_heads(), model.config.get_text_config(decoder=True)
-        heads_on, model_on = (next(m.parameters()).device for m in (heads, model))
-        if heads_on != model_on:
+        heads_on, model_on = next(heads.parameters()).device, devices_of(model)
+        if heads_on not in model_on:
             raise KVPruneError(
-                f"SDTP: the heads are on {heads_on}, the model is on {model_on}: move them with "
-                f"heads.to({str(model_on)!r})"
+                f"SDTP: the heads are on {heads_on}, the model is on "
+                f"{', '.join(sorted(map(str, model_on)))}: move them with "
+                f"heads.to({str(device_of(model))!r})"
             )
         of_model = {
             "hidden_size": config.hidden_size,
@@ -120,7 +123,8 @@ class SDTP(TokenPolicy):
 
         A subclass with another score has SDTP's stages, budgets and protected tokens.
         """
-        scores: Tensor = self._with_heads()(tokens.hidden, tokens.columns, stage)
+        heads = self._with_heads().on(tokens.hidden.device)
+        scores: Tensor = heads(tokens.hidden, tokens.columns, stage)
         return scores
 
     def ranking(self, tokens: TokenView, stage: int, score: Tensor) -> Ranking:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvprune.devices import device_of
 from kvprune.errors import KVPruneError
 from kvprune.families import argument, check_family, decoder_layers, with_argument
 
@@ -36,14 +37,14 @@ def saliency(
         signed: leave out the absolute value.
 
     Returns:
-        float32 `[B, len(layers), N]` on the model's device, 0 for padding.
+        float32 `[B, len(layers), N]` on the model's device (the logits' one), 0 for padding.
 
     Raises:
         KVPruneError: the family is not supported, or a layer that the model does not have.
     """
     check_family(model)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    inputs = {name: t.to(model.device) for name, t in inputs.items() if t is not None}
+    inputs = {name: t.to(device_of(model)) for name, t in inputs.items() if t is not None}
     wanted = _wanted(model, layers)
     with torch.enable_grad(), evaluating(model), layer_inputs(model, wanted) as entered:
         logits = model(**inputs, use_cache=False).logits
@@ -75,7 +76,8 @@ def contribution(logits: Tensor, inputs: list[Tensor], mask: Tensor | None = Non
         largest = largest * mask.to(largest.device)
     gradients = torch.autograd.grad(largest.sum(), inputs)
     pairs = zip(gradients, inputs, strict=True)
-    scores = torch.stack([(g.float() * x.float()).sum(-1) for g, x in pairs], dim=1).detach()
+    each = [(g.float() * x.float()).sum(-1).to(logits.device) for g, x in pairs]
+    scores = torch.stack(each, dim=1).detach()
     return scores if mask is None else scores * mask.to(scores.device)[:, None]
 
 

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from torch import Tensor
 
+from kvprune.devices import device_of, named_weights
 from kvprune.errors import KVPruneError
 
 from .heads import SDTPHeads
@@ -39,7 +40,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
         bfloat16.
     """
     config = model.config.get_text_config(decoder=True)
-    named = [(n, p) for n, p in model.base_model.named_parameters() if p.numel() > SAMPLES]
+    named = [(n, p) for n, p in named_weights(model.base_model) if p.numel() > SAMPLES]
     return {
         "architecture": {name: getattr(config, name, None) for name in ARCHITECTURE},
         "vectors": _some([(n, p) for n, p in named if p.dim() == 1]),
@@ -85,7 +86,7 @@ def heads_for(model: torch.nn.Module) -> SDTPHeads:
     folders = sorted(path.parent for path in FOLDER.glob("*/model.safetensors"))
     for folder in folders:
         if same_model(_loaded(folder, "cpu").configuration["fingerprint"], mine):
-            return _loaded(folder, str(next(model.parameters()).device))
+            return _loaded(folder, str(device_of(model)))
     name = getattr(getattr(model, "config", None), "name_or_path", "") or "NAME_OR_PATH"
     raise KVPruneError(
         f"SDTP(): no heads ship with kvprune for this model ({type(model).__name__}, {name}); "
@@ -103,7 +104,7 @@ def heads_in(folder: str, model: torch.nn.Module) -> SDTPHeads:
     """
     file = Path(folder, SAFETENSORS_SINGLE_FILE)
     written = file.stat().st_mtime_ns if file.is_file() else 0
-    return _loaded(folder, str(next(model.parameters()).device), written)
+    return _loaded(folder, str(device_of(model)), written)
 
 
 @cache

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from kvprune.attach import attach, detach
+from kvprune.devices import devices_of, is_offloaded
 from kvprune.errors import KVPruneError
 from kvprune.families import check_family
 
@@ -70,9 +71,10 @@ def train(
         the trained heads, on the model's device.
 
     Raises:
-        KVPruneError: accelerate or scipy is missing, the family is not supported, too few
-            examples or ones whose prompts are too short, a checkpoint of another training, a
-            loss that is not finite, or a file that cannot be written.
+        KVPruneError: accelerate or scipy is missing, the family is not supported, the model is
+            spread over several devices or offloaded, too few examples or ones whose prompts are
+            too short, a checkpoint of another training, a loss that is not finite, or a file that
+            cannot be written.
     """
     check_family(model)
     _require("accelerate", "scipy")
@@ -108,6 +110,13 @@ def _check_model(model: Any) -> None:
         raise KVPruneError(
             "train: the model's weights were made in torch.inference_mode(), where nothing has a "
             "gradient: load it outside"
+        )
+    devices = devices_of(model)
+    if len(devices) > 1 or is_offloaded(model):
+        raise KVPruneError(
+            f"train: expected a model with all of its weights on one device, came one on "
+            f"{', '.join(sorted(map(str, devices)))}, or offloaded. Load it with "
+            f"device_map={{'': 0}}"
         )
     head = model.get_output_embeddings()
     if head is None:

@@ -259,16 +259,6 @@ def test_probabilities_that_are_never_there_as_a_whole():
     assert len(out.attentions) == 4
 
 
-def test_model_on_several_devices():
-    """Columns and masks are made once a forward, on one device."""
-    model: Any = fresh_model()
-    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
-    before = changes(model)
-    with pytest.raises(KVPruneError, match="expected a model on one device"):
-        kvprune.attach(model)
-    assert changes(model) == before
-
-
 def test_mask_that_the_model_s_code_reads_by_itself():
     """Where a family slipped through, the error says so; copies are no such reading."""
     mask = copy.copy(LazyMask(lambda *_: torch.ones(1), plainly_causal=True))
