@@ -308,14 +308,16 @@ class Step:
             self._previous = {n: s[..., -new:].clone() for n, s in slots.statistics.items()}
         if not self._evicters and slots.local is None:
             return
-        columns = self._in_sight(slots.local, slots.columns, at.seen)
+        # Once: below a budget, where there is room for more, each is a view of its own.
+        held = slots.columns
+        columns = self._in_sight(slots.local, held, at.seen)
         view = self._view_of(at, columns)
-        if slots.full_for is not None and self.same_rows and columns is slots.columns:
+        if slots.full_for is not None and self.same_rows and columns is held:
             by = slots.full_for
             left = Survivors(gone=next_to_go(self._evicters[by], view), by=by)
         else:
             left = surviving_slots(self._evicters, view, several=new > 1)
-        if columns is not slots.columns:
+        if columns is not held:
             slots.keep(_left(view.valid if left.kept is None else left.kept, left.gone))
         elif left.gone is not None:
             slots.free(left.gone, left.by)
