@@ -6,7 +6,7 @@ import copy
 import itertools
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from .errors import KVPruneError
 from .families import base_of, unwrapped
 from .masks import OURS, Local
 from .policy import Lengths, TokenPolicy
-from .positions import CachePositions, positions_for
+from .positions import Inside, positions_for
 from .slots import SlotLayer
 from .statistics import check_statistics, wanted_at
 from .step import (
@@ -92,7 +92,7 @@ class ComposedCache(Cache):
         # What the model was when the cache was tied to it, for `save`; see `saving.describe`.
         self._model: dict[str, str] = {}
         self._rows: RowNumbers | None = None
-        self._positions: CachePositions | None = None
+        self._positions: Inside | None = None
         # Which columns are padding `[B, n]`; those behind are not. None while none is.
         self._padding: Tensor | None = None
         self._promise: Tensor | int = 0
@@ -148,7 +148,7 @@ class ComposedCache(Cache):
         if self._padding is not None:
             held.append(self._padding)
         if self._positions is not None:
-            held += self._positions.named_tensors().values()
+            held += self._positions.tensors()
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
         return sum(storages.values())
 
@@ -270,7 +270,7 @@ class ComposedCache(Cache):
         numbers = {"model": self._model, "policies": policies, "seen": self.seen, "layers": layers}
         evicts = any("rank_slots" in p.hooks for p in self.policies)
         numbers["fixed"] = self.seen if evicts else self._fixed
-        numbers["sinks"] = None if self._positions is None else self._positions.sinks
+        numbers["positions"] = None if self._positions is None else self._positions.way
         return saving.Contents(numbers, tensors)
 
     def _check_fits(self, path: Path, numbers: dict[str, Any]) -> None:
@@ -280,8 +280,8 @@ class ComposedCache(Cache):
                 f"precision and its weights), came one of another ({numbers['model']['name']}). "
                 f"Load it with the model that it was saved with"
             )
-        sinks = None if self._positions is None else self._positions.sinks
-        if numbers["sinks"] != sinks:
+        way = None if self._positions is None else self._positions.way
+        if numbers["positions"] != way:
             raise KVPruneError(
                 f"{path}: saved with [{', '.join(numbers['policies'])}]: expected policies that "
                 f"assign positions in the same way, came {list(self.policies)!r}"
@@ -476,7 +476,7 @@ class ComposedCache(Cache):
         working = _checked([policy.for_model(model) for policy in self.policies])
         layers = range(attachment.num_layers)
         self._positions = positions_for(working, model, attachment.memory)
-        self.layers = [_new_layer(attachment, working, i) for i in layers]
+        self.layers = [_new_layer(attachment, working, i, self._positions) for i in layers]
         self._working, self._attachment = working, attachment
         self._model = saving.described(model, attachment.memory)
 
@@ -546,9 +546,10 @@ class ComposedCache(Cache):
         keep = 1 if drafts else self._logits_to_keep
         asked = asked_tokens(keep, rows, count - drafts, device)
         self._settle()
+        position_ids = None
         if self._positions is not None:
             layers = [layer for _, layer in self.slot_layers()]
-            self._positions.anchor(layers, new.columns, new.padding, new.rows.first)
+            position_ids = self._positions.open(layers, new.columns, new.padding, new.rows.first)
         return Step(
             self._working,
             len(self),
@@ -559,6 +560,7 @@ class ComposedCache(Cache):
             one_by_one=drafts > 0 and self._drops,
             group=self._attachment.group,
             inside=self._positions,
+            position_ids=position_ids,
         )
 
     def _arrival(self, rows: int, count: int, mask: Tensor | None, device: torch.device) -> Arrival:
@@ -662,9 +664,20 @@ class ComposedCache(Cache):
     def at_layer(self, layer: int) -> LayerStep:
         """What the attention function of `layer` needs to know."""
         step, seen = self.step, self.seen + self.step.count
-        return LayerStep(
-            step, layer, self._slots(layer), step.columns, step.slot_columns, step.complete, seen
+        at = LayerStep(
+            step,
+            layer,
+            self._slots(layer),
+            step.columns,
+            step.slot_columns,
+            step.complete,
+            seen,
+            step.seen,
         )
+        if step.position_ids is None:
+            return at
+        positions, origin = step.align(step.position_ids), step.position_ids[:, 0]
+        return replace(at, positions=positions, origin=origin)
 
     def evict(self, layer: int) -> None:
         """After the attention of `layer`: keeps what all policies keep."""
@@ -769,12 +782,13 @@ def _checked(policies: Sequence[TokenPolicy]) -> tuple[TokenPolicy, ...]:
 
 
 def _new_layer(
-    attachment: Attachment, policies: Sequence[TokenPolicy], index: int
+    attachment: Attachment, policies: Sequence[TokenPolicy], index: int, inside: Inside | None
 ) -> SlotLayer | LinearAttentionLayer:
     if attachment.states and attachment.states[index]:
         return LinearAttentionLayer(number_of_states=attachment.states[index])
     local = attachment.local[index] if attachment.local else None
-    return SlotLayer(wanted_at(policies, index), local)
+    arrivals = inside is not None and inside.keeps_arrivals(index)
+    return SlotLayer(wanted_at(policies, index), local, arrivals)
 
 
 def _tensors(layer: SlotLayer | LinearAttentionLayer) -> Iterator[Tensor]:

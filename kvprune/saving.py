@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig
 from .errors import KVPruneError
 from .files import write_whole
 
-VERSION = "1"
+VERSION = "2"
 SAMPLES = 16
 
 

@@ -19,7 +19,7 @@ from .composition import Survivors, next_to_go, surviving_slots, surviving_token
 from .errors import KVPruneError
 from .masks import Local
 from .policy import Lengths, SlotView, TokenPolicy, TokenView, _Statistics
-from .positions import CachePositions
+from .positions import Inside
 from .slots import SlotLayer
 
 
@@ -183,7 +183,8 @@ class Step:
     included; same_rows: whether they are as before it.
     padding: see `padding_so_far`. prunes: whether policies are asked before the layers.
     drafts: how many tokens, at the end, may be taken back; they are never pruned.
-    position_ids: `[B, Q]` where positions are assigned inside the cache, by `inside`; else None.
+    position_ids: `[B, Q]` where positions are assigned inside the cache, by `inside`, of all its
+    tokens; else None.
     one_by_one: each layer treats them one by one, as something may be evicted in between.
     """
 
@@ -197,7 +198,8 @@ class Step:
         drafts: int = 0,
         one_by_one: bool = False,
         group: Any = None,
-        inside: CachePositions | None = None,
+        inside: Inside | None = None,
+        position_ids: Tensor | None = None,
     ) -> None:
         self._pruners = [p for p in policies if "rank_hidden" in p.hooks]
         self._evicters = [p for p in policies if "rank_slots" in p.hooks]
@@ -205,7 +207,7 @@ class Step:
         self._group = group
         self.inside = inside
         columns = new.columns
-        self.position_ids = None if inside is None else inside.of_new(columns, new.padding)
+        self.position_ids = position_ids
         self._asked = asked
         self._places: Tensor | None = None
         self._parked: Tensor | None = None
@@ -224,6 +226,11 @@ class Step:
         self.rows = new.rows
         self.same_rows = new.same_rows
         self.padding = new.padding
+
+    @property
+    def whole(self) -> bool:
+        """Whether none of its tokens was pruned so far."""
+        return self._places is None
 
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
         """Drops what no longer enters `layer`: `[B, Q, C]` to `[B, Q', C]`.
@@ -352,7 +359,9 @@ class LayerStep:
     """One step, or a piece of one, at one layer: what the attention function is handed.
 
     index: the layer. columns: `[B, Q]` int64, of the queries; slot_columns: the same
-    `[B, 1, Q]`. complete: none of them is -1. seen: columns shown with these.
+    `[B, 1, Q]`. complete: none of them is -1. seen: columns shown with these; before: without.
+    Where positions are assigned inside the cache, and None elsewhere: positions: `[B, Q]`, those
+    of the queries; origin: `[B]`, that of the first token, which may be pruned by now.
     """
 
     step: Step
@@ -362,16 +371,18 @@ class LayerStep:
     slot_columns: Tensor
     complete: bool
     seen: int
+    before: int
+    positions: Tensor | None = None
+    origin: Tensor | None = None
 
     def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Appends new tokens `[B, Hkv, Q, D]`; returns all that the layer then holds."""
-        in_hole = self.step.count == 1
-        held = self.slots.append(keys, values, self.slot_columns, self.complete, in_hole)
-        inside, step = self.step.inside, self.step
-        if inside is None:
-            return held
-        inside.arrange(self.index, self.slots, self.slot_columns, step.padding, step.rows.first)
-        return self.slots.keys, self.slots.values
+        step, slots = self.step, self.slots
+        arrived = None if self.positions is None else self.positions[:, None]
+        in_hole = step.count == 1
+        held = slots.append(keys, values, self.slot_columns, self.complete, in_hole, arrived)
+        slots.whole = slots.whole and step.whole
+        return held if step.inside is None else (step.inside.arrange(self), slots.values)
 
     def pieces(self) -> Iterator[tuple[slice, LayerStep]]:
         """The tokens before the drafts together, then each draft by itself, on record."""
@@ -387,7 +398,17 @@ class LayerStep:
     def _piece(self, start: int, stop: int) -> LayerStep:
         columns = self.columns[:, start:stop]
         seen = self.seen - (self.columns.shape[1] - stop)
-        return replace(self, columns=columns, slot_columns=columns[:, None], seen=seen)
+        # Drafts are never pruned.
+        before = self.before if start == 0 else seen - (stop - start)
+        piece = replace(
+            self, columns=columns, slot_columns=columns[:, None], seen=seen, before=before
+        )
+        if self.positions is None:
+            return piece
+        positions = self.positions[:, start:stop]
+        return replace(
+            piece, positions=positions, origin=self.origin if start == 0 else positions[:, 0]
+        )
 
 
 def _left(kept: Tensor, gone: Tensor | None) -> Tensor:

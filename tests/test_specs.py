@@ -24,7 +24,13 @@ from .strategies import sdtp_heads
 shares = st.floats(0.0, 1.0, exclude_min=True)
 tokens = st.integers(1, 10**6)
 some_layers = st.none() | st.lists(st.integers(0, 40), unique=True).map(sorted)
-h2o = st.builds(H2O, st.just(0) | tokens | shares, tokens | shares, layers=some_layers)
+h2o = st.builds(
+    H2O,
+    st.just(0) | tokens | shares,
+    tokens | shares,
+    st.sampled_from(["original", "cache"]),
+    layers=some_layers,
+)
 streaming = st.builds(
     StreamingLLM,
     st.integers(0, 9),
