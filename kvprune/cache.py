@@ -627,7 +627,7 @@ class ComposedCache(Cache):
         for _, layer in self.slot_layers():
             shape = (*layer.columns.shape[:2], -1)
             hidden = new[:, None].expand(shape).gather(-1, layer.columns.clamp(min=0))
-            layer.keep((layer.columns >= 0) & ~hidden)
+            layer.keep((layer.columns >= 0) & ~hidden, loses=False)
 
     def _newly_hidden(self, padding: Tensor | None) -> Tensor:
         """Which of the columns seen so far a forward's mask is the first to hide, `[B, seen]`."""

@@ -79,14 +79,15 @@ class SlotPlaces:
         Args:
             layers: of the cache.
             columns: `[B, Q]`, -1 for padding.
-            padding, first: not looked at.
+            padding: `[B, n]`, which columns are; those behind are not. None for none.
+            first: not looked at.
 
         Raises:
             KVPruneError: they run to where the model changes its frequencies.
         """
         held = [layer for layer in layers if layer.is_initialized]
         place = ((columns >= 0).cumsum(-1) - 1).clamp(min=0)
-        positions = _most_held(held, first)[:, None] + place
+        positions = _most_held(held, padding, first)[:, None] + place
         check_reach(positions, self.limit)
         most = max((layer.used for layer in held), default=0)
         self._reach = max(self._reach, most + columns.shape[1])
@@ -139,14 +140,27 @@ class SlotPlaces:
         return (place - (number - (at.before - hidden))).masked_fill(~held, 0)
 
 
-def _most_held(layers: list[SlotLayer], like: Tensor) -> Tensor:
-    """The most slots that a layer and head hold of each row, `[B]` int64."""
+def _most_held(layers: list[SlotLayer], padding: Tensor | None, like: Tensor) -> Tensor:
+    """The most slots that a layer and head hold of each row, `[B]` int64.
+
+    Not those that a forward's mask is the first to hide, which go before its layers run.
+    """
     # A layer that has lost nothing holds as many as any.
     layers = next(([layer] for layer in layers if layer.whole), layers)
     most = torch.zeros_like(like)
     for layer in layers:
-        most = most.maximum((layer.columns >= 0).sum(-1).amax(-1))
+        most = most.maximum(_shown(layer.columns, padding).sum(-1).amax(-1))
     return most
+
+
+def _shown(columns: Tensor, padding: Tensor | None) -> Tensor:
+    """Which of `columns` `[B, H, S]` there are and are no padding."""
+    if padding is None:
+        return columns >= 0
+    size = padding.shape[1]
+    at = columns.clamp(0, size - 1).flatten(1)
+    hidden = padding.gather(1, at).view_as(columns) & (columns < size)
+    return (columns >= 0) & ~hidden
 
 
 def _places(at: LayerStep, columns: Tensor) -> tuple[Tensor, Tensor]:

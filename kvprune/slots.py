@@ -252,15 +252,16 @@ class SlotLayer:
             keys = torch.where(there[..., None], keys, self._keys.gather(2, place))
         self._keys = _put(self._keys, index, keys)
 
-    def keep(self, kept: Tensor, by: int | None = None) -> None:
+    def keep(self, kept: Tensor, by: int | None = None, loses: bool = True) -> None:
         """Drops every slot that is not named.
 
         Args:
             kept: `[B, 1|Hkv, S]` bool; with a head axis of Hkv the heads part ways.
             by: see `full_for`.
+            loses: whether valid tokens may be among what goes; see `whole`.
         """
         columns, self.full_for = self.columns.masked_fill(~kept, -1), by
-        self.whole = False
+        self.whole = self.whole and not loses
         if self._record:
             self._columns, self.gaps = _widened(columns, self.capacity, -1), True
             return
@@ -311,9 +312,7 @@ class SlotLayer:
         self._columns = _widened(columns, capacity, -1)
         for name, value in statistics.items():
             self._numbers[name] = _widened(value, capacity, 0)
-        whole = self.whole
-        self.keep(columns >= 0)
-        self.whole = whole
+        self.keep(columns >= 0, loses=False)
 
     def _compact(self, columns: Tensor, size: int) -> None:
         """Moves the `size` slots that stay to the front of new buffers, with one to spare."""

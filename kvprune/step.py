@@ -324,6 +324,8 @@ class Step:
             left = Survivors(gone=next_to_go(self._evicters[by], view), by=by)
         else:
             left = surviving_slots(self._evicters, view, several=new > 1)
+            # Not full any more, where a budget grew with the prompt.
+            slots.full_for = left.by
         if columns is not held:
             slots.keep(_left(view.valid if left.kept is None else left.kept, left.gone))
         elif left.gone is not None:

@@ -224,7 +224,7 @@ def test_another_version_and_other_files_are_refused(tmp_path):
     """Each says what was expected and what came."""
     path = tmp_path / "cache"
     path.write_bytes(written()[0])
-    rewritten(path, kvprune_cache="2")
+    rewritten(path, kvprune_cache="3")
     with pytest.raises(KVPruneError, match=r"expected version 2 .* came '3'"):
         load(path)
     save_file({"weight": torch.ones(3)}, path)
