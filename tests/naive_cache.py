@@ -87,9 +87,9 @@ class NaiveCache:
         count, self.past = q.shape[2], []
         if not self.rows:
             firsts = [self.seen + p for p in padding]
-            heads = range(k.shape[1])
             self.rows = [
-                [NaiveHead(self.rules, f, self.frequencies) for _ in heads] for f in firsts
+                [NaiveHead(self.rules, f, self.frequencies) for _ in range(k.shape[1])]
+                for f in firsts
             ]
         origins = [max(len(head.slots) for head in heads) for heads in self.rows]
         parts = [[i] for i in range(count)] if drafts else [list(range(count))]
