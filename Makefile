@@ -9,7 +9,7 @@ LM_EVAL := $(VENV)/.ready-lm-eval
 
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help demo test test-all test-gpu lint docs heads peers clean
+.PHONY: help demo test test-all test-gpu lint docs heads peers speed clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ heads: $(READY) ## train the heads that ship (an hour of two cores), and put the
 
 peers: $(READY) ## kvpress beside kvprune, in an environment of its own; ARGS="speed --repeats 2"
 	$(BIN)/python -m bench.peers $(ARGS)
+
+speed: $(READY) ## time, memory and FLOPs against dense (40 minutes of two cores); ARGS="--parts whole"
+	$(BIN)/python -m bench.speed $(ARGS)
+	$(BIN)/python -m bench.performance
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check

@@ -6,22 +6,44 @@ import argparse
 import json
 import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from kvprune.files import write_text
+
+
+def about(model: Any) -> dict[str, Any]:
+    """The versions and the machine that give a result, and the command that asked for it."""
+    said = {
+        "command": " ".join(sys.argv),
+        "kvprune": version("kvprune"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "processor": processor(),
+        "dtype": str(model.dtype),
+    }
+    on_gpu = model.device.type == "cuda"
+    return said | ({"device": torch.cuda.get_device_name(model.device)} if on_gpu else {})
+
+
+def processor() -> str:
+    """Its name, as the system says it; empty where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
 
 def write(out: Path, args: argparse.Namespace, model: Any, rows: Any) -> None:
     """Writes rows as JSON, with the command, the versions and the machine that gave them."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    about = {
-        "command": " ".join(sys.argv),
-        "arguments": {k: str(v) for k, v in vars(args).items()},
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "dtype": str(model.dtype),
-    }
-    out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    said = about(model) | {"arguments": {k: str(v) for k, v in vars(args).items()}}
+    write_text(out, json.dumps({"about": said, "rows": rows}, indent=1) + "\n")

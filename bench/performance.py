@@ -5,10 +5,13 @@ python -m bench.performance
 
 from __future__ import annotations
 
-import json
-import statistics
+import argparse
 from pathlib import Path
-from typing import Any
+
+from kvprune.files import write_text
+
+from .costs import bars, pictures, results, tables
+from .costs.results import Found
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -16,75 +19,87 @@ PAGE = ROOT / "docs" / "performance.md"
 
 HEAD = """# Performance
 
-Each candidate against the dense model in the same process, in turns; ratios are medians over the
-turns, each to the dense run of its own turn, with the least and the most. Prefill is to come
-close to the ratio of FLOPs; a decode step at so many slots is compared with a dense step at a
-context of as many tokens. Live MB is the most that tensors beyond the weights held at once while
-the prompt was read. SDTP has random heads here, which cost what trained ones do. This page is
-made by `python -m bench.performance` from `bench/results/speed-*.json`, which `python -m
-bench.speed` writes.
+Each candidate against the dense model in the same process, in turns. Ratios are medians over the
+turns, each to the dense run of its own turn; in brackets the least and the most of them, of ten or
+more the middle half. *FLOPs to dense* is what prefill could come down to, counted alike for all
+(`kvprune/evaluation/flops.py`); *counted TFLOP* is what torch's counter says of the same run, which
+leaves out what H2O's blocks do not compute. *Live MB* is the most that tensors beyond the weights
+held at once while the prompt was read, *peak MB* what the process grew by. SDTP has random heads
+here, which cost what trained ones do. Policies with a budget keep an eighth of a prompt unless
+something else is said. This page is made by `python -m bench.performance` from
+`bench/results/speed-*.json`, which `make speed` measures.
 """
-COLUMNS = (
-    "policy",
-    "prefill s",
-    "to dense",
-    "FLOPs to dense",
-    "decode ms",
-    "to dense",
-    "MB held",
-    "live MB",
-    "whole s",
-    "to dense",
-)
+NOTHING = "\nNothing has been measured with this version yet.\n"
+
+SECTIONS = {
+    "prefill": ("Prefill", ("prefill",)),
+    "decode": ("Decoding", ("decode",)),
+    "whole": ("End to end", ("whole",)),
+    "stream": ("How costs grow", ("stream",)),
+    "attach": ("What `attach` costs", ("attach",)),
+    "others": ("Other precisions, batches and shapes", ("bfloat16", "batch", "layer")),
+}
+
+TABLES = {
+    "prefill": tables.of_prefill,
+    "decode": tables.of_decode,
+    "whole": tables.of_whole,
+    "stream": tables.of_stream,
+    "attach": tables.of_attach,
+}
 
 
-def against(rows: dict[str, Any], name: str, what: str) -> str:
-    """The median ratio to dense, with the least and the most; empty where it was not measured."""
-    pairs = zip(rows[name][what], rows["dense"][what], strict=bool(rows[name][what]))
-    found = sorted(mine / dense for mine, dense in pairs)
+def page(found: list[Found]) -> str:
+    """All of it; `found` as `results.read` gives it."""
     if not found:
-        return ""
-    return f"{statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})"
+        return HEAD + NOTHING
+    told = [_bars(found), _pictures(found)]
+    return HEAD + "".join(told + [_section(found, *said) for said in SECTIONS.values()])
 
 
-def cells(rows: dict[str, Any], name: str) -> list[str]:
-    """One line of the table."""
-    row, dense = rows[name], rows["dense"]
-    whole = f"{statistics.median(row['whole']):.1f}" if row["whole"] else ""
-    return [
-        name,
-        f"{statistics.median(row['prefill']):.2f}",
-        against(rows, name, "prefill"),
-        f"{row['flops'] / dense['flops']:.3f}",
-        f"{statistics.median(row['decode']) * 1e3:.1f}",
-        against(rows, name, "decode"),
-        f"{row['held'] / 1e6:.1f}",
-        f"{row['live'] / 1e6:.1f}",
-        whole,
-        against(rows, name, "whole"),
-    ]
+def _bars(found: list[Found]) -> str:
+    """What was reached; what was not measured is not left out in silence."""
+    missing = [name for name in TABLES if not any(results.groups(found, name))]
+    more = f"\nNot measured yet: {', '.join(missing)}.\n" if missing else ""
+    return f"\n## What it has to reach\n\n{tables.of_bars(bars.bars(found))}{more}"
 
 
-def section(result: dict[str, Any]) -> str:
-    """What one file says."""
-    about, rows = result["about"], result["rows"]
-    asked = about["arguments"]
-    lines = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1)), *(cells(rows, n) for n in rows)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    new = f"; whole: with {asked['new']} new tokens" if int(asked["new"]) else ""
-    return (
-        f"\n## {int(asked['context']):,} tokens, {int(asked['budget']):,} slots\n\n"
-        f"{asked['repeats']} turns, {about['dtype'].removeprefix('torch.')}, {about['machine']}, "
-        f"torch {about['torch']}, transformers {about['transformers']}{new}.\n\n{table}\n"
-    )
+def _pictures(found: list[Found]) -> str:
+    lines = [f"![{said}](performance/{name}.svg)\n" for name, said, _ in pictures.pictures(found)]
+    return "".join(f"\n{line}" for line in lines)
 
 
-def page() -> str:
-    """The whole page, shortest context first."""
-    found = [json.loads(path.read_text()) for path in RESULTS.glob("speed-*.json")]
-    found.sort(key=lambda result: int(result["about"]["arguments"]["context"]))
-    return HEAD + "".join(map(section, found))
+def _section(found: list[Found], title: str, groups: tuple[str, ...]) -> str:
+    parts = results.groups(found, *groups)
+    told = [f"\n{tables.title(one)}\n{TABLES[one['part']['kind']](one)}" for one in parts]
+    return f"\n## {title}\n{''.join(told)}" if told else ""
+
+
+def write(found: list[Found], place: Path) -> None:
+    """The page and its pictures, in a folder beside it; pictures of nothing go.
+
+    Raises:
+        KVPruneError: a file cannot be written.
+    """
+    folder = place.parent / "performance"
+    drawn = {f"{name}.svg": svg for name, _, svg in pictures.pictures(found)}
+    for old in folder.glob("*.svg"):
+        if old.name not in drawn:
+            old.unlink()
+    if drawn:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, svg in drawn.items():
+        write_text(folder / name, svg)
+    write_text(place, page(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    asked = parser.parse_args()
+    write(results.read(asked.results), asked.page)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    main()

@@ -169,8 +169,10 @@ def _observed(
         run = _one_query if query.shape[2] == 1 else _block_by_block
         result = run(layer, *states, _Scores(scaling, softcap, s_aux, dropout))
     output, received = result
-    # With latent attention (MLA) many heads read the slots of one.
-    received = received.unflatten(1, (layer.slots.keys.shape[1], -1)).sum(2)
+    heads = layer.slots.keys.shape[1]
+    if received.shape[1] != heads:
+        # With latent attention (MLA) many heads read the slots of one.
+        received = received.unflatten(1, (heads, -1)).sum(2)
     layer.slots.observe("attention", received)
     return output
 

@@ -6,7 +6,7 @@ import copy
 import itertools
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from .step import (
     padding_so_far,
     rows_after,
 )
+from .together import Together
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +94,8 @@ class ComposedCache(Cache):
         self._model: dict[str, str] = {}
         self._rows: RowNumbers | None = None
         self._positions: Inside | None = None
+        # Of the last step, layers that evict at once.
+        self._together: list[Together] = []
         # Which columns are padding `[B, n]`; those behind are not. None while none is.
         self._padding: Tensor | None = None
         self._promise: Tensor | int = 0
@@ -171,7 +174,7 @@ class ComposedCache(Cache):
         self._logits_to_keep = 0
         self.seen = 0
         self._rows, self._padding, self._promise = None, None, 0
-        self._positions = None
+        self._positions, self._together = None, []
         self._in_generate = self._recording = False
         self._recorded = self._pending = self._prompt_end = self._fixed = 0
         self._open = {}
@@ -365,6 +368,7 @@ class ComposedCache(Cache):
         if self._rows is None:
             return
         self._settle()
+        self._together = []
         for layer in self.layers:
             if isinstance(layer, SlotLayer):
                 layer.select_rows(rows)
@@ -535,6 +539,9 @@ class ComposedCache(Cache):
         self._open["step"] = (_this_thread(), step)
         if step.padding is not self._padding:
             self._hide(step.padding)
+        if step.count == 1 and not step.one_by_one:
+            for joint in self._together:
+                joint.let_in(step.slot_columns)
 
     def _new_step(self, rows: int, count: int, mask: Tensor | None, device: torch.device) -> Step:
         self._check_size(rows, count)
@@ -663,21 +670,7 @@ class ComposedCache(Cache):
 
     def at_layer(self, layer: int) -> LayerStep:
         """What the attention function of `layer` needs to know."""
-        step, seen = self.step, self.seen + self.step.count
-        at = LayerStep(
-            step,
-            layer,
-            self._slots(layer),
-            step.columns,
-            step.slot_columns,
-            step.complete,
-            seen,
-            step.seen,
-        )
-        if step.position_ids is None:
-            return at
-        positions, origin = step.align(step.position_ids), step.position_ids[:, 0]
-        return replace(at, positions=positions, origin=origin)
+        return self.step.at_layer(layer, self._slots(layer))
 
     def evict(self, layer: int) -> None:
         """After the attention of `layer`: keeps what all policies keep."""
@@ -700,15 +693,22 @@ class ComposedCache(Cache):
         owner, step = self._open.get("step", (0, None))
         if step is None or owner != _this_thread():
             return
-        if done:
-            self.seen += step.count
-            self._rows, self._padding = step.rows, step.padding
-            self._promise = 0
-            self._recorded = step.drafts if step.one_by_one else 0
-            self._pending = step.drafts
-        else:
-            self._failure = "an error ended a forward in its middle"
-        del self._open["step"]
+        self._failure = "an error ended a forward in its middle"
+        try:
+            if done:
+                self._take_over(step)
+                self._failure = ""
+        finally:
+            del self._open["step"]
+
+    def _take_over(self, step: Step) -> None:
+        """What a forward that reached its end leaves."""
+        self._together = step.finish(self._together)
+        self.seen += step.count
+        self._rows, self._padding = step.rows, step.padding
+        self._promise = 0
+        self._recorded = step.drafts if step.one_by_one else 0
+        self._pending = step.drafts
 
     def _check_size(self, rows: int, count: int) -> None:
         if self._rows is not None and self.batch_size != rows:

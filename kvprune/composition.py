@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import KVPruneError
 from .parallel import agreed
-from .policy import Ranking, SlotView, TokenPolicy, TokenView, split_share
+from .policy import WITHHELD, Ranking, SlotView, TokenPolicy, TokenView, split_share
 from .selection import Selection, check_ranking, first_to_go, select
 
 
@@ -24,9 +25,10 @@ def answer_of(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ran
     """A policy's answer where it applies, from the statistics that it named."""
     if not policy.applies(view.layer):
         return None
-    ranking: Ranking | None = getattr(policy, hook)(
-        replace(view, statistic=view.statistic.only(policy.statistics))
-    )
+    shown: dict[str, Any] = {"statistic": view.statistic.only(policy.statistics)}
+    if hook == "rank_slots" and policy.layers_alike:
+        shown |= {"keys": WITHHELD, "values": WITHHELD}
+    ranking: Ranking | None = getattr(policy, hook)(replace(view, **shown))
     shared = hook == "rank_hidden" or policy.shares_heads
     if shared and view.group is not None and isinstance(ranking, Ranking):
         return agreed(ranking, view.group)

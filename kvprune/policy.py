@@ -59,6 +59,21 @@ class _Statistics:
         return self._values[name]
 
 
+class _Withheld:
+    """Stands for the keys and values of a view whose policy promised not to look at them."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise KVPruneError(
+            f"keys and values (.{name}) were asked for by a policy that promises `layers_alike`, "
+            f"to rank by what is the same question for every layer: expected layers_alike = False"
+        )
+
+
+WITHHELD: Any = _Withheld()
+
+
 class Lengths:
     """How many tokens each row has: what a share is a share of.
 
@@ -73,10 +88,17 @@ class Lengths:
         self._ends = (int(tensor.min()), int(tensor.max())) if tensor.numel() else (0, 0)
         # By an amount's repr: 1 is a token, 1.0 is all of them.
         self._known: dict[str, tuple[Tensor, tuple[int, int]]] = {}
+        self._below: dict[int, Lengths] = {}
 
     def tokens(self, amount: int | float) -> Tensor:
         """An amount, as of a `Budget`, in tokens of each row, `[B]` int64; read only."""
         return self._of(amount)[0]
+
+    def below(self, times: int) -> Lengths:
+        """Those of the same rows so many times, below each other."""
+        if times not in self._below:
+            self._below[times] = _Below(self, times)
+        return self._below[times]
 
     def ends(self, amount: int | float) -> tuple[int, int]:
         """The least and the most of `tokens`, without waiting for the device."""
@@ -87,6 +109,21 @@ class Lengths:
             budget = Budget(amount, least=0)
             least, most = (budget.of_length(end) for end in self._ends)
             self._known[repr(amount)] = (budget.of(self.tensor), (least, most))
+        return self._known[repr(amount)]
+
+
+class _Below(Lengths):
+    """Lengths so many times, below each other; they know of amounts what the first ones know."""
+
+    def __init__(self, lengths: Lengths, times: int) -> None:
+        self.tensor = lengths.tensor.repeat(times)
+        self._lengths, self._times = lengths, times
+        self._known, self._below = {}, {}
+
+    def _of(self, amount: int | float) -> tuple[Tensor, tuple[int, int]]:
+        if repr(amount) not in self._known:
+            tokens, ends = self._lengths._of(amount)
+            self._known[repr(amount)] = (tokens.repeat(self._times), ends)
         return self._known[repr(amount)]
 
 
@@ -148,7 +185,8 @@ class SlotView(_Amounts):
         included. prompt_length: `[B]`, each row's valid prompt tokens, all turns together.
     tokens(amount): `[B]` int64, tokens (an int) or a share of `prompt_length` (a float) as tokens.
     newest(amount): `[B, 1|Hkv, S]` bool, which are among the newest so many.
-    keys, values: `[B, Hkv, S, D]`, rotated as the model stores them.
+    keys, values: `[B, Hkv, S, D]`, rotated as the model stores them; withheld from a policy that
+        promises `layers_alike`.
     statistic(name): `[B, Hkv, S]`, accumulated since the slot's column was read.
     group: as in `TokenView`; Hkv are then the heads of this process.
     """
@@ -194,7 +232,9 @@ class TokenPolicy:
     that evict, positions cost less (see `kvprune.positions`).
     `constant_budget` promises that `rank_slots` gives the same budget in every step, as long as the
     prompt does not grow, and protects no more than it: once a layer is full, each new token then
-    costs one slot, which the engine need not read off the device.
+    costs one slot, which the engine need not read off the device. `layers_alike` promises that
+    `rank_slots` asks nothing of keys, values and `layer`: in decoding it may then be asked once for
+    many layers, which come as more rows (see `kvprune.together`).
     """
 
     layers: Collection[int] | None = field(default=None, kw_only=True)
@@ -204,6 +244,7 @@ class TokenPolicy:
     positions_in_cache = False
     sinks_before_window = None  # type: int | None
     constant_budget = False
+    layers_alike = False
 
     def rank_hidden(self, tokens: TokenView) -> Ranking | None:
         """Ranks the hidden tokens before a decoder layer, in forwards of several tokens."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,9 @@ class SlotLayer:
     where, and the next single token is written there, in place. `full_for` is the number of a
     policy whose budget is full in every row and head, since when only single tokens came; None
     where that is not known. `whole` says that it is known that the layer lacks no valid token that
-    was read. `local` says what the layer's queries can see, None for everything.
+    was read. `local` says what the layer's queries can see, None for everything. `let_in` are the
+    columns of a token that has taken the hole already, all of it but its keys, values and position
+    (see `kvprune.together`).
     """
 
     # What transformers asks of a cache's layers.
@@ -54,6 +56,7 @@ class SlotLayer:
         self.whole = True
         self.hole: Tensor | None = None
         self.full_for: int | None = None
+        self.let_in: Tensor | None = None
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._columns: Tensor | None = None
@@ -171,7 +174,7 @@ class SlotLayer:
         else:
             self.gaps = self.gaps or self.hole is not None or not complete
             self._extend(keys, values, columns, numbers)
-        self.hole = None
+        self.hole = self.let_in = None
         self.full_for = self.full_for if complete and columns.shape[-1] == 1 else None
         return self.keys, self.values
 
@@ -201,12 +204,15 @@ class SlotLayer:
         numbers: dict[str, Tensor],
     ) -> None:
         assert self._columns is not None
-        self._keys = _put(self._keys, hole, keys)
-        self._values = _put(self._values, hole, values)
-        self._columns = _put(self._columns, hole, columns.expand_as(hole))
-        for name, value in numbers.items():
-            where = hole.expand(-1, value.shape[1], -1)
-            self._numbers[name] = _put(self._numbers[name], where, value)
+        self._keys = put(self._keys, hole, keys)
+        self._values = put(self._values, hole, values)
+        if self.let_in is columns:
+            numbers = {name: new for name, new in numbers.items() if name == _ARRIVED}
+        else:
+            self._columns = put(self._columns, hole, columns.expand_as(hole))
+        for name, new in numbers.items():
+            where = hole.expand(-1, new.shape[1], -1)
+            self._numbers[name] = put(self._numbers[name], where, new)
 
     def _extend(
         self, keys: Tensor, values: Tensor, columns: Tensor, numbers: dict[str, Tensor]
@@ -250,7 +256,7 @@ class SlotLayer:
         place = index[..., None].expand_as(keys)
         if not bool(there.all()):
             keys = torch.where(there[..., None], keys, self._keys.gather(2, place))
-        self._keys = _put(self._keys, index, keys)
+        self._keys = put(self._keys, index, keys)
 
     def keep(self, kept: Tensor, by: int | None = None, loses: bool = True) -> None:
         """Drops every slot that is not named.
@@ -292,6 +298,29 @@ class SlotLayer:
         # Not in place: layers may share the tensor until one of them drops something.
         self._columns = self._columns.scatter(-1, gone, -1)
         self.hole, self.full_for, self.whole = gone, by, False
+
+    def alike(self) -> Hashable:
+        """What layers must have in common to be full together; None where this one is not full."""
+        whole = self.hole is None and self.used == self.capacity and not self._record
+        if self.full_for is None or not whole:
+            return None
+        return (
+            self.full_for,
+            self.columns.shape,
+            self.keys.shape[1],
+            self.names,
+            self.columns.device,
+        )
+
+    def borrow(self, columns: Tensor, statistics: dict[str, Tensor]) -> None:
+        """Takes these in the place of its own, which are equal."""
+        self._columns = columns
+        self._numbers |= statistics
+
+    def borrows(self, columns: Tensor, statistics: dict[str, Tensor]) -> bool:
+        """Whether these very tensors are its columns and statistics."""
+        same = (self._numbers.get(name) is value for name, value in statistics.items())
+        return self._columns is columns and all(same)
 
     def record(self) -> None:
         """Notes what is held now, to come back to; until `settle`, nothing leaves its place."""
@@ -339,9 +368,17 @@ class SlotLayer:
             self._numbers[name] = value.index_select(0, rows)
 
 
-def _put(buffer: Tensor | None, hole: Tensor, new: Tensor) -> Tensor:
-    """Writes one slot per row and head; in place unless somebody watches."""
+def put(buffer: Tensor | None, hole: Tensor, new: Tensor | int) -> Tensor:
+    """Writes one slot per row and head; in place unless somebody watches.
+
+    Args:
+        buffer: `[B, H, S, ...]`.
+        hole: `[B, H, 1]` int64, or `[B, 1, 1]` where `new` has a head axis of H.
+        new: `[B, H, 1, ...]`, or one number for all.
+    """
     assert buffer is not None
+    if not isinstance(new, Tensor):
+        return buffer.scatter(2, hole, new) if _watched(buffer) else buffer.scatter_(2, hole, new)
     index = hole.reshape(*hole.shape, *(1,) * (new.dim() - hole.dim())).expand_as(new)
     if _watched(buffer, new):
         return buffer.scatter(2, index, new)

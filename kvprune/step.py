@@ -7,7 +7,7 @@ keeps the hidden state with which it left.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .composition import Survivors, next_to_go, surviving_slots, surviving_tokens
+from .composition import next_to_go, surviving_slots, surviving_tokens
 from .errors import KVPruneError
 from .masks import Local
 from .policy import Lengths, SlotView, TokenPolicy, TokenView, _Statistics
 from .positions import Inside
 from .slots import SlotLayer
+from .together import Together
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,10 @@ class RowNumbers:
 
     first: Tensor
     prompt: Lengths
+
+    def below(self, times: int) -> RowNumbers:
+        """The same rows so many times, below each other."""
+        return RowNumbers(self.first.repeat(times), self.prompt.below(times))
 
     def select(self, rows: Tensor) -> RowNumbers:
         """Row i becomes what row `rows[i]` was."""
@@ -213,6 +218,9 @@ class Step:
         self._parked: Tensor | None = None
         self._aligned: dict[int, tuple[Any, Any]] = {}
         self._previous: dict[str, Tensor] = {}
+        # Layers that are alike, which give up a slot together after the last of them.
+        self._due: dict[Hashable, list[LayerStep]] = {}
+        self._at: dict[int, LayerStep] = {}
         self.seen = seen
         self.count = columns.shape[1]
         self.drafts = drafts
@@ -308,6 +316,26 @@ class Step:
         value = value.expand(self._places.shape[0], *value.shape[1:])
         return _gathered(value, self._places)
 
+    def at_layer(self, index: int, slots: SlotLayer) -> LayerStep:
+        """What the attention function of a layer is handed, with the tokens that are left."""
+        known = self._at.get(index)
+        if known is None or known.columns is not self.columns:
+            positions = self.align(self.position_ids)
+            known = LayerStep(
+                step=self,
+                index=index,
+                slots=slots,
+                columns=self.columns,
+                slot_columns=self.slot_columns,
+                complete=self.complete,
+                seen=self.seen + self.count,
+                before=self.seen,
+                positions=positions,
+                origin=None if self.position_ids is None else self.position_ids[:, 0],
+            )
+            self._at[index] = known
+        return known
+
     def evict(self, at: LayerStep) -> None:
         """Asks the policies after a layer's attention and drops what none keeps."""
         new, slots = at.columns.shape[1], at.slots
@@ -318,14 +346,13 @@ class Step:
         # Once: below a budget, where there is room for more, each is a view of its own.
         held = slots.columns
         columns = self._in_sight(slots.local, held, at.seen)
-        view = self._view_of(at, columns)
         if slots.full_for is not None and self.same_rows and columns is held:
-            by = slots.full_for
-            left = Survivors(gone=next_to_go(self._evicters[by], view), by=by)
-        else:
-            left = surviving_slots(self._evicters, view, several=new > 1)
-            # Not full any more, where a budget grew with the prompt.
-            slots.full_for = left.by
+            self._evict_next(at, slots.full_for)
+            return
+        view = self._view_of(at, columns, slots.statistics, self.rows)
+        left = surviving_slots(self._evicters, view, several=new > 1)
+        # Not full any more, where a budget grew with the prompt.
+        slots.full_for = left.by
         if columns is not held:
             slots.keep(_left(view.valid if left.kept is None else left.kept, left.gone))
         elif left.gone is not None:
@@ -333,19 +360,54 @@ class Step:
         elif left.kept is not None:
             slots.keep(left.kept, left.by)
 
-    def _view_of(self, at: LayerStep, columns: Tensor) -> SlotView:
+    def _evict_next(self, at: LayerStep, by: int) -> None:
+        """One slot goes by the policy whose budget is full: now, or with other layers' slots."""
+        policy, slots = self._evicters[by], at.slots
+        alike = slots.alike() if policy.layers_alike and not self.one_by_one else None
+        if alike is not None:
+            self._due.setdefault(alike, []).append(at)
+            return
+        view = self._view_of(at, slots.columns, slots.statistics, self.rows)
+        gone = next_to_go(policy, view)
+        if gone is not None:
+            slots.free(gone, by)
+
+    def finish(self, before: Sequence[Together]) -> list[Together]:
+        """Evicts, after the last layer, what layers that are alike give up at once.
+
+        Args:
+            before: what this gave in the step before.
+        """
+        return [self._evict_alike(due, before) for due in self._due.values()]
+
+    def _evict_alike(self, due: list[LayerStep], before: Sequence[Together]) -> Together:
+        layers = [at.slots for at in due]
+        by = layers[0].full_for
+        assert by is not None
+        same = next((one for one in before if one.lent_to(layers)), None)
+        joint = Together(layers) if same is None else same
+        rows = self.rows.below(len(layers))
+        view = self._view_of(due[0], joint.columns, joint.statistics, rows)
+        gone = next_to_go(self._evicters[by], view)
+        if gone is not None:
+            joint.free(gone, by)
+        return joint
+
+    def _view_of(
+        self, at: LayerStep, columns: Tensor, statistics: dict[str, Tensor], rows: RowNumbers
+    ) -> SlotView:
         slots = at.slots
         return SlotView(
             layer=at.index,
             num_layers=self._num_layers,
             columns=columns,
             valid=columns >= 0,
-            first=self.rows.first,
+            first=rows.first,
             seen=at.seen,
-            lengths=self.rows.prompt,
+            lengths=rows.prompt,
             keys=slots.keys.detach(),
             values=slots.values.detach(),
-            statistic=_Statistics(slots.statistics),
+            statistic=_Statistics(statistics),
             group=self._group,
         )
 

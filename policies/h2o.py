@@ -53,6 +53,7 @@ class H2O(TokenPolicy):
 
     statistics = ("attention",)
     constant_budget = True
+    layers_alike = True
 
     def __post_init__(self) -> None:
         Budget(self.heavy, "H2O: heavy", least=0)

@@ -43,6 +43,7 @@ class StreamingLLM(TokenPolicy):
     positions: str = "original"
 
     constant_budget = True
+    layers_alike = True
 
     def __post_init__(self) -> None:
         Budget(self.window, "StreamingLLM: window")

@@ -100,7 +100,7 @@ no.such.thing
 ```
 ```bash
 kvprune explain "some text" --html page.html  # a page
-python -m bench.speed --context 4096 \\
+python -m bench.speed --contexts 4096 \\
     --repeats 3
 make test PYTHON=python3.12
 ```

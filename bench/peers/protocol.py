@@ -14,12 +14,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .. import resident
 
 WARM_UP_STEPS, STEPS = 10, 20
 """Single-token steps after a prompt. kvpress's decoding press compresses in every tenth, so that
@@ -121,30 +122,13 @@ def memory(side: Side, row: str, ids: Tensor, budget: int) -> dict[str, Any]:
     """
     _run(side, row, ids[:, : WARM_UP_PROMPT + 1], WARM_UP_PROMPT // 2, 1, time.perf_counter)
     gc.collect()
-    before = _forget_peak()
+    before = resident.forget_peak()
     opened = side.open(row, budget, ids.shape[1])
     with opened.reading:
         opened.read(ids)
-    peak = _status("VmHWM")
+    peak = resident.peak()
     beyond = None if peak is None or before is None else peak - before
     return {"peak": peak, "beyond": beyond}
-
-
-def _forget_peak() -> int | None:
-    """Has the system count the peak anew; what is held now."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return _status("VmRSS")
-
-
-def _status(name: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""What `bench.speed` measures, and what `bench.performance` makes of it."""

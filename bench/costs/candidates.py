@@ -1,0 +1,74 @@
+"""What is compared: policies at a budget, and the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+import kvprune
+from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
+
+DENSE, STREAMING, HEAVY, PRUNED, BOTH = "dense", "StreamingLLM", "H2O", "SDTP", "SDTP + H2O"
+NAMES = (DENSE, STREAMING, HEAVY, PRUNED, BOTH)
+
+LEFT = 0.35
+"""The share of a prompt's tokens that SDTP lets into the last layers."""
+
+Make = Callable[[], Cache]
+
+
+def policies(model: Any, budget: int) -> dict[str, list[kvprune.TokenPolicy]]:
+    """By name; `budget` slots stay in each layer, but for SDTP alone, which evicts nothing."""
+    sdtp = random_sdtp(model)
+    h2o = H2O(heavy=budget // 2, recent=budget - budget // 2)
+    return {
+        STREAMING: [StreamingLLM(sinks=4, window=budget - 4)],
+        HEAVY: [h2o],
+        PRUNED: [sdtp],
+        BOTH: [sdtp, h2o],
+    }
+
+
+def random_sdtp(model: Any) -> SDTP:
+    """Heads that were never trained cost what trained ones do.
+
+    The paper's schedule, every third layer from the fifth; a model of too few layers has one
+    stage, before its second layer. Both leave `LEFT` of the tokens in the end.
+    """
+    size, layers = model.config.hidden_size, model.config.num_hidden_layers
+    first = 4 if layers > 6 else 1
+    stages = len(range(first, layers, 3)) if layers > 6 else 1
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        heads = SDTPHeads(size, layers, first_layer=first, stages=stages)
+    return SDTP(heads.to(model.device), keep=LEFT ** (1 / stages))
+
+
+def candidates(model: Any, budget: int) -> dict[str, Make]:
+    """A maker of fresh caches by name, the dense one first."""
+    composed: dict[str, Make] = {
+        name: partial(kvprune.ComposedCache, given)
+        for name, given in policies(model, budget).items()
+    }
+    return {DENSE: lambda: DynamicCache(config=model.config), **composed}
+
+
+def random_prompt(model: Any, rows: int, tokens: int) -> Tensor:
+    """Ids `[rows, tokens]`, the same in every run: what they say does not change the time."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(5, vocabulary, (rows, tokens), generator=generator)
+    return ids.to(model.device)
+
+
+def held(cache: Any) -> int:
+    """Bytes of all storage that a cache has allocated."""
+    if isinstance(cache, kvprune.ComposedCache):
+        return cache.nbytes
+    kept = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept)

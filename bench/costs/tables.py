@@ -1,0 +1,150 @@
+"""The tables of docs/performance.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .bars import MB, Bar, chunked, flat
+from .candidates import DENSE
+from .models import LAYER
+from .numbers import ratios
+from .results import Found
+
+PREFILL = (
+    "policy",
+    "prefill s",
+    "to dense",
+    "FLOPs to dense",
+    "counted TFLOP",
+    "step ms",
+    "MB held",
+    "live MB",
+    "peak MB",
+)
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]], rule: str = "---:") -> str:
+    """In Markdown, all but the first column to the right."""
+    all_lines = [head, ("---", *[rule] * (len(head) - 1)), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in all_lines) + "\n"
+
+
+def of_bars(bars: Sequence[Bar]) -> str:
+    """What is wanted and what was found."""
+    return table(("bar", "wanted", "measured", ""), [bar.cells for bar in bars], "---")
+
+
+def of_prefill(one: Found) -> str:
+    """A line for each candidate."""
+    rows = one["found"]
+    return table(PREFILL, [_prefill(rows, name) for name in rows])
+
+
+def _prefill(rows: dict[str, Any], name: str) -> list[str]:
+    row, dense = rows[name], rows[DENSE]
+    return [
+        name,
+        f"{statistics.median(row['prefill']):.2f}",
+        _to_dense(rows, name, "prefill"),
+        f"{row['flops'] / dense['flops']:.3f}",
+        f"{row['counted_flops'] / 1e12:.3f}",
+        f"{statistics.median(row['step']) * 1e3:.0f}",
+        f"{row['held'] / MB:.1f}",
+        f"{row['live'] / MB:.1f}",
+        "" if row["peak"] is None else f"{row['peak'] / MB:.1f}",
+    ]
+
+
+def _to_dense(rows: dict[str, Any], name: str, what: str) -> str:
+    return "" if name == DENSE else f"{ratios(rows[name][what], rows[DENSE][what]):.2f}"
+
+
+def of_decode(one: Found) -> str:
+    """A line for each budget and candidate."""
+    lines = [
+        [
+            f"{int(budget):,}",
+            name,
+            f"{statistics.median(row['step']) * 1e3:.1f}",
+            _to_dense(rows, name, "step"),
+            f"{row['held'] / MB:.1f}",
+        ]
+        for budget, rows in one["found"].items()
+        for name, row in rows.items()
+    ]
+    return table(("slots", "policy", "step ms", "to dense", "MB held"), lines)
+
+
+def of_whole(one: Found) -> str:
+    """A line for each candidate."""
+    rows = one["found"]
+    lines = [
+        [
+            name,
+            f"{statistics.median(row['whole']):.1f}",
+            _to_dense(rows, name, "whole"),
+            f"{row['held'] / MB:.1f}",
+        ]
+        for name, row in rows.items()
+    ]
+    return table(("policy", "seconds", "to dense", "MB held at the end"), lines)
+
+
+def of_stream(one: Found) -> str:
+    """A line for each length, and the slopes below."""
+    lengths, rows = one["found"]["lengths"], one["found"]["rows"]
+    heads = [f"{name}: {what}" for name in rows for what in ("s until read", "step ms", "MB held")]
+    lines = [
+        [f"{length:,}", *(cell for row in rows.values() for cell in _at(row, lengths, at))]
+        for at, length in enumerate(lengths)
+    ]
+    slopes = [
+        f"{name}: exponent {chunked(one, name).value:.3f}, steps "
+        f"{flat(one, name).value:+.3%} ± {flat(one, name).error:.3%} per 1,000 tokens."
+        for name in rows
+    ]
+    return table(("tokens", *heads), lines) + "\n" + "\n".join(slopes) + "\n"
+
+
+def _at(row: dict[str, Any], lengths: list[int], at: int) -> list[str]:
+    chunks = lengths[at] * len(row["chunk"]) // lengths[-1]
+    step = statistics.median(turn[at] for turn in row["step"])
+    seconds = sum(row["chunk"][:chunks])
+    return [f"{seconds:.1f}", f"{step * 1e3:.1f}", f"{row['held'][at] / MB:.1f}"]
+
+
+def of_attach(one: Found) -> str:
+    """A line for each model."""
+    rows = one["found"]
+    lines = [
+        [name, *(f"{statistics.median(row[w]) * 1e3:.1f}" for w in ("prefill", "step"))]
+        for name, row in rows.items()
+    ]
+    return table(("model", "prefill ms", "step ms"), lines)
+
+
+def title(one: Found) -> str:
+    """What a part is of, and on what."""
+    part, about = one["part"], one["about"]
+    kinds = {
+        "prefill": f"Prefill of {part['context']:,} tokens",
+        "decode": f"Steps after {part['context']:,} tokens",
+        "whole": f"End to end: {part['context']:,} tokens and {part['new']} new ones",
+        "stream": f"A stream of {part['context']:,} tokens",
+        "attach": f"`attach` alone, {part['context']:,} tokens",
+    }
+    more = [part["shape"]] if part["shape"] == LAYER else []
+    more += [part["dtype"]] if part["dtype"] != "float32" else []
+    more += [f"{part['rows']} rows"] if part["rows"] > 1 else []
+    machine = f"{about.get('device', about['processor'])}, {about['machine']}"
+    return (
+        f"### {', '.join([kinds[part['kind']], *more])}\n\n{_slots(part)}{part['repeats']} turns. "
+        f"{machine}; torch {about['torch']}, transformers {about['transformers']}.\n"
+    )
+
+
+def _slots(part: dict[str, Any]) -> str:
+    slots = ", ".join(f"{budget:,}" for budget in part["budgets"])
+    return f"{slots} slots in each layer. " if slots and part["kind"] != "decode" else ""
