@@ -263,17 +263,26 @@ class Checked(kvprune.ComposedCache):
         self.checked += len(old) > 0
 
 
-@given(pipelines(), st.data(), seeds)
-def test_every_slot_is_where_the_definition_says(chosen, data, seed):
+@given(pipelines(), st.sampled_from([INSIDE, H2O(50, 50, positions="cache")]), st.data(), seeds)
+def test_every_slot_is_where_the_definition_says(chosen, asks, data, seed):
     """Pipelines and unions, pruned prompts, padding, several turns; each layer, row and head."""
-    policies = [INSIDE, *(p.make(n) for p, n in zip(*chosen, strict=True))]
+    policies = [asks, *(p.make(n) for p, n in zip(*chosen, strict=True))]
     length = data.draw(st.integers(2, 24))
-    steps = [*data.draw(chunked(length)), 1, 1, 5, 1, 1]
+    steps = [*data.draw(chunked(length)), 1, 1, 8, 1, 1]
     ids = prompt(2, sum(steps), seed)
     mask = left_padded(ids, [0, data.draw(st.integers(0, length - 1))])["attention_mask"]
+    mask[1, length + 2 + data.draw(st.integers(0, 6))] = 0
     cache = Checked(policies)
     our_logits(tiny_model(), cache, ids, steps, mask)
     assert cache.checked
+
+
+def test_heads_that_hold_different_numbers_of_slots():
+    """A union keeps now more and now fewer; new tokens stand behind the most."""
+    cache = Checked([INSIDE | StreamingLLM(2, 5)])
+    our_logits(tiny_model(), cache, prompt(2, sum(STEPS)), STEPS)
+    counts = (cache.layers[0].columns >= 0).sum(-1)
+    assert cache.checked and int(counts.min()) < int(counts.max())
 
 
 @pytest.mark.parametrize("policies", [[INSIDE], [sdtp_pruner(0.6), INSIDE]], ids=["h2o", "sdtp"])
