@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 
 import kvprune
 from kvprune.evaluation.assets import demo_model
-from kvprune.policies import StreamingLLM
+from kvprune.policies import H2O, StreamingLLM
 
 SLOTS, CHUNK, SINKS = 1024, 64, 4
 DEPTHS = (2048, 6016, 10048, 14016, 19968)
@@ -42,6 +42,8 @@ METHODS: dict[str, Callable[[], Cache]] = {
     "window": lambda: _cache(0, "cache"),
     "dense": lambda: DynamicCache(),
     "StreamingLLM, original positions": lambda: _cache(SINKS, "original"),
+    "H2O": lambda: kvprune.ComposedCache([H2O(SLOTS // 2, SLOTS // 2, positions="cache")]),
+    "H2O, original positions": lambda: kvprune.ComposedCache([H2O(SLOTS // 2, SLOTS // 2)]),
 }
 
 
@@ -134,7 +136,7 @@ def _run(model: Any, ids: torch.Tensor, method: str, options: Any, found: dict[s
             values += [round(x, 5) for x in chunk]
             if len(values) % (CHUNK * 16) == 0:
                 options.out.write_text(json.dumps(found) + "\n")
-    if method.startswith("StreamingLLM"):
+    if method.startswith(("StreamingLLM", "H2O")):
         held: dict[str, Any] = {str(depth): cache for depth, cache in aside.items()}
         found.setdefault("nbytes", {})[method] = {n: c.nbytes for n, c in held.items()}
         times = step_times(model, held)

@@ -23,7 +23,7 @@ from .errors import KVPruneError
 from .families import base_of, decoder_layers, unwrapped
 from .masks import OURS, Local
 from .policy import Lengths, TokenPolicy
-from .positions import CachePositions, positions_for
+from .positions import Inside, positions_for
 from .slots import SlotLayer
 from .statistics import check_names, check_statistics, wanted_at
 from .step import (
@@ -98,7 +98,7 @@ class ComposedCache(Cache):
         # What the model was when the cache was tied to it, for `save`; see `saving.describe`.
         self._model: dict[str, str] = {}
         self._rows: RowNumbers | None = None
-        self._positions: CachePositions | None = None
+        self._positions: Inside | None = None
         # Of the last step, layers that evict at once.
         self._together: list[Together] = []
         # Which columns are padding `[B, n]`; those behind are not. None while none is.
@@ -156,7 +156,7 @@ class ComposedCache(Cache):
         if self._padding is not None:
             held.append(self._padding)
         if self._positions is not None:
-            held += self._positions.named_tensors().values()
+            held += self._positions.tensors()
         storages = ((t.device, t.untyped_storage()) for t in held)
         return sum({(at, s.data_ptr()): s.nbytes() for at, s in storages}.values())
 
@@ -325,8 +325,7 @@ class ComposedCache(Cache):
         group = self._attachment.group
         step = Step(self._working, len(self), 0, new, asked, group=group)
         for index, layer in self.slot_layers():
-            at = LayerStep(step, index, layer, columns, columns[:, None], new.complete, self.seen)
-            step.evict(at)
+            step.evict(step.at_layer(index, layer))
 
     def _bind_to(self, model: torch.nn.Module, what: str) -> Any:
         """Ties the cache to an attached model outside a forward; its base model."""
@@ -362,7 +361,7 @@ class ComposedCache(Cache):
         numbers = {"model": self._model, "policies": policies, "seen": self.seen, "layers": layers}
         evicts = any("rank_slots" in p.hooks for p in self.policies)
         numbers["fixed"] = self.seen if evicts else self._fixed
-        numbers["sinks"] = None if self._positions is None else self._positions.sinks
+        numbers["positions"] = None if self._positions is None else self._positions.way
         return saving.Contents(numbers, tensors)
 
     def _check_fits(self, path: Path, numbers: dict[str, Any]) -> None:
@@ -372,8 +371,8 @@ class ComposedCache(Cache):
                 f"precision and its weights), came one of another ({numbers['model']['name']}). "
                 f"Load it with the model that it was saved with"
             )
-        sinks = None if self._positions is None else self._positions.sinks
-        if numbers["sinks"] != sinks:
+        way = None if self._positions is None else self._positions.way
+        if numbers["positions"] != way:
             raise KVPruneError(
                 f"{path}: saved with [{', '.join(numbers['policies'])}]: expected policies that "
                 f"assign positions in the same way, came {list(self.policies)!r}"
@@ -573,7 +572,8 @@ class ComposedCache(Cache):
         working = _checked([policy.for_model(model) for policy in self.policies])
         layers = range(attachment.num_layers)
         self._positions = positions_for(working, model, attachment.memory)
-        self.layers = [_new_layer(attachment, working, i, self._observe) for i in layers]
+        given = working, self._observe, self._positions
+        self.layers = [_new_layer(attachment, i, *given) for i in layers]
         self._working, self._attachment = working, attachment
         self._model = saving.described(model, attachment.memory)
 
@@ -647,9 +647,10 @@ class ComposedCache(Cache):
         keep = 1 if drafts else self._logits_to_keep
         asked = asked_tokens(keep, rows, count - drafts, device)
         self._settle()
+        position_ids = None
         if self._positions is not None:
             layers = [layer for _, layer in self.slot_layers()]
-            self._positions.anchor(layers, new.columns, new.padding, new.rows.first)
+            position_ids = self._positions.open(layers, new.columns, new.padding, new.rows.first)
         return Step(
             self._working,
             len(self),
@@ -660,6 +661,7 @@ class ComposedCache(Cache):
             one_by_one=drafts > 0 and self._drops,
             group=self._attachment.group,
             inside=self._positions,
+            position_ids=position_ids,
         )
 
     def _follow(self, device: torch.device) -> None:
@@ -734,7 +736,7 @@ class ComposedCache(Cache):
             shape = (*layer.columns.shape[:2], -1)
             here = new.to(layer.columns.device)[:, None].expand(shape)
             hidden = here.gather(-1, layer.columns.clamp(min=0))
-            layer.keep((layer.columns >= 0) & ~hidden)
+            layer.keep((layer.columns >= 0) & ~hidden, loses=False)
 
     def _newly_hidden(self, padding: Tensor | None) -> Tensor:
         """Which of the columns seen so far a forward's mask is the first to hide, `[B, seen]`."""
@@ -882,12 +884,17 @@ def _checked(policies: Sequence[TokenPolicy]) -> tuple[TokenPolicy, ...]:
 
 
 def _new_layer(
-    attachment: Attachment, policies: Sequence[TokenPolicy], index: int, observe: tuple[str, ...]
+    attachment: Attachment,
+    index: int,
+    policies: Sequence[TokenPolicy],
+    observe: tuple[str, ...],
+    inside: Inside | None,
 ) -> SlotLayer | LinearAttentionLayer:
     if attachment.states and attachment.states[index]:
         return LinearAttentionLayer(number_of_states=attachment.states[index])
     local = attachment.local[index] if attachment.local else None
-    return SlotLayer(tuple(dict.fromkeys(wanted_at(policies, index) + observe)), local)
+    names = tuple(dict.fromkeys(wanted_at(policies, index) + observe))
+    return SlotLayer(names, local, inside is not None and inside.keeps_arrivals(index))
 
 
 def _tensors(layer: SlotLayer | LinearAttentionLayer) -> Iterator[Tensor]:

@@ -48,12 +48,12 @@ def _keeps_probabilities_back(attention: Any) -> bool:
 
 def _closed(layer: LayerStep, slots: Tensor) -> Tensor | None:
     """How far slots move on where positions are assigned inside the cache, in the newest
-    token's distances from its row's first one `[B, 1, S]`.
+    token's distances from its row's first one `[B, 1|H, S]`.
     """
     step = layer.step
     if step.inside is None:
         return None
-    closed = step.inside.distance_closed(layer.index, slots, layer.padding, layer.rows.first)
+    closed = step.inside.distance_closed(layer, slots)
     padding = 0 if layer.padding is None else layer.padding.sum(-1)[:, None, None]
     return closed.double() / (layer.seen - 1 - torch.as_tensor(padding)).clamp(min=1)
 
@@ -64,7 +64,7 @@ def _alibi_at(alibi: Tensor, slots: Tensor, closed: Tensor | None) -> Tensor:
     Args:
         alibi: `[B * Hq, 1, N]` or `[B, Hq, 1, N]`, by column.
         slots: `[B, 1|Hkv, S]`, columns, -1 where empty.
-        closed: `[B, 1, S]`, see `_closed`; None where every slot stays.
+        closed: `[B, 1|Hkv, S]`, see `_closed`; None where every slot stays.
 
     Returns:
         the same with S for N.
@@ -73,6 +73,7 @@ def _alibi_at(alibi: Tensor, slots: Tensor, closed: Tensor | None) -> Tensor:
     columns = slots.clamp(min=0).repeat_interleave(by_head.shape[1] // slots.shape[1], 1)
     bias = by_head.gather(-1, columns)
     if closed is not None:
+        closed = closed.repeat_interleave(by_head.shape[1] // closed.shape[1], 1)
         bias = bias + closed.to(bias.dtype) * by_head[..., -1:]
     return bias.reshape(*alibi.shape[:-1], -1)
 

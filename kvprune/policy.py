@@ -237,9 +237,11 @@ class TokenPolicy:
     Class attribute `statistics` names what the policy wants observed (see
     `kvprune.statistics`). `shares_heads` says that its `rank_slots` makes one set for all heads
     of a layer out of what differs between them (statistics, keys, values): the processes of a
-    tensor parallel model then take the mean of their scores. `sinks_before_window`, where it is
-    not None, asks for positions inside the cache: that many of a row's first tokens sit right
-    before the oldest of the others, whatever was evicted in between (see `kvprune.positions`).
+    tensor parallel model then take the mean of their scores. `positions_in_cache` asks for
+    positions inside the cache, by a slot's place among those that are left (see
+    `kvprune.places`), whatever other policies want; `sinks_before_window` says that what the policy
+    leaves has no gaps but one, behind that many of a row's first tokens. Where that holds for all
+    that evict, positions cost less (see `kvprune.positions`).
     `constant_budget` promises that `rank_slots` gives the same budget in every step, as long as the
     prompt does not grow, and protects no more than it: once a layer is full, each new token then
     costs one slot, which the engine need not read off the device. `layers_alike` promises that
@@ -251,6 +253,7 @@ class TokenPolicy:
 
     statistics = ()  # type: tuple[str, ...]
     shares_heads = False
+    positions_in_cache = False
     sinks_before_window = None  # type: int | None
     constant_budget = False
     layers_alike = False
@@ -371,6 +374,19 @@ def _share(share: float, length: Any) -> Any:
     part = _fraction(share)
     up, down = part.numerator, part.denominator
     return (2 * up * length + down) // (2 * down)
+
+
+def check_positions(positions: str, name: str) -> None:
+    """Refuses what says neither of the two ways in which positions are assigned.
+
+    Raises:
+        KVPruneError: not "original" or "cache"; `name`, the policy's, is in the message.
+    """
+    if positions not in ("original", "cache"):
+        raise KVPruneError(
+            f"{name}: positions={positions!r}: expected 'original' (those that tokens came with) "
+            f"or 'cache' (assigned inside the cache)"
+        )
 
 
 def split_share(share: float, *amounts: int | float) -> tuple[float, ...]:

@@ -1,140 +1,36 @@
 """Positions inside the cache, for streams past the trained context (arXiv 2309.17453, 3.2).
 
-A token's position is its place among the slots that are left, not in the text. RoPE sees
-distances alone, so the window keeps the positions at which its keys were turned, new tokens
-count on behind it, and only the few sinks are turned anew in each step, to sit right before
-it: always from the keys as they first came, so that no error adds up. Every so often, when
-positions have run further than a layer has slots, all is anchored anew: the keys of the window
-are turned back together, and numbers stay small and exact however long the stream.
+A token's position is its place among the slots that are left, not in the text. There are two
+ways: `places.py` is for whatever policies leave; here is the cheap one, for sinks and a window.
+
+RoPE sees distances alone, so the window keeps the positions at which its keys were turned, new
+tokens count on behind it, and only the few sinks are turned anew in each step, to sit right
+before it: always from the keys as they first came, so that no error adds up. Every so often,
+when positions have run further than a layer has slots, all is anchored anew: the keys of the
+window are turned back together, and numbers stay small and exact however long the stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from .composition import leaves
-from .devices import Copies, device_of
-from .errors import KVPruneError
-from .families import has_alibi
+from .devices import Copies
+from .places import SlotPlaces, numbers_of
 from .policy import TokenPolicy
+from .rotations import Rotation, check_reach, limit_of, rotations_of
 from .slots import SlotLayer
 
-PROBED = (3, 8)
-"""Two positions at which a model shows how it turns its keys."""
+if TYPE_CHECKING:
+    from .step import LayerStep
 
 _BY_LAYER = ("home", "turn", "gap")
 _FAR = torch.iinfo(torch.int64).max // 2
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """How one layer turns keys by their position.
-
-    frequencies: `[R / 2]` float64, radians per position. start: the first of the R turned
-    dimensions. interleaved: dimension 2i turns with 2i + 1, and not i with i + R / 2.
-    """
-
-    frequencies: Tensor
-    start: int
-    interleaved: bool
-
-    def turned(self, keys: Tensor, by: Tensor) -> Tensor:
-        """Keys `[B, H, S, D]` moved on by `by` `[B]` positions; computed in float32 at least."""
-        size = 2 * len(self.frequencies)
-        angles = by.double()[:, None, None, None] * self.frequencies.to(keys.device)
-        wide = torch.promote_types(keys.dtype, torch.float32)
-        cosine, sine = angles.cos().to(wide), angles.sin().to(wide)
-        part = keys[..., self.start : self.start + size].to(wide)
-        a, b = (part[..., ::2], part[..., 1::2]) if self.interleaved else part.chunk(2, -1)
-        pair = (a * cosine - b * sine, b * cosine + a * sine)
-        moved = torch.stack(pair, -1).flatten(-2) if self.interleaved else torch.cat(pair, -1)
-        before, behind = keys[..., : self.start], keys[..., self.start + size :]
-        return torch.cat([before, moved.to(keys.dtype), behind], -1)
-
-    def explains(self, here: Tensor, there: Tensor, by: Tensor, near: float) -> bool:
-        """Whether `there` is `here` moved on, up to `near` of each pair's length."""
-        size = 2 * len(self.frequencies)
-        scale = here.abs().double()
-        part = scale[..., self.start : self.start + size]
-        a, b = (part[..., ::2], part[..., 1::2]) if self.interleaved else part.chunk(2, -1)
-        length = a + b
-        both = (length, length)
-        wide = torch.stack(both, -1).flatten(-2) if self.interleaved else torch.cat(both, -1)
-        scale = torch.cat([scale[..., : self.start], wide, scale[..., self.start + size :]], -1)
-        return bool(((self.turned(here, by) - there).abs() <= near * scale).all())
-
-
-def rotations_of(base: Any) -> list[Rotation | None]:
-    """How each layer of a model turns its keys; None for one that does not (NoPE, ALiBi).
-
-    Found by trial: a token alone in its sequence has the same hidden states wherever it
-    stands, so that its keys at two positions differ by their rotation and by nothing else.
-
-    Raises:
-        KVPruneError: some layer does something else with positions.
-    """
-    if has_alibi(base):
-        return [None] * base.config.num_hidden_layers
-    keys = _probe(base)
-    names = [n for n, _ in base.named_buffers() if n.endswith("inv_freq") and "original" not in n]
-    found = [base.get_buffer(name).double() for name in names]
-    rotations = [_rotation_of(base, layer, found) for layer in keys]
-    if not any(rotations):
-        raise _no_positions(base)
-    return rotations
-
-
-@torch.no_grad()
-def _probe(base: Any) -> list[Tensor]:
-    """Each layer's keys of one token at two positions, `[2, H, 1, D]`."""
-    weight = base.get_input_embeddings().weight
-    token = torch.randn(weight.shape[-1], generator=torch.Generator().manual_seed(0))
-    device = device_of(base.get_input_embeddings())
-    token = token.to(device, weight.dtype).expand(2, 1, -1)
-    cache: Any = DynamicCache(config=base.config)
-    where = torch.tensor(PROBED, device=device)[:, None]
-    training = [module for module in base.modules() if module.training]
-    base.eval()
-    try:
-        base(inputs_embeds=token, position_ids=where, past_key_values=cache, use_cache=True)
-    finally:
-        for module in training:
-            module.training = True
-    if not all(hasattr(layer, "keys") for layer in cache.layers):
-        raise _no_positions(base)
-    return [layer.keys for layer in cache.layers]
-
-
-def _rotation_of(base: Any, keys: Tensor, found: list[Tensor]) -> Rotation | None:
-    here, there = keys[:1], keys[1:]
-    by = torch.tensor([PROBED[1] - PROBED[0]], device=keys.device)
-    # Models compute angles in float32 at best.
-    near = 8 * torch.finfo(keys.dtype).eps + 1e-5
-    # Number by number: a large one (a bias) must not hide that others turn.
-    if bool(((here - there).abs() <= near * here.abs()).all()):
-        return None
-    for frequencies in (each.to(keys.device) for each in found):
-        size = 2 * len(frequencies)
-        for start in dict.fromkeys((0, keys.shape[-1] - size)):
-            for interleaved in (False, True):
-                guess = Rotation(frequencies, start, interleaved)
-                if start >= 0 and guess.explains(here, there, by, near):
-                    return guess
-    raise _no_positions(base)
-
-
-def _no_positions(base: Any) -> KVPruneError:
-    return KVPruneError(
-        f"positions inside the cache with {type(base).__name__}: its keys are not turned by "
-        f"their position as RoPE does, so they cannot be moved. Expected a model with "
-        f"RoPE, or BLOOM; use positions='original' with this one"
-    )
 
 
 @dataclass(frozen=True)
@@ -213,38 +109,44 @@ class CachePositions:
         self._turn = [_selected(turn, rows) for turn in self._turn]
         self._gap = [_selected(gap, rows) for gap in self._gap]
 
-    def of_new(self, columns: Tensor, padding: Tensor | None) -> Tensor:
-        """The positions `[B, Q]` of a forward's tokens, 0 for padding.
+    @property
+    def way(self) -> int:
+        """How positions are assigned, for a file to name."""
+        return self.sinks
+
+    def tensors(self) -> Iterable[Tensor]:
+        """All that is held, for counting bytes."""
+        return self.named_tensors().values()
+
+    def keeps_arrivals(self, layer: int) -> bool:
+        """Whether slots of a layer keep the position they came with: not here."""
+        return False
+
+    def open(
+        self, layers: list[SlotLayer], columns: Tensor, padding: Tensor | None, first: Tensor
+    ) -> Tensor:
+        """Begins a forward; the positions `[B, Q]` of its tokens, 0 for padding.
 
         Args:
+            layers: of the cache.
             columns: `[B, Q]`, -1 for padding.
             padding: `[B, seen + Q]`; None for none.
+            first: `[B]`, each row's first valid column.
 
         Raises:
             KVPruneError: they run to where the model changes its frequencies.
         """
-        positions = _numbers(columns, padding)
-        if self._offset is not None:
-            positions = positions - self._offset[:, None]
+        self._anchor(layers, columns, padding, first)
+        assert self._offset is not None
+        positions = numbers_of(columns, padding) - self._offset[:, None]
         positions = positions.masked_fill(columns < 0, 0)
-        if self.limit is not None and int(positions.max()) >= self.limit:
-            raise KVPruneError(
-                f"positions inside the cache reach {self.limit}, from where on this model changes "
-                f"its frequencies: expected a smaller budget, and prompts that are read in chunks "
-                f"(prefill_chunk_size)"
-            )
+        check_reach(positions, self.limit)
         return positions
 
-    def anchor(
+    def _anchor(
         self, layers: list[SlotLayer], columns: Tensor, padding: Tensor | None, first: Tensor
     ) -> None:
-        """Moves all positions back, once they have run further than there are slots.
-
-        Args:
-            layers: of the cache.
-            columns, padding: see `of_new`.
-            first: `[B]`, each row's first valid column.
-        """
+        """Moves all positions back, once they have run further than there are slots."""
         offset = self._offset_on(first.device)
         if offset is None or offset is not self._offset:
             self._set_offset(torch.zeros_like(first) if offset is None else offset)
@@ -252,7 +154,7 @@ class CachePositions:
             return
         assert self._offset is not None
         held = max(layer.used for layer in layers)
-        newest = (_numbers(columns, padding) - self._offset[:, None]).amax()
+        newest = (numbers_of(columns, padding) - self._offset[:, None]).amax()
         if held == 0 or int(newest) <= 2 * held + columns.shape[1]:
             return
         each = enumerate(layers)
@@ -264,7 +166,8 @@ class CachePositions:
         for index, (layer, rotation) in enumerate(zip(layers, self._rotations, strict=True)):
             here = copies.on(shift, layer.columns.device)
             if rotation is not None:
-                layer.rewrite_keys(rotation.turned(layer.keys, -here))
+                angles = rotation.angles(-here[:, None, None], layer.keys)
+                layer.rewrite_keys(rotation.turned(layer.keys, *angles))
             # The sinks were moved along; the next token's arrival puts them in their place.
             turn = self._turn[index]
             self._turn[index] = (0 if turn is None else turn) - here
@@ -279,7 +182,7 @@ class CachePositions:
         others = columns[:, 0] >= (first + self.sinks)[:, None]
         oldest = columns[:, 0].masked_fill(~others, _FAR).amin(-1, keepdim=True)
         alone = oldest[:, 0] == _FAR
-        number = _numbers(oldest, _moved(padding, columns.device))[:, 0]
+        number = numbers_of(oldest, _moved(padding, columns.device))[:, 0]
         lag = (number - offset - self.sinks).masked_fill(alone, 0).clamp(min=0)
         gap = self._gap[index]
         gap = torch.full_like(lag, -1) if gap is None else gap
@@ -287,48 +190,43 @@ class CachePositions:
         self._gap[index] = gap
         return (lag - gap.clamp(min=0)).clamp(min=0)
 
-    def distance_closed(
-        self, index: int, columns: Tensor, padding: Tensor | None, first: Tensor
-    ) -> Tensor:
+    def distance_closed(self, at: LayerStep, columns: Tensor) -> Tensor:
         """By how much `[B, 1, S]` each slot moves on, for a bias that goes by position (ALiBi).
 
         Args:
-            index: the layer.
+            at: a forward at a layer, before its tokens are stored.
             columns: `[B, 1, S]`, of all slots that are attended to.
-            padding, first: see `anchor`.
         """
-        lag = self._lag(index, columns, padding, first)[:, None, None]
+        first = at.rows.first
+        lag = self._lag(at.index, columns, at.padding, first)[:, None, None]
         sink = (columns >= 0) & (columns < (first + self.sinks)[:, None, None])
         return torch.where(sink, lag, torch.zeros_like(lag))
 
-    def arrange(
-        self,
-        index: int,
-        slots: SlotLayer,
-        new: Tensor,
-        padding: Tensor | None,
-        first: Tensor,
-    ) -> None:
+    def arrange(self, at: LayerStep) -> Tensor:
         """Puts a layer's sinks in their place, once new tokens are stored.
 
         Args:
-            index: the layer.
-            slots: of it.
-            new: `[B, 1, Q]` columns of the new tokens.
-            padding: see `of_new`.
-            first: `[B]`, each row's first valid column.
+            at: a forward at a layer.
+
+        Returns:
+            the keys of all slots, `[B, Hkv, S, D]`.
         """
-        rotation = self._rotations[index]
-        if rotation is None or self.sinks == 0:
-            return
-        placement = self._placement(slots.columns, new, first)
+        rotation = self._rotations[at.index]
+        if rotation is not None and self.sinks > 0:
+            self._put_sinks(at, rotation)
+        return at.slots.keys
+
+    def _put_sinks(self, at: LayerStep, rotation: Rotation) -> None:
+        index, slots, first = at.index, at.slots, at.rows.first
+        placement = self._placement(slots.columns, at.slot_columns, first)
         self._take_home(index, slots, placement)
-        turn, now = self._lag(index, slots.columns, padding, first), self._turn[index]
+        turn, now = self._lag(index, slots.columns, at.padding, first), self._turn[index]
         if torch.equal(turn, torch.zeros_like(turn) if now is None else now):
             return
         home = self._home[index]
         assert home is not None
-        slots.rewrite_keys(rotation.turned(home, turn), placement.index, placement.there)
+        keys = rotation.turned(home, *rotation.angles(turn[:, None, None], home))
+        slots.rewrite_keys(keys, placement.index, placement.there)
         self._turn[index] = turn.clone()
 
     def _placement(self, columns: Tensor, new: Tensor, first: Tensor) -> _Placement:
@@ -359,9 +257,13 @@ class CachePositions:
         self._home[index] = came
 
 
+Inside = CachePositions | SlotPlaces
+"""How positions are assigned inside a cache."""
+
+
 def positions_for(
     policies: Sequence[TokenPolicy], base: Any, memory: dict[str, Any]
-) -> CachePositions | None:
+) -> Inside | None:
     """The positions that some policy wants assigned inside the cache; None if none does.
 
     Args:
@@ -370,42 +272,17 @@ def positions_for(
         memory: of the model, where its rotations are kept.
 
     Raises:
-        KVPruneError: policies that do not go together, or a model without RoPE.
+        KVPruneError: the model has no RoPE.
     """
-    asking = [p for p in leaves(policies) if p.sinks_before_window is not None]
-    if not asking:
+    parts = list(leaves(policies))
+    if not any(p.positions_in_cache for p in parts):
         return None
-    sinks = asking[0].sinks_before_window
-    evicting = [p for p in leaves(policies) if "rank_slots" in p.hooks]
-    other = [p for p in evicting if p.sinks_before_window != sinks]
-    if other:
-        raise KVPruneError(
-            f"{asking[0]!r} assigns positions inside the cache, which needs a window without "
-            f"gaps: expected no other policy that evicts, came {other!r}. Use "
-            f"positions='original' with them"
-        )
-    assert sinks is not None
     if "rotations" not in memory:
         memory["rotations"] = rotations_of(base)
-    return CachePositions(sinks, memory["rotations"], _limit(base))
-
-
-def _limit(base: Any) -> int | None:
-    """The position from which on a model's RoPE changes its frequencies."""
-    config = base.config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type")
-    if kind == "longrope":
-        return int(rope["original_max_position_embeddings"])
-    return int(config.max_position_embeddings) if kind == "dynamic" else None
-
-
-def _numbers(columns: Tensor, padding: Tensor | None) -> Tensor:
-    """How many valid tokens of its row come before each of `columns` `[B, n]`."""
-    if padding is None:
-        return columns
-    before = padding.long().cumsum(-1)
-    return columns - before.gather(-1, columns.clamp(0, padding.shape[1] - 1))
+    how = memory["rotations"], limit_of(base)
+    answers = {p.sinks_before_window for p in parts if "rank_slots" in p.hooks}
+    sinks = answers.pop() if len(answers) == 1 else None
+    return SlotPlaces(*how) if sinks is None else CachePositions(sinks, *how)
 
 
 def _moved(value: Tensor | None, device: torch.device) -> Tensor | None:

@@ -28,7 +28,7 @@ from .devices import named_weights
 from .errors import KVPruneError
 from .files import write_whole
 
-VERSION = "1"
+VERSION = "2"
 SAMPLES = 16
 
 

@@ -1,4 +1,4 @@
-"""One layer's slots: K, V, columns and statistics, which one gather moves together."""
+"""One layer's slots: K, V, columns and numbers per slot, which one gather moves together."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from .masks import Local
 from .statistics import statistic_dtype
 
+_ARRIVED = "arrived"
 SLACK = 8
 """Slots that may lie empty once a budget is full, before the buffers are made anew."""
 
@@ -20,13 +21,15 @@ class SlotLayer:
 
     Buffers have room for `capacity` slots, of which the first `used` are in use:
     `[B, Hkv, capacity, D]` for keys and values, `[B, 1|Hkv, capacity]` for columns,
-    `[B, Hkv, capacity]` for each statistic. A slot whose column is -1 is empty. Slots come
+    `[B, Hkv, capacity]` for each statistic and, with `arrivals`, for the position that a slot's
+    key came with (int32). A slot whose column is -1 is empty. Slots come
     in no order. While every row and head has an empty slot, `hole` `[B, 1|Hkv, 1]` says
     where, and the next single token is written there, in place. `full_for` is the number of a
     policy whose budget is full in every row and head, since when only single tokens came; None
-    where that is not known. `local` says what the layer's queries can see, None for everything.
-    `let_in` are the columns of a token that has taken the hole already, all of it but its keys and
-    values (see `kvprune.together`).
+    where that is not known. `whole` says that it is known that the layer lacks no valid token that
+    was read. `local` says what the layer's queries can see, None for everything. `let_in` are the
+    columns of a token that has taken the hole already, all of it but its keys, values and position
+    (see `kvprune.together`).
     """
 
     # What transformers asks of a cache's layers.
@@ -35,22 +38,30 @@ class SlotLayer:
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, statistics: tuple[str, ...] = (), local: Local | None = None) -> None:
+    def __init__(
+        self,
+        statistics: tuple[str, ...] = (),
+        local: Local | None = None,
+        arrivals: bool = False,
+    ) -> None:
         self.names = statistics
         self.local = local
+        self._arrivals = arrivals
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything and frees the buffers."""
         self.used = 0
         self.gaps = False
+        self.whole = True
         self.hole: Tensor | None = None
         self.full_for: int | None = None
         self.let_in: Tensor | None = None
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._columns: Tensor | None = None
-        self._statistics: dict[str, Tensor] = {}
+        # Numbers per slot: statistics, and with `arrivals` positions.
+        self._numbers: dict[str, Tensor] = {}
         self._record: list[tuple[Tensor | None, dict[str, Tensor]]] = []
 
     @property
@@ -79,7 +90,13 @@ class SlotLayer:
     @property
     def statistics(self) -> dict[str, Tensor]:
         """Each `[B, Hkv, S]`, views."""
-        return {name: value[..., : self.used] for name, value in self._statistics.items()}
+        held = self._numbers
+        return {name: held[name][..., : self.used] for name in self.names if name in held}
+
+    @property
+    def arrived(self) -> Tensor:
+        """The positions that the slots' keys came with, `[B, 1|Hkv, S]` int32, as `columns`."""
+        return self._numbers[_ARRIVED][:, : self.columns.shape[1], : self.used]
 
     @property
     def capacity(self) -> int:
@@ -95,16 +112,19 @@ class SlotLayer:
         """All that is held, for counting bytes."""
         held = (self._keys, self._values, self._columns, self.hole)
         yield from (t for t in held if t is not None)
-        yield from self._statistics.values()
+        yield from self._numbers.values()
 
     def numbers(self) -> dict[str, Any]:
         """With `named_tensors`, all that brings the layer back as it is (see `restore`)."""
-        return {"used": self.used, "capacity": self.capacity, "gaps": self.gaps}
+        numbers = {"used": self.used, "capacity": self.capacity}
+        return {**numbers, "gaps": self.gaps, "whole": self.whole}
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The slots in use, and the hole; `columns` is one object where layers share it."""
         held = {"keys": self.keys, "values": self.values, "columns": self.columns}
         held |= {f"statistics.{name}": value for name, value in self.statistics.items()}
+        if self._arrivals:
+            held["arrived"] = self._numbers[_ARRIVED][..., : self.used]
         return held if self.hole is None else {**held, "hole": self.hole}
 
     def restore(self, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -113,22 +133,31 @@ class SlotLayer:
         The room for more slots comes back too, since it decides when slots are moved, and their
         order decides how sums round. Statistics that nobody wants here are left out.
         """
-        self.used, self.gaps = numbers["used"], numbers["gaps"]
+        self.used, self.gaps, self.whole = numbers["used"], numbers["gaps"], numbers["whole"]
         self.hole = tensors.get("hole")
         room = numbers["capacity"] - self.used
         self._columns = _roomier(tensors["columns"], room, -1)
         self._keys = _roomier(tensors["keys"], room, 0)
         self._values = _roomier(tensors["values"], room, 0)
         stored = {name: tensors[f"statistics.{name}"] for name in self.names}
-        self._statistics = {name: _roomier(value, room, 0) for name, value in stored.items()}
+        if self._arrivals:
+            stored[_ARRIVED] = tensors["arrived"]
+        self._numbers = {name: _roomier(value, room, 0) for name, value in stored.items()}
 
     def narrow_statistics(self, names: tuple[str, ...]) -> None:
         """Forgets all statistics but these."""
         self.names = names
-        self._statistics = {n: s for n, s in self._statistics.items() if n in names}
+        kept = {*names, _ARRIVED}
+        self._numbers = {n: value for n, value in self._numbers.items() if n in kept}
 
     def append(
-        self, keys: Tensor, values: Tensor, columns: Tensor, complete: bool, in_hole: bool
+        self,
+        keys: Tensor,
+        values: Tensor,
+        columns: Tensor,
+        complete: bool,
+        in_hole: bool,
+        arrived: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Stores new tokens.
 
@@ -139,16 +168,17 @@ class SlotLayer:
             complete: whether none of the columns is -1.
             in_hole: whether a single token may take the hole, if there is one; else the new
                 tokens come behind the others, in order.
+            arrived: `[B, 1, Q]`, the positions that the keys came with; read with `arrivals`.
 
         Returns:
             keys and values of all slots in use.
         """
         if in_hole and self.hole is not None and not self._record:
-            self._fill(self.hole, keys, values, columns)
+            self._fill(self.hole, keys, values, columns, arrived)
             self.gaps = self.gaps or not complete
         else:
             self.gaps = self.gaps or self.hole is not None or not complete
-            self._extend(keys, values, columns)
+            self._extend(keys, values, columns, arrived)
         self.hole = self.let_in = None
         self.full_for = self.full_for if complete and columns.shape[-1] == 1 else None
         return self.keys, self.values
@@ -161,17 +191,27 @@ class SlotLayer:
             return self.columns.scatter(-1, self.hole, columns.expand_as(self.hole))
         return torch.cat([self.columns, columns.expand(-1, self.columns.shape[1], -1)], -1)
 
-    def _fill(self, hole: Tensor, keys: Tensor, values: Tensor, columns: Tensor) -> None:
-        assert self._columns is not None
+    def _fill(
+        self, hole: Tensor, keys: Tensor, values: Tensor, columns: Tensor, arrived: Tensor | None
+    ) -> None:
         self._keys = put(self._keys, hole, keys)
         self._values = put(self._values, hole, values)
+        if self._arrivals:
+            assert arrived is not None
+            where = hole.expand(-1, keys.shape[1], -1)
+            self._numbers[_ARRIVED] = put(
+                self._numbers[_ARRIVED], where, arrived.int().expand_as(where)
+            )
         if self.let_in is columns:
             return
         self._columns = put(self._columns, hole, columns.expand_as(hole))
-        for name, value in self._statistics.items():
-            self._statistics[name] = put(value, hole.expand(-1, value.shape[1], -1), 0)
+        for name in self.names:
+            where = hole.expand(-1, keys.shape[1], -1)
+            self._numbers[name] = put(self._numbers[name], where, 0)
 
-    def _extend(self, keys: Tensor, values: Tensor, columns: Tensor) -> None:
+    def _extend(
+        self, keys: Tensor, values: Tensor, columns: Tensor, arrived: Tensor | None
+    ) -> None:
         start, self.used = self.used, self.used + columns.shape[-1]
         if self._columns is None:
             # Not copied where it need not be: layers that hold the same columns share the
@@ -182,15 +222,19 @@ class SlotLayer:
             self._columns = _extended(self._columns, columns, start)
         self._keys = _extended(self._keys, keys, start)
         self._values = _extended(self._values, values, start)
-        for name in self.names:
-            zeros = torch.zeros_like(keys[..., 0], dtype=statistic_dtype(keys))
-            self._statistics[name] = _extended(self._statistics.get(name), zeros, start)
+        zeros = torch.zeros_like(keys[..., 0], dtype=statistic_dtype(keys))
+        numbers = dict.fromkeys(self.names, zeros)
+        if self._arrivals:
+            assert arrived is not None
+            numbers[_ARRIVED] = arrived.int().expand(zeros.shape)
+        for name, value in numbers.items():
+            self._numbers[name] = _extended(self._numbers.get(name), value, start)
 
     def observe(self, name: str, received: Tensor) -> None:
         """Adds to a statistic what each slot in use received, `[B, Hkv, S]`, detached."""
-        value = self._statistics[name]
+        value = self._numbers[name]
         if _watched(value):
-            self._statistics[name] = value + _widened(received, value.shape[-1], 0)
+            self._numbers[name] = value + _widened(received, value.shape[-1], 0)
         else:
             value[..., : self.used].add_(received)
 
@@ -214,14 +258,16 @@ class SlotLayer:
             keys = torch.where(there[..., None], keys, self._keys.gather(2, place))
         self._keys = put(self._keys, index, keys)
 
-    def keep(self, kept: Tensor, by: int | None = None) -> None:
+    def keep(self, kept: Tensor, by: int | None = None, loses: bool = True) -> None:
         """Drops every slot that is not named.
 
         Args:
             kept: `[B, 1|Hkv, S]` bool; with a head axis of Hkv the heads part ways.
             by: see `full_for`.
+            loses: whether valid tokens may be among what goes; see `whole`.
         """
         columns, self.full_for = self.columns.masked_fill(~kept, -1), by
+        self.whole = self.whole and not loses
         if self._record:
             self._columns, self.gaps = _widened(columns, self.capacity, -1), True
             return
@@ -251,7 +297,7 @@ class SlotLayer:
             return
         # Not in place: layers may share the tensor until one of them drops something.
         self._columns = self._columns.scatter(-1, gone, -1)
-        self.hole, self.full_for = gone, by
+        self.hole, self.full_for, self.whole = gone, by, False
 
     def alike(self) -> Hashable:
         """What layers must have in common to be full together; None where this one is not full."""
@@ -268,11 +314,12 @@ class SlotLayer:
 
     def borrow(self, columns: Tensor, statistics: dict[str, Tensor]) -> None:
         """Takes these in the place of its own, which are equal."""
-        self._columns, self._statistics = columns, dict(statistics)
+        self._columns = columns
+        self._numbers |= statistics
 
     def borrows(self, columns: Tensor, statistics: dict[str, Tensor]) -> bool:
         """Whether these very tensors are its columns and statistics."""
-        same = (self._statistics.get(name) is value for name, value in statistics.items())
+        same = (self._numbers.get(name) is value for name, value in statistics.items())
         return self._columns is columns and all(same)
 
     def record(self) -> None:
@@ -293,8 +340,8 @@ class SlotLayer:
         self.used, capacity = columns.shape[-1], self.capacity
         self._columns = _widened(columns, capacity, -1)
         for name, value in statistics.items():
-            self._statistics[name] = _widened(value, capacity, 0)
-        self.keep(columns >= 0)
+            self._numbers[name] = _widened(value, capacity, 0)
+        self.keep(columns >= 0, loses=False)
 
     def _compact(self, columns: Tensor, size: int) -> None:
         """Moves the `size` slots that stay to the front of new buffers, with one to spare."""
@@ -304,8 +351,8 @@ class SlotLayer:
         spare = 0 if _watched(self._keys, self._values) else 1
         self._keys = _gathered(self._keys, order, spare)
         self._values = _gathered(self._values, order, spare)
-        for name, value in self._statistics.items():
-            self._statistics[name] = _gathered(value, order, 1)
+        for name, value in self._numbers.items():
+            self._numbers[name] = _gathered(value, order, 1)
         self.used = size
 
     def select_rows(self, rows: Tensor) -> None:
@@ -317,8 +364,8 @@ class SlotLayer:
         self._values = self._values.index_select(0, rows)
         self._columns = self._columns.index_select(0, rows)
         self.hole = None if self.hole is None else self.hole.index_select(0, rows)
-        for name, value in self._statistics.items():
-            self._statistics[name] = value.index_select(0, rows)
+        for name, value in self._numbers.items():
+            self._numbers[name] = value.index_select(0, rows)
 
 
 def put(buffer: Tensor | None, hole: Tensor, new: Tensor | int) -> Tensor:

@@ -20,7 +20,7 @@ from .devices import Copies
 from .errors import KVPruneError
 from .masks import Local
 from .policy import Lengths, SlotView, TokenPolicy, TokenView, _Statistics
-from .positions import CachePositions
+from .positions import Inside
 from .slots import SlotLayer
 from .together import Together
 
@@ -205,7 +205,8 @@ class Step:
     included; same_rows: whether they are as before it.
     padding: see `padding_so_far`. prunes: whether policies are asked before the layers.
     drafts: how many tokens, at the end, may be taken back; they are never pruned.
-    position_ids: `[B, Q]` where positions are assigned inside the cache, by `inside`; else None.
+    position_ids: `[B, Q]` where positions are assigned inside the cache, by `inside`, of all its
+    tokens; else None.
     one_by_one: each layer treats them one by one, as something may be evicted in between.
 
     All tensors are where the model is handed its tokens. Where a layer is elsewhere, `columns_on`
@@ -222,7 +223,8 @@ class Step:
         drafts: int = 0,
         one_by_one: bool = False,
         group: Any = None,
-        inside: CachePositions | None = None,
+        inside: Inside | None = None,
+        position_ids: Tensor | None = None,
     ) -> None:
         self._pruners = [p for p in policies if "rank_hidden" in p.hooks]
         self._evicters = [p for p in policies if "rank_slots" in p.hooks]
@@ -230,7 +232,7 @@ class Step:
         self._group = group
         self.inside = inside
         columns = new.columns
-        self.position_ids = None if inside is None else inside.of_new(columns, new.padding)
+        self.position_ids = position_ids
         self._asked = asked
         self._places: Tensor | None = None
         self._parked: Tensor | None = None
@@ -255,6 +257,11 @@ class Step:
         self.same_rows = new.same_rows
         self.padding = new.padding
 
+    @property
+    def whole(self) -> bool:
+        """Whether none of its tokens was pruned so far."""
+        return self._places is None
+
     def columns_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """`columns` and `slot_columns` on a device; one object each for all layers there."""
         if self.columns.device == device:
@@ -266,7 +273,11 @@ class Step:
 
     def padding_on(self, device: torch.device) -> Tensor | None:
         """`padding` on a device."""
-        return None if self.padding is None else self._copies.on(self.padding, device)
+        return self.on(self.padding, device)
+
+    def on(self, tensor: Tensor | None, device: torch.device) -> Tensor | None:
+        """One of its tensors on a device, one object for all layers there."""
+        return None if tensor is None else self._copies.on(tensor, device)
 
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
         """Drops what no longer enters `layer`: `[B, Q, C]` to `[B, Q', C]`.
@@ -361,9 +372,18 @@ class Step:
         """What the attention function of a layer is handed, with the tokens that are left."""
         known = self._at.get(index)
         if known is None or known.columns is not self.columns:
-            seen = self.seen + self.count
+            positions = self.align(self.position_ids, self.columns.device)
             known = LayerStep(
-                self, index, slots, self.columns, self.slot_columns, self.complete, seen
+                step=self,
+                index=index,
+                slots=slots,
+                columns=self.columns,
+                slot_columns=self.slot_columns,
+                complete=self.complete,
+                seen=self.seen + self.count,
+                before=self.seen,
+                positions=positions,
+                origin=None if self.position_ids is None else self.position_ids[:, 0],
             )
             self._at[index] = known
         return known
@@ -376,13 +396,17 @@ class Step:
             self._previous = {n: s[..., -new:].clone() for n, s in slots.statistics.items()}
         if not self._evicters and slots.local is None:
             return
-        columns = self._in_sight(slots.local, slots.columns, at.seen)
-        if slots.full_for is not None and self.same_rows and columns is slots.columns:
+        # Once: below a budget, where there is room for more, each is a view of its own.
+        held = slots.columns
+        columns = self._in_sight(slots.local, held, at.seen)
+        if slots.full_for is not None and self.same_rows and columns is held:
             self._evict_next(at, slots.full_for)
             return
         view = self._view_of(at, columns, slots.statistics, at.rows)
         left = surviving_slots(self._evicters, view, several=new > 1)
-        if columns is not slots.columns:
+        # Not full any more, where a budget grew with the prompt.
+        slots.full_for = left.by
+        if columns is not held:
             slots.keep(_left(view.valid if left.kept is None else left.kept, left.gone))
         elif left.gone is not None:
             slots.free(left.gone, left.by)
@@ -453,7 +477,9 @@ class LayerStep:
     """One step, or a piece of one, at one layer: what the attention function is handed.
 
     index: the layer. columns: `[B, Q]` int64, of the queries; slot_columns: the same
-    `[B, 1, Q]`. complete: none of them is -1. seen: columns shown with these.
+    `[B, 1, Q]`. complete: none of them is -1. seen: columns shown with these; before: without.
+    Where positions are assigned inside the cache, and None elsewhere: positions: `[B, Q]`, those
+    of the queries; origin: `[B]`, that of the first token, which may be pruned by now.
     """
 
     step: Step
@@ -463,13 +489,19 @@ class LayerStep:
     slot_columns: Tensor
     complete: bool
     seen: int
+    before: int
+    positions: Tensor | None = None
+    origin: Tensor | None = None
 
     def on(self, device: torch.device) -> LayerStep:
         """The same where the layer is, if that is not where the step's tokens are."""
         if self.columns.device == device:
             return self
         columns, slot_columns = self.step.columns_on(device)
-        return replace(self, columns=columns, slot_columns=slot_columns)
+        positions, origin = (self.step.on(t, device) for t in (self.positions, self.origin))
+        return replace(
+            self, columns=columns, slot_columns=slot_columns, positions=positions, origin=origin
+        )
 
     @property
     def rows(self) -> RowNumbers:
@@ -483,13 +515,12 @@ class LayerStep:
 
     def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Appends new tokens `[B, Hkv, Q, D]`; returns all that the layer then holds."""
-        in_hole = self.step.count == 1
-        held = self.slots.append(keys, values, self.slot_columns, self.complete, in_hole)
-        inside = self.step.inside
-        if inside is None:
-            return held
-        inside.arrange(self.index, self.slots, self.slot_columns, self.padding, self.rows.first)
-        return self.slots.keys, self.slots.values
+        step, slots = self.step, self.slots
+        arrived = None if self.positions is None else self.positions[:, None]
+        in_hole = step.count == 1
+        held = slots.append(keys, values, self.slot_columns, self.complete, in_hole, arrived)
+        slots.whole = slots.whole and step.whole
+        return held if step.inside is None else (step.inside.arrange(self), slots.values)
 
     def pieces(self) -> Iterator[tuple[slice, LayerStep]]:
         """The tokens before the drafts together, then each draft by itself, on record."""
@@ -505,7 +536,17 @@ class LayerStep:
     def _piece(self, start: int, stop: int) -> LayerStep:
         columns = self.columns[:, start:stop]
         seen = self.seen - (self.columns.shape[1] - stop)
-        return replace(self, columns=columns, slot_columns=columns[:, None], seen=seen)
+        # Drafts are never pruned.
+        before = self.before if start == 0 else seen - (stop - start)
+        piece = replace(
+            self, columns=columns, slot_columns=columns[:, None], seen=seen, before=before
+        )
+        if self.positions is None:
+            return piece
+        positions = self.positions[:, start:stop]
+        return replace(
+            piece, positions=positions, origin=self.origin if start == 0 else positions[:, 0]
+        )
 
 
 def _left(kept: Tensor, gone: Tensor | None) -> Tensor:

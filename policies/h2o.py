@@ -11,13 +11,23 @@ Where the sources differ:
   the kept set after a step is the last `recent` slots, the new token included, and the best
   `heavy` of everything else.
 * With grouped-query attention the score of a key/value head sums over its query heads.
+* `positions="original"` keeps the positions that tokens came with. `positions="cache"` closes
+  the gaps that eviction leaves, by row and head, so that a stream may run on past the trained
+  context; each step then turns a copy of all keys, which is O(S D) a layer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kvprune.policy import Budget, Ranking, SlotView, TokenPolicy, split_share
+from kvprune.policy import (
+    Budget,
+    Ranking,
+    SlotView,
+    TokenPolicy,
+    check_positions,
+    split_share,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,15 +38,18 @@ class H2O(TokenPolicy):
         heavy: how many heavy hitters; tokens (int, 0 for none) or a share of the prompt
             (float).
         recent: how many recent slots, at least 1; tokens or a share of the prompt.
+        positions: "original", or "cache" (models with RoPE; a `position_ids` that the user hands
+            in is not looked at).
         layers: the layers it works on; None for all.
 
     Raises:
         KVPruneError: a budget that is negative, NaN, above 1.0 as a float, or `recent`
-            below 1.
+            below 1; other positions.
     """
 
     heavy: int | float = 0.1
     recent: int | float = 0.1
+    positions: str = "original"
 
     statistics = ("attention",)
     constant_budget = True
@@ -45,6 +58,12 @@ class H2O(TokenPolicy):
     def __post_init__(self) -> None:
         Budget(self.heavy, "H2O: heavy", least=0)
         Budget(self.recent, "H2O: recent")
+        check_positions(self.positions, "H2O")
+
+    @property
+    def positions_in_cache(self) -> bool:  # type: ignore[override]
+        """Whether positions are assigned inside the cache."""
+        return self.positions == "cache"
 
     def with_budget(self, share: float) -> H2O:
         """Heavy and recent in the proportion that they have; each is rounded for itself."""

@@ -12,7 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kvprune.errors import KVPruneError
-from kvprune.policy import Budget, Ranking, SlotView, TokenPolicy, split_share
+from kvprune.policy import (
+    Budget,
+    Ranking,
+    SlotView,
+    TokenPolicy,
+    check_positions,
+    split_share,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -23,8 +30,8 @@ class StreamingLLM(TokenPolicy):
         sinks: how many of a row's first tokens stay for good (int, 0 for none).
         window: how many of the newest other slots stay, at least 1; tokens (int) or a share
             of the prompt (float).
-        positions: "original", or "cache" (models with RoPE; no other policy that evicts beside
-            it; a `position_ids` that the user hands in is not looked at).
+        positions: "original", or "cache" (models with RoPE; a `position_ids` that the user hands
+            in is not looked at).
         layers: the layers it works on; None for all.
 
     Raises:
@@ -45,16 +52,17 @@ class StreamingLLM(TokenPolicy):
                 f"StreamingLLM: sinks={self.sinks!r}: expected a number of tokens (an int of at "
                 f"least 0)"
             )
-        if self.positions not in ("original", "cache"):
-            raise KVPruneError(
-                f"StreamingLLM: positions={self.positions!r}: expected 'original' (those that "
-                f"tokens came with) or 'cache' (assigned inside the cache)"
-            )
+        check_positions(self.positions, "StreamingLLM")
 
     @property
-    def sinks_before_window(self) -> int | None:  # type: ignore[override]
-        """The sinks, if positions are assigned inside the cache."""
-        return self.sinks if self.positions == "cache" else None
+    def positions_in_cache(self) -> bool:  # type: ignore[override]
+        """Whether positions are assigned inside the cache."""
+        return self.positions == "cache"
+
+    @property
+    def sinks_before_window(self) -> int:  # type: ignore[override]
+        """The sinks: behind them is the one gap that this leaves."""
+        return self.sinks
 
     def with_budget(self, share: float) -> StreamingLLM:
         """The window gets the share; the sinks, a few tokens whatever the prompt, come on top."""

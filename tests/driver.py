@@ -20,6 +20,7 @@ import kvprune
 from kvprune.attention import slot_attention
 from kvprune.cache import Attachment
 from kvprune.masks import LazyMask
+from kvprune.rotations import Rotation
 
 D = 8
 
@@ -65,12 +66,15 @@ class Driver:
         window: int | None = None,
         dtype: torch.dtype = torch.float64,
         sharpness: float = 2.0,
+        frequencies: Tensor | None = None,
     ) -> None:
         self.cache = kvprune.ComposedCache(policies)
         self.rows, self.heads, self.kv_heads = rows, heads, kv_heads
         self.attachment = Attachment("driver", 1, heads)
         self.base = _Base()
         self.base.__dict__["_kvprune"] = self.attachment
+        if frequencies is not None:
+            self.attachment.memory["rotations"] = [Rotation(frequencies, 0, interleaved=False)]
         self.cache.bind(self.attachment, self.base)
         self.window, self.dtype, self.sharpness = window, dtype, sharpness
         self.module = _Attention(heads // kv_heads)

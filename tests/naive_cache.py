@@ -29,18 +29,30 @@ def either(one: Rule, other: Rule) -> Rule:
 
 
 class NaiveHead:
-    """One row's one key/value head: a dict from a column to its key, value and score."""
+    """One row's one key/value head: a dict from a column to its key, value and score.
 
-    def __init__(self, rules: Sequence[Rule], first: int) -> None:
-        self.rules, self.first = rules, first
+    With frequencies, keys are turned from the position that they came with, which `arrived`
+    says, to their place among the slots.
+    """
+
+    def __init__(self, rules: Sequence[Rule], first: int, frequencies: Array | None) -> None:
+        self.rules, self.first, self.frequencies = rules, first, frequencies
         self.slots: dict[int, tuple[Array, Array, float]] = {}
+        self.arrived: dict[int, int] = {}
 
-    def read(self, columns: list[int], q: Array, k: Array, v: Array) -> Array:
-        """One forward: attends, scores, and lets each rule in turn drop some. `[G, Q, D]`."""
+    def read(self, columns: list[int], origin: int, q: Array, k: Array, v: Array) -> Array:
+        """One forward: attends, scores, and lets each rule in turn drop some. `[G, Q, D]`.
+
+        origin: the position of the first new token.
+        """
+        held = sorted(self.slots)
+        by = {c: origin - len(held) + i - self.arrived[c] for i, c in enumerate(held)}
         for i, column in enumerate(columns):
             self.slots[column] = (k[i], v[i], 0.0)
+            self.arrived[column] = origin + i
         present = sorted(self.slots)
-        keys, values = (np.array([self.slots[c][part] for c in present]) for part in (0, 1))
+        keys = np.array([self._turned(self.slots[c][0], by.get(c, 0)) for c in present])
+        values = np.array([self.slots[c][1] for c in present])
         scaling = q.shape[-1] ** -0.5
         outputs, received = attend(q, keys, values, columns, present, scaling)
         for j, column in enumerate(present):
@@ -52,12 +64,19 @@ class NaiveHead:
             self.slots = {column: self.slots[column] for column in stay}
         return outputs
 
+    def _turned(self, key: Array, by: int) -> Array:
+        if self.frequencies is None:
+            return key
+        a, b = np.split(key, 2)
+        cosine, sine = np.cos(by * self.frequencies), np.sin(by * self.frequencies)
+        return np.concatenate([a * cosine - b * sine, b * cosine + a * sine])
+
 
 class NaiveCache:
     """Rows of heads, with the columns seen and what each row's mask is."""
 
-    def __init__(self, rules: Sequence[Rule]) -> None:
-        self.rules = rules
+    def __init__(self, rules: Sequence[Rule], frequencies: Array | None = None) -> None:
+        self.rules, self.frequencies = rules, frequencies
         self.rows: list[list[NaiveHead]] = []
         self.seen = 0
         # Before each token that can be taken back.
@@ -68,7 +87,11 @@ class NaiveCache:
         count, self.past = q.shape[2], []
         if not self.rows:
             firsts = [self.seen + p for p in padding]
-            self.rows = [[NaiveHead(self.rules, f) for _ in range(k.shape[1])] for f in firsts]
+            self.rows = [
+                [NaiveHead(self.rules, f, self.frequencies) for _ in range(k.shape[1])]
+                for f in firsts
+            ]
+        origins = [max(len(head.slots) for head in heads) for heads in self.rows]
         parts = [[i] for i in range(count)] if drafts else [list(range(count))]
         outputs: list[list[Array]] = [[] for _ in self.rows]
         for part in parts:
@@ -76,18 +99,22 @@ class NaiveCache:
             for row, heads in enumerate(self.rows):
                 mine = [i for i in part if i >= padding[row]]
                 if mine:
-                    outputs[row].append(self._read_row(heads, mine, q[row], k[row], v[row]))
+                    origin = origins[row] + mine[0] - padding[row]
+                    new = self._read_row(heads, mine, origin, q[row], k[row], v[row])
+                    outputs[row].append(new)
         self.seen += count
         return [np.concatenate(each, 1) for each in outputs]
 
     def _read_row(
-        self, heads: list[NaiveHead], new: list[int], q: Array, k: Array, v: Array
+        self, heads: list[NaiveHead], new: list[int], origin: int, q: Array, k: Array, v: Array
     ) -> Array:
         groups = len(q) // len(heads)
         columns = [self.seen + i for i in new]
         return np.concatenate(
             [
-                head.read(columns, q[h * groups : (h + 1) * groups, new], k[h, new], v[h, new])
+                head.read(
+                    columns, origin, q[h * groups : (h + 1) * groups, new], k[h, new], v[h, new]
+                )
                 for h, head in enumerate(heads)
             ]
         )

@@ -57,6 +57,12 @@ POLICIES = [
         lambda n: n,
         lambda: H2O(heavy=500, recent=500),
     ),
+    Listed(
+        "h2o-inside",
+        lambda n: H2O(heavy=n // 2, recent=n - n // 2, positions="cache"),
+        lambda n: n,
+        lambda: H2O(heavy=500, recent=500, positions="cache"),
+    ),
     Listed("h2o-recent-only", lambda n: H2O(heavy=0, recent=n), lambda n: n, lambda: H2O(0, 500)),
     Listed(
         "streaming",
@@ -83,18 +89,14 @@ POLICIES = [
 EVICTING = [p for p in POLICIES if p.bound is not None]
 
 
-def compatible(policies: list[Listed]) -> bool:
-    """Whether they can be in one cache: positions inside it are for one kind of eviction."""
-    answers = {
-        part.sinks_before_window for p in policies if p.bound for part in leaves([p.make(4)])
-    }
-    return len(answers) <= 1
-
-
-def inside(policies: Iterable[kvprune.TokenPolicy]) -> int | None:
+def inside(policies: Iterable[kvprune.TokenPolicy]) -> dict[str, Any]:
     """What a policy that stands for others, or stands beside them, answers about positions."""
-    answers = {p.sinks_before_window for p in leaves(policies)} - {None}
-    return answers.pop() if answers else None
+    parts = list(leaves(policies))
+    answers = {p.sinks_before_window for p in parts if "rank_slots" in p.hooks}
+    return {
+        "positions_in_cache": any(p.positions_in_cache for p in parts),
+        "sinks_before_window": answers.pop() if len(answers) == 1 else None,
+    }
 
 
 listed = st.sampled_from(POLICIES)
@@ -108,14 +110,14 @@ seeds = st.integers(0, 2**16)
 @st.composite
 def pipelines(draw: st.DrawFn, most: int = 3) -> tuple[list[Listed], list[int]]:
     """Some listed policies, with a budget each."""
-    chosen = draw(st.lists(listed, min_size=0, max_size=most).filter(compatible))
+    chosen = draw(st.lists(listed, min_size=0, max_size=most))
     return chosen, [draw(budgets) for _ in chosen]
 
 
 @st.composite
 def evicting_pipelines(draw: st.DrawFn, least: int, most: int) -> list[tuple[Listed, int]]:
     """Some listed policies that evict, with a budget each."""
-    chosen = draw(st.lists(evicting, min_size=least, max_size=most).filter(compatible))
+    chosen = draw(st.lists(evicting, min_size=least, max_size=most))
     return [(p, draw(budgets)) for p in chosen]
 
 

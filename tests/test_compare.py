@@ -98,8 +98,8 @@ def test_every_cell_is_run_and_written(folder, tmp_path):
         + [(" ".join(p.split()), b) for p in policies[:3] for b in (0.5, 0.25)]
     )
     assert {c.policy for c in of_one if c.label == "h2o"} == {
-        "H2O(heavy=0.25, recent=0.25)",
-        "H2O(heavy=0.125, recent=0.125)",
+        "H2O(heavy=0.25, recent=0.25, positions='original')",
+        "H2O(heavy=0.125, recent=0.125, positions='original')",
     }
     assert found.results.units == {"echo": "letters", "likely": "nats a token"}
     assert found.results.floors == {"echo": 0.25}

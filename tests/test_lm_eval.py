@@ -311,7 +311,10 @@ def test_results_say_what_reading_cost(recalling_folder):
     assert results.units == {"seen": "acc", "seen_said": "exact_match"}
     assert len(results.samples) == 80 and not results.failures
     for sample in results.samples:
-        assert sample.cell.policy == "H2O(heavy=2, recent=2)" and sample.cell.label == TINY
+        assert (
+            sample.cell.policy == "H2O(heavy=2, recent=2, positions='original')"
+            and sample.cell.label == TINY
+        )
         text = output["samples"]["seen"][sample.sample]["arguments"][0][0]
         count = len(lm.tokenizer.encode(text))
         assert sample.cost.prompt_tokens == count

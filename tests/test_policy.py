@@ -53,10 +53,11 @@ def test_newest_is_by_column_whatever_the_order(columns, counts, kind):
 
 def test_repr_can_be_read_and_typed():
     """Fields in the order of the constructor; `layers` only where it restricts."""
-    assert repr(H2O()) == "H2O(heavy=0.1, recent=0.1)"
-    assert repr(H2O(3, 4, layers=[1])) == "H2O(heavy=3, recent=4, layers=[1])"
+    assert repr(H2O()) == "H2O(heavy=0.1, recent=0.1, positions='original')"
+    assert repr(H2O(3, 4, layers=[1])) == "H2O(heavy=3, recent=4, positions='original', layers=[1])"
     assert repr(H2O() | StreamingLLM()) == (
-        "H2O(heavy=0.1, recent=0.1) | StreamingLLM(sinks=4, window=1020, positions='original')"
+        "H2O(heavy=0.1, recent=0.1, positions='original') | "
+        "StreamingLLM(sinks=4, window=1020, positions='original')"
     )
     assert eval(repr(H2O(3, 4, layers=[1]))) == H2O(3, 4, layers=[1])
 

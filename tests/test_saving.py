@@ -224,8 +224,8 @@ def test_another_version_and_other_files_are_refused(tmp_path):
     """Each says what was expected and what came."""
     path = tmp_path / "cache"
     path.write_bytes(written()[0])
-    rewritten(path, kvprune_cache="2")
-    with pytest.raises(KVPruneError, match=r"expected version 1 .* came '2'"):
+    rewritten(path, kvprune_cache="3")
+    with pytest.raises(KVPruneError, match=r"expected version 2 .* came '3'"):
         load(path)
     save_file({"weight": torch.ones(3)}, path)
     with pytest.raises(KVPruneError, match="came another"):
@@ -242,7 +242,7 @@ def test_the_numbers_are_json_and_say_what_was_saved(tmp_path):
     with safe_open(path, framework="pt") as file:
         numbers = json.loads(file.metadata()["numbers"])
     assert numbers["seen"] == 19 and len(numbers["layers"]) == LAYERS
-    assert numbers["policies"][1] == "H2O(heavy=3, recent=3)"
+    assert numbers["policies"][1] == "H2O(heavy=3, recent=3, positions='original')"
     assert numbers["model"]["name"] == "LlamaModel"
 
 
@@ -307,7 +307,9 @@ def test_a_statistic_that_was_not_observed_is_refused(tmp_path):
         cache.save(tmp_path / "cache")
         with pytest.raises(KVPruneError) as caught:
             kvprune.ComposedCache.load(tmp_path / "cache", [H2O(4, 4)], tiny_model())
-        assert repr(policy) in str(caught.value) and "H2O(heavy=4, recent=4)" in str(caught.value)
+        assert repr(policy) in str(
+            caught.value
+        ) and "H2O(heavy=4, recent=4, positions='original')" in str(caught.value)
 
 
 def test_other_policies_count_from_the_next_step_on(tmp_path):

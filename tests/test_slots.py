@@ -49,9 +49,10 @@ def test_a_decode_step_neither_concatenates_nor_gathers_the_cache(policy):
     assert ops.big("gather", "index_select", "clone", "copy_") <= 401
 
 
-def test_below_the_budget_buffers_grow_geometrically():
+@pytest.mark.parametrize("policies", [[], [H2O(300, 300)], [StreamingLLM(4, 600)]], ids=repr)
+def test_below_the_budget_buffers_grow_geometrically(policies):
     """So that n steps move O(n) bytes, not O(n^2)."""
-    driver, moves, place = Driver([], 1, 2, 2), 0, 0
+    driver, moves, place = Driver(policies, 1, 2, 2), 0, 0
     for _ in range(400):
         driver.step(driver.tokens(1))
         now = driver.cache.layers[0]._keys.data_ptr()

@@ -24,7 +24,13 @@ from .strategies import sdtp_heads
 shares = st.floats(0.0, 1.0, exclude_min=True)
 tokens = st.integers(1, 10**6)
 some_layers = st.none() | st.lists(st.integers(0, 40), unique=True).map(sorted)
-h2o = st.builds(H2O, st.just(0) | tokens | shares, tokens | shares, layers=some_layers)
+h2o = st.builds(
+    H2O,
+    st.just(0) | tokens | shares,
+    tokens | shares,
+    st.sampled_from(["original", "cache"]),
+    layers=some_layers,
+)
 streaming = st.builds(
     StreamingLLM,
     st.integers(0, 9),
@@ -138,7 +144,9 @@ def test_a_policy_of_the_user_s_own_needs_no_registration():
     """`module:Class` names it, and is what is written of it."""
     spec = f"{__name__}:Mine(heavy=3, colour='blue')|h2o"
     assert parse(spec) == [Mine(3, colour="blue") | H2O()]
-    assert canonical(parse(spec)).startswith(f"{__name__}:Mine(heavy=3, recent=0.1, colour='blue')")
+    assert canonical(parse(spec)).startswith(
+        f"{__name__}:Mine(heavy=3, recent=0.1, positions='original', "
+    )
     assert parse(canonical(parse(spec))) == parse(spec)
 
 

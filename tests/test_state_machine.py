@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import kvprune
+from kvprune.composition import leaves
 from kvprune.policies import H2O, StreamingLLM
 from kvprune.slots import SLACK
 
@@ -30,7 +31,13 @@ PIPELINES: list[tuple[list[kvprune.TokenPolicy], list[Rule]]] = [
     ([StreamingLLM(1, 7), H2O(2, 3)], [sinks_and_window(1, 7), heavy_hitters(2, 3)]),
     ([H2O(4, 4), StreamingLLM(2, 5)], [heavy_hitters(4, 4), sinks_and_window(2, 5)]),
     ([H2O(2, 2) | StreamingLLM(2, 3)], [either(heavy_hitters(2, 2), sinks_and_window(2, 3))]),
+    ([H2O(3, 2, positions="cache")], [heavy_hitters(3, 2)]),
+    (
+        [StreamingLLM(1, 7), H2O(2, 2, positions="cache") | StreamingLLM(2, 3)],
+        [sinks_and_window(1, 7), either(heavy_hitters(2, 2), sinks_and_window(2, 3))],
+    ),
 ]
+FREQUENCIES = torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=torch.float64)
 
 counts = st.integers(1, 6)
 
@@ -48,8 +55,9 @@ class CacheMachine(RuleBasedStateMachine):
     def begin(self, chosen, rows, heads, seed, grad):
         policies, rules = chosen
         self.evicts = bool(policies)
-        self.driver = Driver(policies, rows, *heads, seed=seed)
-        self.naive = NaiveCache(rules)
+        inside = any(p.positions_in_cache for p in leaves(policies))
+        self.driver = Driver(policies, rows, *heads, seed=seed, frequencies=FREQUENCIES)
+        self.naive = NaiveCache(rules, FREQUENCIES.numpy() if inside else None)
         self.recording, self.grad = False, grad
 
     @property
