@@ -135,8 +135,9 @@ class _Blocks:
         mass = self.query.new_zeros(rows, heads, size, dtype=dtype)
         outputs = {}
         for place in chain.from_iterable(self.places(worker, self.workers)):
+            row, head, _ = place
             outputs[place], votes = self._block(place, groups, room, dtype)
-            mass[place[0], place[1], : len(votes)] += votes
+            mass[row, head, : votes.shape[-1]] += votes
         return outputs, mass
 
     def _block(

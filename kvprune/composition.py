@@ -69,8 +69,8 @@ class Survivors:
     kept: `[B, 1|Hkv, S]` bool; None where all stay, or where `gone` says it.
     gone: `[B, 1|Hkv, 1]` int64, instead of `kept`, where it is known that one slot goes in every
         row and head.
-    by: the policy, by its number, whose budget is full in every row and head, if all promise that
-        it alone costs the next token a slot: those before it let more pass, those behind it too.
+    by: the policy, by its number, whose budget is full in every row and head, if it is the only one
+        that evicts here and promises that each new token then costs one slot.
     """
 
     kept: Tensor | None = None
@@ -87,7 +87,8 @@ def surviving_slots(policies: Sequence[TokenPolicy], slots: SlotView, several: b
         several: whether this forward had several tokens; only then is NaN looked for.
     """
     before, heads, by = slots.valid, slots.keys.shape[1], None
-    promised = all(p.constant_budget for p in policies)
+    # Of one alone: what another evicts may lower a budget, as that of sinks which are gone.
+    alone = [p.constant_budget for p in policies if p.applies(slots.layer)] == [True]
     for number, policy in enumerate(policies):
         ranking = answer_of(policy, "rank_slots", slots)
         if ranking is None:
@@ -95,7 +96,7 @@ def surviving_slots(policies: Sequence[TokenPolicy], slots: SlotView, several: b
         check_ranking(policy, ranking, slots.columns, heads, look_for_nan=several)
         selection = Selection(ranking, slots.columns, slots.valid)
         if not selection.nothing_goes:
-            by = number if promised and selection.full else None
+            by = number if alone and selection.full else None
         if selection.one_goes and slots.valid is before and number == len(policies) - 1:
             return Survivors(gone=selection.gone(), by=by)
         if not selection.nothing_goes:

@@ -70,6 +70,12 @@ class SlotLayer:
         return self._keys is not None
 
     @property
+    def device(self) -> torch.device:
+        """Where the layer is."""
+        assert self._keys is not None
+        return self._keys.device
+
+    @property
     def keys(self) -> Tensor:
         """`[B, Hkv, S, D]`, a view."""
         assert self._keys is not None
@@ -222,13 +228,19 @@ class SlotLayer:
             self._columns = _extended(self._columns, columns, start)
         self._keys = _extended(self._keys, keys, start)
         self._values = _extended(self._values, values, start)
-        zeros = torch.zeros_like(keys[..., 0], dtype=statistic_dtype(keys))
-        numbers = dict.fromkeys(self.names, zeros)
+        for name, value in self._new_numbers(keys, arrived).items():
+            self._numbers[name] = _extended(self._numbers.get(name), value, start)
+
+    def _new_numbers(self, keys: Tensor, arrived: Tensor | None) -> dict[str, Tensor]:
+        """New tokens' numbers, each `[B, Hkv, Q]`."""
+        numbers: dict[str, Tensor] = {}
+        if self.names:
+            zeros = torch.zeros_like(keys[..., 0], dtype=statistic_dtype(keys))
+            numbers |= dict.fromkeys(self.names, zeros)
         if self._arrivals:
             assert arrived is not None
-            numbers[_ARRIVED] = arrived.int().expand(zeros.shape)
-        for name, value in numbers.items():
-            self._numbers[name] = _extended(self._numbers.get(name), value, start)
+            numbers[_ARRIVED] = arrived.int().expand(keys.shape[:3])
+        return numbers
 
     def observe(self, name: str, received: Tensor) -> None:
         """Adds to a statistic what each slot in use received, `[B, Hkv, S]`, detached."""

@@ -390,7 +390,7 @@ class Step:
 
     def evict(self, at: LayerStep) -> None:
         """Asks the policies after a layer's attention and drops what none keeps."""
-        at = at.on(at.slots.keys.device)
+        at = at.on(at.slots.device)
         new, slots = at.columns.shape[1], at.slots
         if self.prunes and at.seen <= self.seen + self.count - self.drafts:
             self._previous = {n: s[..., -new:].clone() for n, s in slots.statistics.items()}

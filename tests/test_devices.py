@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kvprune
 from kvprune import KVPruneError
 from kvprune.evaluation.likelihood import read
-from kvprune.evaluation.reader import CacheReader
+from kvprune.evaluation.reader import CacheReader, Reading
 from kvprune.evaluation.watch import Watch
 from kvprune.policies import H2O, SDTP, StreamingLLM
 from kvprune.policies.sdtp import saliency
@@ -310,9 +310,10 @@ def test_what_a_comparison_reads(devices, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
     ids, found = prompt(1, 30)[0].tolist(), []
     for model in (spread(fresh_model()), tiny_model()):
-        reader = CacheReader(model, Letters(), ids, [H2O(4, 7)])
+        lead = Reading.of(model, ids, kvprune.ComposedCache([H2O(4, 7)]))
+        reader = CacheReader(model, Letters(), lead)
         said = reader.generate(5)
-        found.append((said, reader.entered, reader._kept, reader.cache.seen))
+        found.append((said, lead.entered, reader._kept, reader.cache.seen))
     assert found[0] == found[1]
     assert set(waited) == {ZERO, ONE}
 

@@ -25,7 +25,7 @@ def as_on_a_gpu(monkeypatch) -> None:
 @pytest.fixture
 def no_blocks(monkeypatch) -> None:
     """The CPU's way fails."""
-    monkeypatch.setattr(attention, "_block_by_block", None)
+    monkeypatch.setattr(attention, "block_by_block", None)
 
 
 @pytest.mark.parametrize("masked", [1, 900, 1 << 26])
@@ -36,7 +36,7 @@ def test_every_step_is_that_of_the_cpu(family, name, padding, masked, as_on_a_gp
     """Blocks of one query, of a few and of all."""
     monkeypatch.setattr(fused, "MASKED", masked)
     expected = on_the_cpu(family, POLICIES[name](), STEPS, [0, padding])
-    monkeypatch.setattr(attention, "_block_by_block", None)
+    monkeypatch.setattr(attention, "block_by_block", None)
     assert_same(follow(tiny_model(family), POLICIES[name](), STEPS, [0, padding]), expected)
 
 
@@ -54,7 +54,7 @@ def test_drafts_are_attended_to_one_by_one(as_on_a_gpu, no_blocks):
     assert torch.equal(*tokens)
 
 
-def test_chunks_sinks_and_soft_caps_go_block_by_block(as_on_a_gpu):
+def test_chunks_sinks_and_soft_caps_goblock_by_block(as_on_a_gpu):
     """What no kernel of ours knows; the numbers are the CPU's, bit for bit."""
     for family, options in (
         ("llama4_text", {"attention_chunk_size": 9, "head_dim": 8, "num_local_experts": 2}),

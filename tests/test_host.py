@@ -18,8 +18,7 @@ FIXED = {
     "H2O": [H2O(4, 4)],
     "H2O, shares": [H2O(0.3, 0.2)],
     "StreamingLLM": [StreamingLLM(2, 6)],
-    "the second is full": [H2O(6, 6), StreamingLLM(2, 6)],
-    "the first is full": [StreamingLLM(2, 6), H2O(6, 6)],
+    "by layers": [H2O(4, 4, layers=[0, 2]), StreamingLLM(2, 6, layers=[1, 3])],
 }
 
 

@@ -234,7 +234,7 @@ class Checked(kvprune.ComposedCache):
         keys, values = super().update(key_states, value_states, layer_idx)
         step, rotation = self.step, self._rotation(layer_idx)
         self.first = step.position_ids[:, 0]
-        positions = step.align(step.position_ids)
+        positions = step.align(step.position_ids, key_states.device)
         back = rotation.turned(key_states, *rotation.angles(-positions[:, None], key_states))
         columns = self.layers[layer_idx].columns.expand(-1, keys.shape[1], -1)
         for row, head in torch.cartesian_prod(*map(torch.arange, keys.shape[:2])).tolist():

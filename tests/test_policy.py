@@ -231,3 +231,18 @@ def test_scores_of_padding_do_not_matter(policy):
     with torch.no_grad():
         tiny_model()(ids, attention_mask=mask, past_key_values=cache)
     assert cache.columns(0)[:, 0].tolist() == [[15, 16, 17, 18, 19]] * 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_one_evicts_may_lower_the_budget_of_another(seed):
+    """A sink that H2O drops leaves StreamingLLM with its window alone, in decoding too."""
+
+    @dataclass(frozen=True, repr=False)
+    class PromisesNothing(StreamingLLM):
+        constant_budget = False
+
+    found = []
+    for streaming in (StreamingLLM(2, 3), PromisesNothing(2, 3)):
+        cache = kvprune.ComposedCache([H2O(2, 2), streaming])
+        found.append(tiny_model().generate(prompt(1, 2, seed), cache=cache, max_new_tokens=20))
+    assert torch.equal(*found)

@@ -111,7 +111,7 @@ def own_flops(model: Any) -> Iterator[list[float]]:
     layers = zip(decoder_layers(base), linear_layers(base), strict=True)
     attentions = [attention_of(base, layer) for layer, linear in layers if not linear]
     meter = _Meter()
-    with meter.before(decoder_layers(base)), meter.after(attentions):
+    with meter.before(decoder_layers(base)), meter.after([*attentions, base]):
         yield meter.counted
 
 

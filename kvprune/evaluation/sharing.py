@@ -100,7 +100,7 @@ def grouped(jobs: Sequence[Job], layers: int) -> tuple[list[Group], list[Job]]:
 
 def _separable(policies: Sequence[TokenPolicy]) -> bool:
     """Whether no policy both prunes and evicts, or assigns positions."""
-    inside = any(p.sinks_before_window is not None for p in leaves(policies))
+    inside = any(p.positions_in_cache for p in leaves(policies))
     return not inside and all(len(p.hooks) <= 1 for p in policies)
 
 

@@ -32,7 +32,7 @@ HALF = [torch.float16, torch.bfloat16]
 @pytest.fixture
 def no_blocks(monkeypatch) -> None:
     """The CPU's way fails."""
-    monkeypatch.setattr(attention, "_block_by_block", None)
+    monkeypatch.setattr(attention, "block_by_block", None)
 
 
 @needs_triton
