@@ -150,7 +150,8 @@ def family_model(family: str, backend: str | None = None) -> PreTrainedModel:
     options = {"experts_implementation": "eager"}
     if backend is not None:
         options["attn_implementation"] = backend
-    with torch.random.fork_rng():
+    # Whoever asks first: what RoPE is made of is not float32 for those that ask later.
+    with torch.random.fork_rng(), StaysDouble():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(family_config(family), **options)
         for parameter in model.parameters():
