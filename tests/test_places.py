@@ -406,13 +406,13 @@ def test_layers_that_turn_alike_share_their_angles():
 
 def test_it_is_exact_in_float32_however_long_the_stream():
     """Nothing adds up: the error against float64 does not grow."""
-    ids, steps = prompt(1, 400), [100, *[1] * 300]
-    rules = [heavy_hitters(16, 16)]
+    ids, steps = prompt(1, 200), [50, *[1] * 150]
+    rules = [heavy_hitters(8, 8)]
     expected = raw_logits(model_of("llama", backend="eager"), rules, ids, steps)
     model = kvprune.attach(model_of("llama", dtype=torch.float32))
-    got = our_logits(model, kvprune.ComposedCache([H2O(16, 16, positions="cache")]), ids, steps)
+    got = our_logits(model, kvprune.ComposedCache([H2O(8, 8, positions="cache")]), ids, steps)
     error = (got.double() - expected).abs().flatten(0, 1).amax(-1)
-    assert float(error[300:].mean()) <= 2 * float(error[:100].mean())
+    assert float(error[150:].mean()) <= 2 * float(error[:50].mean())
 
 
 def test_gradients_reach_keys_that_were_turned():
