@@ -164,6 +164,9 @@ def _cache_in(
         cache = argument(module, args, kwargs, name)
         if isinstance(cache, ComposedCache):
             return cache
+        if name in kwargs:
+            # No module has both; also, models that are used without a cache of ours come here.
+            return None
     return None
 
 

@@ -496,6 +496,12 @@ class ComposedCache(Cache):
                 f"activate_past_recording() before a forward that may have to be undone, or take "
                 f"a copy.deepcopy of the cache"
             )
+        if back > self._recorded and self._observe:
+            raise KVPruneError(
+                f"crop: what {list(self._observe)} counted of the columns that go cannot be taken "
+                f"back: expected at most the {self._recorded} columns that were recorded. Call "
+                f"activate_past_recording() first, or take a copy.deepcopy of the cache"
+            )
         if back > self._recorded:
             self._check_still_there(self.seen - back)
         self.seen -= back
@@ -630,6 +636,15 @@ class ComposedCache(Cache):
             del self._open["step"]
             raise
         self._open["step"] = (_this_thread(), step)
+        try:
+            self._make_way(step)
+        except BaseException:
+            self._failure = "an error came at the beginning of a forward"
+            del self._open["step"]
+            raise
+
+    def _make_way(self, step: Step) -> None:
+        """What a forward does to slots before its layers run."""
         if step.padding is not self._padding:
             self._hide(step.padding)
         if step.count == 1 and not step.one_by_one:
@@ -658,7 +673,7 @@ class ComposedCache(Cache):
             new,
             asked,
             drafts,
-            one_by_one=drafts > 0 and self._drops,
+            one_by_one=drafts > 0 and (self._drops or bool(self._observe)),
             group=self._attachment.group,
             inside=self._positions,
             position_ids=position_ids,
@@ -736,7 +751,9 @@ class ComposedCache(Cache):
             shape = (*layer.columns.shape[:2], -1)
             here = new.to(layer.columns.device)[:, None].expand(shape)
             hidden = here.gather(-1, layer.columns.clamp(min=0))
-            layer.keep((layer.columns >= 0) & ~hidden, loses=False)
+            # Of positions inside the cache, others may have to close up.
+            loses = self._positions is not None
+            layer.keep((layer.columns >= 0) & ~hidden, loses=loses)
 
     def _newly_hidden(self, padding: Tensor | None) -> Tensor:
         """Which of the columns seen so far a forward's mask is the first to hide, `[B, seen]`."""

@@ -102,7 +102,7 @@ class SlotPlaces:
             at: a forward at a layer.
         """
         slots, rotation = at.slots, self._rotations[at.index]
-        if rotation is None or slots.whole:
+        if rotation is None or slots.whole or at.before == 0:
             return slots.keys
         place, held = _places(at, slots.columns)
         assert at.origin is not None

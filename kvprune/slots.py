@@ -313,8 +313,7 @@ class SlotLayer:
 
     def alike(self) -> Hashable:
         """What layers must have in common to be full together; None where this one is not full."""
-        whole = self.hole is None and self.used == self.capacity and not self._record
-        if self.full_for is None or not whole:
+        if self.full_for is None or self.hole is not None or self._record:
             return None
         return (
             self.full_for,

@@ -372,7 +372,9 @@ class Step:
         """What the attention function of a layer is handed, with the tokens that are left."""
         known = self._at.get(index)
         if known is None or known.columns is not self.columns:
-            positions = self.align(self.position_ids, self.columns.device)
+            device = self.columns.device
+            positions = self.align(self.position_ids, device)
+            origin = None if self.position_ids is None else self.position_ids[:, 0]
             known = LayerStep(
                 step=self,
                 index=index,
@@ -383,7 +385,7 @@ class Step:
                 seen=self.seen + self.count,
                 before=self.seen,
                 positions=positions,
-                origin=None if self.position_ids is None else self.position_ids[:, 0],
+                origin=None if origin is None else origin.to(device),
             )
             self._at[index] = known
         return known

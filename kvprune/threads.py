@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -27,23 +28,26 @@ def in_threads(work: Callable[[int], Found], count: int, at_once: bool = True) -
     threads = torch.get_num_threads()
     if torch.compiler.is_compiling() or not at_once or min(count, threads) == 1 or _watched():
         return [work(number) for number in range(count)]
-    inference = torch.is_inference_mode_enabled()
+    inference, ready = torch.is_inference_mode_enabled(), Barrier(count + 1)
 
     def run(number: int) -> Found:
-        # Modes and numbers of threads are each thread's own.
+        # Modes and numbers of threads are each thread's own; asked first, or torch would set the
+        # number once more when the thread first computes.
+        torch.get_num_threads()
         torch.set_num_threads(max(threads // count, 1))
+        ready.wait()
         with torch.inference_mode(inference), torch.no_grad():
             return work(number)
 
     with ThreadPoolExecutor(count) as pool:
-        try:
-            return list(pool.map(run, range(count)))
-        finally:
-            # Also what threads that begin later start out with.
-            torch.set_num_threads(threads)
+        found = [pool.submit(run, number) for number in range(count)]
+        ready.wait()
+        # A thread's number is also what others start out with: it is put right before they can.
+        torch.set_num_threads(threads)
+        return [each.result() for each in found]
 
 
 def _watched() -> bool:
-    """Whether something looks at this thread's operations that sees no other's."""
+    """Whether something meddles with this thread's operations and with no other's."""
     modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
-    return modes > 0 or torch.autograd._profiler_enabled()
+    return modes > 0 or torch.autograd._profiler_enabled() or torch.is_autocast_enabled("cpu")

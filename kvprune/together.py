@@ -74,14 +74,15 @@ class Together:
 
     def _put(self, slots: Tensor, column: Tensor | int, statistic: int | None = None) -> None:
         """Writes to one slot in every row and head."""
-        before = self.columns
+        before = [self.columns, *self.statistics.values()]
         self.columns = put(self.columns, slots, column)
         if statistic is not None:
             self.statistics = {
                 name: put(value, slots.expand(-1, value.shape[1], -1), statistic)
                 for name, value in self.statistics.items()
             }
-        if self.columns is not before:
+        now = (self.columns, *self.statistics.values())
+        if any(one is not other for one, other in zip(before, now, strict=True)):
             # Not in place, as somebody watches.
             self._lend()
 

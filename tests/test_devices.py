@@ -30,6 +30,7 @@ STEPS = [24, 1, 1, 5, 1]
 ALL = {
     **POLICIES,
     "inside": lambda: [StreamingLLM(2, 6, positions="cache")],
+    "inside, by places": lambda: [sdtp_pruner(0.6, 3), H2O(4, 7, positions="cache")],
     "union": lambda: [H2O(4, 4) | StreamingLLM(2, 6)],
     "SDTP, asked": lambda: [sdtp_pruner(0.6, 3)],
 }

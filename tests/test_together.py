@@ -68,6 +68,33 @@ def _same(model, tokens, caches, mask=None):
         assert torch.equal(caches[0].columns(layer), caches[1].columns(layer))
 
 
+def test_a_budget_that_decoding_fills():
+    """Buffers have room to spare then; layers find together all the same."""
+    model, ids = kvprune.attach(fresh_model()), prompt(1, 80)
+    caches = [
+        kvprune.ComposedCache([policy])
+        for policy in (StreamingLLM(4, 38), _StreamingEachByItself(4, 38))
+    ]
+    with torch.no_grad():
+        _same(model, ids[:, :20], caches)
+        for i in range(20, 80):
+            _same(model, ids[:, i : i + 1], caches)
+    assert caches[0]._together
+    assert caches[0].nbytes <= caches[1].nbytes
+
+
+def test_modes_may_change_between_steps():
+    """What may be written in place in one mode may not in another."""
+    model, ids = kvprune.attach(fresh_model()), prompt(1, 40)
+    caches = [kvprune.ComposedCache([policy]) for policy in (H2O(4, 4), _H2OEachByItself(4, 4))]
+    modes = [torch.inference_mode, torch.no_grad, nullcontext, torch.no_grad]
+    with torch.no_grad():
+        _same(model, ids[:, :20], caches)
+    for i in range(20, 40):
+        with modes[i // 2 % 4]():
+            _same(model, ids[:, i : i + 1], caches)
+
+
 def test_a_copy_has_nothing_in_common():
     """Not even what its layers share with each other."""
     model, ids = kvprune.attach(fresh_model()), prompt(1, 40)
