@@ -289,7 +289,7 @@ def test_gaps_that_pruning_left_close():
     """Though nothing was evicted; rows lose different numbers, in a later turn too."""
     ids = prompt(2, 30)
     mask = left_padded(ids, [0, 6])["attention_mask"]
-    mask[1, 20] = 0
+    mask[1, 20:23] = 0
     cache = Checked([sdtp_pruner(0.6), H2O(50, 50, positions="cache")])
     our_logits(tiny_model(), cache, ids, [16, 1, 12, 1], mask)
     assert cache.checked and [layer.whole for layer in cache.layers] == [True, False, False, False]
