@@ -285,6 +285,16 @@ def test_heads_that_hold_different_numbers_of_slots():
     assert cache.checked and int(counts.min()) < int(counts.max())
 
 
+def test_gaps_that_pruning_left_close():
+    """Though nothing was evicted; rows lose different numbers, in a later turn too."""
+    ids = prompt(2, 30)
+    mask = left_padded(ids, [0, 6])["attention_mask"]
+    mask[1, 20:23] = 0
+    cache = Checked([sdtp_pruner(0.6), H2O(50, 50, positions="cache")])
+    our_logits(tiny_model(), cache, ids, [16, 1, 12, 1], mask)
+    assert cache.checked and [layer.whole for layer in cache.layers] == [True, False, False, False]
+
+
 @pytest.mark.parametrize("policies", [[INSIDE], [sdtp_pruner(0.6), INSIDE]], ids=["h2o", "sdtp"])
 def test_rows_do_not_depend_on_each_other_nor_on_padding(policies):
     """Three rows, each as alone, though one has not yet filled its budget when others evict."""
