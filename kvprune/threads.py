@@ -18,7 +18,7 @@ def in_threads(work: Callable[[int], Found], count: int, at_once: bool = True) -
     Many small operations one after the other, each by all of torch's threads, wait for the slowest
     thread at each one's end: on two cores with something else to do, twenty times as long as they
     take. Here they wait once. Who watches what this thread does (a dispatch mode, a profiler, a
-    compiler) sees all of it, one after the other; what comes out is the same.
+    compiler) sees all of it, one after the other, with the same results up to rounding.
 
     Args:
         work: without autograd; may run in any thread.

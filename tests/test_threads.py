@@ -74,12 +74,20 @@ def test_who_watches_sees_everything():
         assert in_threads(lambda _: threading.current_thread(), 2) == [here] * 2
 
 
+def _one_after_the_other(work, count, at_once):
+    """With the share of torch's threads that each has in its own."""
+    torch.set_num_threads(1)
+    found = [work(number) for number in range(count)]
+    torch.set_num_threads(4)
+    return found
+
+
 @pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_prompt_is_read_to_the_same_bits(mode, monkeypatch):
     """By four workers at once, or by the same four one after the other."""
     model, ids, found = kvprune.attach(fresh_model()), prompt(2, 4 * blocks.BLOCK + 3), []
-    for run in (in_threads, lambda work, count, at_once: [work(i) for i in range(count)]):
+    for run in (in_threads, _one_after_the_other):
         monkeypatch.setattr(blocks, "in_threads", run)
         cache = kvprune.ComposedCache([H2O(20, 20)])
         with mode():
