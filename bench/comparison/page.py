@@ -84,8 +84,8 @@ def page(said: dict[str, Any], findings: str | None = None) -> str:
     head = HEAD.format(
         budgets=_listed([f"{b:g}" for b in budgets]), samples=" to ".join(map(str, counts))
     )
-    few = {press: given for press, given in PRESSES.items() if len(given) == 1}
-    ran = any(r["side"] == THEIRS for r in rows)
+    ran = {r["label"] for r in rows if r["side"] == THEIRS}
+    few = {press: given for press, given in PRESSES.items() if len(given) == 1 and press in ran}
     shares = _listed([f"{s:g}" for given in few.values() for s in given])
     left_out = LEFT_OUT.format(shares=shares) if few and ran else ""
     told = FINDINGS.read_text(encoding="utf-8") if findings is None else findings
