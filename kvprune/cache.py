@@ -751,9 +751,7 @@ class ComposedCache(Cache):
             shape = (*layer.columns.shape[:2], -1)
             here = new.to(layer.columns.device)[:, None].expand(shape)
             hidden = here.gather(-1, layer.columns.clamp(min=0))
-            # Of positions inside the cache, others may have to close up.
-            loses = self._positions is not None
-            layer.keep((layer.columns >= 0) & ~hidden, loses=loses)
+            layer.keep((layer.columns >= 0) & ~hidden, loses=False)
 
     def _newly_hidden(self, padding: Tensor | None) -> Tensor:
         """Which of the columns seen so far a forward's mask is the first to hide, `[B, seen]`."""

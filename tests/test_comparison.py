@@ -246,7 +246,11 @@ def test_the_page_s_tables():
         "-2.00 (-2.20 to -1.80) | 1.2 | 240",
     ]
     assert "0.5 and 0.25 of the" in page and "50 samples a cell" in page
-    assert "## What it says\n\nNothing at all.\n" in page and "run at\n  0.25 alone" in page
+    assert "## What it says\n\nNothing at all.\n" in page and "ObservedAttention" not in page
+    press = next(row for row in found["rows"] if row["label"] == "SnapKV")
+    found["rows"].append({**press, "label": "ObservedAttention"})
+    assert "run at\n  0.25 alone" in pages.page(found, "Nothing at all.")
+    found["rows"].pop()
     (svg,) = pages.drawn(found).values()
     assert "kvprune h2o|streaming" in svg and "prefers-color-scheme: dark" in svg
 

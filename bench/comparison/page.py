@@ -85,9 +85,9 @@ def page(said: dict[str, Any], findings: str | None = None) -> str:
         budgets=_listed([f"{b:g}" for b in budgets]), samples=" to ".join(map(str, counts))
     )
     ran = {r["label"] for r in rows if r["side"] == THEIRS}
-    few = {press: given for press, given in PRESSES.items() if len(given) == 1 and press in ran}
-    shares = _listed([f"{s:g}" for given in few.values() for s in given])
-    left_out = LEFT_OUT.format(shares=shares) if few and ran else ""
+    few = [given for press, given in PRESSES.items() if len(given) == 1 and press in ran]
+    shares = [f"{s:g}" for given in few for s in given]
+    left_out = LEFT_OUT.format(shares=_listed(shares)) if few else ""
     told = FINDINGS.read_text(encoding="utf-8") if findings is None else findings
     parts = [head, f"## What it says\n\n{told.strip()}\n"]
     parts += [_section(said, group) for group in groups(said)]
