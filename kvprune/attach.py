@@ -17,7 +17,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import slot_attention
-from .cache import Attachment, ComposedCache
+from .binding import Attachment
+from .cache import ComposedCache
 from .errors import KVPruneError
 from .families import (
     BACKENDS,

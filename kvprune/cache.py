@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,14 @@ from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
 
 from . import saving
-from .composition import leaves
-from .devices import Copies, device_of
+from .binding import Attachment, check_works, checked, new_layer
 from .errors import KVPruneError
-from .families import base_of, decoder_layers, unwrapped
-from .masks import OURS, Local
-from .policy import Lengths, TokenPolicy
+from .families import base_of, unwrapped
+from .masks import OURS
+from .policy import TokenPolicy
 from .positions import Inside, positions_for
 from .slots import SlotLayer
-from .statistics import check_names, check_statistics, wanted_at
+from .statistics import check_names
 from .step import (
     Arrival,
     LayerStep,
@@ -37,29 +35,6 @@ from .step import (
     rows_after,
 )
 from .together import Together
-
-
-@dataclass(frozen=True, eq=False)
-class Attachment:
-    """A model that kvprune is attached to, as its caches know it (by identity).
-
-    local: by layer, what its queries can see; empty where all layers see everything.
-    states: by layer, how many states it keeps instead of slots; empty where all have slots.
-    cannot_prune: why its hidden states cannot be pruned; empty where they can.
-    cannot_record: why drafts cannot be taken back; empty where they can.
-    memory: what was found out about the model, so that it is not for every cache.
-    group: the processes that share its heads; see `kvprune.parallel`.
-    """
-
-    name: str
-    num_layers: int
-    num_heads: int
-    local: tuple[Local | None, ...] = ()
-    states: tuple[int, ...] = ()
-    cannot_prune: str = ""
-    cannot_record: str = ""
-    group: Any = None
-    memory: dict[str, Any] = field(default_factory=dict)
 
 
 class ComposedCache(Cache):
@@ -88,7 +63,7 @@ class ComposedCache(Cache):
 
     def __init__(self, policies: Sequence[TokenPolicy] = (), observe: Sequence[str] = ()) -> None:
         super().__init__(layers=[])
-        self.policies = _checked(policies)
+        self.policies = checked(policies)
         self._observe = tuple(observe)
         check_names(self._observe, "ComposedCache: observe")
         # What they are on the model that the cache is tied to.
@@ -224,7 +199,7 @@ class ComposedCache(Cache):
                 f"keeps them in memory"
             )
         self._settle()
-        saving.write(Path(path), self._contents())
+        saving.write(Path(path), saving.contents_of(self))
 
     @classmethod
     def load(
@@ -245,8 +220,8 @@ class ComposedCache(Cache):
         cache = cls(policies)
         base = cache._bind_to(model, "load")
         contents = saving.read(Path(path))
-        cache._check_fits(Path(path), contents.numbers)
-        cache._restore(contents, base)
+        saving.check_fits(cache, Path(path), contents.numbers)
+        saving.restore(cache, contents, base)
         return cache
 
     def with_policies(
@@ -339,69 +314,6 @@ class ComposedCache(Cache):
             )
         self.bind(attachment, base)
         return base
-
-    def _contents(self) -> saving.Contents:
-        assert self._rows is not None
-        tensors = {"rows.first": self._rows.first, "rows.prompt_length": self._rows.prompt.tensor}
-        if self._padding is not None:
-            tensors["padding"] = self._padding
-        if self._positions is not None:
-            tensors |= {f"positions.{n}": t for n, t in self._positions.named_tensors().items()}
-        layers, owners = [], dict[int, int]()
-        for index, layer in self.slot_layers():
-            held = layer.named_tensors()
-            # The first layer that has this very tensor.
-            owner = owners.setdefault(id(layer._columns), index)
-            if owner != index:
-                del held["columns"]
-            tensors |= {f"layers.{index}.{name}": tensor for name, tensor in held.items()}
-            names = list(layer.names)
-            layers.append({**layer.numbers(), "columns_of": owner, "statistics": names})
-        policies = [repr(p) for p in self.policies]
-        numbers = {"model": self._model, "policies": policies, "seen": self.seen, "layers": layers}
-        evicts = any("rank_slots" in p.hooks for p in self.policies)
-        numbers["fixed"] = self.seen if evicts else self._fixed
-        numbers["positions"] = None if self._positions is None else self._positions.way
-        return saving.Contents(numbers, tensors)
-
-    def _check_fits(self, path: Path, numbers: dict[str, Any]) -> None:
-        if numbers["model"]["digest"] != self._model["digest"]:
-            raise KVPruneError(
-                f"{path}: expected a cache of this model ({self._model['name']}: its config, its "
-                f"precision and its weights), came one of another ({numbers['model']['name']}). "
-                f"Load it with the model that it was saved with"
-            )
-        way = None if self._positions is None else self._positions.way
-        if numbers["positions"] != way:
-            raise KVPruneError(
-                f"{path}: saved with [{', '.join(numbers['policies'])}]: expected policies that "
-                f"assign positions in the same way, came {list(self.policies)!r}"
-            )
-        for (index, layer), saved in zip(self.slot_layers(), numbers["layers"], strict=True):
-            if not set(layer.names) <= set(saved["statistics"]):
-                raise KVPruneError(
-                    f"{path}: saved with [{', '.join(numbers['policies'])}], which observed "
-                    f"{saved['statistics']} at layer {index}; {list(self.policies)!r} needs "
-                    f"{list(layer.names)}. Load it with policies that need no more than was "
-                    f"observed, or read the prompt again with these"
-                )
-
-    def _restore(self, contents: saving.Contents, base: Any) -> None:
-        """Becomes the cache that was saved; each layer's part goes to where that layer is."""
-        numbers, tensors, copies = contents.numbers, contents.tensors, Copies()
-        devices = [device_of(layer) for layer in decoder_layers(base)]
-        for (index, layer), saved in zip(self.slot_layers(), numbers["layers"], strict=True):
-            start = f"layers.{index}."
-            mine = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-            mine["columns"] = tensors[f"layers.{saved['columns_of']}.columns"]
-            layer.restore(saved, {n: copies.on(t, devices[index]) for n, t in mine.items()})
-        at = device_of(base)
-        if self._positions is not None:
-            self._positions.restore(tensors, "positions.", devices)
-        home = {n: tensors[n].to(at) for n in ("rows.first", "rows.prompt_length")}
-        self.seen, self._fixed = numbers["seen"], numbers["fixed"]
-        self._rows = RowNumbers(home["rows.first"], Lengths(home["rows.prompt_length"]))
-        self._padding = tensors["padding"].to(at) if "padding" in tensors else None
 
     # What transformers asks of a cache.
 
@@ -572,14 +484,12 @@ class ComposedCache(Cache):
                 f"object it was first used with, came another ({attachment.name}). Make a new "
                 f"ComposedCache for each model"
             )
-        for policy in leaves(self.policies):
-            _check_layers(policy, attachment)
-            _check_prunes(policy, attachment)
-        working = _checked([policy.for_model(model) for policy in self.policies])
+        check_works(self.policies, attachment)
+        working = checked([policy.for_model(model) for policy in self.policies])
         layers = range(attachment.num_layers)
         self._positions = positions_for(working, model, attachment.memory)
         given = working, self._observe, self._positions
-        self.layers = [_new_layer(attachment, i, *given) for i in layers]
+        self.layers = [new_layer(attachment, i, *given) for i in layers]
         self._working, self._attachment = working, attachment
         self._model = saving.described(model, attachment.memory)
 
@@ -886,32 +796,6 @@ def _this_thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
-def _checked(policies: Sequence[TokenPolicy]) -> tuple[TokenPolicy, ...]:
-    is_list = isinstance(policies, (list, tuple))
-    if not is_list or not all(isinstance(p, TokenPolicy) for p in policies):
-        raise KVPruneError(
-            f"ComposedCache: expected a list of policies, as ComposedCache([H2O()]), came "
-            f"{policies!r}"
-        )
-    for policy in leaves(policies):
-        check_statistics(policy)
-    return tuple(policies)
-
-
-def _new_layer(
-    attachment: Attachment,
-    index: int,
-    policies: Sequence[TokenPolicy],
-    observe: tuple[str, ...],
-    inside: Inside | None,
-) -> SlotLayer | LinearAttentionLayer:
-    if attachment.states and attachment.states[index]:
-        return LinearAttentionLayer(number_of_states=attachment.states[index])
-    local = attachment.local[index] if attachment.local else None
-    names = tuple(dict.fromkeys(wanted_at(policies, index) + observe))
-    return SlotLayer(names, local, inside is not None and inside.keeps_arrivals(index))
-
-
 def _tensors(layer: SlotLayer | LinearAttentionLayer) -> Iterator[Tensor]:
     """All that a layer holds."""
     if isinstance(layer, SlotLayer):
@@ -919,23 +803,3 @@ def _tensors(layer: SlotLayer | LinearAttentionLayer) -> Iterator[Tensor]:
         return
     states = (*layer.conv_states.values(), *layer.recurrent_states.values())
     yield from (state for state in states if state is not None)
-
-
-def _check_prunes(policy: TokenPolicy, attachment: Attachment) -> None:
-    if attachment.cannot_prune and "rank_hidden" in policy.hooks:
-        raise KVPruneError(
-            f"{policy!r} prunes hidden states, which {attachment.name} does not support: "
-            f"{attachment.cannot_prune}. Use policies that evict slots"
-        )
-
-
-def _check_layers(policy: TokenPolicy, attachment: Attachment) -> None:
-    wanted = policy.layers
-    if wanted is None:
-        return
-    known, several = range(attachment.num_layers), isinstance(wanted, Collection)
-    if not several or not all(type(i) is int and i in known for i in wanted):
-        raise KVPruneError(
-            f"{policy!r}: layers={wanted!r}: expected layers of 0 to {len(known) - 1} of "
-            f"{attachment.name}"
-        )

@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -24,9 +24,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .devices import named_weights
+from .devices import Copies, device_of, named_weights
 from .errors import KVPruneError
+from .families import decoder_layers
 from .files import write_whole
+from .policy import Lengths
+from .step import RowNumbers
+
+if TYPE_CHECKING:
+    from .cache import ComposedCache
 
 VERSION = "2"
 SAMPLES = 16
@@ -38,6 +44,79 @@ class Contents:
 
     numbers: dict[str, Any]
     tensors: dict[str, Tensor]
+
+
+def contents_of(cache: ComposedCache) -> Contents:
+    """What a file has to hold for `restore` to bring a cache back."""
+    assert cache._rows is not None
+    tensors = {"rows.first": cache._rows.first, "rows.prompt_length": cache._rows.prompt.tensor}
+    if cache._padding is not None:
+        tensors["padding"] = cache._padding
+    if cache._positions is not None:
+        tensors |= {f"positions.{n}": t for n, t in cache._positions.named_tensors().items()}
+    layers, owners = [], dict[int, int]()
+    for index, layer in cache.slot_layers():
+        held = layer.named_tensors()
+        # The first layer that has this very tensor.
+        owner = owners.setdefault(id(layer._columns), index)
+        if owner != index:
+            del held["columns"]
+        tensors |= {f"layers.{index}.{name}": tensor for name, tensor in held.items()}
+        names = list(layer.names)
+        layers.append({**layer.numbers(), "columns_of": owner, "statistics": names})
+    policies = [repr(p) for p in cache.policies]
+    numbers = {"model": cache._model, "policies": policies, "seen": cache.seen, "layers": layers}
+    evicts = any("rank_slots" in p.hooks for p in cache.policies)
+    numbers["fixed"] = cache.seen if evicts else cache._fixed
+    numbers["positions"] = None if cache._positions is None else cache._positions.way
+    return Contents(numbers, tensors)
+
+
+def check_fits(cache: ComposedCache, path: Path, numbers: dict[str, Any]) -> None:
+    """Refuses a file for a cache that is tied to its model and empty.
+
+    Raises:
+        KVPruneError: it is of another model, positions were assigned in another way, or a policy
+            wants a statistic that was not observed.
+    """
+    if numbers["model"]["digest"] != cache._model["digest"]:
+        raise KVPruneError(
+            f"{path}: expected a cache of this model ({cache._model['name']}: its config, its "
+            f"precision and its weights), came one of another ({numbers['model']['name']}). "
+            f"Load it with the model that it was saved with"
+        )
+    way = None if cache._positions is None else cache._positions.way
+    if numbers["positions"] != way:
+        raise KVPruneError(
+            f"{path}: saved with [{', '.join(numbers['policies'])}]: expected policies that "
+            f"assign positions in the same way, came {list(cache.policies)!r}"
+        )
+    for (index, layer), saved in zip(cache.slot_layers(), numbers["layers"], strict=True):
+        if not set(layer.names) <= set(saved["statistics"]):
+            raise KVPruneError(
+                f"{path}: saved with [{', '.join(numbers['policies'])}], which observed "
+                f"{saved['statistics']} at layer {index}; {list(cache.policies)!r} needs "
+                f"{list(layer.names)}. Load it with policies that need no more than was "
+                f"observed, or read the prompt again with these"
+            )
+
+
+def restore(cache: ComposedCache, contents: Contents, base: Any) -> None:
+    """Makes an empty cache the one that was saved; a layer's part goes to where the layer is."""
+    numbers, tensors, copies = contents.numbers, contents.tensors, Copies()
+    devices = [device_of(layer) for layer in decoder_layers(base)]
+    for (index, layer), saved in zip(cache.slot_layers(), numbers["layers"], strict=True):
+        start = f"layers.{index}."
+        mine = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+        mine["columns"] = tensors[f"layers.{saved['columns_of']}.columns"]
+        layer.restore(saved, {n: copies.on(t, devices[index]) for n, t in mine.items()})
+    at = device_of(base)
+    if cache._positions is not None:
+        cache._positions.restore(tensors, "positions.", devices)
+    home = {n: tensors[n].to(at) for n in ("rows.first", "rows.prompt_length")}
+    cache.seen, cache._fixed = numbers["seen"], numbers["fixed"]
+    cache._rows = RowNumbers(home["rows.first"], Lengths(home["rows.prompt_length"]))
+    cache._padding = tensors["padding"].to(at) if "padding" in tensors else None
 
 
 def write(path: Path, contents: Contents) -> None:

@@ -18,7 +18,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 
 import kvprune
 from kvprune.attention import slot_attention
-from kvprune.cache import Attachment
+from kvprune.binding import Attachment
 from kvprune.masks import LazyMask
 from kvprune.rotations import Rotation
 

@@ -62,7 +62,7 @@ def assert_same_cache(one: kvprune.ComposedCache, two: kvprune.ComposedCache) ->
     """Every number and tensor, the order of slots and the room for more included."""
     # A crop leaves padding that is no longer read; it is not saved.
     assert one.seen == two.seen and one.nbytes >= two.nbytes
-    mine, other = one._contents(), two._contents()
+    mine, other = saving.contents_of(one), saving.contents_of(two)
     assert mine.numbers == other.numbers
     assert list(mine.tensors) == list(other.tensors)
     for name, tensor in mine.tensors.items():
