@@ -25,17 +25,14 @@ from pathlib import Path
 
 import torch
 
-from kvprune.errors import KVPruneError
-
 from .about import about
+from .command import run
 from .costs import attached, decode, prefill, results, stream, whole
 from .costs.clock import Clock
 from .costs.models import Models
 from .costs.plan import Part, Sizes
 
 ROOT = Path(__file__).parent.parent
-FAILED, STOPPED = 1, 130
-
 MEASURES = {
     "attach": attached.measure,
     "prefill": prefill.measure,
@@ -141,15 +138,7 @@ def measure(asked: argparse.Namespace) -> None:
 def main() -> int:
     """The exit code."""
     asked = options(sys.argv[1:])
-    try:
-        measure(asked)
-    except KVPruneError as error:
-        print(error, file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("speed: stopped; the same command goes on where it was", file=sys.stderr)
-        return STOPPED
-    return 0
+    return run("speed", partial(measure, asked))
 
 
 if __name__ == "__main__":

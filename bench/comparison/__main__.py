@@ -7,21 +7,20 @@ was. What cannot be had or measured ends it with one line and exit code 1.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from bench.command import run
 from bench.peers.environment import ROOT, peers_python
-from kvprune.errors import KVPruneError
 from kvprune.evaluation.assets import demo_model
 
 from . import ours, theirs
 from .settings import CONTEXTS, SAMPLES, SHARED, stages
 
 WHAT = ("measure", "page")
-FAILED, STOPPED = 1, 130
 
 
 def options(given: list[str]) -> argparse.Namespace:
@@ -62,26 +61,25 @@ def measure(asked: argparse.Namespace) -> None:
         ours.measure(asked, *stage, asked.work)
 
 
+def make(asked: argparse.Namespace) -> None:
+    """What was asked for.
+
+    Raises:
+        KVPruneError: something cannot be had, measured or written.
+    """
+    if "measure" in asked.what:
+        measure(asked)
+    if "page" in asked.what:
+        from .collect import write
+
+        write(asked.work, asked.results, asked.docs)
+
+
 def main() -> int:
     """The exit code."""
     asked = options(sys.argv[1:])
-    try:
-        if "measure" in asked.what:
-            measure(asked)
-        if "page" in asked.what:
-            from .collect import write
-
-            write(asked.work, asked.results, asked.docs)
-    except KVPruneError as error:
-        print(error, file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("comparison: stopped; the same command goes on where it was", file=sys.stderr)
-        return STOPPED
-    return 0
+    return run("comparison", partial(make, asked))
 
 
 if __name__ == "__main__":
-    # As Ctrl-C does: whoever is told to stop takes its worker along.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

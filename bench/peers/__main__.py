@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvprune.errors import KVPruneError
+from bench.command import run
 from kvprune.evaluation.assets import demo_model
 from kvprune.files import write_text
 
@@ -30,7 +30,6 @@ from .protocol import STEPS, WARM_UP_STEPS
 from .rows import DENSE, OURS, THEIRS
 
 TASKS = ("speed", "quality")
-FAILED, STOPPED = 1, 130
 
 
 def options(given: list[str]) -> argparse.Namespace:
@@ -131,18 +130,8 @@ def _minutes(seconds: float) -> str:
 def main() -> int:
     """The exit code."""
     asked = options(sys.argv[1:])
-    try:
-        measure(asked)
-    except KVPruneError as error:
-        print(error, file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("peers: stopped; the same command goes on where it was", file=sys.stderr)
-        return STOPPED
-    return 0
+    return run("peers", partial(measure, asked))
 
 
 if __name__ == "__main__":
-    # As Ctrl-C does: whoever is told to stop takes its worker along.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())
