@@ -128,9 +128,8 @@ class _Below(Lengths):
     """Lengths so many times, below each other; they know of amounts what the first ones know."""
 
     def __init__(self, lengths: Lengths, times: int) -> None:
-        self.tensor = lengths.tensor.repeat(times)
+        super().__init__(lengths.tensor.repeat(times), lengths._ends)
         self._lengths, self._times = lengths, times
-        self._known, self._below = {}, {}
 
     def _of(self, amount: int | float) -> tuple[Tensor, tuple[int, int]]:
         if repr(amount) not in self._known:

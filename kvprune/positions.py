@@ -69,7 +69,6 @@ class CachePositions:
         # By layer `[B]`: the gap that pruning left behind the sinks, -1 as long as nothing is
         # behind them.
         self._gap: list[Tensor | None] = [None] * len(rotations)
-        self._last: tuple[Tensor, Tensor, _Placement] | None = None
 
     def named_tensors(self) -> dict[str, Tensor]:
         """All that is held, by name."""
@@ -218,7 +217,7 @@ class CachePositions:
 
     def _put_sinks(self, at: LayerStep, rotation: Rotation) -> None:
         index, slots, first = at.index, at.slots, at.rows.first
-        placement = self._placement(slots.columns, at.slot_columns, first)
+        placement = self._placement(at, slots.columns, first)
         self._take_home(index, slots, placement)
         turn, now = self._lag(index, slots.columns, at.padding, first), self._turn[index]
         if torch.equal(turn, torch.zeros_like(turn) if now is None else now):
@@ -229,10 +228,13 @@ class CachePositions:
         slots.rewrite_keys(keys, placement.index, placement.there)
         self._turn[index] = turn.clone()
 
-    def _placement(self, columns: Tensor, new: Tensor, first: Tensor) -> _Placement:
+    def _placement(self, at: LayerStep, columns: Tensor, first: Tensor) -> _Placement:
         # Layers mostly hold the same columns in the same order.
-        if self._last is not None and self._last[0] is new and torch.equal(self._last[1], columns):
-            return self._last[2]
+        new, notes = at.slot_columns, at.step.notes
+        if "placement" in notes:
+            known_new, known, placement = notes["placement"]
+            if known_new is new and torch.equal(known, columns):
+                return placement
         wanted = first[:, None] + torch.arange(self.sinks, device=first.device)
         same = columns == wanted[..., None]
         arrived = (wanted[..., None] == new).any(-1)[:, None]
@@ -241,7 +243,7 @@ class CachePositions:
             there=same.any(-1)[:, None],
             arrived=arrived if bool(arrived.any()) else None,
         )
-        self._last = (new, columns, placement)
+        notes["placement"] = (new, columns, placement)
         return placement
 
     def _take_home(self, index: int, slots: SlotLayer, placement: _Placement) -> None:

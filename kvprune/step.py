@@ -238,6 +238,8 @@ class Step:
         self._parked: Tensor | None = None
         self._aligned: dict[tuple[int, torch.device], tuple[Any, Any]] = {}
         self._copies = Copies()
+        # What positions inside the cache remember until the step is over.
+        self.notes: dict[str, Any] = {}
         self._slot_columns: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._previous: dict[str, Tensor] = {}
         # Layers that are alike, which give up a slot together after the last of them.

@@ -19,7 +19,7 @@ from .family_models import StaysDouble, attached_family, family_model
 from .models import LAYERS, left_padded, prompt, tiny_model
 from .naive_cache import Rule, heavy_hitters, sinks_and_window
 from .strategies import chunked, pipelines, sdtp_pruner, seeds
-from .test_positions import SCALINGS, model_of, our_logits
+from .test_positions import SCALINGS, check_gradients, model_of, our_logits
 
 INSIDE = H2O(3, 4, positions="cache")
 STEPS = [15, 4, *[1] * 30]
@@ -426,22 +426,7 @@ def test_it_is_exact_in_float32_however_long_the_stream():
 
 
 def test_gradients_reach_keys_that_were_turned():
-    """Against a finite difference."""
-    model, ids = kvprune.attach(model_of("llama")), prompt(1, 20)
-    states = model.get_input_embeddings()(ids).detach()
-
-    def loss(states: torch.Tensor) -> torch.Tensor:
-        cache = kvprune.ComposedCache([INSIDE])
-        model(inputs_embeds=states[:, :12], past_key_values=cache)
-        return model(inputs_embeds=states[:, 12:], past_key_values=cache).logits.square().sum()
-
-    way = torch.zeros_like(states)
-    way[:, :12] = torch.randn(12, states.shape[-1], dtype=torch.float64)
-    tracked = states.clone().requires_grad_()
-    loss(tracked).backward()
-    assert tracked.grad is not None
-    slope = (loss(states + 1e-6 * way) - loss(states - 1e-6 * way)) / 2e-6
-    torch.testing.assert_close((tracked.grad * way).sum(), slope.detach(), rtol=1e-5, atol=1e-5)
+    check_gradients(INSIDE, tokens=12)
 
 
 def test_layers_that_nobody_evicts_from_keep_their_positions():

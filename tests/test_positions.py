@@ -324,9 +324,9 @@ def _alone(inside: Any) -> Any:
     """`_placement` that remembers nothing of another layer."""
     stock = type(inside)._placement
 
-    def placement(columns: torch.Tensor, new: torch.Tensor, first: torch.Tensor) -> Any:
-        inside._last = None
-        return stock(inside, columns, new, first)
+    def placement(at: Any, columns: torch.Tensor, first: torch.Tensor) -> Any:
+        at.step.notes.clear()
+        return stock(inside, at, columns, first)
 
     return placement
 
@@ -353,20 +353,24 @@ def test_the_trial_is_not_misled():
     assert all(rotations_of(trained.base_model)) and trained.model.layers[0].training
 
 
-def test_gradients_reach_the_sinks():
-    """Against a finite difference."""
+def check_gradients(policy: kvprune.TokenPolicy, tokens: int) -> None:
+    """Those of a second forward, at the first `tokens` of the first one, by a finite difference."""
     model, ids = kvprune.attach(model_of("llama")), prompt(1, 20)
     states = model.get_input_embeddings()(ids).detach()
 
     def loss(states: torch.Tensor) -> torch.Tensor:
-        cache = kvprune.ComposedCache([StreamingLLM(2, 6, positions="cache")])
+        cache = kvprune.ComposedCache([policy])
         model(inputs_embeds=states[:, :12], past_key_values=cache)
         return model(inputs_embeds=states[:, 12:], past_key_values=cache).logits.square().sum()
 
     way = torch.zeros_like(states)
-    way[:, :2] = torch.randn(2, states.shape[-1], dtype=torch.float64)
+    way[:, :tokens] = torch.randn(tokens, states.shape[-1], dtype=torch.float64)
     tracked = states.clone().requires_grad_()
     loss(tracked).backward()
     assert tracked.grad is not None
     slope = (loss(states + 1e-6 * way) - loss(states - 1e-6 * way)) / 2e-6
     torch.testing.assert_close((tracked.grad * way).sum(), slope.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_reach_the_sinks():
+    check_gradients(StreamingLLM(2, 6, positions="cache"), tokens=2)
