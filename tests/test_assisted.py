@@ -282,3 +282,20 @@ def test_a_refused_generate_takes_nothing_back():
     with pytest.raises(kvprune.KVPruneError, match="not empty"):
         tiny_model().generate(prompt(1, 20), cache=cache, **WAYS["prompt lookup"]())
     assert cache.seen == 12
+
+
+def test_what_only_observes_takes_votes_back():
+    """Those of drafts, on record; of other columns they are lost in the sum, which is refused."""
+    model, ids = tiny_model(), prompt(1, 30)
+    cache = kvprune.ComposedCache(observe=("attention",))
+    plain = kvprune.ComposedCache(observe=("attention",))
+    with torch.no_grad():
+        for each in (cache, plain):
+            model(ids[:, :20], past_key_values=each)
+        cache.activate_past_recording()
+        model(ids[:, 20:25], past_key_values=cache)
+        cache.crop(-5)
+    assert Held(cache) == Held(plain)
+    with pytest.raises(kvprune.KVPruneError, match="cannot be taken back"):
+        cache.crop(-1)
+    assert cache.seen == 20
