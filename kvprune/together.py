@@ -46,7 +46,7 @@ class Together:
 
         Args:
             gone: `[n * B, 1|Hkv, 1]` int64.
-            by: see `SlotLayer.full_for`.
+            by: what the layers are full for; see `SlotLayer.full_for`.
         """
         each = gone.chunk(len(self._layers))
         if gone.shape[1] != self.columns.shape[1]:
@@ -56,7 +56,7 @@ class Together:
         self._put(gone, -1)
         self._holes = gone
         for layer, hole in zip(self._layers, each, strict=True):
-            layer.hole, layer.full_for = hole, by
+            layer.hole = hole
 
     def let_in(self, columns: Tensor) -> None:
         """The next token takes the slots that are free: all of it but its keys and values.

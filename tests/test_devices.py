@@ -26,7 +26,7 @@ from .test_reader import Letters
 from .turns import POLICIES, follow
 from .two_devices import ONE, ZERO, Devices, MixedDevices, Placed
 
-STEPS = [24, 1, 1, 5, 1]
+STEPS = [24, 1, 1, 12, 1]
 ALL = {
     **POLICIES,
     "inside": lambda: [StreamingLLM(2, 6, positions="cache")],
@@ -79,7 +79,7 @@ def same_cache(mine: kvprune.ComposedCache, theirs: kvprune.ComposedCache) -> No
         assert {t.device for t in here.tensors()} == {here.keys.device}
 
 
-@pytest.mark.parametrize("name", most(ALL, "SDTP + H2O", "inside", "union"))
+@pytest.mark.parametrize("name", most(ALL, "SDTP + H2O", "inside", "inside, by places", "union"))
 @pytest.mark.parametrize("padding", most([0, 9], 9))
 def test_every_step_is_that_of_one_device(name, padding):
     """And each layer's slots are where the layer is."""

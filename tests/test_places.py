@@ -14,6 +14,7 @@ from transformers import DynamicCache
 import kvprune
 from kvprune.policies import H2O, StreamingLLM
 from kvprune.positions import CachePositions, SlotPlaces
+from kvprune.rotations import Rotation
 
 from .family_models import StaysDouble, attached_family, family_model
 from .models import LAYERS, left_padded, prompt, tiny_model
@@ -423,6 +424,22 @@ def test_it_is_exact_in_float32_however_long_the_stream():
     got = our_logits(model, kvprune.ComposedCache([H2O(8, 8, positions="cache")]), ids, steps)
     error = (got.double() - expected).abs().flatten(0, 1).amax(-1)
     assert float(error[150:].mean()) <= 2 * float(error[:50].mean())
+
+
+def test_a_prompt_turns_nothing(monkeypatch):
+    """Not even one that is pruned: its tokens keep the distances that they have in the text."""
+    turned = []
+    stock = Rotation.turned
+    monkeypatch.setattr(Rotation, "turned", lambda *args: turned.append(args) or stock(*args))
+    model = kvprune.attach(model_of("llama"))
+    cache = kvprune.ComposedCache([sdtp_pruner(0.6), INSIDE])
+    cache.bind(model.model._kvprune, model.model)
+    turned.clear()
+    with torch.no_grad():
+        model(prompt(1, 30), past_key_values=cache)
+        assert not turned
+        model(prompt(1, 1), past_key_values=cache)
+        assert len(turned) == LAYERS
 
 
 def test_gradients_reach_keys_that_were_turned():

@@ -241,8 +241,9 @@ def test_what_one_evicts_may_lower_the_budget_of_another(seed):
     class PromisesNothing(StreamingLLM):
         constant_budget = False
 
-    found = []
-    for streaming in (StreamingLLM(2, 3), PromisesNothing(2, 3)):
+    held = []
+    for streaming in (StreamingLLM(2, 2), PromisesNothing(2, 2)):
         cache = kvprune.ComposedCache([H2O(2, 2), streaming])
-        found.append(tiny_model().generate(prompt(1, 2, seed), cache=cache, max_new_tokens=20))
-    assert torch.equal(*found)
+        tiny_model().generate(prompt(1, 2, seed), cache=cache, max_new_tokens=20)
+        held.append([cache.columns(layer).tolist() for layer in range(LAYERS)])
+    assert held[0] == held[1]

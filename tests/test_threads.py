@@ -95,3 +95,19 @@ def test_a_prompt_is_read_to_the_same_bits(mode, monkeypatch):
             found.append(cache.layers[3].statistics["attention"])
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[3])
+
+
+@pytest.mark.usefixtures("four_threads")
+@pytest.mark.parametrize("count", [blocks.BLOCK + 1, 6 * blocks.BLOCK + 3])
+def test_blocks_are_dealt_out_once(count):
+    """Whatever the number of workers: fewer blocks than these, and more."""
+    model, ids, found = kvprune.attach(fresh_model()), prompt(2, count), []
+    for threads in (4, 3, 1):
+        torch.set_num_threads(threads)
+        cache = kvprune.ComposedCache([H2O(500, 500)])
+        with torch.no_grad():
+            logits = model(ids, past_key_values=cache).logits
+        found.append((logits, cache.layers[3].statistics["attention"]))
+    for logits, mass in found[:2]:
+        torch.testing.assert_close(logits, found[2][0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(mass, found[2][1], rtol=1e-9, atol=1e-12)
