@@ -133,16 +133,14 @@ def _register_functions() -> None:
 def _hook_base(base: nn.Module, layers: Any, attentions: list[nn.Module | None]) -> None:
     base.register_forward_pre_hook(_before_base, with_kwargs=True)
     base.register_forward_hook(_after_base, with_kwargs=True, always_call=True)
-    before, after = _before_attention, _after_attention
-    if has_own_attention(base):
-        before, after = _before_own_attention, _after_own_attention
+    own = has_own_attention(base)
     for index, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
-        before_layer = _before_layer if attention is not None else _before_linear_layer
-        layer.register_forward_pre_hook(partial(before_layer, index), with_kwargs=True)
-        if attention is None:
-            continue
-        attention.register_forward_pre_hook(before, with_kwargs=True)
-        attention.register_forward_hook(after, with_kwargs=True)
+        before = _before_linear_layer if attention is None else _before_layer
+        before = _before_layer_with_own_attention if own else before
+        layer.register_forward_pre_hook(partial(before, index), with_kwargs=True)
+        if own and attention is not None:
+            attention.register_forward_pre_hook(_before_own_attention, with_kwargs=True)
+            attention.register_forward_hook(_after_own_attention, with_kwargs=True)
     layers[-1].register_forward_hook(_after_last_layer, with_kwargs=True)
 
 
@@ -259,9 +257,22 @@ def _before_layer(
     cache = _cache_in(layer, args, kwargs)
     if cache is None:
         return None
+    args, kwargs = _enter(cache, index, layer, args, kwargs)
+    # Layers hand keywords that they do not know on to their attention.
+    return args, {**kwargs, "kvprune_layer": cache.at_layer(index)}
+
+
+def _enter(
+    cache: ComposedCache,
+    index: int,
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Arguments:
+    """A layer's arguments, gathered to the tokens that enter it."""
     step = cache.step
     if not step.prunes:
-        return None
+        return args, kwargs
     hidden = step.enter(index, argument(layer, args, kwargs, "hidden_states"))
     args, kwargs = with_argument(layer, args, kwargs, "hidden_states", hidden)
     for name in POSITION_ARGUMENTS:
@@ -275,30 +286,20 @@ def _before_layer(
 def _before_linear_layer(
     index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Arguments | None:
-    arguments = _before_layer(index, layer, args, kwargs)
     cache = _cache_in(layer, args, kwargs)
-    if arguments is None or cache is None:
+    if cache is None or not cache.step.prunes:
         return None
+    arguments = _enter(cache, index, layer, args, kwargs)
     # Here the mask is `[B, Q]`, or None for no padding. What fills shorter rows is masked too.
     mask = None if cache.step.complete else cache.step.columns >= 0
     return with_argument(layer, *arguments, "attention_mask", mask)
 
 
-def _before_attention(
-    attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _before_layer_with_own_attention(
+    index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Arguments | None:
-    cache = _cache_in(attention, args, kwargs)
-    if cache is None:
-        return None
-    return args, {**kwargs, "kvprune_layer": cache.at_layer(attention.layer_idx)}
-
-
-def _after_attention(
-    attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
-    cache = _cache_in(attention, args, kwargs)
-    if cache is not None:
-        cache.evict(attention.layer_idx)
+    cache = _cache_in(layer, args, kwargs)
+    return None if cache is None else _enter(cache, index, layer, args, kwargs)
 
 
 def _before_own_attention(
@@ -315,8 +316,9 @@ def _after_own_attention(
 ) -> None:
     cache = _cache_in(attention, args, kwargs)
     if cache is not None:
-        observe(cache.at_layer(attention.layer_idx), output[1])
-        cache.evict(attention.layer_idx)
+        layer = cache.at_layer(attention.layer_idx)
+        observe(layer, output[1])
+        layer.step.evict(layer)
 
 
 def _after_last_layer(
@@ -345,8 +347,7 @@ _HOOKS = (
     _after_base,
     _before_layer,
     _before_linear_layer,
-    _before_attention,
-    _after_attention,
+    _before_layer_with_own_attention,
     _before_own_attention,
     _after_own_attention,
     _after_last_layer,

@@ -32,7 +32,9 @@ def slot_attention(
     kvprune_layer: LayerStep | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The registered attention function; without a layer of ours, the backend itself.
+    """The registered attention function: attends, then has the policies evict.
+
+    Without a layer of ours it is the backend itself.
 
     Args:
         backend: the implementation that the model had when it was attached.
@@ -41,7 +43,7 @@ def slot_attention(
         key: `[B, Hkv, S, D]`, as `ComposedCache.update` returned it.
         value: `[B, Hkv, S, Dv]`.
         attention_mask: what our mask function returned, or a mask that the user gave.
-        kvprune_layer: this forward at this layer.
+        kvprune_layer: this forward at this layer; from `attach`'s hook on the decoder layer.
         arguments: what else transformers passes (scaling, dropout, softcap, ...).
 
     Returns:
@@ -49,12 +51,15 @@ def slot_attention(
     """
     stock = _backend(backend, module)
     if kvprune_layer is None:
+        _check_stock(module, attention_mask)
         return stock(module, query, key, value, attention_mask, **arguments)
     layer = kvprune_layer.on(query.device)
     assert attention_mask is not None, "our mask functions always return a rule"
     mask = as_mask(attention_mask, layer.step.seen)
     if not layer.step.one_by_one:
-        return _attend(backend, stock, module, layer, query, key, value, mask, **arguments)
+        result = _attend(backend, stock, module, layer, query, key, value, mask, **arguments)
+        layer.step.evict(layer)
+        return result
     outputs = []
     for new, piece in layer.pieces():
         held = piece.store(key[:, :, new], value[:, :, new])
@@ -63,6 +68,17 @@ def slot_attention(
         layer.step.evict(piece)
         outputs.append(output)
     return torch.cat(outputs, 1), None
+
+
+def _check_stock(module: torch.nn.Module, mask: Any) -> None:
+    if isinstance(mask, LazyMask):
+        raise KVPruneError(
+            f"{type(module).__name__} was called with a ComposedCache, but not handed the "
+            f"keyword kvprune_layer that its decoder layer was given: expected a model whose "
+            f"decoder layers hand further keywords on to their attention. Call "
+            f"kvprune.attach(model) again if a layer was replaced; otherwise this family is not "
+            f"supported"
+        )
 
 
 def _attend(

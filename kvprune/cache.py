@@ -699,11 +699,6 @@ class ComposedCache(Cache):
         """What the attention function of `layer` needs to know."""
         return self.step.at_layer(layer, self._slots(layer))
 
-    def evict(self, layer: int) -> None:
-        """After the attention of `layer`: keeps what all policies keep."""
-        if not self.step.one_by_one:
-            self.step.evict(self.at_layer(layer))
-
     def refuse_step(self) -> None:
         """This thread's forward ended before it began: its close is not that of another."""
         self._refused.append(_this_thread())

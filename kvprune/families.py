@@ -92,10 +92,16 @@ def attention_of(base: PreTrainedModel, layer: nn.Module) -> nn.Module:
         module = getattr(layer, name, None)
         # GPT-2 and its like nest: the module that knows its layer is the one.
         if isinstance(module, nn.Module) and getattr(module, "layer_idx", None) is not None:
-            if not _takes_keywords(_class(module)):
-                raise unsupported(base, f"{type(module).__name__} takes no further keywords")
+            _check_keywords(base, layer, module)
             return module
     raise unsupported(base, f"{type(layer).__name__} has no self-attention with a layer_idx")
+
+
+def _check_keywords(base: Any, *modules: nn.Module) -> None:
+    """Whether a keyword of ours reaches the attention function from the layer."""
+    for module in modules:
+        if not has_own_attention(base) and not _takes_keywords(_class(module)):
+            raise unsupported(base, f"{type(module).__name__} takes no further keywords")
 
 
 def has_own_attention(base: Any) -> bool:

@@ -106,7 +106,6 @@ class Driver:
             "sdpa", self.module, tokens.q, keys, values, self._rule(), kvprune_layer=handle,
             scaling=D**-0.5,
         )  # fmt: skip
-        self.cache.evict(0)
         self.cache.close_step(done=True)
         return output
 

@@ -215,6 +215,16 @@ def test_detach_keeps_what_others_put_there():
     assert model.generate is mine
 
 
+def test_layer_that_keeps_our_keyword_to_itself_is_refused():
+    """A replaced decoder layer, say: attention that knows no layer of ours would hide nothing."""
+    model = kvprune.attach(fresh_model("llama"))
+    layer = model.model.layers[1]
+    whole = layer.forward
+    layer.forward = lambda *args, kvprune_layer=None, **kwargs: whole(*args, **kwargs)
+    with torch.no_grad(), pytest.raises(KVPruneError, match="LlamaAttention was called"):
+        model(prompt(1, 6), past_key_values=ComposedCache([]))
+
+
 def test_detach_of_a_model_that_was_never_attached():
     """Does nothing, twice."""
     model = fresh_model()
