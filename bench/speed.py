@@ -1,6 +1,6 @@
 """Time, FLOPs and memory of each policy against the dense model, in one process.
 
-    python -m bench.speed                             # all of it: 40 minutes of two slow cores
+    python -m bench.speed                             # all of it: 45 minutes of two slow cores
     python -m bench.speed --parts attach decode-8192  # some of it
     python -m bench.performance                       # docs/performance.md, from what was measured
 

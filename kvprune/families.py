@@ -129,9 +129,10 @@ def unwrapped(model: Any) -> Any:
 
 
 def has_alibi(base: Any) -> bool:
-    """Whether the model knows positions by a bias alone that its attention is handed: BLOOM.
+    """Whether the model knows positions by a bias of distances alone: BLOOM.
 
-    Falcon's ALiBi is a part of its mask, where it cannot be told from the rest.
+    Not Falcon: its ALiBi is made in bfloat16, so that from column 256 on neighbours share a bias
+    and what a query sees depends on where in the text it stands.
     """
     return str(base.config.model_type) == "bloom"
 

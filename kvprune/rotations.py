@@ -129,7 +129,8 @@ def _rotation_of(base: Any, keys: Tensor, found: list[Tensor]) -> Rotation | Non
 def _no_positions(base: Any) -> KVPruneError:
     return KVPruneError(
         f"positions inside the cache with {type(base).__name__}: its keys are not turned by "
-        f"their position as RoPE does, so they cannot be moved. Expected a model with "
+        f"their position as RoPE does, nor is it known to tell positions by exact distances (the "
+        f"ALiBi of Falcon is rounded to bfloat16), so they cannot be moved. Expected a model with "
         f"RoPE, or BLOOM; use positions='original' with this one"
     )
 

@@ -8,6 +8,7 @@ from bench.costs.attached import WITH, WITHOUT
 from bench.costs.candidates import BOTH, DENSE, NAMES
 from bench.costs.decode import BUDGETED
 from bench.costs.models import LAYER, REAL
+from bench.costs.stream import READ
 
 ABOUT = {
     "machine": "x86_64, 2 threads",
@@ -55,7 +56,7 @@ def results() -> list[dict[str, Any]]:
         "lengths": [1024, 2048, 4096],
         "rows": {
             name: {"chunk": [0.5] * 8, "step": [[0.1] * 3] * 4, "held": [7_000_000] * 3}
-            for name in ("StreamingLLM", "H2O")
+            for name in READ
         },
     }
     attach = {name: {"prefill": [1.0] * 3, "step": [0.1] * 30} for name in (WITHOUT, WITH)}

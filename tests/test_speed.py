@@ -128,10 +128,10 @@ def test_a_gpu_s_results_do_not_take_the_place_of_a_cpu_s():
     assert speed.options(["--device", "cuda"]).results == speed.ROOT / "build" / "speed-cuda"
 
 
-def test_the_whole_plan_takes_forty_minutes():
+def test_the_whole_plan_takes_three_quarters_of_an_hour():
     """Of which the layers of a 7B model take no more than seven."""
     parts = Sizes().parts()
-    assert 30 * 60 < sum(part.seconds for part in parts) < 42 * 60
+    assert 30 * 60 < sum(part.seconds for part in parts) < 47 * 60
     assert sum(part.seconds for part in parts if part.shape == LAYER) < 7 * 60
     assert len({part.name for part in parts}) == len(parts)
 

@@ -15,6 +15,7 @@ from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
 
 DENSE, STREAMING, HEAVY, PRUNED, BOTH = "dense", "StreamingLLM", "H2O", "SDTP", "SDTP + H2O"
 NAMES = (DENSE, STREAMING, HEAVY, PRUNED, BOTH)
+STREAMING_INSIDE, HEAVY_INSIDE = f'{STREAMING}(positions="cache")', f'{HEAVY}(positions="cache")'
 
 LEFT = 0.35
 """The share of a prompt's tokens that SDTP lets into the last layers."""
@@ -56,6 +57,18 @@ def candidates(model: Any, budget: int) -> dict[str, Make]:
         for name, given in policies(model, budget).items()
     }
     return {DENSE: lambda: DynamicCache(config=model.config), **composed}
+
+
+def streams(budget: int) -> dict[str, Make]:
+    """A maker of fresh caches for a text without end, by name."""
+    streaming = partial(StreamingLLM, sinks=4, window=budget - 4)
+    h2o = partial(H2O, heavy=budget // 2, recent=budget - budget // 2)
+    return {
+        STREAMING: lambda: kvprune.ComposedCache([streaming()]),
+        HEAVY: lambda: kvprune.ComposedCache([h2o()]),
+        STREAMING_INSIDE: lambda: kvprune.ComposedCache([streaming(positions="cache")]),
+        HEAVY_INSIDE: lambda: kvprune.ComposedCache([h2o(positions="cache")]),
+    }
 
 
 def random_prompt(model: Any, rows: int, tokens: int) -> Tensor:

@@ -119,8 +119,8 @@ def _whole(context: int, new: int) -> Part:
 def _stream(longest: int, budget: int) -> Part:
     """A prompt in chunks, and steps at some of its lengths."""
     repeats, lengths = 5, len(lengths_of(longest))
-    reading = 2 * longest / CHUNK * 1.4 * dense_seconds(CHUNK)
-    seconds = reading + repeats * STEPS * 2 * lengths * _STEP
+    reading = 4 * longest / CHUNK * 1.4 * dense_seconds(CHUNK)
+    seconds = reading + repeats * STEPS * 4 * lengths * _STEP
     return Part(f"stream-{longest}", "stream", longest, repeats, seconds, budgets=(budget,))
 
 

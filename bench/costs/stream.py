@@ -9,13 +9,23 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from .candidates import HEAVY, STREAMING, candidates, held, random_prompt
+from .candidates import (
+    HEAVY,
+    HEAVY_INSIDE,
+    STREAMING,
+    STREAMING_INSIDE,
+    held,
+    random_prompt,
+    streams,
+)
 from .clock import Clock, Tick, tidy, turns
 from .decode import WARM_UP, step
 from .models import Pair
 from .plan import CHUNK, STEPS, Part, lengths_of
 
-READ = (STREAMING, HEAVY)
+READ = (STREAMING, HEAVY, STREAMING_INSIDE, HEAVY_INSIDE)
+ORIGINAL = {STREAMING_INSIDE: STREAMING, HEAVY_INSIDE: HEAVY}
+"""The same policy with a token's position in the text."""
 
 
 @torch.no_grad()
@@ -27,7 +37,7 @@ def measure(pair: Pair, part: Part, clock: Clock, tick: Tick) -> dict[str, Any]:
     """
     model, reading = pair.attached, 0.8
     lengths, (budget,) = lengths_of(part.context), part.budgets
-    ids, runs = random_prompt(model, 1, lengths[-1]), candidates(model, budget)
+    ids, runs = random_prompt(model, 1, lengths[-1]), streams(budget)
     rows: dict[str, dict[str, Any]] = {name: {"chunk": [], "step": []} for name in READ}
     aside: dict[str, dict[int, Cache]] = {name: {} for name in READ}
     caches = {name: runs[name]() for name in READ}

@@ -11,6 +11,7 @@ from .candidates import DENSE
 from .models import LAYER
 from .numbers import ratios
 from .results import Found
+from .stream import ORIGINAL
 
 PREFILL = (
     "policy",
@@ -93,26 +94,35 @@ def of_whole(one: Found) -> str:
 
 
 def of_stream(one: Found) -> str:
-    """A line for each length, and the slopes below."""
+    """A line for each policy and length, and the slopes below."""
     lengths, rows = one["found"]["lengths"], one["found"]["rows"]
-    heads = [f"{name}: {what}" for name in rows for what in ("s until read", "step ms", "MB held")]
     lines = [
-        [f"{length:,}", *(cell for row in rows.values() for cell in _at(row, lengths, at))]
+        [name, f"{length:,}", *_at(rows, name, lengths, at)]
+        for name in rows
         for at, length in enumerate(lengths)
     ]
     slopes = [
-        f"{name}: exponent {chunked(one, name).value:.3f}, steps "
+        f"* {name}: exponent {chunked(one, name).value:.3f}, steps "
         f"{flat(one, name).value:+.3%} ± {flat(one, name).error:.3%} per 1,000 tokens."
         for name in rows
     ]
-    return table(("tokens", *heads), lines) + "\n" + "\n".join(slopes) + "\n"
+    heads = ("policy", "tokens", "s until read", "step ms", "to original positions", "MB held")
+    return table(heads, lines) + "\n" + "\n".join(slopes) + "\n"
 
 
-def _at(row: dict[str, Any], lengths: list[int], at: int) -> list[str]:
+def _at(rows: dict[str, Any], name: str, lengths: list[int], at: int) -> list[str]:
+    row = rows[name]
     chunks = lengths[at] * len(row["chunk"]) // lengths[-1]
-    step = statistics.median(turn[at] for turn in row["step"])
-    seconds = sum(row["chunk"][:chunks])
-    return [f"{seconds:.1f}", f"{step * 1e3:.1f}", f"{row['held'][at] / MB:.1f}"]
+    steps = [turn[at] for turn in row["step"]]
+    to_original = ""
+    if name in ORIGINAL:
+        to_original = f"{ratios(steps, [turn[at] for turn in rows[ORIGINAL[name]]['step']]):.3f}"
+    return [
+        f"{sum(row['chunk'][:chunks]):.1f}",
+        f"{statistics.median(steps) * 1e3:.1f}",
+        to_original,
+        f"{row['held'][at] / MB:.1f}",
+    ]
 
 
 def of_attach(one: Found) -> str:
