@@ -108,7 +108,7 @@ def test_a_pruned_prefill_costs_what_its_tokens_cost():
     with (
         counting() as counter,
         entering(model) as entered,
-        own_flops(model) as own,
+        own_flops() as own,
         torch.no_grad(),
     ):
         model(prompt(1, n), past_key_values=kvprune.ComposedCache([sdtp()]), logits_to_keep=1)

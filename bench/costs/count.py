@@ -25,7 +25,7 @@ def counted(model: Any, ids: Tensor, make: Make, flops: Flops, clock: Clock) -> 
     """
     cache, before = make(), clock.begin_peak()
     with LiveBytes() as live, counting() as counter, entering(model) as entered:
-        with own_flops(model) as own:
+        with own_flops() as own:
             model(ids, past_key_values=cache, logits_to_keep=1)
         beyond = clock.peak_beyond(before)
     rows, tokens = ids.shape

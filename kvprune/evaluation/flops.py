@@ -14,7 +14,7 @@ what the counter knows is counted, matrix products above all: no softmax, no nor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.hooks import RemovableHandle
 
 from kvprune.cache import ComposedCache
 from kvprune.devices import device_of
-from kvprune.families import attention_of, base_of, decoder_layers, linear_layers, unwrapped
+from kvprune.families import base_of, decoder_layers, unwrapped
+from kvprune.step import Step
 
 LENGTHS = (64, 128)
 """Tokens of the two prompts that are measured; linear attention works in chunks of 64."""
@@ -83,9 +83,41 @@ def _by_layer(model: Any, tokens: int) -> list[float]:
     """Of each layer of the dense model; last, of all that is in none."""
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device_of(model))
     meter = _Meter()
-    with meter.whole(layers_of(model)), counting() as counter, torch.no_grad():
+    with meter.on(layers_of(model)), counting() as counter, torch.no_grad():
         model(ids, past_key_values=ComposedCache(), logits_to_keep=1)
     return [*meter.counted, counter.get_total_flops() - sum(meter.counted)]
+
+
+class _Meter:
+    """Counts each module's forward."""
+
+    def __init__(self) -> None:
+        self.counted: list[float] = []
+        self._open: FlopCounterMode | None = None
+
+    def _start(self, *_: Any) -> None:
+        self._open = counting()
+        self._open.__enter__()
+
+    def _stop(self, *_: Any) -> None:
+        counter, self._open = self._open, None
+        assert counter is not None
+        counter.__exit__(None, None, None)
+        self.counted.append(counter.get_total_flops())
+
+    @contextmanager
+    def on(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """In forwards inside the context."""
+        hooks = [m.register_forward_pre_hook(self._start) for m in modules]
+        hooks += [m.register_forward_hook(self._stop) for m in modules]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            if self._open is not None:
+                # An error came in between: torch would go on counting.
+                self._stop()
 
 
 def counting() -> FlopCounterMode:
@@ -102,72 +134,27 @@ def _attention(
 
 
 @contextmanager
-def own_flops(model: Any) -> Iterator[list[float]]:
+def own_flops() -> Iterator[list[float]]:
     """What policies compute while they rank, piece by piece, in forwards inside the context.
 
-    Slow, as the counter is: not for a forward that is timed.
+    Of every cache and in every thread. Slow, as the counter is: not for a forward that is timed.
     """
-    base = base_of(unwrapped(model))
-    layers = zip(decoder_layers(base), linear_layers(base), strict=True)
-    attentions = [attention_of(base, layer) for layer, linear in layers if not linear]
-    meter = _Meter()
-    with meter.before(decoder_layers(base)), meter.after([*attentions, base]):
-        yield meter.counted
+    counted: list[float] = []
+    asking = {name: getattr(Step, name) for name in ("enter", "evict", "finish")}
+    for name, method in asking.items():
+        setattr(Step, name, _metered(method, counted))
+    try:
+        yield counted
+    finally:
+        for name, method in asking.items():
+            setattr(Step, name, method)
 
 
-class _Meter:
-    """Counts between two hooks; those of `attach` lie between the first and the last one."""
+def _metered(method: Callable[..., Any], counted: list[float]) -> Callable[..., Any]:
+    def metered(*args: Any) -> Any:
+        with counting() as counter:
+            answer = method(*args)
+        counted.append(counter.get_total_flops())
+        return answer
 
-    def __init__(self) -> None:
-        self.counted: list[float] = []
-        self._open: FlopCounterMode | None = None
-
-    def start(self, *_: Any) -> None:
-        """A hook."""
-        self._open = counting()
-        self._open.__enter__()
-
-    def stop(self, *_: Any) -> None:
-        """A hook."""
-        counter, self._open = self._open, None
-        assert counter is not None
-        counter.__exit__(None, None, None)
-        self.counted.append(counter.get_total_flops())
-
-    @contextmanager
-    def whole(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """Each module's forward."""
-        with self._hooked(
-            [m.register_forward_pre_hook(self.start) for m in modules]
-            + [m.register_forward_hook(self.stop) for m in modules]
-        ):
-            yield
-
-    @contextmanager
-    def before(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """What other hooks do before each module's forward."""
-        with self._hooked(
-            [m.register_forward_pre_hook(self.start, prepend=True) for m in modules]
-            + [m.register_forward_pre_hook(self.stop) for m in modules]
-        ):
-            yield
-
-    @contextmanager
-    def after(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """What other hooks do after each module's forward."""
-        with self._hooked(
-            [m.register_forward_hook(self.start, prepend=True) for m in modules]
-            + [m.register_forward_hook(self.stop) for m in modules]
-        ):
-            yield
-
-    @contextmanager
-    def _hooked(self, hooks: list[RemovableHandle]) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            if self._open is not None:
-                # An error came in between: torch would go on counting.
-                self.stop()
+    return metered

@@ -193,7 +193,7 @@ class CacheReader:
 def own_prefill_flops(model: Any, prompt: Sequence[int], policies: Sequence[TokenPolicy]) -> float:
     """What the policies compute themselves while a prompt is read; reads it once, slowly."""
     tokens = torch.tensor([list(prompt)], device=device_of(model))
-    with own_flops(model) as counted:
+    with own_flops() as counted:
         read_prompt(model, ComposedCache(policies), tokens)
     return sum(counted)
 

@@ -131,7 +131,7 @@ def _given_up(group: Group, job: Job, error: Exception) -> Failure:
 def _lead(group: Group, sample: Sample, worker: Worker) -> Reading:
     """The prompt read for all, with what pruning it computes."""
     cache = ComposedCache(group.pruners, group.observe)
-    with own_flops(worker.model) as counted:
+    with own_flops() as counted:
         lead = Reading.of(worker.model, sample.prompt, cache)
     return replace(lead, seconds=None, own=sum(counted))
 
@@ -142,7 +142,7 @@ def _one(
     """What a job's own policies make of it."""
     with counting() as evicting:
         cache = lead.cache.with_policies(policies, worker.model)
-    with own_flops(worker.model) as counted:
+    with own_flops() as counted:
         reader = worker.reader(replace(lead, cache=cache))
     own = lead.own + evicting.get_total_flops() + sum(counted)
     return worker.asked(job, sample, reader, own)
