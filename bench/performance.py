@@ -25,7 +25,7 @@ more the middle half. *FLOPs to dense* is what prefill could come down to, count
 (`kvprune/evaluation/flops.py`); *counted TFLOP* is what torch's counter says of the same run, which
 leaves out what H2O's blocks do not compute. *Live MB* is the most that tensors beyond the weights
 held at once while the prompt was read, *peak MB* what the process grew by. SDTP has random heads
-here, which cost what trained ones do. Policies with a budget keep an eighth of a prompt unless
+here, of the shape of those that ship. Policies with a budget keep an eighth of a prompt unless
 something else is said. This page is made by `python -m bench.performance` from
 `bench/results/speed-*.json`, which `make speed` measures.
 """

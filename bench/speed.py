@@ -7,8 +7,8 @@
 Each part is one file, `bench/results/speed-PART.json`, written when it is done: a run that was
 stopped goes on with what is missing, and `--fresh` measures what is there anew. Candidates take
 turns, each turn begins with another one, and each is compared with the dense run of its own turn:
-a machine's clock drifts more than the differences that matter. SDTP runs with random heads, which
-cost what trained ones do. What is measured and how, say the modules of `bench/costs`.
+a machine's clock drifts more than the differences that matter. SDTP runs with random heads of
+the shape of those that ship. What is measured and how, say the modules of `bench/costs`.
 
 `--device cuda` measures the same on a GPU, and writes to build/speed-cuda unless told otherwise;
 `python -m bench.performance --results build/speed-cuda --page build/speed-cuda/performance.md`

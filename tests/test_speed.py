@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig
 
 import kvprune
 from bench import performance, resident, speed
@@ -24,15 +25,18 @@ from bench.costs.candidates import (
     candidates,
     held,
     policies,
+    random_sdtp,
 )
 from bench.costs.clock import Clock, turns
 from bench.costs.count import counted
 from bench.costs.models import LAYER, Models, paired
 from bench.costs.plan import Sizes
 from kvprune.evaluation.flops import Flops
+from kvprune.policies.sdtp import SDTPHeads
 
 from .models import fresh_model, prompt
 
+SHIPPED = str(Path(kvprune.__file__).parent / "policies/sdtp/pretrained/SmolLM2-135M-Instruct")
 SMALL = ["--contexts", "128", "--budgets", "16", "32", "--stream", "2048", "--new", "3"]
 TINY_LAYER = {
     "hidden_size": 32,
@@ -188,7 +192,8 @@ def test_what_is_counted_is_right(pair):
     for name in (DENSE, STREAMING, PRUNED):
         assert said[name]["flops"] == said[name]["counted_flops"], name
     assert said[HEAVY]["counted_flops"] < said[HEAVY]["flops"] == said[DENSE]["flops"]
-    assert said[PRUNED]["flops"] < 0.8 * said[DENSE]["flops"]
+    # Heads of the shipped shape weigh, in a model that is 32 wide.
+    assert said[PRUNED]["flops"] < said[DENSE]["flops"]
     assert said[DENSE]["held"] == 2 * 200 * 8 * 2 * 2 * 8 * 4 <= said[DENSE]["live"]
     assert said[BOTH]["held"] < said[DENSE]["held"] / 4
 
@@ -223,6 +228,18 @@ def test_a_smaller_budget_is_what_the_prompt_would_have_left(pair):
             for layer in range(8):
                 assert torch.equal(ours.columns(layer), read.columns(layer))
             assert held(ours) == held(read)
+
+
+def test_random_heads_have_the_shape_and_schedule_of_those_that_ship():
+    """So that what is measured is what users have."""
+    config = LlamaConfig(hidden_size=576, num_hidden_layers=30)
+    sdtp = random_sdtp(SimpleNamespace(config=config, device="cpu"))
+    shipped = SDTPHeads.from_pretrained(SHIPPED)
+    assert isinstance(sdtp.heads, SDTPHeads)
+    assert list(sdtp.heads.layers) == list(range(4, 30, 3)) == list(shipped.layers)
+    assert sdtp.share ** len(shipped.layers) == pytest.approx(0.35)
+    mine, theirs = ([p.shape for p in h.parameters()] for h in (sdtp.heads, shipped))
+    assert mine == theirs
 
 
 def test_turns_begin_with_another_one_each_time():

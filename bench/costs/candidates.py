@@ -36,7 +36,7 @@ def policies(model: Any, budget: int) -> dict[str, list[kvprune.TokenPolicy]]:
 
 
 def random_sdtp(model: Any) -> SDTP:
-    """Heads that were never trained cost what trained ones do.
+    """Heads of the shape of those that ship; never trained, they cost as much.
 
     The paper's schedule, every third layer from the fifth; a model of too few layers has one
     stage, before its second layer. Both leave `LEFT` of the tokens in the end.
@@ -46,7 +46,7 @@ def random_sdtp(model: Any) -> SDTP:
     stages = len(range(first, layers, 3)) if layers > 6 else 1
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        heads = SDTPHeads(size, layers, first_layer=first, stages=stages)
+        heads = SDTPHeads(size, layers, first_layer=first, stages=stages, query_heads=4)
     return SDTP(heads.to(model.device), keep=LEFT ** (1 / stages))
 
 

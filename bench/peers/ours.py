@@ -8,7 +8,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import kvprune
-from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
+from bench.costs.candidates import held, random_sdtp
+from kvprune.policies import H2O, SDTP, StreamingLLM
 
 from .protocol import Opened
 from .rows import DENSE
@@ -23,7 +24,7 @@ class Ours:
     def __init__(self, path: Path, random_heads: bool) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(path)
         self.model: Any = kvprune.attach(model.eval().requires_grad_(False))
-        self.sdtp = _random_sdtp(model.config) if random_heads else SDTP()
+        self.sdtp = random_sdtp(model) if random_heads else SDTP()
 
     def open(self, row: str, budget: int, length: int) -> Opened:
         """See `Side`; the dense model has transformers' own cache."""
@@ -44,14 +45,4 @@ class Ours:
 
     def nbytes(self, cache: Any) -> int:
         """See `Side`; statistics and all."""
-        if isinstance(cache, kvprune.ComposedCache):
-            return cache.nbytes
-        kept = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-        return sum(t.untyped_storage().nbytes() for t in kept)
-
-
-def _random_sdtp(config: Any) -> SDTP:
-    """The paper's schedule: every third layer from the fifth, 35 % in the end."""
-    stages = len(range(4, config.num_hidden_layers, 3))
-    heads = SDTPHeads(config.hidden_size, config.num_hidden_layers, stages)
-    return SDTP(heads, keep=0.35 ** (1 / stages))
+        return held(cache)

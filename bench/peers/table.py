@@ -32,8 +32,8 @@ Seconds are medians; a ratio is that of one turn, given as median (least to most
 the mean of {STEPS} after {WARM_UP_STEPS} untimed ones, on what the row holds of the prompt; dense
 holds all of it. KV is the storage that the cache has allocated, after the prompt and after all
 steps. Peak RSS is what reading the prompt adds at most to a process that has loaded the model and
-read a short prompt; each row has a process of its own. SDTP has random heads here, which cost what
-trained ones do. ObservedAttention needs eager attention, which its whole row runs with.
+read a short prompt; each row has a process of its own. SDTP has random heads here, of the shape of
+those that ship. ObservedAttention needs eager attention, which its whole row runs with.
 """
 
 QUALITY_TEXT = f"""## Quality
