@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -58,23 +56,18 @@ def _read(
 ) -> dict[int, dict[str, Cache]]:
     """Caches by budget and candidate.
 
-    Each policy reads the prompt once, at the largest budget, and is loaded at each: what a
-    smaller budget keeps of what the largest one kept is what it would have kept of the prompt,
-    since both rank alike. The first step drops the rest.
+    Each reads the prompt once, with nothing evicted; what a budget leaves of it follows.
     """
     found: dict[int, dict[str, Cache]] = {budget: {} for budget in budgets}
     for budget in budgets:
         found[budget][DENSE] = DynamicCache(config=model.config)
         model(ids[:, :budget], past_key_values=found[budget][DENSE], logits_to_keep=1)
-    with TemporaryDirectory() as folder:
-        for number, name in enumerate(BUDGETED, 1):
-            file = Path(folder, f"{number}.safetensors")
-            whole = kvprune.ComposedCache(policies(model, max(budgets))[name])
-            model(ids, past_key_values=whole, logits_to_keep=1)
-            whole.save(file)
-            del whole
-            for budget in budgets:
-                mine = policies(model, budget)[name]
-                found[budget][name] = kvprune.ComposedCache.load(file, mine, model)
-            tick(number / len(BUDGETED))
+    for number, name in enumerate(BUDGETED, 1):
+        *pruners, _ = policies(model, max(budgets))[name]
+        whole = kvprune.ComposedCache(pruners, observe=("attention",))
+        model(ids, past_key_values=whole, logits_to_keep=1)
+        for budget in budgets:
+            evicts = policies(model, budget)[name][-1]
+            found[budget][name] = whole.with_policies([*pruners, evicts], model)
+        tick(number / len(BUDGETED))
     return found
