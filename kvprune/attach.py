@@ -192,7 +192,7 @@ def _after_head_model(
 ) -> None:
     cache = _cache_in(model, args, kwargs)
     if cache is not None:
-        cache.ask_logits(0)
+        cache.ask_logits(None)
 
 
 def _before_base(
@@ -379,7 +379,9 @@ def _generate(model: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
             "the base model was detached by itself: call kvprune.attach(model) again"
         )
     cache.bind(attachment, base)
-    kwargs = _with_whole_mask(cache, *args, **kwargs)
+    mask = _whole_mask(cache, *args, **kwargs)
+    if mask is not None:
+        kwargs["attention_mask"] = mask
     _check_prompt(cache, *args, **kwargs)
     cache.enter_generate()
     try:
@@ -407,23 +409,23 @@ def _prompt_of(inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
     return next((t for t in given if t is not None), None)
 
 
-def _with_whole_mask(
+def _whole_mask(
     cache: ComposedCache, inputs: Tensor | None = None, *args: Any, **kwargs: Any
-) -> dict[str, Any]:
-    """Extends a mask of earlier turns with ones: what it does not reach is no padding.
+) -> Tensor | None:
+    """The mask that was given; one of earlier turns with ones for what it does not reach.
 
     It is one where it ends before ids that are all tokens so far do, or, with new ids alone,
     within what the cache has seen. Any other mask that does not fit is left to be refused.
     """
     tokens, mask = _prompt_of(inputs, kwargs), kwargs.get("attention_mask")
     if tokens is None or mask is None or mask.dim() != 2 or cache.seen == 0:
-        return kwargs
+        return mask
     count, columns, missing = tokens.shape[1], mask.shape[1], 0
     if columns < count and cache.seen < count:
         missing = count - columns
     elif count < columns <= cache.seen:
         missing = cache.seen + count - columns
-    return {**kwargs, "attention_mask": nn.functional.pad(mask, (0, missing), value=1)}
+    return nn.functional.pad(mask, (0, missing), value=1)
 
 
 def _check_prompt(

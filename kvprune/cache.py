@@ -89,7 +89,8 @@ class ComposedCache(Cache):
         self._prompt_end = 0
         # Columns that stay for good: what a cache evicted before it was saved is unknown.
         self._fixed = 0
-        self._logits_to_keep: int | Tensor = 0
+        # By thread, as one that is refused must not speak for the one that is not.
+        self._logits_to_keep: dict[int, int | Tensor] = {}
         # A dict, since its setdefault is atomic: two threads cannot both open a step. (A lock
         # could be neither deep-copied nor pickled.) Then the threads whose forward was refused
         # before it began, so that its end is not taken for that of another.
@@ -151,7 +152,7 @@ class ComposedCache(Cache):
         """Forgets everything, also its model, and frees the memory; it can be used anew."""
         self.layers = []
         self._attachment, self._working, self._model = None, (), {}
-        self._logits_to_keep = 0
+        self._logits_to_keep = {}
         self.seen = 0
         self._rows, self._padding, self._promise = None, None, 0
         self._positions, self._together = None, []
@@ -270,6 +271,11 @@ class ComposedCache(Cache):
                 f"with_policies: read with {list(self.policies)!r}, and came "
                 f"{list(twin.policies)!r}: expected a cache without policies that evict, and the "
                 f"same ones that prune hidden states"
+            )
+        if self._fixed:
+            raise KVPruneError(
+                f"with_policies: expected a cache that lacks nothing of what was read, came one "
+                f"loaded from a file of which {self._fixed} columns were subject to eviction"
             )
         if self._positions is not None or twin._positions is not None:
             raise KVPruneError(
@@ -423,6 +429,8 @@ class ComposedCache(Cache):
             self._settle(min(back, recorded))
         if back > recorded:
             self._drop_from(self.seen)
+            # What was recorded is no prompt.
+            self._rows = None if self._rows is None else self._rows.until(self.seen, self._padding)
 
     def _drop_from(self, column: int) -> None:
         """Drops what every layer holds of the columns from `column` on."""
@@ -520,9 +528,15 @@ class ComposedCache(Cache):
         if not self._failure:
             self._settle()
 
-    def ask_logits(self, logits_to_keep: int | Tensor) -> None:
-        """Which tokens' logits the next forward is asked for; those are not pruned."""
-        self._logits_to_keep = logits_to_keep
+    def ask_logits(self, logits_to_keep: int | Tensor | None) -> None:
+        """Which tokens' logits this thread's next forward is asked for; those are not pruned.
+
+        None takes it back.
+        """
+        if logits_to_keep is None:
+            self._logits_to_keep.pop(_this_thread(), None)
+        else:
+            self._logits_to_keep[_this_thread()] = logits_to_keep
 
     def open_step(self, rows: int, count: int, mask: Tensor | None, device: torch.device) -> None:
         """Begins a forward of `[rows, count]` tokens.
@@ -569,7 +583,7 @@ class ComposedCache(Cache):
         drafts = min(count, max(self.seen + count - self._prompt_end, 0)) * self._recording
         self._check_records(drafts)
         # Of a prompt with drafts behind it, what it would be asked for without them.
-        keep = 1 if drafts else self._logits_to_keep
+        keep = 1 if drafts else self._logits_to_keep.get(_this_thread(), 0)
         asked = asked_tokens(keep, rows, count - drafts, device)
         self._settle()
         position_ids = None

@@ -1,6 +1,6 @@
 """Attention that observes, on a GPU: outputs by a fused kernel, then what slots received.
 
-The blocks of `attention.py` are made for a CPU's caches; on a GPU they would be thousands of
+The blocks of `blocks.py` are made for a CPU's caches; on a GPU they would be thousands of
 small kernels. Here flash-attn or sdpa computes the outputs, and the statistic follows from
 each query's log-sum-exp (see `mass.py`): flash-attn hands that back; sdpa does not, in a way
 that is public and the same for all of its kernels, so it takes one more pass over the keys.

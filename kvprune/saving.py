@@ -3,8 +3,9 @@
 Metadata: `kvprune_cache`, the version of this format; `numbers`, JSON (the model, the policies'
 reprs, how many columns were seen, each layer's slots); `digest`, SHA-256 over the version, the
 numbers and every tensor. Tensors: `rows.first`, `rows.prompt_length`, `padding` and, by layer,
-keys, values, columns, statistics and the hole. Only slots in use are written; layers that share
-one tensor of columns share it in the file.
+keys, values, columns, statistics, the hole and, where positions are assigned inside the cache,
+those that keys came with and `positions.*`. Only slots in use are written; layers that share one
+tensor of columns share it in the file.
 
 Reading runs no code of the file. The digest finds damage; it is no signature.
 """

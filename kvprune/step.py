@@ -56,6 +56,12 @@ class RowNumbers:
         """The same rows so many times, below each other."""
         return RowNumbers(self.first.repeat(times), self.prompt.below(times))
 
+    def until(self, seen: int, padding: Tensor | None) -> RowNumbers:
+        """The same once only `seen` columns are left, of which `padding` `[B, n]` are padding."""
+        hidden = 0 if padding is None else padding[:, :seen].sum(-1)
+        prompt = self.prompt.tensor.minimum(torch.as_tensor(seen - hidden).to(self.first.device))
+        return RowNumbers(self.first.clamp(max=seen), Lengths(prompt))
+
     def select(self, rows: Tensor) -> RowNumbers:
         """Row i becomes what row `rows[i]` was."""
         rows = rows.to(self.first.device)

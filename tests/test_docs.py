@@ -36,6 +36,14 @@ def test_the_readme_s_tree_is_true():
     lines = re.findall(r"^  (\w+\.py|\w+/|\w+) ", tree, re.MULTILINE)
     on_disk = {p.name + ("/" if p.is_dir() and not p.is_symlink() else "") for p in entries()}
     assert on_disk == set(lines) - {"h2o.py"}
+    folders = {
+        "kvprune/evaluation": "  evaluation/ .*?(?=^  policies )",
+        "policies/sdtp": r"    in sdtp/:.*?(?=^tests/)",
+    }
+    for folder, where in folders.items():
+        found = {p.name for p in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+        named = re.search(where, tree, re.M | re.S)
+        assert named is not None and found == set(re.findall(r"\w+\.py", named[0])), folder
     policies = {p.name for p in (ROOT / "policies").glob("*.py")} - {"__init__.py"}
     assert policies == set(re.findall(r"(\w+\.py)", re.search(r"^  h2o.*$", tree, re.M)[0]))
 

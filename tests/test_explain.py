@@ -19,8 +19,10 @@ from kvprune import KVPruneError
 from kvprune.cli import app, main
 from kvprune.evaluation.explain import Explanation, as_page, as_terminal, explain
 from kvprune.evaluation.reading import read_prompt
+from kvprune.families import linear_layers
 from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
 
+from .family_models import attached_family
 from .models import LAYERS, fresh_model, tiny_model
 from .strategies import sdtp_heads
 
@@ -80,6 +82,15 @@ def test_counts_are_those_of_the_cache(policies, text):
     assert found.layers == tuple(sum(c in s for s in held) for c in range(ids.shape[1]))
     assert found.num_layers == LAYERS and len(found.tokens) == ids.shape[1]
     assert all(type(policy).__name__ in found.policies for policy in policies)
+
+
+def test_layers_that_keep_a_state_are_not_counted():
+    """They hold no token."""
+    model = attached_family("qwen3_next")
+    found = explain(model, words_tokenizer(), "How many layers?", [H2O(1, 1)])
+    slots = len([*linear_layers(model)]) - sum(map(bool, linear_layers(model)))
+    assert found.num_layers == slots == max(found.layers)
+    assert found.layers.count(slots) == 2
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "a\ufffdb", "\ufffd", "\u6f22"], ids=ascii)

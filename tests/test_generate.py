@@ -182,6 +182,24 @@ def test_two_turns_count_both_prompts_once():
         assert (cache.columns(0) >= 0).sum(-1)[:, :1].tolist() == expected
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("second", ["all ids", "new ids"])
+def test_a_prompt_may_be_called_inputs(masked, second):
+    """As `generate` itself calls its first argument."""
+    model, ids = tiny_model(), prompt(1, 12)
+    said: list[torch.Tensor] = []
+    for name in ("input_ids", "inputs"):
+        cache = kvprune.ComposedCache([H2O(3, 4)])
+        mask = {"attention_mask": torch.ones_like(ids)} if masked else {}
+        first = model.generate(**{name: ids}, **mask, cache=cache, max_new_tokens=4)
+        assert torch.equal(first[:, :12], ids)
+        again = torch.cat([first, prompt(1, 3, 1)], 1)
+        if second == "new ids":
+            mask, again = {"attention_mask": torch.ones_like(again)}, again[:, cache.seen :]
+        said.append(model.generate(**{name: again}, **mask, cache=cache, max_new_tokens=4))
+    assert torch.equal(*said)
+
+
 def test_tokens_come_out_in_plain_generate_without_kwargs():
     """The ten lines of the README, on a tiny model."""
     model = kvprune.attach(tiny_model())

@@ -78,6 +78,41 @@ def test_a_cache_with_other_policies_is_one_that_had_them(evicting, prunes, padd
     assert lead.seen == 40
 
 
+@pytest.mark.parametrize("padding", [0, 7, 17])
+def test_what_was_taken_back_is_no_part_of_the_prompt(padding):
+    """A share is one of what is left, also where a row's first token is gone."""
+    model, ids, policies = tiny_model(), prompt(2, 24), [StreamingLLM(1, 0.5)]
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    lead, expected = ComposedCache(), ComposedCache(policies)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=lead)
+        lead.crop(-8)
+        model(ids[:, :16], attention_mask=mask[:, :16], past_key_values=expected)
+        found = lead.with_policies(policies, model)
+        for _ in range(3):
+            assert all(torch.equal(found.columns(i), expected.columns(i)) for i in range(LAYERS))
+            mask = torch.cat([mask[:, : found.seen], torch.ones_like(mask[:, :1])], 1)
+            for cache in (found, expected):
+                model(ids[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+def test_a_file_of_a_cache_that_evicted_cannot_have_other_policies(tmp_path):
+    """What it lacks is unknown; one that evicted nothing can."""
+    model, ids = tiny_model(), prompt(1, 20)
+    for policies, fine in (([H2O(3, 4)], False), ([], True)):
+        read = ComposedCache(policies)
+        with torch.no_grad():
+            model(ids, past_key_values=read)
+        read.save(tmp_path / "cache")
+        loaded = ComposedCache.load(tmp_path / "cache", [], model)
+        if fine:
+            assert loaded.with_policies([StreamingLLM(1, 5)], model).columns(0).shape[-1] == 6
+            continue
+        with pytest.raises(KVPruneError, match="lacks nothing of what was read"):
+            loaded.with_policies([StreamingLLM(1, 5)], model)
+
+
 def test_statistics_that_nobody_wants_any_more_are_gone():
     """They would be observed, at a cost, and held."""
     model, ids, policies = tiny_model(), prompt(1, 20), [StreamingLLM(1, 5)]

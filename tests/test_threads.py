@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -57,6 +58,23 @@ def test_an_error_arrives_and_leaves_nothing():
 
     with pytest.raises(RuntimeError, match="in a worker"):
         in_threads(work, 3)
+    assert torch.get_num_threads() == of_another_thread() == 4
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_a_thread_that_cannot_begin_leaves_none_waiting(monkeypatch):
+    """As where a machine allows no more."""
+    submit, begun = ThreadPoolExecutor.submit, list[int]()
+
+    def refuses(pool, run, number):
+        if begun:
+            raise RuntimeError("can't start new thread")
+        begun.append(number)
+        return submit(pool, run, number)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refuses)
+    with pytest.raises(RuntimeError, match="can't start"):
+        in_threads(lambda number: number, 2)
     assert torch.get_num_threads() == of_another_thread() == 4
 
 

@@ -56,11 +56,13 @@ def explain(model: Any, tokenizer: Any, text: str, policies: Sequence[TokenPolic
     cache = ComposedCache(policies)
     read_prompt(model, cache, torch.tensor([ids], device=device_of(model)))
     held = torch.zeros(len(ids), dtype=torch.long)
-    for layer in range(len(cache)):
+    # Without those of hybrid models that keep a state.
+    layers = [index for index, _ in cache.slot_layers()]
+    for layer in layers:
         columns = cache.columns(layer).unique()
         held[columns[columns >= 0].cpu()] += 1
     return Explanation(
-        pieces(text, spans), tuple(held.tolist()), len(cache), repr(list(cache.policies))
+        pieces(text, spans), tuple(held.tolist()), len(layers), repr(list(cache.policies))
     )
 
 
