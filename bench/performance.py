@@ -11,6 +11,7 @@ from pathlib import Path
 from kvprune.files import write_text
 
 from .costs import bars, pictures, results, tables
+from .costs.plan import Sizes
 from .costs.results import Found
 
 ROOT = Path(__file__).parent.parent
@@ -24,9 +25,10 @@ turns, each to the dense run of its own turn; in brackets the least and the most
 more the middle half. *FLOPs to dense* is what prefill could come down to, counted alike for all
 (`kvprune/evaluation/flops.py`); *counted TFLOP* is what torch's counter says of the same run, which
 leaves out what H2O's blocks do not compute. *Live MB* is the most that tensors beyond the weights
-held at once while the prompt was read, *peak MB* what the process grew by. SDTP has random heads
-here, of the shape of those that ship. Policies with a budget keep an eighth of a prompt unless
-something else is said. This page is made by `python -m bench.performance` from
+held at once while the prompt was read, counted with H2O's blocks one after the other (each thread
+beyond the first adds the scores of one block), *peak MB* what the process grew by. SDTP has random
+heads here, of the shape of those that ship. Policies with a budget keep an eighth of a prompt
+unless something else is said. This page is made by `python -m bench.performance` from
 `bench/results/speed-*.json`, which `make speed` measures.
 """
 NOTHING = "\nNothing has been measured with this version yet.\n"
@@ -59,7 +61,8 @@ def page(found: list[Found]) -> str:
 
 def _bars(found: list[Found]) -> str:
     """What was reached; what was not measured is not left out in silence."""
-    missing = [name for name in TABLES if not any(results.groups(found, name))]
+    there = {one["part"]["name"] for one in found}
+    missing = [part.name for part in Sizes().parts() if part.name not in there]
     more = f"\nNot measured yet: {', '.join(missing)}.\n" if missing else ""
     return f"\n## What it has to reach\n\n{tables.of_bars(bars.bars(found))}{more}"
 

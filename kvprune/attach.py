@@ -160,12 +160,13 @@ def _cache_in(
 ) -> ComposedCache | None:
     """The cache of this call, if it is one of ours."""
     for name in CACHE_ARGUMENTS:
+        # No module has both; models that are used without a cache of ours come here, too.
+        if name in kwargs:
+            return kwargs[name] if isinstance(kwargs[name], ComposedCache) else None
+    for name in CACHE_ARGUMENTS:
         cache = argument(module, args, kwargs, name)
         if isinstance(cache, ComposedCache):
             return cache
-        if name in kwargs:
-            # No module has both; also, models that are used without a cache of ours come here.
-            return None
     return None
 
 
@@ -465,6 +466,7 @@ def _prepare_cache_for_generation(
     cache = model_kwargs.get("past_key_values")
     if isinstance(cache, ComposedCache):
         _check_generation(cache, generation_config, *args, **kwargs)
+        _check_chunks(generation_config.prefill_chunk_size, model_kwargs.get("inputs_embeds"))
         _check_length(cache, drops_cache_beyond(model), generation_config.max_length)
         mask = model_kwargs.get("attention_mask")
         if mask is None:
@@ -486,6 +488,15 @@ def _check_generation(
             f"assisted and prompt-lookup decoding go wrong in transformers with a cache that is "
             f"not empty (this one has seen {cache.seen} columns): use a new ComposedCache and hand "
             f"in all tokens, or leave out assistant_model and prompt_lookup_num_tokens"
+        )
+
+
+def _check_chunks(size: int | None, embeds: Tensor | None) -> None:
+    if size is not None and embeds is not None:
+        raise KVPruneError(
+            f"prefill_chunk_size={size} with inputs_embeds: this release of transformers cuts ids "
+            f"into chunks, not embeddings. Leave out prefill_chunk_size, or call the model's "
+            f"forward with the cache on one piece of the embeddings after the other"
         )
 
 

@@ -22,17 +22,16 @@ from .families import base_of, unwrapped
 from .masks import OURS
 from .policy import TokenPolicy
 from .positions import Inside, positions_for
+from .rows import RowNumbers, rows_after
 from .slots import SlotLayer
 from .statistics import check_names
 from .step import (
     Arrival,
     LayerStep,
-    RowNumbers,
     Step,
     asked_tokens,
     new_columns,
     padding_so_far,
-    rows_after,
 )
 from .together import Together
 
@@ -229,6 +228,9 @@ class ComposedCache(Cache):
         self, policies: Sequence[TokenPolicy], model: torch.nn.Module
     ) -> ComposedCache:
         """What a cache with these policies would hold, had it read the same in one forward.
+
+        But for shares: the prompt that they are of is what this cache took for its prompt. Single
+        tokens after the first forward are none.
 
         So one reading of a prompt serves several budgets: read it with `ComposedCache(observe=
         ("attention",))`, and give each policy its own. This cache stays as it is.
@@ -582,6 +584,8 @@ class ComposedCache(Cache):
         new = self._arrival(rows, count, mask, device)
         drafts = min(count, max(self.seen + count - self._prompt_end, 0)) * self._recording
         self._check_records(drafts)
+        if self._positions is not None:
+            self._positions.check(self._rows, new.rows, self.seen)
         # Of a prompt with drafts behind it, what it would be asked for without them.
         keep = 1 if drafts else self._logits_to_keep.get(_this_thread(), 0)
         asked = asked_tokens(keep, rows, count - drafts, device)
@@ -589,7 +593,7 @@ class ComposedCache(Cache):
         position_ids = None
         if self._positions is not None:
             layers = [layer for _, layer in self.slot_layers()]
-            position_ids = self._positions.open(layers, new.columns, new.padding, new.rows.first)
+            position_ids = self._positions.open(layers, new.columns, new.padding, new.rows)
         return Step(
             self._working,
             len(self),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .rotations import Rotation, check_reach
+from .rows import RowNumbers
 from .slots import SlotLayer
 
 if TYPE_CHECKING:
@@ -71,8 +72,11 @@ class SlotPlaces:
         """Whether slots of a layer keep the position they came with."""
         return self._rotations[layer] is not None
 
+    def check(self, before: RowNumbers | None, after: RowNumbers, seen: int) -> None:
+        """A mask may hide whatever it likes here: gaps close."""
+
     def open(
-        self, layers: list[SlotLayer], columns: Tensor, padding: Tensor | None, first: Tensor
+        self, layers: list[SlotLayer], columns: Tensor, padding: Tensor | None, rows: RowNumbers
     ) -> Tensor:
         """Begins a forward; the positions `[B, Q]` of its tokens.
 
@@ -82,14 +86,14 @@ class SlotPlaces:
             layers: of the cache.
             columns: `[B, Q]`, -1 for padding.
             padding: `[B, n]`, which columns are; those behind are not. None for none.
-            first: not looked at.
+            rows: the rows' numbers.
 
         Raises:
             KVPruneError: they run to where the model changes its frequencies.
         """
         held = [layer for layer in layers if layer.is_initialized]
         place = ((columns >= 0).cumsum(-1) - 1).clamp(min=0)
-        positions = _most_held(held, padding, first)[:, None] + place
+        positions = _most_held(held, padding, rows.first)[:, None] + place
         check_reach(positions, self.limit)
         most = max((layer.used for layer in held), default=0)
         self._reach = max(self._reach, most + columns.shape[1])

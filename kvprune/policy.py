@@ -7,7 +7,7 @@ padding included; it never changes. A *slot* is a place in one layer's cache.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import lru_cache
@@ -143,6 +143,9 @@ class _Amounts:
 
     lengths: Lengths
     columns: Tensor
+    valid: Tensor
+    first: Tensor
+    begin: Callable[[int], Tensor] | None
 
     def tokens(self, amount: int | float) -> Tensor:
         """The amount in tokens of each row, `[B]` int64; see `Budget.of`. Read only."""
@@ -152,6 +155,16 @@ class _Amounts:
         """Which are among the newest so many: `[B, 1|H, S]` bool, all valid ones if fewer."""
         columns = self.columns if self.columns.dim() == 3 else self.columns[:, None]
         return newest(columns, self.tokens(amount), self.lengths.ends(amount))
+
+    def oldest(self, count: int) -> Tensor:
+        """Which are among their row's first so many tokens (sinks): `[B, 1|H, S]` bool.
+
+        Of all that the row was ever handed: those that are gone are not made up for.
+        """
+        end = self.first + count if self.begin is None else self.begin(count)
+        if self.columns.dim() == 3:
+            return self.valid & (self.columns < end[:, None, None])
+        return (self.valid & (self.columns < end[:, None]))[:, None]
 
 
 @dataclass(frozen=True)
@@ -164,6 +177,7 @@ class TokenView(_Amounts):
     length: `[B]`, each row's valid tokens in this forward before any pruning.
     tokens(amount): `[B]` int64, tokens (an int) or a share of `length` (a float) as tokens.
     newest(amount): `[B, 1, Q]` bool, which are among the newest so many.
+    oldest(count): `[B, 1, Q]` bool, which are among their row's first so many.
     statistic(name): `[B, Hkv, Q]`, what these tokens got in the previous layer, from the
         queries of this forward.
     group: the processes that share the heads of a tensor parallel model (see
@@ -179,6 +193,7 @@ class TokenView(_Amounts):
     lengths: Lengths = field(repr=False)
     statistic: _Statistics = field(repr=False)
     group: Any = field(default=None, repr=False)
+    begin: Callable[[int], Tensor] | None = field(default=None, repr=False)
 
     @property
     def length(self) -> Tensor:
@@ -196,6 +211,7 @@ class SlotView(_Amounts):
         included. prompt_length: `[B]`, each row's valid prompt tokens, all turns together.
     tokens(amount): `[B]` int64, tokens (an int) or a share of `prompt_length` (a float) as tokens.
     newest(amount): `[B, 1|Hkv, S]` bool, which are among the newest so many.
+    oldest(count): `[B, 1|Hkv, S]` bool, which are among their row's first so many.
     keys, values: `[B, Hkv, S, D]`, rotated as the model stores them; withheld from a policy that
         promises `layers_alike`.
     statistic(name): `[B, Hkv, S]`, accumulated since the slot's column was read.
@@ -213,6 +229,7 @@ class SlotView(_Amounts):
     values: Tensor
     statistic: _Statistics = field(repr=False)
     group: Any = field(default=None, repr=False)
+    begin: Callable[[int], Tensor] | None = field(default=None, repr=False)
 
     @property
     def prompt_length(self) -> Tensor:

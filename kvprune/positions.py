@@ -21,9 +21,11 @@ from torch import Tensor
 
 from .composition import leaves
 from .devices import Copies
+from .errors import KVPruneError
 from .places import SlotPlaces, numbers_of
 from .policy import TokenPolicy
 from .rotations import Rotation, check_reach, limit_of, rotations_of
+from .rows import RowNumbers
 from .slots import SlotLayer
 
 if TYPE_CHECKING:
@@ -121,8 +123,27 @@ class CachePositions:
         """Whether slots of a layer keep the position they came with: not here."""
         return False
 
+    def check(self, before: RowNumbers | None, after: RowNumbers, seen: int) -> None:
+        """Refuses a mask that hides sinks which were seen: others would stand in their place.
+
+        Args:
+            before, after: the rows' numbers before and after a forward.
+            seen: columns before it.
+        """
+        if before is None or before.first is after.first:
+            return
+        was, now = before.lead(self.sinks), after.lead(self.sinks)
+        gone = (was < seen) & ~(was[:, :, None] == now[:, None]).any(-1)
+        if bool(gone.any()):
+            raise KVPruneError(
+                f"attention_mask hides columns {was[gone].tolist()}, which are among the first "
+                f"{self.sinks} tokens of rows {gone.any(-1).nonzero().flatten().tolist()}: "
+                f"expected a mask that goes on showing these, as positions inside the cache count "
+                f"from them. Use positions='original', or reset() and read anew"
+            )
+
     def open(
-        self, layers: list[SlotLayer], columns: Tensor, padding: Tensor | None, first: Tensor
+        self, layers: list[SlotLayer], columns: Tensor, padding: Tensor | None, rows: RowNumbers
     ) -> Tensor:
         """Begins a forward; the positions `[B, Q]` of its tokens, 0 for padding.
 
@@ -130,12 +151,12 @@ class CachePositions:
             layers: of the cache.
             columns: `[B, Q]`, -1 for padding.
             padding: `[B, seen + Q]`; None for none.
-            first: `[B]`, each row's first valid column.
+            rows: the rows' numbers.
 
         Raises:
             KVPruneError: they run to where the model changes its frequencies.
         """
-        self._anchor(layers, columns, padding, first)
+        self._anchor(layers, columns, padding, rows)
         assert self._offset is not None
         positions = numbers_of(columns, padding) - self._offset[:, None]
         positions = positions.masked_fill(columns < 0, 0)
@@ -143,9 +164,10 @@ class CachePositions:
         return positions
 
     def _anchor(
-        self, layers: list[SlotLayer], columns: Tensor, padding: Tensor | None, first: Tensor
+        self, layers: list[SlotLayer], columns: Tensor, padding: Tensor | None, rows: RowNumbers
     ) -> None:
         """Moves all positions back, once they have run further than there are slots."""
+        first = rows.first
         offset = self._offset_on(first.device)
         if offset is None or offset is not self._offset:
             self._set_offset(torch.zeros_like(first) if offset is None else offset)
@@ -157,7 +179,7 @@ class CachePositions:
         if held == 0 or int(newest) <= 2 * held + columns.shape[1]:
             return
         each = enumerate(layers)
-        lags = [self._lag(i, layer.columns, padding, first) for i, layer in each]
+        lags = [self._lag(i, layer.columns, padding, rows) for i, layer in each]
         shift = torch.stack([lag.to(first.device) for lag in lags]).amin(0)
         if not bool(shift.any()):
             return
@@ -172,13 +194,13 @@ class CachePositions:
             self._turn[index] = (0 if turn is None else turn) - here
         self._set_offset(self._offset + shift)
 
-    def _lag(self, index: int, columns: Tensor, padding: Tensor | None, first: Tensor) -> Tensor:
+    def _lag(self, index: int, columns: Tensor, padding: Tensor | None, rows: RowNumbers) -> Tensor:
         """How far `[B]` a layer's window has moved on from its sinks as they first came."""
-        offset, first = self._offset_on(columns.device), first.to(columns.device)
+        offset, rows = self._offset_on(columns.device), rows.on(columns.device)
         assert offset is not None
         if not columns.shape[-1]:
-            return torch.zeros_like(first)
-        others = columns[:, 0] >= (first + self.sinks)[:, None]
+            return torch.zeros_like(rows.first)
+        others = columns[:, 0] >= rows.begin(self.sinks)[:, None]
         oldest = columns[:, 0].masked_fill(~others, _FAR).amin(-1, keepdim=True)
         alone = oldest[:, 0] == _FAR
         number = numbers_of(oldest, _moved(padding, columns.device))[:, 0]
@@ -196,9 +218,8 @@ class CachePositions:
             at: a forward at a layer, before its tokens are stored.
             columns: `[B, 1, S]`, of all slots that are attended to.
         """
-        first = at.rows.first
-        lag = self._lag(at.index, columns, at.padding, first)[:, None, None]
-        sink = (columns >= 0) & (columns < (first + self.sinks)[:, None, None])
+        lag = self._lag(at.index, columns, at.padding, at.rows)[:, None, None]
+        sink = (columns >= 0) & (columns < at.rows.begin(self.sinks)[:, None, None])
         return torch.where(sink, lag, torch.zeros_like(lag))
 
     def arrange(self, at: LayerStep) -> Tensor:
@@ -216,10 +237,10 @@ class CachePositions:
         return at.slots.keys
 
     def _put_sinks(self, at: LayerStep, rotation: Rotation) -> None:
-        index, slots, first = at.index, at.slots, at.rows.first
-        placement = self._placement(at, slots.columns, first)
+        index, slots = at.index, at.slots
+        placement = self._placement(at, slots.columns)
         self._take_home(index, slots, placement)
-        turn, now = self._lag(index, slots.columns, at.padding, first), self._turn[index]
+        turn, now = self._lag(index, slots.columns, at.padding, at.rows), self._turn[index]
         if torch.equal(turn, torch.zeros_like(turn) if now is None else now):
             return
         home = self._home[index]
@@ -228,14 +249,14 @@ class CachePositions:
         slots.rewrite_keys(keys, placement.index, placement.there)
         self._turn[index] = turn.clone()
 
-    def _placement(self, at: LayerStep, columns: Tensor, first: Tensor) -> _Placement:
+    def _placement(self, at: LayerStep, columns: Tensor) -> _Placement:
         # Layers mostly hold the same columns in the same order.
         new, notes = at.slot_columns, at.step.notes
         if "placement" in notes:
             known_new, known, placement = notes["placement"]
             if known_new is new and torch.equal(known, columns):
                 return placement
-        wanted = first[:, None] + torch.arange(self.sinks, device=first.device)
+        wanted = at.rows.lead(self.sinks)
         same = columns == wanted[..., None]
         arrived = (wanted[..., None] == new).any(-1)[:, None]
         placement = _Placement(

@@ -30,7 +30,7 @@ from .errors import KVPruneError
 from .families import decoder_layers
 from .files import write_whole
 from .policy import Lengths
-from .step import RowNumbers
+from .rows import RowNumbers, holes_in
 
 if TYPE_CHECKING:
     from .cache import ComposedCache
@@ -116,8 +116,9 @@ def restore(cache: ComposedCache, contents: Contents, base: Any) -> None:
         cache._positions.restore(tensors, "positions.", devices)
     home = {n: tensors[n].to(at) for n in ("rows.first", "rows.prompt_length")}
     cache.seen, cache._fixed = numbers["seen"], numbers["fixed"]
-    cache._rows = RowNumbers(home["rows.first"], Lengths(home["rows.prompt_length"]))
     cache._padding = tensors["padding"].to(at) if "padding" in tensors else None
+    first, prompt = home["rows.first"], Lengths(home["rows.prompt_length"])
+    cache._rows = RowNumbers(first, prompt, holes_in(cache._padding, first))
 
 
 def write(path: Path, contents: Contents) -> None:

@@ -109,37 +109,44 @@ def check_ranking(
         look_for_nan: whether to read the scores, which waits for the device.
 
     Raises:
-        KVPruneError: a wrong type, shape or dtype, or NaN scores.
+        KVPruneError: a wrong type, shape, dtype or device, or NaN scores.
     """
     if not isinstance(ranking, Ranking):
         raise _wrong(policy, "a kvprune.Ranking or None", f"{type(ranking).__name__}")
     rows, size, axes = columns.shape[0], columns.shape[2], (1, heads)
     entries = [(rows, axis, size) for axis in axes]
-    _check_tensor(policy, "score", ranking.score, entries, "float")
-    _check_tensor(policy, "protected", ranking.protected, entries, "bool")
+    _check_tensor(policy, "score", ranking.score, entries, "float", columns.device)
+    _check_tensor(policy, "protected", ranking.protected, entries, "bool", columns.device)
     budgets = [(rows,), *((rows, axis) for axis in axes)]
-    _check_tensor(policy, "budget", ranking.budget, budgets, "int")
+    _check_tensor(policy, "budget", ranking.budget, budgets, "int", columns.device)
     if look_for_nan and bool((ranking.score.isnan() & (columns >= 0)).any()):
         raise _wrong(policy, "scores that can be compared", "NaN scores")
 
 
 def _check_tensor(
-    policy: TokenPolicy, name: str, value: Tensor, shapes: Sequence[tuple[int, ...]], kind: str
+    policy: TokenPolicy,
+    name: str,
+    value: Tensor,
+    shapes: Sequence[tuple[int, ...]],
+    kind: str,
+    device: torch.device,
 ) -> None:
     is_tensor = isinstance(value, Tensor)
-    if is_tensor and value.shape in shapes and _kind(value.dtype) == kind:
-        return
+    if is_tensor and value.shape in shapes and _KINDS.get(value.dtype) == kind:
+        if value.device == device:
+            return
+        raise _wrong(policy, f"{name} on {device}, where its view is", str(value.device))
     expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
     came = f"{value.dtype} of shape {list(value.shape)}" if is_tensor else type(value).__name__
     raise _wrong(policy, f"{name} as a {kind} tensor of shape {expected}", came)
 
 
-def _kind(dtype: torch.dtype) -> str:
-    if dtype.is_floating_point:
-        return "float"
-    if dtype.is_complex:
-        return "complex"
-    return "bool" if dtype == torch.bool else "int"
+_KINDS = {
+    torch.bool: "bool",
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), "float"),
+    **dict.fromkeys((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64), "int"),
+}
+"""Of other dtypes torch knows no order, or no arithmetic."""
 
 
 def _wrong(policy: TokenPolicy, expected: str, came: str) -> KVPruneError:

@@ -8,7 +8,7 @@ keeps the hidden state with which it left.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,52 +21,9 @@ from .errors import KVPruneError
 from .masks import Local
 from .policy import Lengths, SlotView, TokenPolicy, TokenView, _Statistics
 from .positions import Inside
+from .rows import RowNumbers
 from .slots import SlotLayer
 from .together import Together
-
-
-@dataclass(frozen=True, eq=False)
-class RowNumbers:
-    """What a cache knows of each of its rows; the same object while nothing of it changes.
-
-    first: `[B]` int64, the first valid column (columns seen so far, where a row has none yet).
-    prompt: the valid tokens handed in as prompt, all turns together.
-    """
-
-    first: Tensor
-    prompt: Lengths
-    _elsewhere: dict[torch.device, RowNumbers] = field(default_factory=dict, repr=False)
-
-    def on(self, device: torch.device) -> RowNumbers:
-        """The same on a device; for a model on several, once for each."""
-        if self.first.device == device:
-            return self
-        if device not in self._elsewhere:
-            there = RowNumbers(self.first.to(device), self.prompt.on(device))
-            self._elsewhere[device] = there
-        return self._elsewhere[device]
-
-    def tensors(self) -> Iterator[Tensor]:
-        """All that is held, for counting bytes."""
-        yield from (self.first, self.prompt.tensor)
-        for there in self._elsewhere.values():
-            yield from there.tensors()
-
-    def below(self, times: int) -> RowNumbers:
-        """The same rows so many times, below each other."""
-        return RowNumbers(self.first.repeat(times), self.prompt.below(times))
-
-    def until(self, seen: int, padding: Tensor | None) -> RowNumbers:
-        """The same once only `seen` columns are left, of which `padding` `[B, n]` are padding."""
-        hidden = 0 if padding is None else padding[:, :seen].sum(-1)
-        prompt = self.prompt.tensor.minimum(torch.as_tensor(seen - hidden).to(self.first.device))
-        return RowNumbers(self.first.clamp(max=seen), Lengths(prompt))
-
-    def select(self, rows: Tensor) -> RowNumbers:
-        """Row i becomes what row `rows[i]` was."""
-        rows = rows.to(self.first.device)
-        prompt = Lengths(self.prompt.tensor.index_select(0, rows))
-        return RowNumbers(self.first.index_select(0, rows), prompt)
 
 
 def new_columns(
@@ -142,34 +99,6 @@ def padding_so_far(
     return padding | known if bool((padding & ~known).any()) else before
 
 
-def rows_after(
-    before: RowNumbers | None,
-    columns: Tensor,
-    prompt: Tensor | int,
-    padding: Tensor | None,
-    same_padding: bool,
-) -> RowNumbers:
-    """The rows' numbers once a forward's tokens are in.
-
-    Args:
-        before: as they were; None for an empty cache.
-        columns: `[B, Q]`, -1 for padding.
-        prompt: the prompt tokens that this adds, `[B]` or the same for all.
-        padding: see `padding_so_far`. same_padding: whether it is as it was before.
-    """
-    same_prompt = isinstance(prompt, int) and prompt == 0
-    if before is not None and same_padding and same_prompt:
-        return before
-    first = torch.zeros_like(columns[:, 0])
-    if padding is not None:
-        # The number of a row's leading padding columns.
-        first = padding.long().cumprod(-1).sum(-1)
-    if before is not None and same_prompt:
-        return RowNumbers(first, before.prompt)
-    so_far = torch.zeros_like(first) if before is None else before.prompt.tensor
-    return RowNumbers(first, Lengths(so_far + torch.as_tensor(prompt, device=columns.device)))
-
-
 @dataclass(frozen=True, eq=False)
 class Arrival:
     """What a forward brings to a cache.
@@ -189,7 +118,12 @@ class Arrival:
 def asked_tokens(
     logits_to_keep: int | Tensor, rows: int, count: int, device: torch.device
 ) -> Tensor:
-    """`[B, Q]` bool, the tokens that logits are asked for; 0 means the last one alone."""
+    """`[B, Q]` bool, the tokens that logits are asked for; 0 means the last one alone.
+
+    Raises:
+        KVPruneError: neither a number nor places of tokens that there are.
+    """
+    _check_asked(logits_to_keep, count)
     asked = torch.zeros(rows, count, dtype=torch.bool, device=device)
     if isinstance(logits_to_keep, int):
         asked[:, -max(logits_to_keep, 1) :] = True
@@ -199,6 +133,23 @@ def asked_tokens(
         places = logits_to_keep.to(device) % count
         asked.scatter_(1, places.expand(rows, -1) if places.dim() == 1 else places, True)
     return asked
+
+
+def _check_asked(logits_to_keep: Any, count: int) -> None:
+    number = isinstance(logits_to_keep, int)
+    if not number and not (isinstance(logits_to_keep, Tensor) and logits_to_keep.dim() > 0):
+        raise KVPruneError(
+            f"logits_to_keep={logits_to_keep!r}: expected a number of tokens, or a tensor of their "
+            f"places"
+        )
+    if number or logits_to_keep.dtype == torch.bool or not logits_to_keep.numel():
+        return
+    lowest, highest = (int(end) for end in logits_to_keep.aminmax())
+    if lowest < -count or highest >= count:
+        raise KVPruneError(
+            f"logits_to_keep: expected places of {count} tokens, so from {-count} to {count - 1}, "
+            f"came {lowest} to {highest}"
+        )
 
 
 class Step:
@@ -296,17 +247,18 @@ class Step:
         # That of the layer before: accelerate moves them on inside this one.
         device = hidden.device
         lead = self.columns.shape[1] - self.drafts
-        columns = self.columns_on(device)[0][:, :lead]
+        columns, rows = self.columns_on(device)[0][:, :lead], self.rows.on(device)
         tokens = TokenView(
             layer=layer,
             num_layers=self._num_layers,
             hidden=hidden[:, :lead].detach(),
             columns=columns,
             valid=columns >= 0,
-            first=self.rows.on(device).first,
+            first=rows.first,
             lengths=self._lengths.on(device),
             statistic=_Statistics(self._previous),
             group=self._group,
+            begin=rows.begin,
         )
         asked = self._copies.on(self._asked, device)
         if self._places is not None:
@@ -472,6 +424,7 @@ class Step:
             values=slots.values.detach(),
             statistic=_Statistics(statistics),
             group=self._group,
+            begin=rows.begin,
         )
 
     def _in_sight(self, local: Local | None, columns: Tensor, end: int) -> Tensor:

@@ -76,7 +76,7 @@ class StreamingLLM(TokenPolicy):
 
     def rank_slots(self, slots: SlotView) -> Ranking:
         """Columns rank; the sinks are protected and do not use up the window."""
-        sinks = slots.valid & (slots.columns < slots.first[:, None, None] + self.sinks)
+        sinks = slots.oldest(self.sinks)
         budget = sinks.sum(-1) + slots.tokens(self.window)[:, None]
         # float64: columns stay exact up to 2 ** 53.
         return Ranking(slots.columns.double(), sinks, budget)

@@ -229,6 +229,24 @@ def test_models_without_relative_positions_are_refused(family, policy):
     assert not cache.is_initialized and len(cache) == 0
 
 
+def test_a_mask_that_hides_sinks_which_were_seen_is_refused():
+    """Before anything is changed; others can be hidden, and with original positions any."""
+    model, ids, mask = kvprune.attach(model_of("llama")), prompt(1, 12), torch.ones(1, 10)
+    for hidden, positions, fine in ((1, "cache", False), (5, "cache", True), (1, "original", True)):
+        cache = kvprune.ComposedCache([StreamingLLM(3, 8, positions=positions)])
+        later = mask.clone()
+        later[:, hidden] = 0
+        with torch.no_grad():
+            model(ids[:, :9], past_key_values=cache)
+            if not fine:
+                with pytest.raises(kvprune.KVPruneError, match=r"hides columns \[1\].*rows \[0\]"):
+                    model(ids[:, 9:10], attention_mask=later, past_key_values=cache)
+                assert cache.seen == 9 and 1 in cache.columns(0)
+                later = mask
+            model(ids[:, 9:10], attention_mask=later, past_key_values=cache)
+        assert cache.seen == 10
+
+
 def test_bad_input():
     """Names the argument."""
     for policy in (StreamingLLM, H2O):
@@ -324,9 +342,9 @@ def _alone(inside: Any) -> Any:
     """`_placement` that remembers nothing of another layer."""
     stock = type(inside)._placement
 
-    def placement(at: Any, columns: torch.Tensor, first: torch.Tensor) -> Any:
+    def placement(at: Any, columns: torch.Tensor) -> Any:
         at.step.notes.clear()
-        return stock(inside, at, columns, first)
+        return stock(inside, at, columns)
 
     return placement
 

@@ -131,8 +131,8 @@ class SDTP(TokenPolicy):
         """What SDTP's schedule makes of any scores `[B, Q]` for a stage's tokens."""
         budget = tokens.tokens(self.share ** (stage + 1))
         budget = torch.where(tokens.length < self.min_tokens, tokens.length, budget)
-        sinks = tokens.columns < (tokens.first + self.sinks)[:, None]
-        protected = tokens.newest(self.local) | sinks[:, None]
+        sinks = tokens.oldest(self.sinks)
+        protected = tokens.newest(self.local) | sinks
         return Ranking(score[:, None], protected, budget)
 
     @property

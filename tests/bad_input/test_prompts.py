@@ -226,6 +226,25 @@ def test_zeros_inside_a_mask_use_up_no_budget(policies):
             assert ((cache.columns(layer) >= 0).sum(-1) == 5).all()
 
 
+@pytest.mark.parametrize("policies", [[], [h2o()], [pruner()]], ids=repr)
+@pytest.mark.parametrize("places", [[0], slice(0, 2), torch.tensor(3), torch.tensor([0, 12]),
+                                    torch.tensor([-13]), 1.0, "last"], ids=str)  # fmt: skip
+def test_logits_of_tokens_that_are_not_there(policies, places):
+    """Before anything is read."""
+    cache, model, new = filled(*policies), tiny_model(), prompt(1, 12)
+    match = "logits_to_keep.*expected (a number of tokens|places of 12 tokens)"
+    assert_refused(cache, match, lambda: model(new, past_key_values=cache, logits_to_keep=places))
+
+
+def test_embeddings_in_chunks():
+    """transformers cuts ids alone."""
+    cache, model = filled(h2o()), tiny_model()
+    embeds = model.get_input_embeddings()(prompt(1, LENGTH + 12))
+    options = {"cache": cache, "max_new_tokens": 2, "prefill_chunk_size": 4}
+    match = "prefill_chunk_size=4 with inputs_embeds"
+    assert_refused(cache, match, lambda: model.generate(inputs_embeds=embeds, **options))
+
+
 # Taking back.
 
 
