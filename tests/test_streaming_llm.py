@@ -82,8 +82,9 @@ def test_padding_among_the_first_tokens_uses_up_no_sink():
 def test_a_row_that_is_padded_between_turns_is_the_row_alone(lengths, positions, where, tmp_path):
     """Beside one whose turns are longer; the first turns may be shorter than there are sinks."""
     model: Any = tiny_model()
-    turns, policy = (5, 12), StreamingLLM(4, 4, positions=positions)
-    said = [prompt(1, n, seed) for seed, n in enumerate(lengths)]
+    # The third turn pads nobody.
+    turns, policy = (5, 12, 3), StreamingLLM(4, 4, positions=positions)
+    said = [prompt(1, n, seed) for seed, n in enumerate([*lengths, 3])]
     both = [torch.cat([prompt(1, n, 9), pad(s, n)]) for s, n in zip(said, turns, strict=True)]
     masks = [
         torch.cat([torch.ones(1, n), pad(torch.ones_like(s), n)])
