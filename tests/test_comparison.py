@@ -245,6 +245,13 @@ def test_the_page_s_tables():
         r"kvprune | h2o\|streaming | 0.25 | 0.25 | -2.00 (-2.10 to -1.90) | "
         "-2.00 (-2.20 to -1.80) | 1.2 | 240",
     ]
+    heads = [line for line in page.splitlines() if line.startswith("| library")]
+    assert heads[0].endswith("| prefill s | GFLOP | tokens/s |")
+    assert "of SQuAD at 1,024\ntokens" in page and "(and needle, which was not run here)" in page
+    for row in rows:
+        row.pop("decode_tokens_per_second", None)
+    assert "tokens/s" not in pages.page({**found, "rows": rows[:1]}, "")
+    assert "kvpress" not in pages.page({**found, "rows": rows[:1]}, "").split("##")[0]
     assert "0.5 and 0.25 of the" in page and "50 samples a cell" in page
     assert "## What it says\n\nNothing at all.\n" in page and "ObservedAttention" not in page
     press = next(row for row in found["rows"] if row["label"] == "SnapKV")

@@ -23,17 +23,23 @@ FINDINGS = Path(__file__).with_name("findings.md")
 HEAD = """# A comparison
 
 SmolLM2-135M-Instruct, float32, on two CPU cores: every policy at budgets of {budgets} of the
-prompt, {samples} samples a cell, the same ones for all. Beside them presses of
-[kvpress](https://github.com/NVIDIA/kvpress) on the same prompts of SQuAD, in an environment of
-their own. `make comparison` measures all of it and writes this page from
-`bench/results/comparison.json`. The whole report of kvprune's side, with what each policy keeps
-of a text, is [one page](comparison/report.html).
+prompt, {samples} samples a cell, the same ones for all.{beside} `make comparison` measures
+it{missing} and writes this page from `bench/results/comparison.json`. The whole report of kvprune's
+side, with what each policy keeps of a text, is [one page](comparison/report.html).
 """
+
+BESIDE = """ Beside them
+presses of [kvpress](https://github.com/NVIDIA/kvpress) on the same prompts of SQuAD at {contexts}
+tokens, in an environment of their own."""
+
+SCORES = {
+    "squad": "the mean log-likelihood of the gold answer's tokens, in nats",
+    "needle": "the share of hidden numbers that stand in the answer",
+}
 
 METHOD = """## How it was measured
 
-* **squad**: the mean log-likelihood of the gold answer's tokens, in nats; **needle**: the share of
-  hidden numbers that stand in the answer. "No context" is the question alone.
+* {scores}. "No context" is the question alone.
 * All of a prompt but its last token is read at once and evicted from; that token and the answer are
   then told from what is left. kvprune's policies go on evicting; a press evicts once, and what is
   read after it stays.
@@ -81,9 +87,15 @@ def page(said: dict[str, Any], findings: str | None = None) -> str:
     rows = said["rows"]
     budgets = sorted({r["budget"] for r in rows if r["budget"]}, reverse=True)
     counts = sorted({r["samples"] for r in rows})
+    contexts = sorted({r["context"] for r in rows if r["side"] == THEIRS})
+    missing = [task for task in SCORES if task not in {r["task"] for r in rows}]
     head = HEAD.format(
-        budgets=_listed([f"{b:g}" for b in budgets]), samples=" to ".join(map(str, counts))
+        budgets=_listed([f"{b:g}" for b in budgets]),
+        samples=" to ".join(map(str, counts)),
+        missing=f" (and {_listed(missing)}, which was not run here)" if missing else "",
+        beside=BESIDE.format(contexts=_listed([f"{n:,}" for n in contexts])) if contexts else "",
     )
+    scores = "; ".join(f"**{t}**: {SCORES[t]}" for t in dict.fromkeys(r["task"] for r in rows))
     ran = {r["label"] for r in rows if r["side"] == THEIRS}
     few = [given for press, given in PRESSES.items() if len(given) == 1 and press in ran]
     shares = [f"{s:g}" for given in few for s in given]
@@ -91,7 +103,7 @@ def page(said: dict[str, Any], findings: str | None = None) -> str:
     told = FINDINGS.read_text(encoding="utf-8") if findings is None else findings
     parts = [head, f"## What it says\n\n{told.strip()}\n"]
     parts += [_section(said, group) for group in groups(said)]
-    parts += [METHOD.format(left_out=left_out), "\n".join(_about(said)) + "\n"]
+    parts += [METHOD.format(scores=scores, left_out=left_out), "\n".join(_about(said)) + "\n"]
     return "\n".join(parts)
 
 
@@ -112,7 +124,11 @@ def _about(said: dict[str, Any]) -> Iterator[str]:
 def _section(said: dict[str, Any], group: tuple[str, int]) -> str:
     task, context = group
     rows, unit = of_group(said, group), said["units"][task]
-    lines = [COLUMNS, ("---", "---", *["---:"] * (len(COLUMNS) - 2)), *map(_line, rows)]
+    told = list(map(_line, rows))
+    # Not every task has every figure.
+    shown = [at for at in range(len(COLUMNS)) if any(line[at] for line in told)]
+    heads = [COLUMNS, ("---", "---", *["---:"] * (len(COLUMNS) - 2))]
+    lines = [[line[at] for at in shown] for line in [*heads, *told]]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     title = f"{task} at {context:,} tokens"
     figure = f"{FIGURES}/{figure_name(group)}"
