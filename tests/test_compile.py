@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import kvprune
+from kvprune.policies import H2O
 
 from .models import fresh_model, prompt
 from .strategies import POLICIES
@@ -48,6 +50,25 @@ def test_any_policy_compiles_with_breaks(policy):
             frames.append(counter.frame_count)
     # A union keeps now more and now fewer, which are two ways to go.
     assert frames[0] > 0 and frames[5] == frames[7]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="code for CPUs needs g++")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_generated_code_gives_the_same_tokens(mode):
+    """By inductor, with a policy that observes; sums are in another order there."""
+    torch._dynamo.reset()
+    model, ids = kvprune.attach(fresh_model()), prompt(1, 24)
+    compiled, logits = torch.compile(model.forward, fullgraph=True, mode=mode), []
+    for run in (compiled, model):
+        cache = kvprune.ComposedCache([H2O(4, 4)])
+        with torch.no_grad():
+            logits.append([model(ids[:, :18], past_key_values=cache).logits[:, -1:]])
+            for i in range(18, 24):
+                logits[-1].append(run(ids[:, i : i + 1], past_key_values=cache).logits)
+    one, two = (torch.cat(each, 1) for each in logits)
+    assert torch.equal(one.argmax(-1), two.argmax(-1))
+    torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-10)
 
 
 def _same_logits(compiled, model, new, caches):
