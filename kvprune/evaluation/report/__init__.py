@@ -56,6 +56,23 @@ def write_report(results: Results, folder: Path, figures: bool = True) -> list[P
     return written
 
 
+def check_folder(folder: Path) -> None:
+    """Refuses what would keep a report from being written, before there is one.
+
+    Raises:
+        KVPruneError: matplotlib is missing, or something else has the name of the page or of the
+            figures' folder.
+    """
+    need_matplotlib()
+    page, plots = folder / "report.html", folder / PLOTS
+    if page.is_dir() or (plots.exists() and not plots.is_dir()):
+        found, kind = (page, "no folder") if page.is_dir() else (plots, "no file")
+        raise KVPruneError(
+            f"{found}: expected {kind} of this name, as the report is written there. Move it, or "
+            f"name another folder with --out"
+        )
+
+
 def _put(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
