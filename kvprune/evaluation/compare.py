@@ -64,7 +64,7 @@ class Comparison:
 
     @property
     def failures(self) -> tuple[Failure, ...]:
-        """The cells that could not be run, and why."""
+        """The cells that were asked for and could not be run, and why."""
         return self.results.failures
 
 

@@ -121,7 +121,8 @@ class Plan:
                     raise KVPruneError(
                         f"{name} at --context {context}: a prompt of {len(sample.prompt)} tokens, "
                         f"and {following} that may follow it: expected at most the {longest} "
-                        f"together that the model was made for. Ask for a shorter context"
+                        f"together that the model was made for. Ask for a shorter context, or for "
+                        f"a shorter answer"
                     )
 
     def drawn(self, tokenizer: Any) -> Drawn:

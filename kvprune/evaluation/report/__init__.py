@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import partial
 from importlib.resources import files
@@ -65,11 +66,12 @@ def check_folder(folder: Path) -> None:
     """
     need_matplotlib()
     page, plots = folder / "report.html", folder / PLOTS
-    if page.is_dir() or (plots.exists() and not plots.is_dir()):
-        found, kind = (page, "no folder") if page.is_dir() else (plots, "no file")
+    # These are False of a path that cannot be, which the results file refuses.
+    is_folder, is_file = os.path.isdir(page), os.path.isfile(plots)
+    if is_folder or is_file:
         raise KVPruneError(
-            f"{found}: expected {kind} of this name, as the report is written there. Move it, or "
-            f"name another folder with --out"
+            f"{page if is_folder else plots}: expected no {'folder' if is_folder else 'file'} of "
+            f"this name, as the report is written there. Move it, or name another with --out"
         )
 
 
