@@ -228,12 +228,12 @@ def compare_policies(
     run = Run(path, dtype=dtype, device=device, executor=executor)
     try:
         found = measured(plan, run, out, progress=True)
+        # First, so that it is there whatever becomes of the report.
+        show(found.rows)
+        write_report(found.results, out)
     except KeyboardInterrupt:
         typer.echo(f"stopped; the same command goes on with what is in {out}", err=True)
         raise typer.Exit(130) from None
-    # First, so that it is there whatever becomes of the report.
-    show(found.rows)
-    write_report(found.results, out)
     typer.echo(f"{out / 'report.html'}, {out / 'results.jsonl'}")
     for failure in found.failures:
         typer.echo(f"failed: {described(failure.cell)}: {failure.error}", err=True)
