@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
@@ -212,34 +214,39 @@ def compare_policies(
     cannot be, and with 130 if it was stopped.
     """
     from .evaluation.assets import demo_model
-    from .evaluation.compare import compare
+    from .evaluation.compare import Run, measured
+    from .evaluation.plan import Plan
+    from .evaluation.progress import described
+    from .evaluation.report import write_report
     from .evaluation.tables import show
 
-    path = model or str(demo_model(report=lambda line: typer.echo(line, err=True)))
+    _see_current_folder()
+    plan = Plan(policies, tasks, context, budgets, samples, seed)
+    path = model
+    if path is None:
+        path = str(demo_model(report=lambda line: typer.echo(line, err=True)))
+    run = Run(path, dtype=dtype, device=device, executor=executor)
     try:
-        found = compare(
-            path,
-            policies,
-            tasks=tasks,
-            contexts=context,
-            budgets=budgets,
-            samples=samples,
-            seed=seed,
-            dtype=dtype,
-            device=device,
-            out=out,
-            executor=executor,
-            progress=True,
-        )
+        found = measured(plan, run, out, progress=True)
+        # First, so that it is there whatever becomes of the report.
+        show(found.rows)
+        write_report(found.results, out)
     except KeyboardInterrupt:
         typer.echo(f"stopped; the same command goes on with what is in {out}", err=True)
         raise typer.Exit(130) from None
-    show(found.rows)
     typer.echo(f"{out / 'report.html'}, {out / 'results.jsonl'}")
     for failure in found.failures:
-        typer.echo(f"failed: {failure.cell}: {failure.error}", err=True)
+        typer.echo(f"failed: {described(failure.cell)}: {failure.error}", err=True)
     if found.failures:
         raise typer.Exit(1)
+
+
+def _see_current_folder() -> None:
+    """Has a policy `module:Class` found in the current folder, which a command does not look in."""
+    here = os.getcwd()
+    if here not in sys.path:
+        # Last, so that no file there hides a package.
+        sys.path.append(here)
 
 
 def main() -> None:

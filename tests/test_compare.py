@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter, namedtuple
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def test_more_may_be_asked_for(folder, tmp_path, monkeypatch):
         assert not small(folder, out=tmp_path).failures
     assert (tmp_path / NAME).read_bytes() == before
     more: dict[str, Any] = {
-        "policies": [*SPECS, "h2o(heavy=2,recent=2)"],
+        "policies": [*SPECS, "h2o(layers=[0])"],
         "tasks": [Likely(), Echo()],
         "contexts": [30, 20],
         "budgets": [0.5],
@@ -166,7 +167,7 @@ def test_more_may_be_asked_for(folder, tmp_path, monkeypatch):
     }
     found = small(folder, out=tmp_path, **more)
     after = (tmp_path / NAME).read_bytes()
-    assert after.startswith(before) and len(said(tmp_path)) == 4 * 4 * (2 + 2) + 2 * 3
+    assert after.startswith(before) and len(said(tmp_path)) == 4 * 4 * (2 + 3) + 2 * 3
     assert set(said(tmp_path).values()) == {1}
     small(folder, out=tmp_path / "anew", **more)
     assert said(tmp_path / "anew").keys() <= said(tmp_path).keys()
@@ -298,6 +299,17 @@ def refused(model: Any, match: str, **given: Any) -> None:
     assert (out and (out / NAME).exists() and (out / NAME).read_bytes()) == before
 
 
+@dataclass(frozen=True)
+class Goes(Echo):
+    """Goes on for a while."""
+
+    on: int = 0
+
+    def following(self, sample, tokenizer):
+        """As long as is said."""
+        return self.on
+
+
 CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("did you mean 'h2o'", {"policies": ["h20"]}),
     ("list of specs", {"policies": "h2o"}),
@@ -319,6 +331,22 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("--executor 'slurm': expected one of local, shared, ray", {"executor": "slurm"}),
     ("at least one task", {"tasks": []}),
     ("echo comes twice", {"tasks": [Echo(), Echo("other")]}),
+    ("policies: expected specs .*came <class", {"policies": [H2O]}),
+    ("policies: expected specs .*came None", {"policies": [None]}),
+    ("policies: expected specs .*ComposedCache", {"policies": [kvprune.ComposedCache([H2O()])]}),
+    ("policies: expected a list .*came H2O", {"policies": H2O()}),
+    ("contexts: expected a list .*came 20", {"contexts": 20}),
+    ("budgets: expected a list .*came 0.5", {"budgets": 0.5}),
+    ("budgets: expected a list .*came None", {"budgets": None}),
+    ("tasks: expected a list .*came Echo", {"tasks": Echo()}),
+    ("tasks: expected names, .*came 3", {"tasks": [3]}),
+    ("the same at a budget of 0.5", {"policies": ["h2o", "h2o(2, 2)"], "budgets": [0.5]}),
+    ("--device ''", {"device": ""}),
+    ("tokenizer: expected none .*brings its own", {"tokenizer": object()}),
+    ("H2O: layers=0: expected numbers of layers", {"policies": ["h2o(layers=0)"]}),
+    ("H2O: layers={0: 1}: expected numbers", {"policies": ["h2o(layers={0:1})"]}),
+    ("H2O: layers=3: expected numbers", {"policies": [H2O(layers=3)]}),  # type: ignore[arg-type]
+    ("20 tokens, and 500 that may follow it: expected at most the 512", {"tasks": [Goes("", 500)]}),
 ]
 
 

@@ -149,6 +149,15 @@ def test_what_reading_cost_is_noted_by_row(generates):
     assert not tiny_model().model._forward_hooks.keys() & {h.id for h in watch._handles}
 
 
+def test_a_layer_with_a_state_has_no_part_in_what_is_kept():
+    """It has its place among the layers all the same."""
+    model, cache = attached_family("qwen3_next"), ComposedCache(SETS["h2o"])
+    with Watch(model, cache, 30) as watch:
+        read(model, cache, [CONTEXTS[1]])
+    (cost,) = watch.costs(Flops.measured(model), 1)
+    assert cost.kept == (None, 12.0, None, 12.0) and cost.entered == (30,) * LAYERS
+
+
 def test_without_lm_eval_its_command_says_so(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
     with pytest.raises(SystemExit) as ended:

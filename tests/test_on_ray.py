@@ -13,7 +13,7 @@ import kvprune
 from kvprune import KVPruneError
 from kvprune.evaluation.executors import Source, attempted
 from kvprune.evaluation.loading import loaded
-from kvprune.evaluation.on_ray import digest_of, run_job
+from kvprune.evaluation.on_ray import run_job
 from kvprune.evaluation.plan import Plan
 from kvprune.evaluation.worker import Job, Worker
 
@@ -38,7 +38,7 @@ def test_a_worker_does_what_this_process_does(folder):
     drawn = plan.drawn(tokenizer)["echo", 20]
     for cell, task in plan.cells():
         job = Job(cell, task, drawn)
-        there = run_job(source, digest_of(here), job)
+        there = run_job(source, here.digest, job)
         both = [[getattr(o, "answer", o) for o in found] for found in (there, attempted(job, here))]
         assert both[0] == both[1] and len(both[0]) == 2 + (cell.label == "h2o")
     with pytest.raises(KVPruneError, match="the same model on every machine"):

@@ -177,6 +177,13 @@ def test_kept_is_the_mean_over_heads():
     assert kept == tuple(sum(heads) / len(heads) for heads in counts)
 
 
+def test_a_layer_with_a_state_keeps_no_slots():
+    """Which is not the same as none of them."""
+    model: Any = attached_family("qwen3_next")
+    cost = reader([H2O(3, 4)], prompt(1, 30), model).cost(Flops.measured(model), 0.0)
+    assert cost.kept == (None, 7.0, None, 7.0) and cost.entered == (30,) * LAYERS
+
+
 def test_a_reader_is_asked_once():
     """What was read before would count."""
     asked = reader([], prompt(1, 9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
@@ -289,6 +290,17 @@ def test_times_are_medians_and_layers_are_told_apart(whole):
     found = table.rows[0].cost
     assert (found.seconds, found.held) == (2, 3)
     assert (found.pruned, found.evicted) == ((0, 4), (6, 3))
+
+
+def test_a_layer_with_a_state_is_left_out_of_what_is_kept(whole, tmp_path):
+    """It holds no slots, whatever becomes of them; dense keeps all that there are."""
+    cost = replace(one(whole).cost, prompt_tokens=10, entered=(10, 10, 8), kept=(None, 10.0, 8.0))
+    results = Results({}, {}, (replace(one(whole), cost=cost),))
+    (table,) = tables(results)
+    assert table.rows[0].cost.evicted == (None, 0, 0)
+    assert rows_of(results)[0]["share_kept"] == 0.9
+    _, page, _ = written(results, tmp_path)
+    assert "0: –, 1–2: 0" in json.dumps(page.tags, ensure_ascii=False) + page.text
 
 
 def test_what_no_sample_was_timed_for_has_no_time(whole, tmp_path):

@@ -93,6 +93,9 @@ REFUSED = {
     "h2o|sdtp": r"policy 'h2o\|sdtp': .*share no hook",
     "h2o(1, heavy=2)": "multiple values",
     "h2o(heavy=1, heavy=2)": "twice",
+    "h2o(heavy=..., heavy=3)": "twice",
+    "h2o(heavy recent 3)": "expected a number.*'heavy recent 3'",
+    f"{__name__}:Broken": "RuntimeError: a mistake",
     "h2o(heavy=1, 2)": "with their names",
     "h2o(": "closed",
     "h2o(heavy='x": "closed",
@@ -130,6 +133,13 @@ class Mine(H2O):
     """A user's policy, with an argument of its own."""
 
     colour: str = "red"
+
+
+class Broken(H2O):
+    """Cannot be made."""
+
+    def __post_init__(self):
+        raise RuntimeError("a mistake")
 
 
 class Hidden(kvprune.TokenPolicy):

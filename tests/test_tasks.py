@@ -251,6 +251,37 @@ def test_questions_come_with_their_paragraphs_and_others(name):
             assert places == sorted(places)
 
 
+class Measures:
+    """Notes how many tokens are to follow the prompt."""
+
+    def __init__(self, tokens: Any) -> None:
+        self.tokens, self.asked = tokens, 0
+
+    def generate(self, tokens: int) -> str:
+        """As many as are asked for."""
+        self.asked = tokens
+        return ""
+
+    def log_likelihood(self, text: str | Sequence[int]) -> list[float]:
+        """Of all tokens of a text."""
+        given = isinstance(text, str)
+        ids = self.tokens.encode(text, add_special_tokens=False) if given else text
+        self.asked = len(ids)
+        return [0.0] * len(ids)
+
+
+@pytest.mark.parametrize("name", [*TASKS, "recall", "likelihood"])
+def test_a_task_says_how_much_may_follow(name, tmp_path):
+    """Just what it asks of a reader, one's own lines included."""
+    line = {"context": "c", "question": "q", "answer": "an answer of some length", "score": name}
+    (tmp_path / "own.jsonl").write_text(json.dumps(line))
+    asked = task(name if name in TASKS else str(tmp_path / "own.jsonl"))
+    (sample,) = asked.samples(tokenizer("gpt2"), 800, 1, 0)
+    reader = Measures(tokenizer("gpt2"))
+    asked.score(sample, reader)
+    assert reader.asked == asked.following(sample, tokenizer("gpt2")) > 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_perplexity_is_of_what_follows(kind):
     """By stretch; the prompt and it are one text, and the bare prompt is the last of it."""

@@ -70,6 +70,7 @@ def test_a_file_may_be_scored_by_likelihood(tmp_path):
         ({**GOOD, "question": " "}, "line 3: expected a text as 'question'"),
         ({**GOOD, "answer": []}, r"line 3: .* as 'answer', got \[\]"),
         ({**GOOD, "answer": ["a", 2]}, "line 3: .* as 'answer', got 2"),
+        ({**GOOD, "context": "a\ud800b"}, "line 3: expected a text as 'context'"),
         ({**GOOD, "score": "f1"}, "line 3: expected recall or likelihood as 'score', got \"f1\""),
     ],
 )

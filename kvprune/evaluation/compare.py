@@ -7,14 +7,15 @@ executor (see `executors`). Everything that can be wrong is looked at before the
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,12 @@ from kvprune.devices import device_of
 from kvprune.errors import KVPruneError
 from kvprune.families import base_of, unwrapped
 from kvprune.policy import TokenPolicy
-from kvprune.saving import describe
 
 from .executors import Source
 from .executors import executor as executor_of
 from .ledger import FORMAT, Ledger, Outcome, key_of, opened
 from .loading import loaded
-from .plan import Plan, check_device, digest_of
+from .plan import Drawn, Plan, check_device, digest_of
 from .progress import Watch
 from .results import Cell, Failure, Results
 from .rows import rows_of
@@ -64,7 +64,7 @@ class Comparison:
 
     @property
     def failures(self) -> tuple[Failure, ...]:
-        """The cells that could not be run, and why."""
+        """The cells that were asked for and could not be run, and why."""
         return self.results.failures
 
 
@@ -72,7 +72,7 @@ def compare(
     model: Any,
     policies: Sequence[str | Sequence[TokenPolicy] | TokenPolicy],
     *,
-    tasks: Sequence[str | Task] = ("needle", "squad"),
+    tasks: Sequence[str | os.PathLike[str] | Task] = ("needle", "squad"),
     contexts: Sequence[int] = (1024,),
     budgets: Sequence[float] = (),
     samples: int = 20,
@@ -105,7 +105,8 @@ def compare(
         executor: "local" for this process; "shared" for the same, with each prompt read once for
             all policies and budgets that differ in what they evict alone (see `sharing`): the same
             scores, sooner, and prefill seconds of one sample; "ray" for a cluster.
-        tokenizer: of a loaded model; None for that of its `name_or_path`.
+        tokenizer: of a loaded model; None for that of its `name_or_path`. A model given by name
+            brings its own.
         progress: whether to draw a bar, with the time left, on stderr.
 
     Raises:
@@ -113,55 +114,109 @@ def compare(
             with all finished samples kept.
     """
     plan = Plan(policies, tasks, contexts, budgets, samples, seed)
-    execute = executor_of(executor, loaded=not isinstance(model, (str, Path)))
-    check_device(dtype, device or "cpu")
-    with ExitStack() as stack:
-        keep = Path(out) if out is not None else None
-        folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        if keep is not None:
-            from .report.figures import need_matplotlib
-
-            need_matplotlib()
-        ledger = stack.enter_context(opened(folder))
-        worker = stack.enter_context(_worker(model, tokenizer, dtype, device))
-        jobs = _prepared(plan, ledger, worker, _about(model, worker, seed))
-        watch = stack.enter_context(Watch.shown(jobs, progress))
-        source = Source(str(model), dtype, device or "cpu")
-        _run(ledger, execute(jobs, worker, source), jobs, watch)
-        results = ledger.results
+    run = Run(model, tokenizer, dtype, device, executor)
+    keep = Path(out) if out is not None else None
+    found = measured(plan, run, keep, progress)
     if keep is not None:
         from .report import write_report
 
-        write_report(results, keep)
-    return Comparison(results, keep)
+        write_report(found.results, keep)
+    return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a plan is run on; see `compare`."""
+
+    model: Any
+    tokenizer: Any = None
+    dtype: str = "auto"
+    device: str | None = None
+    executor: str = "local"
+
+    @property
+    def source(self) -> Source:
+        """What others load the model from."""
+        return Source(str(self.model), self.dtype, "cpu" if self.device is None else self.device)
+
+
+def measured(plan: Plan, run: Run, keep: Path | None = None, progress: bool = False) -> Comparison:
+    """What `compare` does, but for the report.
+
+    Args:
+        keep: the folder for the results file; None keeps none.
+        progress: see `compare`.
+
+    Raises:
+        KVPruneError: see `compare`.
+    """
+    execute = executor_of(run.executor, loaded=not isinstance(run.model, (str, Path)))
+    check_device(run.dtype, run.source.device)
+    with ExitStack() as stack:
+        folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if keep is not None:
+            from .report import check_folder
+
+            check_folder(keep)
+        ledger = stack.enter_context(opened(folder))
+        worker = stack.enter_context(_worker(run))
+        jobs = _prepared(plan, ledger, worker, _about(run.model, worker, plan.seed))
+        watch = stack.enter_context(Watch.shown(jobs, progress))
+        _run(ledger, execute(jobs, worker, run.source), jobs, watch)
+        return Comparison(_asked_for(plan, ledger.results), keep)
+
+
+def _asked_for(plan: Plan, results: Results) -> Results:
+    """All results, and of the failures those of what was asked for this time."""
+    asked = {key_of(cell) for cell, _ in plan.cells()}
+    return replace(results, failures=tuple(f for f in results.failures if key_of(f.cell) in asked))
 
 
 @contextmanager
-def _worker(model: Any, tokenizer: Any, dtype: str, device: str | None) -> Iterator[Worker]:
+def _worker(run: Run) -> Iterator[Worker]:
     """A worker with the model, which is afterwards as it was."""
+    model, tokenizer = run.model, run.tokenizer
     if isinstance(model, (str, Path)):
-        tokenizer, model = loaded(str(model), dtype, device or "cpu")
+        if tokenizer is not None:
+            raise KVPruneError(
+                f"tokenizer: expected none with the model {str(model)!r}, which brings its own. "
+                f"Leave it out, or load the model and give both"
+            )
+        tokenizer, model = loaded(run.source.model, run.dtype, run.source.device)
         yield Worker(attach(model), tokenizer)
         return
     if not hasattr(model, "config"):
         raise KVPruneError(f"model: expected a name, a folder or a model, came {model!r}")
-    if dtype != "auto" or device not in (None, str(device_of(model))):
+    if run.dtype != "auto" or run.device not in (None, str(device_of(model))):
         raise KVPruneError(
-            f"dtype and device of a loaded model are its own: leave them out, came {dtype!r} "
-            f"and {device!r}"
+            f"dtype and device of a loaded model are its own: leave them out, came {run.dtype!r} "
+            f"and {run.device!r}"
         )
     if model.training:
         raise KVPruneError("model: expected one that is not in training: call model.eval() first")
-    if tokenizer is None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
+    tokenizer = _own_tokenizer(model) if tokenizer is None else tokenizer
+    if not callable(getattr(tokenizer, "decode", None)):
+        raise KVPruneError(f"tokenizer: expected that of the model, loaded, came {tokenizer!r}")
     was_attached = "_kvprune" in base_of(unwrapped(model)).__dict__
     try:
         yield Worker(model if was_attached else attach(model), tokenizer)
     finally:
         if not was_attached:
             detach(model)
+
+
+def _own_tokenizer(model: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    name = getattr(model.config, "name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    # As in `loaded`.
+    except Exception as error:
+        raise KVPruneError(
+            f"expected the tokenizer of the model at its name_or_path, which is {name!r}, and "
+            f"found none: give tokenizer= as well ({error})"
+        ) from error
 
 
 def _about(model: Any, worker: Worker, seed: int) -> dict[str, Any]:
@@ -173,8 +228,9 @@ def _about(model: Any, worker: Worker, seed: int) -> dict[str, Any]:
         machine += f", {torch.cuda.get_device_name(on)}"
     return {
         "format": FORMAT,
-        "model": Path(name).name,
-        "digest": describe(base_of(unwrapped(worker.model)))["digest"],
+        # "." has no name of its own.
+        "model": Path(os.path.abspath(name)).name,
+        "digest": worker.digest,
         "seed": seed,
         "dtype": str(worker.model.dtype).removeprefix("torch."),
         "device": on.type,
@@ -195,28 +251,29 @@ def _version(package: str) -> str:
 def _prepared(plan: Plan, ledger: Ledger, worker: Worker, about: dict[str, Any]) -> list[Job]:
     """What is still to be run; everything is checked before the file is written to."""
     ledger.check(about)
-    modules = plan.check_model(worker.model)
-    for policy, digest in modules.items():
-        ledger.check_modules(policy, digest)
+    digests = plan.check_model(worker.model)
+    for policy, (modules, code) in digests.items():
+        ledger.check_policy(policy, modules, code)
+    for task in plan.found:
+        ledger.check_task(task.name, task.unit, task.floor)
     drawn = plan.drawn(worker.tokenizer)
+    plan.check_room(worker.model, worker.tokenizer, drawn)
+    units = {task.name: task.unit for task in plan.found}
     for (name, context), samples in drawn.items():
         for sample in samples:
-            ledger.check_item(name, context, sample.number, digest_of(sample))
+            ledger.check_item(name, context, sample.number, digest_of(sample, units[name]))
     jobs = [Job(c, task, _missing(ledger, c, drawn)) for c, task in plan.cells()]
     jobs = [job for job in jobs if job.samples]
     _check_room(ledger.path.parent, jobs)
     ledger.begin(about)
     for task in plan.found:
         ledger.note_task(task.name, task.unit, task.floor)
-    for policy, digest in modules.items():
-        if digest:
-            ledger.note_modules(policy, digest)
+    for policy, (modules, code) in digests.items():
+        ledger.note_policy(policy, modules, code)
     return jobs
 
 
-def _missing(
-    ledger: Ledger, cell: Cell, drawn: Mapping[tuple[str, int], tuple[Sample, ...]]
-) -> tuple[Sample, ...]:
+def _missing(ledger: Ledger, cell: Cell, drawn: Drawn) -> tuple[Sample, ...]:
     done = ledger.done(cell)
     return tuple(s for s in drawn[cell.task, cell.context] if s.number not in done)
 
@@ -232,7 +289,7 @@ def _check_room(folder: Path, jobs: Sequence[Job]) -> None:
 
 def _run(ledger: Ledger, outcomes: Iterable[Outcome], jobs: Sequence[Job], watch: Watch) -> None:
     """Writes each outcome as it comes."""
-    items = {(key_of(j.cell), s.number): digest_of(s) for j in jobs for s in j.samples}
+    items = {(key_of(j.cell), s.number): digest_of(s, j.task.unit) for j in jobs for s in j.samples}
     for outcome in outcomes:
         number = getattr(outcome, "sample", -1)
         if (key_of(outcome.cell), number) in ledger.samples:

@@ -3,8 +3,8 @@
 The first line, of kind "run", says what was run; more lines of kind "command" are what was run on
 the same file later. "task" and "policy" say what is to be known of these, and "sample", "failure"
 and "trace" are the dataclasses of `results`. A sample's `item` is a digest of what was asked, and
-a policy's `modules` one of the learned modules in it, so that results of other data or of other
-weights are not taken for these.
+a policy's `modules` and `code` those of the learned modules in it and of the files of a policy that
+is not kvprune's, so that results of other data, weights or code are not taken for these.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from filelock import FileLock, Timeout
 
 from kvprune.errors import KVPruneError
 
+from .fields import CELL, COST, OUTCOMES, checked
 from .results import Cell, Cost, Failure, Results, SampleResult, Trace
 
 NAME = "results.jsonl"
 LOCK = ".results.lock"
 IDENTITY = ("format", "digest", "seed", "dtype", "device", "versions")
 """What all results of one file have in common."""
-FORMAT = 1
+FORMAT = 2
 _BEGIN = b'{"kind": "'
 
 Outcome = SampleResult | Failure | Trace
@@ -43,8 +44,9 @@ def key_of(cell: Cell) -> Key:
 class Ledger:
     """A results file and what it says; made by `opened`, which keeps others out.
 
-    run: its first line; empty in a new file. units, floors: by task. modules: by policy.
+    run: its first line; empty in a new file. units, floors: by task. modules, code: by policy.
     items: by task, context and number of a sample, the digest of what was asked.
+    cells: as they were first spelled.
     size: bytes of its whole lines; what a killed or failed write left behind them is dropped with
         the next one.
     """
@@ -55,7 +57,9 @@ class Ledger:
     units: dict[str, str] = field(default_factory=dict)
     floors: dict[str, float] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
     items: dict[tuple[str, int, int], str] = field(default_factory=dict)
+    cells: dict[Key, Cell] = field(default_factory=dict)
     samples: dict[tuple[Key, int], SampleResult] = field(default_factory=dict)
     failures: dict[Key, Failure] = field(default_factory=dict)
     traces: dict[Key, Trace] = field(default_factory=dict)
@@ -102,16 +106,35 @@ class Ledger:
                 f"tokenizer has changed. Name another folder with --out"
             )
 
-    def check_modules(self, policy: str, digest: str) -> None:
-        """Refuses results of other learned modules.
+    def check_task(self, name: str, unit: str, floor: float | None) -> None:
+        """Refuses results that were scored in another way.
+
+        Raises:
+            KVPruneError: the task had another unit, or another floor.
+        """
+        before, now = (self.units.get(name), self.floors.get(name)), (unit, floor)
+        if name in self.units and before != now:
+            raise KVPruneError(
+                f"{self.path}: expected results of {name} that are scored as before, by "
+                f"{before[0]} with a floor of {before[1]}, came {unit} with a floor of {floor}: "
+                f"the task has changed. Name another folder with --out"
+            )
+
+    def check_policy(self, policy: str, modules: str, code: str) -> None:
+        """Refuses results of other learned modules, or of other code.
 
         Raises:
             KVPruneError: the policy had others.
         """
-        if self.modules.get(policy, digest) != digest:
+        if self.modules.get(policy, modules) != modules:
             raise KVPruneError(
                 f"{self.path}: expected results of the same weights, and those of {policy} have "
                 f"changed. Name another folder with --out"
+            )
+        if self.code.get(policy, code) != code:
+            raise KVPruneError(
+                f"{self.path}: expected results of the same code, and the file that {policy} "
+                f"stands in has changed. Name another folder with --out, or delete this file"
             )
 
     def begin(self, run: Mapping[str, Any]) -> None:
@@ -126,10 +149,10 @@ class Ledger:
         if name not in self.units:
             self._write("task", {"name": name, "unit": unit, "floor": floor})
 
-    def note_modules(self, policy: str, digest: str) -> None:
-        """Writes the digest of a policy's modules, once."""
-        if policy not in self.modules:
-            self._write("policy", {"policy": policy, "modules": digest})
+    def note_policy(self, policy: str, modules: str, code: str) -> None:
+        """Writes the digests of a policy's modules and code, once and if it has any."""
+        if (modules or code) and policy not in self.modules:
+            self._write("policy", {"policy": policy, "modules": modules, "code": code})
 
     def add(self, outcome: Outcome, item: str = "") -> None:
         """Writes a sample (with the digest of what was asked), a failure or a trace."""
@@ -147,6 +170,7 @@ class Ledger:
         """Appends a line that is on the disk when this returns."""
         line = json.dumps({"kind": kind, **content}) + "\n"
         try:
+            self._check_whole()
             with self.path.open("ab", buffering=0) as file:
                 file.truncate(self.size)
                 _all_of(file, line.encode())
@@ -158,6 +182,15 @@ class Ledger:
             ) from error
         self.size += len(line)
         self._take(json.loads(line))
+
+    def _check_whole(self) -> None:
+        """Refuses to write behind lines that are gone."""
+        there = self.path.stat().st_size if self.path.exists() else 0
+        if there < self.size:
+            raise KVPruneError(
+                f"{self.path}: expected the {self.size} bytes that were written, found {there}: it "
+                f"was deleted or cut meanwhile. Leave it alone while it is written, and start again"
+            )
 
     def _take(self, line: dict[str, Any]) -> None:
         """Takes in one line."""
@@ -171,15 +204,18 @@ class Ledger:
             self.floors |= {} if line["floor"] is None else {line["name"]: line["floor"]}
         elif kind == "policy":
             self.modules[line["policy"]] = line["modules"]
+            # Files of format 1 have none.
+            self.code |= {line["policy"]: line["code"]} if "code" in line else {}
         else:
-            self._take_outcome(kind, line, Cell(**line.pop("cell")))
+            cell = Cell(**checked(line.pop("cell"), CELL))
+            self._take_outcome(kind, line, self.cells.setdefault(key_of(cell), cell))
 
     def _take_outcome(self, kind: str, line: dict[str, Any], cell: Cell) -> None:
         key = key_of(cell)
+        checked(line, OUTCOMES[kind])
         if kind == "sample":
+            cost = self._cost(checked(line.pop("cost"), COST))
             self.items[cell.task, cell.context, line["sample"]] = line.pop("item")
-            tuples = {n: tuple(line["cost"][n]) for n in ("entered", "kept")}
-            cost = Cost(**{**line.pop("cost"), **tuples})
             self.samples.setdefault((key, line["sample"]), SampleResult(cell, cost=cost, **line))
             # It was tried again since.
             self.failures.pop(key, None)
@@ -188,6 +224,16 @@ class Ledger:
         else:
             tuples = {n: tuple(line[n]) for n in ("tokens", "kept")}
             self.traces[key] = Trace(cell, **{**line, **tuples})
+
+    def _cost(self, given: Mapping[str, Any]) -> Cost:
+        """A sample's cost, of as many layers as the others'."""
+        tuples = {n: tuple(given[n]) for n in ("entered", "kept")}
+        cost = Cost(**{**given, **tuples})
+        first = next((r.cost for r in self.samples.values()), cost)
+        for name, layers in tuples.items():
+            if len(layers) != len(getattr(first, name)):
+                raise ValueError(f"{name!r} has {len(layers)} layers")
+        return cost
 
 
 @contextmanager
@@ -246,7 +292,7 @@ def _parsed(path: Path) -> Ledger:
             if (number == 1) != (found["kind"] == "run"):
                 raise KeyError("kind")
             ledger._take(found)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise KVPruneError(
                 f"{path}: line {number}: expected what `kvprune compare` writes ({error!r}): "
                 f"the file is damaged, or not one of these. Name another folder with --out"

@@ -13,8 +13,6 @@ from functools import cache
 
 from kvprune.attach import attach
 from kvprune.errors import KVPruneError
-from kvprune.families import base_of, unwrapped
-from kvprune.saving import describe
 
 from .executors import Source, attempted
 from .ledger import Outcome
@@ -34,8 +32,7 @@ def on_ray(jobs: Sequence[Job], worker: Worker, source: Source) -> Iterator[Outc
         ray.init(log_to_driver=False)
     gpus = int(not source.device.startswith("cpu"))
     remote = ray.remote(max_retries=RETRIES, num_cpus=1, num_gpus=gpus)(run_job)
-    digest = digest_of(worker)
-    waiting = {remote.remote(source, digest, job): job for job in jobs}
+    waiting = {remote.remote(source, worker.digest, job): job for job in jobs}
     try:
         while waiting:
             (ready,), _ = ray.wait(list(waiting), num_returns=1)
@@ -58,17 +55,12 @@ def run_job(source: Source, digest: str, job: Job) -> list[Outcome]:
         KVPruneError: the model here is not the one that the others have.
     """
     worker = _worker_of(source)
-    if digest_of(worker) != digest:
+    if worker.digest != digest:
         raise KVPruneError(
             f"--model {source.model}: expected the same model on every machine of the cluster, "
             f"came one with other weights or another config"
         )
     return list(attempted(job, worker))
-
-
-def digest_of(worker: Worker) -> str:
-    """What tells a worker's model from others."""
-    return describe(base_of(unwrapped(worker.model)))["digest"]
 
 
 @cache

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,14 +16,18 @@ from kvprune.composition import leaves
 from kvprune.errors import KVPruneError
 from kvprune.families import base_of, unwrapped
 from kvprune.policy import TokenPolicy
-from kvprune.saving import describe
 
+from .identity import code_digest, weights_digest
 from .results import Cell
 from .specs import DENSE, canonical, parse
 from .tasks.base import Sample, Task
 from .worker import LINES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+Drawn = Mapping[tuple[str, int], tuple[Sample, ...]]
+"""Samples by task and context."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Plan:
     """
 
     policies: Sequence[str | Sequence[TokenPolicy] | TokenPolicy]
-    tasks: Sequence[str | Task]
+    tasks: Sequence[str | os.PathLike[str] | Task]
     contexts: Sequence[int]
     budgets: Sequence[float]
     samples: int
@@ -57,12 +62,16 @@ class Plan:
     found: tuple[Task, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_counts("--context", self.contexts)
+        contexts = _listed("contexts", "numbers of tokens, as [1024]", self.contexts)
+        _check_counts("--context", contexts)
+        object.__setattr__(self, "contexts", tuple(dict.fromkeys(contexts)))
         _check_counts("--samples", [self.samples])
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise KVPruneError(f"--seed {self.seed!r}: expected an int of at least 0")
-        _check_budgets(self.budgets)
-        object.__setattr__(self, "lines", tuple(_lines(self.policies, self.budgets)))
+        budgets = _listed("budgets", "shares of the prompt, as [0.5, 0.25]", self.budgets)
+        _check_budgets(budgets)
+        policies = _listed("policies", "specs or policies, as ['h2o']", self.policies)
+        object.__setattr__(self, "lines", tuple(_lines(policies, budgets)))
         self._check_fixed_budgets()
         object.__setattr__(self, "found", tuple(_tasks(self.tasks)))
 
@@ -78,26 +87,45 @@ class Plan:
                         f"at most as many. Lower it, or give shares with --budgets"
                     )
 
-    def check_model(self, model: Any) -> dict[str, str]:
+    def check_model(self, model: Any) -> dict[str, tuple[str, str]]:
         """Refuses what this attached model cannot do.
 
         Returns:
-            by policy, a digest of the learned modules that it has on this model; "" for none.
+            by policy, digests of the learned modules that it has on this model, and of the files
+            that it stands in if it is not kvprune's; "" for none.
 
         Raises:
             KVPruneError: a context longer than the model's, or a policy that cannot work on it.
         """
         base: Any = base_of(unwrapped(model))
-        longest = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", 0)
+        longest = _longest(base)
         for context in self.contexts:
             if longest and context > longest:
                 raise KVPruneError(
                     f"--context {context}: expected at most the {longest} tokens that the model "
                     f"was made for"
                 )
-        return {line.policy: _modules(line, base) for line in self.lines}
+        return {line.policy: _digests(line, base) for line in self.lines}
 
-    def drawn(self, tokenizer: Any) -> dict[tuple[str, int], tuple[Sample, ...]]:
+    def check_room(self, model: Any, tokenizer: Any, drawn: Drawn) -> None:
+        """Refuses samples that end beyond what the model was made for.
+
+        Raises:
+            KVPruneError: a prompt and what may follow it are longer.
+        """
+        longest, tasks = _longest(base_of(unwrapped(model))), {t.name: t for t in self.found}
+        for (name, context), samples in drawn.items():
+            for sample in samples:
+                following = tasks[name].following(sample, tokenizer)
+                if longest and len(sample.prompt) + following > longest:
+                    raise KVPruneError(
+                        f"{name} at --context {context}: a prompt of {len(sample.prompt)} tokens, "
+                        f"and {following} that may follow it: expected at most the {longest} "
+                        f"together that the model was made for. Ask for a shorter context, or for "
+                        f"a shorter answer"
+                    )
+
+    def drawn(self, tokenizer: Any) -> Drawn:
         """The samples, by task and context.
 
         Raises:
@@ -117,10 +145,23 @@ class Plan:
                     yield Cell(line.policy, line.label, line.budget, task.name, context), task
 
 
-def digest_of(sample: Sample) -> str:
-    """What tells what was asked from what another sample asks."""
-    asked = repr((tuple(sample.prompt), tuple(sample.bare), tuple(sample.answers)))
+def _longest(base: Any) -> int:
+    """The tokens that a model was made for; 0 where it does not say."""
+    config = base.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", 0) or 0
+
+
+def digest_of(sample: Sample, unit: str) -> str:
+    """What tells what was asked, and how it is scored, from what another sample asks."""
+    asked = repr((unit, tuple(sample.prompt), tuple(sample.bare), tuple(sample.answers)))
     return hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _listed(name: str, of: str, given: Any) -> list[Any]:
+    """All that was given, of what is no text and no policy."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise KVPruneError(f"{name}: expected a list of {of}, came {given!r}")
+    return list(given)
 
 
 def _check_counts(name: str, counts: Any) -> None:
@@ -138,25 +179,40 @@ def _check_budgets(budgets: Any) -> None:
             )
 
 
-def _lines(given: Any, budgets: Sequence[float]) -> Iterator[Line]:
+def _lines(given: Sequence[Any], budgets: Sequence[float]) -> list[Line]:
     """The two lines, and each policy at each budget, everything once."""
-    if isinstance(given, str):
-        raise KVPruneError(f"policies: expected a list of specs, as [{given!r}], came a text")
-    seen = set[tuple[str, float | None]]()
-    found = [Line(name, name, None, ()) for name in LINES]
-    found += [line for one in given for line in _at_budgets(one, budgets)]
-    for line in found:
-        if (line.policy, line.budget) not in seen:
-            seen.add((line.policy, line.budget))
-            yield line
+    lines = [Line(name, name, None, ()) for name in LINES]
+    found = {(line.policy, line.budget): (line, line.policy) for line in lines}
+    for policies, label in map(_pipeline, given):
+        own = canonical(policies)
+        for line in _at_budgets(policies, label, budgets):
+            first, others = found.setdefault((line.policy, line.budget), (line, own))
+            if others != own:
+                raise KVPruneError(
+                    f"policies {first.label!r} and {label!r} are the same at a budget of "
+                    f"{line.budget}, which takes the place of their own: expected policies that "
+                    f"differ in more. Leave one of them out, or --budgets"
+                )
+    return [line for line, _ in found.values()]
 
 
-def _at_budgets(given: Any, budgets: Sequence[float]) -> Iterator[Line]:
+def _pipeline(given: Any) -> tuple[Sequence[TokenPolicy], str]:
+    """The policies, and what they are called."""
     if isinstance(given, str):
-        policies, label = parse(given), " ".join(given.split())
-    else:
-        policies = [given] if isinstance(given, TokenPolicy) else list(given)
-        label = canonical(ComposedCache(policies).policies)
+        return parse(given), " ".join(given.split())
+    pipeline = [given] if isinstance(given, TokenPolicy) else given
+    if not isinstance(pipeline, (list, tuple)):
+        raise KVPruneError(
+            f"policies: expected specs as 'h2o(heavy=256)', policies as H2O(), or lists of these, "
+            f"came {given!r}"
+        )
+    policies = ComposedCache(pipeline).policies
+    return policies, canonical(policies)
+
+
+def _at_budgets(
+    policies: Sequence[TokenPolicy], label: str, budgets: Sequence[float]
+) -> Iterator[Line]:
     if not policies:
         yield Line(DENSE, DENSE, None, ())
         return
@@ -178,10 +234,11 @@ def _with_budget(policies: Sequence[TokenPolicy], budget: float) -> list[TokenPo
 
 
 def _tasks(given: Any) -> Iterator[Task]:
-    if not given or isinstance(given, str):
-        raise KVPruneError(f"tasks: expected a list of at least one task, came {given!r}")
     names = set[str]()
-    for one in given:
+    found = _listed("tasks", "at least one task, as ['needle']", given)
+    if not found:
+        raise KVPruneError("tasks: expected a list of at least one task, as ['needle'], came none")
+    for one in found:
         task = one if isinstance(one, Task) else _named(one)
         if task.name in names:
             raise KVPruneError(f"--tasks: {task.name} comes twice: expected each task once")
@@ -189,10 +246,14 @@ def _tasks(given: Any) -> Iterator[Task]:
         yield task
 
 
-def _named(name: str) -> Task:
+def _named(name: Any) -> Task:
     from .tasks import task
 
-    return task(name)
+    if not isinstance(name, (str, os.PathLike)):
+        raise KVPruneError(
+            f"tasks: expected names, paths of JSON lines or tasks, as Needle(), came {name!r}"
+        )
+    return task(os.fspath(name))
 
 
 def _drawn(task: Task, tokenizer: Any, context: int, count: int, seed: int) -> tuple[Sample, ...]:
@@ -211,14 +272,15 @@ def _drawn(task: Task, tokenizer: Any, context: int, count: int, seed: int) -> t
     return samples
 
 
-def _modules(line: Line, base: Any) -> str:
-    """A digest of the learned modules of a line's policies on a model."""
+def _digests(line: Line, base: Any) -> tuple[str, str]:
+    """Of the learned modules of a line's policies on a model, and of their code."""
     cache = ComposedCache(line.policies)
     # Whatever else the model cannot do is refused here.
     cache.bind(base._kvprune, base)
     working = [p.for_model(base) for p in leaves(line.policies)]
     modules = [m for p in working for m in vars(p).values() if isinstance(m, nn.Module)]
-    return " ".join(describe(m)["digest"][:16] for m in modules)
+    weights = " ".join(weights_digest(m)[:16] for m in modules)
+    return weights, code_digest(leaves(line.policies))
 
 
 def check_device(dtype: str, device: str) -> None:

@@ -35,8 +35,10 @@ class Watch:
         if not wanted or not jobs:
             yield cls()
             return
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("{task.description}"), console=_stderr()) as progress:
+        # Not markup: a path or a spec may hold brackets.
+        said = TextColumn("{task.description}", markup=False)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said)
+        with Progress(*columns, console=_stderr()) as progress:
             total = sum(len(job.samples) for job in jobs)
             yield cls(progress, progress.add_task(described(jobs[0].cell), total=total))
 

@@ -223,9 +223,9 @@ def _eos(model: Any, tokenizer: Any) -> set[int]:
     return set(named) if isinstance(named, (list, tuple)) else {named}
 
 
-def _kept(cache: ComposedCache) -> tuple[float, ...]:
-    """Slots that each layer holds, on average over its heads; 0 where it holds a state."""
-    found = [0.0] * len(cache)
+def _kept(cache: ComposedCache) -> tuple[float | None, ...]:
+    """Slots that each layer holds, on average over its heads; None where it holds a state."""
+    found: list[float | None] = [None] * len(cache)
     for layer, _ in cache.slot_layers():
         found[layer] = float((cache.columns(layer)[0] >= 0).sum(-1).double().mean())
     return tuple(found)

@@ -32,7 +32,7 @@ class Cost:
     read and evicted from; bytes_peak: the most that the cache held at a forward's end, room for
     more tokens included. prompt_tokens: of this sample.
     entered: tokens that entered each layer, in both forwards. kept: slots that each layer holds
-    after the prompt.
+    after the prompt, the mean over its heads; None where it has a state and no slots.
     """
 
     prefill_seconds: float | None
@@ -42,7 +42,7 @@ class Cost:
     bytes_peak: int
     prompt_tokens: int
     entered: tuple[int, ...]
-    kept: tuple[float, ...]
+    kept: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)

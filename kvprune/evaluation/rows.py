@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite, nan
 from statistics import fmean, median
 from typing import Any
 
 from .ledger import Key, key_of
 from .results import Cell, Results, SampleResult
 from .specs import DENSE
-from .statistics import interval, paired
+from .statistics import interval
 
 
 def rows_of(results: Results) -> list[dict[str, Any]]:
@@ -55,19 +56,22 @@ def _about(cell: Cell, results: Results) -> dict[str, Any]:
 def _score(mine: Sequence[SampleResult], dense: Sequence[SampleResult]) -> dict[str, Any]:
     scores, other = ({r.sample: r.score for r in found} for found in (mine, dense))
     both = sorted(scores.keys() & other.keys()) if mine and mine[0].cell.policy != DENSE else []
-    several = len(scores) > 1
-    low, high = interval(list(scores.values())) if several else (None, None)
-    apart: tuple[Any, ...] = (None, None, None)
-    if both:
-        apart = paired([scores[i] for i in both], [other[i] for i in both])
-        apart = apart if len(both) > 1 else (apart[0], None, None)
+    ends = ("", "_low", "_high")
+    apart = zip(ends, _span([scores[i] - other[i] for i in both]), strict=True)
     return {
         "samples": len(scores),
-        "score": fmean(scores.values()) if scores else None,
-        "score_low": low,
-        "score_high": high,
-        **dict(zip(("difference", "difference_low", "difference_high"), apart, strict=True)),
+        **{f"score{end}": n for end, n in zip(ends, _span([*scores.values()]), strict=True)},
+        **{f"difference{end}": n for end, n in apart},
     }
+
+
+def _span(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    """The mean and its interval, which one value has not, nor any that is no number."""
+    if not values:
+        return None, None, None
+    if not all(map(isfinite, values)):
+        return nan, None, None
+    return (fmean(values), *(interval(values) if len(values) > 1 else (None, None)))
 
 
 def _cost(mine: Sequence[SampleResult]) -> dict[str, Any]:
@@ -75,7 +79,9 @@ def _cost(mine: Sequence[SampleResult]) -> dict[str, Any]:
     times = [c.prefill_seconds for c in costs if c.prefill_seconds is not None]
     rates = [c.decode_tokens_per_second for c in costs if c.decode_tokens_per_second is not None]
     means = ("prefill_flops", "bytes_held", "bytes_peak", "prompt_tokens")
-    kept = [fmean(c.kept) / c.prompt_tokens for c in costs if c.kept]
+    # A layer with a state holds no slots.
+    slots = [[n for n in c.kept if n is not None] for c in costs]
+    kept = [fmean(n) / c.prompt_tokens for n, c in zip(slots, costs, strict=True) if n]
     pruned = [[c.prompt_tokens - entered for entered in c.entered] for c in costs]
     return {
         "prefill_seconds": median(times) if times else None,

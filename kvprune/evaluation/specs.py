@@ -24,7 +24,7 @@ import inspect
 import io
 import re
 import tokenize
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import entry_points
@@ -83,10 +83,15 @@ def _written(policy: TokenPolicy) -> str:
 
 def _plain_layers(policy: TokenPolicy) -> TokenPolicy:
     """With its layers as a list, as they may be a range or a set."""
-    if policy.layers is None:
+    layers = policy.layers
+    if layers is None:
         return policy
+    if not isinstance(layers, (Sequence, Set)) or any(type(layer) is not int for layer in layers):
+        raise KVPruneError(
+            f"{type(policy).__name__}: layers={layers!r}: expected numbers of layers, as [0, 2]"
+        )
     twin = copy.copy(policy)
-    object.__setattr__(twin, "layers", sorted(policy.layers))
+    object.__setattr__(twin, "layers", sorted(layers))
     return twin
 
 
@@ -212,8 +217,10 @@ class _Reader:
     def _made(self, make: Callable[..., TokenPolicy], *args: Any, **kwargs: Any) -> TokenPolicy:
         try:
             return make(*args, **kwargs)
-        except (ValueError, TypeError) as error:
-            raise KVPruneError(f"policy {self._text!r}: {error}") from error
+        # As in `_loaded`; those of kvprune say what is wrong by themselves.
+        except Exception as error:
+            kind = "" if isinstance(error, (ValueError, TypeError)) else f"{type(error).__name__}: "
+            raise KVPruneError(f"policy {self._text!r}: {kind}{error}") from error
 
     def _name(self) -> str:
         """`name`, or `package.module:Class`."""
@@ -260,17 +267,19 @@ class _Reader:
         """Arguments up to the closing bracket; one that is `...` is left out."""
         positional: list[Any] = []
         named: dict[str, Any] = {}
+        seen = set[str]()
         while not self._next(")"):
             name = self._argument_name()
             value = self._value()
-            if name in named:
+            if name in seen:
                 self._fail(f"the argument {name!r} comes twice")
-            if name is None and (named or value is ...):
+            if name is None and (seen or value is ...):
                 self._fail("expected arguments with their names")
             if name is None:
                 positional.append(value)
-            elif value is not ...:
-                named[name] = value
+            else:
+                seen.add(name)
+                named |= {} if value is ... else {name: value}
             if not self._next(","):
                 self._expect(")")
                 break
@@ -278,7 +287,7 @@ class _Reader:
 
     def _argument_name(self) -> str | None:
         pair = self._tokens[self._at : self._at + 2]
-        if [t.kind == tokenize.NAME or t.text == "=" for t in pair] != [True, True]:
+        if len(pair) < 2 or pair[0].kind != tokenize.NAME or pair[1].text != "=":
             return None
         self._at += 2
         return pair[0].text

@@ -38,11 +38,12 @@ def show(rows: Sequence[dict[str, Any]], console: Console | None = None) -> None
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"{title} ({rows[0]['unit'] or 'no unit'})", title_justify="left")
+    # Not markup: a path or a spec may hold brackets.
+    named = Text(f"{title} ({rows[0]['unit'] or 'no unit'})")
+    table = Table(title=named, title_justify="left")
     for name in COLUMNS:
         table.add_column(name, justify="left" if name == "policy" else "right")
     for row in rows:
-        # Not markup: a spec may hold brackets.
         table.add_row(Text(row["label"]), *_numbers(row))
     return table
 

@@ -36,7 +36,7 @@ class Watch:
         self._begun = self._seconds = 0.0
         self._tokens = torch.zeros(0)
         self._entered: dict[int, Tensor] = {}
-        self._kept: list[Tensor] = []
+        self._kept: dict[int, Tensor] = {}
         self._held = self._peak = 0
 
     def __enter__(self) -> Watch:
@@ -64,7 +64,7 @@ class Watch:
         """
         each = len(self._tokens) // prompts
         entered = torch.stack(list(self._entered.values()), 1)[::each].tolist()
-        kept = torch.stack(self._kept, 1)[::each].tolist()
+        kept = {layer: slots[::each].tolist() for layer, slots in self._kept.items()}
         tokens = self._tokens[::each].tolist()
         return [
             Cost(
@@ -75,9 +75,10 @@ class Watch:
                 bytes_peak=self._peak // prompts,
                 prompt_tokens=count,
                 entered=tuple(row),
-                kept=tuple(slots),
+                # A layer with a state holds no slots.
+                kept=tuple(kept[i][prompt] if i in kept else None for i in self._entered),
             )
-            for count, row, slots in zip(tokens, entered, kept, strict=True)
+            for prompt, (count, row) in enumerate(zip(tokens, entered, strict=True))
         ]
 
     def _before(self, *_: Any) -> None:
@@ -102,7 +103,7 @@ class Watch:
         self._seconds += now(self._devices) - self._begun
         self._held = self._cache.nbytes
         self._peak = max(self._peak, self._held)
-        self._kept = [self._kept_in(index) for index, _ in self._cache.slot_layers()]
+        self._kept = {index: self._kept_in(index) for index, _ in self._cache.slot_layers()}
 
     def _kept_in(self, layer: int) -> Tensor:
         """Slots by row `[B]`, the mean over heads."""

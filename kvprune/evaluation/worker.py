@@ -12,6 +12,7 @@ from kvprune.cache import ComposedCache
 
 from .explain import pieces
 from .flops import Flops
+from .identity import model_digest
 from .reader import CacheReader, Reading, own_prefill_flops
 from .results import Cell, Failure, SampleResult, Trace
 from .specs import DENSE, parse
@@ -37,6 +38,11 @@ class Worker:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells the model from others; reads all of its weights."""
+        return model_digest(self.model)
 
     @cached_property
     def flops(self) -> Flops:
@@ -74,7 +80,12 @@ class Worker:
         score = job.task.score(sample, reader)
         cost = reader.cost(self.flops, own)
         return SampleResult(
-            job.cell, sample.number, score.value, dict(score.parts), score.answer, cost
+            job.cell,
+            sample.number,
+            float(score.value),
+            {name: float(part) for name, part in score.parts.items()},
+            score.answer,
+            cost,
         )
 
 

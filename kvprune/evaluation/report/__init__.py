@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import partial
 from importlib.resources import files
@@ -54,6 +55,24 @@ def write_report(results: Results, folder: Path, figures: bool = True) -> list[P
         written += [vector, pixels]
     write_text(written[0], page)
     return written
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses what would keep a report from being written, before there is one.
+
+    Raises:
+        KVPruneError: matplotlib is missing, or something else has the name of the page or of the
+            figures' folder.
+    """
+    need_matplotlib()
+    page, plots = folder / "report.html", folder / PLOTS
+    # These are False of a path that cannot be, which the results file refuses.
+    is_folder, is_file = os.path.isdir(page), os.path.isfile(plots)
+    if is_folder or is_file:
+        raise KVPruneError(
+            f"{page if is_folder else plots}: expected no {'folder' if is_folder else 'file'} of "
+            f"this name, as the report is written there. Move it, or name another with --out"
+        )
 
 
 def _put(path: Path, content: bytes) -> None:

@@ -66,7 +66,7 @@ def ratio(amount: float, base: float) -> str:
     return NONE if not base or math.isnan(amount / base) else f"{number(amount / base, 2)}×"
 
 
-def runs(values: Sequence[float]) -> str:
+def runs(values: Sequence[float | None]) -> str:
     """Numbers by layer, equal neighbours together: `0-9: 0, 10-29: 512`."""
     found: list[tuple[int, int, str]] = []
     for layer, value in enumerate(values):

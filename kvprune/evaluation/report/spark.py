@@ -14,7 +14,9 @@ def areas(cost: CellCost) -> tuple[str, str]:
     if not cost.tokens or not cost.pruned:
         return "", ""
     entered = [1 - pruned / cost.tokens for pruned in cost.pruned]
-    kept = [e - gone / cost.tokens for e, gone in zip(entered, cost.evicted, strict=True)]
+    # A layer that has a state keeps no slots.
+    both = zip(entered, cost.evicted, strict=True)
+    kept = [0.0 if gone is None else e - gone / cost.tokens for e, gone in both]
     return _area(entered), _area(kept)
 
 

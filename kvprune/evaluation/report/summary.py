@@ -31,7 +31,7 @@ class CellCost:
 
     seconds: of the samples that were read by themselves; NaN if none was.
     pruned: tokens of the prompt that never entered a layer. evicted: those that entered and
-    hold no slot after the prompt. Both by layer.
+    hold no slot after the prompt, None of a layer that has a state and no slots. Both by layer.
     """
 
     seconds: float
@@ -41,7 +41,7 @@ class CellCost:
     peak: float
     tokens: float
     pruned: tuple[float, ...]
-    evicted: tuple[float, ...]
+    evicted: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,14 @@ def _cost(costs: Sequence[Cost]) -> CellCost:
         peak=statistics.fmean(c.bytes_peak for c in costs),
         tokens=tokens,
         pruned=tuple(tokens - e for e in entered),
-        evicted=tuple(e - k for e, k in zip(entered, _means(kept), strict=True)),
+        evicted=tuple(_less(e, k) for e, k in zip(entered, kept, strict=True)),
     )
+
+
+def _less(entered: float, kept: Sequence[float | None]) -> float | None:
+    """How many of those that entered a layer are gone; None where it holds none anyway."""
+    slots = [n for n in kept if n is not None]
+    return entered - statistics.fmean(slots) if slots else None
 
 
 def _means(by_layer: Iterable[Iterable[float]]) -> list[float]:

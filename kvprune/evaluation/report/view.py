@@ -124,8 +124,9 @@ def _interval(span: Span | None, decimals: int, sign: bool = False) -> str:
     return f"{number(span.low, decimals, sign)} to {number(span.high, decimals, sign)}"
 
 
-def _mean_share(by_layer: Sequence[float], tokens: float) -> str:
-    return percent(statistics.fmean(by_layer) / tokens if by_layer and tokens else None)
+def _mean_share(by_layer: Sequence[float | None], tokens: float) -> str:
+    real = [n for n in by_layer if n is not None]
+    return percent(statistics.fmean(real) / tokens if real and tokens else None)
 
 
 def _parts(table: Table) -> dict[str, Any] | None:

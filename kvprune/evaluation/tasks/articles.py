@@ -25,7 +25,7 @@ from kvprune.evaluation.questions import ASK, LongQuestion, hotpotqa, squad
 
 from .base import Reader, Sample, Score, Task
 from .prompts import Ask, refuse_few, seeded
-from .scoring import LIKELIHOOD, likelihood
+from .scoring import LIKELIHOOD, answer_tokens, likelihood
 
 _MAKE = {"squad": squad, "hotpotqa": hotpotqa}
 _GAP = "\n\n"
@@ -58,6 +58,10 @@ class _Articles(Task):
     def score(self, sample: Sample, reader: Reader) -> Score:
         """See `Task.score`."""
         return likelihood(sample, reader)
+
+    def following(self, sample: Sample, tokenizer: Any) -> int:
+        """See `Task.following`."""
+        return answer_tokens(sample, tokenizer)
 
 
 @dataclass(frozen=True)

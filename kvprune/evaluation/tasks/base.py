@@ -75,6 +75,10 @@ class Task(ABC):
             KVPruneError: a context too short for the task, or fewer samples than asked for.
         """
 
+    def following(self, sample: Sample, tokenizer: Any) -> int:
+        """The most tokens that may follow a sample's prompt, which a model must have room for."""
+        return 0
+
     @abstractmethod
     def score(self, sample: Sample, reader: Reader) -> Score:
         """Asks the reader, once, and judges."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .base import Reader, Sample, Score
 from .prompts import Ask, Filled, Plan
@@ -46,6 +46,10 @@ class KeyValue(Filled):
     def score(self, sample: Sample, reader: Reader) -> Score:
         """See `Task.score`."""
         return recall(sample, reader, _TOKENS)
+
+    def following(self, sample: Sample, tokenizer: Any) -> int:
+        """See `Task.following`."""
+        return _TOKENS
 
 
 def _pairs(words: list[str], count: int, seed: float) -> list[str]:

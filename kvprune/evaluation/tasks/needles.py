@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kvprune.errors import KVPruneError
 
@@ -32,7 +32,11 @@ class _Needles(Filled):
 
     def score(self, sample: Sample, reader: Reader) -> Score:
         """See `Task.score`."""
-        return recall(sample, reader, _TOKENS * len(sample.answers) + 4)
+        return recall(sample, reader, self.following(sample, None))
+
+    def following(self, sample: Sample, tokenizer: Any) -> int:
+        """See `Task.following`."""
+        return _TOKENS * len(sample.answers) + 4
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from kvprune.errors import KVPruneError
 
 from .base import Reader, Sample, Score, Task
 from .prompts import Ask, refuse_few
-from .scoring import LIKELIHOOD, RECALL, likelihood, recall
+from .scoring import LIKELIHOOD, RECALL, answer_tokens, likelihood, recall
 
 WAYS = ("recall", "likelihood")
 _TOKENS_BEFORE = 16
@@ -73,8 +73,11 @@ class Own(Task):
         """See `Task.score`."""
         if self.way == "likelihood":
             return likelihood(sample, reader)
-        # A token is a character or more, in nearly all tokenizers and languages.
-        return recall(sample, reader, _TOKENS_BEFORE + sum(map(len, sample.answers)))
+        return recall(sample, reader, _most(sample))
+
+    def following(self, sample: Sample, tokenizer: Any) -> int:
+        """See `Task.following`."""
+        return answer_tokens(sample, tokenizer) if self.way == "likelihood" else _most(sample)
 
     def _refuse_long(self, lines: list[Line], found: list[Sample], context: int) -> None:
         longest = max(found, key=lambda sample: len(sample.prompt), default=None)
@@ -108,6 +111,12 @@ def own(path: str) -> Own:
     return Own(path, lines, way)
 
 
+def _most(sample: Sample) -> int:
+    """Tokens to say all answers in."""
+    # A token is a character or more, in nearly all tokenizers and languages.
+    return _TOKENS_BEFORE + sum(map(len, sample.answers))
+
+
 def _mapping(where: str, line: str) -> Mapping[str, object]:
     try:
         given = json.loads(line)
@@ -126,10 +135,15 @@ def _line(where: str, number: int, given: Mapping[str, object]) -> Line:
 
 
 def _text(where: str, key: str, value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not value.strip() or not _is_unicode(value):
         texts = "a text, or a list of them," if key == "answer" else "a text"
         raise KVPruneError(f"{where}: expected {texts} as {key!r}, got {json.dumps(value)}")
     return value.strip() if key == "answer" else value
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether there are no halves of characters in it, which JSON can say and no tokenizer read."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
 def _way(path: str, found: list[tuple[int, Mapping[str, object]]]) -> str:

@@ -63,6 +63,10 @@ class Perplexity(Task):
         }
         return Score(mean(values), parts)
 
+    def following(self, sample: Sample, tokenizer: Any) -> int:
+        """See `Task.following`."""
+        return _FOLLOWING
+
 
 def _stretch(
     number: int, first: tuple[int, ...], ids: list[int], size: int, tokenizer: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from .base import Reader, Sample, Score
 
@@ -25,6 +26,12 @@ def likelihood(sample: Sample, reader: Reader) -> Score:
     """The mean log-likelihood of the answer's tokens, which follows the prompt with a space."""
     (answer,) = sample.answers
     return Score(mean(reader.log_likelihood(f" {answer}")))
+
+
+def answer_tokens(sample: Sample, tokenizer: Any) -> int:
+    """How many tokens `likelihood` scores."""
+    (answer,) = sample.answers
+    return len(tokenizer.encode(f" {answer}", add_special_tokens=False))
 
 
 def mean(values: Sequence[float]) -> float:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kvprune.errors import KVPruneError
 
@@ -75,7 +75,11 @@ class Tracking(Filled):
 
     def score(self, sample: Sample, reader: Reader) -> Score:
         """See `Task.score`."""
-        return recall(sample, reader, _TOKENS * len(sample.answers))
+        return recall(sample, reader, self.following(sample, None))
+
+    def following(self, sample: Sample, tokenizer: Any) -> int:
+        """See `Task.following`."""
+        return _TOKENS * len(sample.answers)
 
 
 def _chain(draw: random.Random, letters: int, hops: int) -> _Chain:

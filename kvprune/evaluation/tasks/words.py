@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kvprune.errors import KVPruneError
 
@@ -67,7 +67,11 @@ class Words(Filled):
 
     def score(self, sample: Sample, reader: Reader) -> Score:
         """See `Task.score`."""
-        return recall(sample, reader, _TOKENS * len(sample.answers) + 4)
+        return recall(sample, reader, self.following(sample, None))
+
+    def following(self, sample: Sample, tokenizer: Any) -> int:
+        """See `Task.following`."""
+        return _TOKENS * len(sample.answers) + 4
 
     def _words(self, count: int, common: list[str], others: list[str]) -> list[str]:
         often = common * round(count * self.share / self.common)
