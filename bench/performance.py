@@ -29,7 +29,8 @@ held at once while the prompt was read, counted with H2O's blocks one after the 
 beyond the first adds the scores of one block), *peak MB* what the process grew by. SDTP has random
 heads here, of the shape of those that ship. Policies with a budget keep an eighth of a prompt
 unless something else is said. This page is made by `python -m bench.performance` from
-`bench/results/speed-*.json`, which `make speed` measures.
+`bench/results/speed-*.json`, which `make speed` measures. The same of kvpress, beside this, is
+on [a page of its own](peers.md).
 """
 NOTHING = "\nNothing has been measured with this version yet.\n"
 
