@@ -119,6 +119,9 @@ class SlotLayer:
         held = (self._keys, self._values, self._columns, self.hole)
         yield from (t for t in held if t is not None)
         yield from self._numbers.values()
+        for columns, statistics in self._record:
+            yield from () if columns is None else (columns,)
+            yield from statistics.values()
 
     def numbers(self) -> dict[str, Any]:
         """With `named_tensors`, all that brings the layer back as it is (see `restore`)."""

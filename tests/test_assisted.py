@@ -150,6 +150,20 @@ def test_what_is_on_record_moves_with_its_cache(policy):
             other.crop(-1)
 
 
+def test_what_is_on_record_is_counted():
+    """Until it is settled: each draft's record has a copy of the statistics."""
+    model, ids, cache = tiny_model(), prompt(1, 30), kvprune.ComposedCache([H2O(4, 4)])
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.activate_past_recording()
+        model(ids[:, :5], past_key_values=cache)
+    recorded = cache.nbytes
+    for layer in cache.layers:
+        layer._record.clear()
+    # Of 2 heads, five times 8 to 12 slots in float64.
+    assert recorded - cache.nbytes >= LAYERS * 2 * 5 * 8 * 8
+
+
 def test_policies_see_drafts_come_one_by_one():
     """What a policy is shown at a draft does not tell of the drafts behind it."""
     shown = []
