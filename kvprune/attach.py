@@ -35,8 +35,10 @@ from .families import (
     decoder_layers,
     drops_cache_beyond,
     has_own_attention,
+    keeps_keywords,
     linear_layers,
     local_layers,
+    lost_keyword,
     takes,
     unwrapped,
     with_argument,
@@ -133,14 +135,16 @@ def _register_functions() -> None:
 def _hook_base(base: nn.Module, layers: Any, attentions: list[nn.Module | None]) -> None:
     base.register_forward_pre_hook(_before_base, with_kwargs=True)
     base.register_forward_hook(_after_base, with_kwargs=True, always_call=True)
-    own = has_own_attention(base)
+    own, bare = has_own_attention(base), has_own_attention(base) or keeps_keywords(base)
     for index, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
         before = _before_linear_layer if attention is None else _before_layer
-        before = _before_layer_with_own_attention if own else before
+        before = _before_bare_layer if bare else before
         layer.register_forward_pre_hook(partial(before, index), with_kwargs=True)
         if own and attention is not None:
             attention.register_forward_pre_hook(_before_own_attention, with_kwargs=True)
             attention.register_forward_hook(_after_own_attention, with_kwargs=True)
+        elif bare and attention is not None:
+            attention.register_forward_pre_hook(partial(_before_attention, index), with_kwargs=True)
     layers[-1].register_forward_hook(_after_last_layer, with_kwargs=True)
 
 
@@ -258,9 +262,17 @@ def _before_layer(
     cache = _cache_in(layer, args, kwargs)
     if cache is None:
         return None
-    args, kwargs = _enter(cache, index, layer, args, kwargs)
     # Layers hand keywords that they do not know on to their attention.
-    return args, {**kwargs, "kvprune_layer": cache.at_layer(index)}
+    args, kwargs = _enter(cache, index, layer, args, kwargs)
+    return args, {**kwargs, "kvprune_layer": cache.hand_out(index)}
+
+
+def _before_attention(
+    index: int, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Arguments | None:
+    """Of a decoder layer that hands no keywords on."""
+    cache = _cache_in(attention, args, kwargs)
+    return None if cache is None else (args, {**kwargs, "kvprune_layer": cache.hand_out(index)})
 
 
 def _enter(
@@ -296,9 +308,10 @@ def _before_linear_layer(
     return with_argument(layer, *arguments, "attention_mask", mask)
 
 
-def _before_layer_with_own_attention(
+def _before_bare_layer(
     index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Arguments | None:
+    """Of one whose attention is handed by a hook of its own what it needs."""
     cache = _cache_in(layer, args, kwargs)
     return None if cache is None else _enter(cache, index, layer, args, kwargs)
 
@@ -328,6 +341,8 @@ def _after_last_layer(
     cache = _cache_in(layer, args, kwargs)
     if cache is None:
         return None
+    if cache.step.unattended:
+        raise lost_keyword(layer)
     if isinstance(output, tuple):
         return (cache.step.leave(output[0]), *output[1:])
     return cache.step.leave(output)
@@ -348,7 +363,8 @@ _HOOKS = (
     _after_base,
     _before_layer,
     _before_linear_layer,
-    _before_layer_with_own_attention,
+    _before_bare_layer,
+    _before_attention,
     _before_own_attention,
     _after_own_attention,
     _after_last_layer,

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from . import flash, fused
 from .blocks import Scores, block_by_block, hide
 from .errors import KVPruneError
+from .families import lost_keyword
 from .masks import LazyMask, Mask, additive, as_mask
 from .step import LayerStep
 
@@ -51,9 +52,11 @@ def slot_attention(
     """
     stock = _backend(backend, module)
     if kvprune_layer is None:
-        _check_stock(module, attention_mask)
+        if isinstance(attention_mask, LazyMask):
+            raise lost_keyword(module)
         return stock(module, query, key, value, attention_mask, **arguments)
     layer = kvprune_layer.on(query.device)
+    layer.step.unattended -= 1
     assert attention_mask is not None, "our mask functions always return a rule"
     mask = as_mask(attention_mask, layer.step.seen)
     if not layer.step.one_by_one:
@@ -68,17 +71,6 @@ def slot_attention(
         layer.step.evict(piece)
         outputs.append(output)
     return torch.cat(outputs, 1), None
-
-
-def _check_stock(module: torch.nn.Module, mask: Any) -> None:
-    if isinstance(mask, LazyMask):
-        raise KVPruneError(
-            f"{type(module).__name__} was called with a ComposedCache, but not handed the "
-            f"keyword kvprune_layer that its decoder layer was given: expected a model whose "
-            f"decoder layers hand further keywords on to their attention. Call "
-            f"kvprune.attach(model) again if a layer was replaced; otherwise this family is not "
-            f"supported"
-        )
 
 
 def _attend(

@@ -230,7 +230,8 @@ class ComposedCache(Cache):
         """What a cache with these policies would hold, had it read the same in one forward.
 
         But for shares: the prompt that they are of is what this cache took for its prompt. Single
-        tokens after the first forward are none.
+        tokens after the first forward are none; and `crop` makes a prompt shorter only where fewer
+        tokens are left than it had.
 
         So one reading of a prompt serves several budgets: read it with `ComposedCache(observe=
         ("attention",))`, and give each policy its own. This cache stays as it is.
@@ -712,6 +713,11 @@ class ComposedCache(Cache):
         """Whether layers drop slots that were stored: by a policy, or out of sight."""
         local = any(layer.local is not None for _, layer in self.slot_layers())
         return local or any("rank_slots" in p.hooks for p in self.policies)
+
+    def hand_out(self, layer: int) -> LayerStep:
+        """`at_layer`, for an attention function that has to be called with it."""
+        self.step.unattended += 1
+        return self.at_layer(layer)
 
     def at_layer(self, layer: int) -> LayerStep:
         """What the attention function of `layer` needs to know."""

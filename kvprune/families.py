@@ -33,6 +33,9 @@ ATTENTION = ("self_attn", "self_attention", "attention", "attn")
 OWN_ATTENTION = {"bloom", "falcon"}
 """Families whose modules compute attention by themselves (see `own_attention`)."""
 
+KEEPS_KEYWORDS = {"stablelm", "nemotron"}
+"""Families whose decoder layers hand keywords that they do not know on to nobody."""
+
 REFUSED = {
     "gemma3n_text": "its layers share keys and values, and hand on several hidden states per "
     "token, with an input per layer beside them",
@@ -107,6 +110,21 @@ def _check_keywords(base: Any, *modules: nn.Module) -> None:
 def has_own_attention(base: Any) -> bool:
     """Whether the model's attention goes past AttentionInterface, in a way that is known."""
     return base.config.model_type in OWN_ATTENTION
+
+
+def keeps_keywords(base: Any) -> bool:
+    """Whether a keyword has to be handed to the model's attention past its decoder layer."""
+    return base.config.model_type in KEEPS_KEYWORDS
+
+
+def lost_keyword(module: nn.Module) -> KVPruneError:
+    """The error that refuses a model whose attention never got what its layer was handed."""
+    return KVPruneError(
+        f"{type(module).__name__}: attention was not handed the keyword kvprune_layer that its "
+        f"decoder layer was given: expected a model whose decoder layers hand further keywords on "
+        f"to their attention. Call kvprune.attach(model) again if a layer was replaced; otherwise "
+        f"this family is not supported. reset() makes the cache usable again"
+    )
 
 
 def unwrapped(model: Any) -> Any:

@@ -195,6 +195,8 @@ class Step:
         self._parked: Tensor | None = None
         self._aligned: dict[tuple[int, torch.device], tuple[Any, Any]] = {}
         self._copies = Copies()
+        # How many layers were handed their part, and have not attended with it yet.
+        self.unattended = 0
         # What positions inside the cache remember until the step is over.
         self.notes: dict[str, Any] = {}
         self._slot_columns: dict[torch.device, tuple[Tensor, Tensor]] = {}

@@ -46,11 +46,11 @@ def in_threads(work: Callable[[int], Found], count: int, at_once: bool = True) -
         except BaseException:
             # Not all could begin, or somebody pressed Ctrl-C: those that wait would for ever.
             ready.abort()
-            raise
-        finally:
-            # A thread's number is also what others start out with: of these here none can, before
-            # it is put right.
+            pool.shutdown()
             torch.set_num_threads(threads)
+            raise
+        # A thread's number is also what others start out with: it is put right before they can.
+        torch.set_num_threads(threads)
         return [each.result() for each in found]
 
 

@@ -100,7 +100,7 @@ class Driver:
             new[row, :pad] = 0
         self.mask = torch.cat([self.mask, new], 1)
         self.cache.open_step(self.rows, count, self.mask, torch.device("cpu"))
-        handle = self.cache.at_layer(0)
+        handle = self.cache.hand_out(0)
         keys, values = self.cache.update(tokens.k, tokens.v, 0)
         output, _ = slot_attention(
             "sdpa", self.module, tokens.q, keys, values, self._rule(), kvprune_layer=handle,

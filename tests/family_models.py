@@ -94,7 +94,6 @@ SLOW = {
     "olmo3",
     "cohere2",
     "starcoder2",
-    "stablelm",
     "glm4",
     "qwen3_5_moe_text",
     "olmo_hybrid",

@@ -46,7 +46,8 @@ def test_any_policy_compiles_with_breaks(policy):
         for cache in caches:
             model(ids[:, :20], past_key_values=cache)
         for i in range(20, 28):
-            _same_logits(compiled, model, ids[:, i : i + 1], caches)
+            # Sums within a step that is compiled in pieces may round in another way.
+            _same_logits(compiled, model, ids[:, i : i + 1], caches, near=1e-12)
             frames.append(counter.frame_count)
     # A union keeps now more and now fewer, which are two ways to go.
     assert frames[0] > 0 and frames[5] == frames[7]
@@ -71,7 +72,7 @@ def test_generated_code_gives_the_same_tokens(mode):
     torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-10)
 
 
-def _same_logits(compiled, model, new, caches):
+def _same_logits(compiled, model, new, caches, near=0.0):
     pairs = zip((compiled, model), caches, strict=True)
     one, two = (run(new, past_key_values=cache) for run, cache in pairs)
-    assert torch.equal(one.logits, two.logits)
+    torch.testing.assert_close(one.logits, two.logits, rtol=near, atol=near)

@@ -20,7 +20,7 @@ from kvprune.blocks import BLOCK
 from kvprune.evaluation.flops import Flops, counting, own_flops
 from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
 
-from .models import LAYERS, VOCAB, plain_model, prompt, tiny_model
+from .models import LAYERS, VOCAB, fresh_model, plain_model, prompt, tiny_model
 from .opcount import OpCount
 
 C, D, HEADS, KV_HEADS, INNER = 32, 8, 4, 2, 48  # of the tiny model
@@ -70,7 +70,7 @@ def operators_of_a_step(model: Any, cache: Cache, steps: int) -> int:
 
 def test_attach_hooks_one_module_of_a_layer():
     """A module with hooks takes torch's slow path, in each step, with any cache."""
-    model = kvprune.attach(plain_model())
+    model = kvprune.attach(fresh_model())
     hooked = [name for name, m in model.named_modules() if m._forward_pre_hooks or m._forward_hooks]
     layers = [f"model.layers.{index}" for index in range(LAYERS)]
     assert hooked == ["", "model", *layers]

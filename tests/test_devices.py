@@ -330,7 +330,9 @@ def test_what_lm_eval_is_told(devices, monkeypatch):
         with Watch(model, cache, 20) as watch:
             scores = read(model, cache, contexts).score([[3, 4], [5]])
         entered = torch.stack([t.cpu() for t in watch._entered.values()])
-        found.append((scores, entered.tolist(), torch.stack(watch._kept).cpu().tolist()))
+        found.append(
+            (scores, entered.tolist(), torch.stack([*watch._kept.values()]).cpu().tolist())
+        )
     assert found[0] == found[1]
 
 

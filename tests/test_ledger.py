@@ -14,15 +14,17 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from kvprune import KVPruneError
-from kvprune.evaluation.identity import model_digest
+from kvprune.evaluation.identity import code_digest, model_digest
 from kvprune.evaluation.ledger import NAME, read
 from kvprune.evaluation.plan import Plan, digest_of
 from kvprune.evaluation.report.summary import labels, tables
 from kvprune.evaluation.rows import rows_of
 from kvprune.evaluation.tables import show
+from kvprune.policies import H2O
 from kvprune.saving import describe
 
 from . import fake_tasks
@@ -87,6 +89,72 @@ def test_results_of_code_that_was_edited_are_refused(folder, tmp_path, monkeypat
     small(folder, policies=["h2o"], out=out)
 
 
+TYPED = """
+class Typed(H2O):
+    most = 3
+
+    @property
+    def more(self):
+        return [x in {"a", "b"} for x in range(4)]
+
+    def rank_slots(self, slots):
+        return super().rank_slots(slots)
+"""
+
+
+def typed(text: str) -> str:
+    """The digest of a class that was typed in."""
+    names: dict[str, Any] = {"H2O": H2O, "__name__": "nowhere"}
+    exec(text, names)
+    return code_digest([names["Typed"]()])
+
+
+CHANGES = [
+    ("most = 3", "most = 4"),
+    ("range(4)", "range(5)"),
+    ("super().rank_slots(slots)", "None"),
+    ('"b"', '"c"'),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_code_that_was_typed_in_has_a_digest(change):
+    """As in a notebook: what it does counts, and neither where it stands nor the process."""
+    assert typed(TYPED) == typed("\n\n" + TYPED) != typed(TYPED.replace(*change))
+    program = "from tests.test_ledger import TYPED, typed; print(typed(TYPED))"
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == typed(TYPED)
+
+
+@pytest.mark.parametrize("what", ["a buffer", "another adapter", "no adapter"])
+def test_models_that_differ_in_more_than_parameters(what):
+    """Buffers that are saved, and which of PEFT's adapters are in use."""
+    model: Any = fresh_model(dtype=torch.float32)
+    model.model.register_buffer("bias", torch.zeros(3))
+    model.model.register_buffer("seen", torch.zeros(3), persistent=False)
+    if what != "a buffer":
+        for name in ("one", "two"):
+            model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), adapter_name=name)
+        model.set_adapter("one")
+    before = model_digest(model)
+    model.model.seen += 1
+    assert model_digest(model) == before
+    if what == "a buffer":
+        model.model.bias += 1
+    elif what == "another adapter":
+        model.set_adapter("two")
+    else:
+        model.disable_adapters()
+    assert model_digest(model) != before
+
+
 def test_another_spelling_is_the_same_cell(folder, tmp_path):
     """In the report and its legend too, as it was first called."""
     small(folder, policies=["h2o"], out=tmp_path, samples=1)
@@ -142,8 +210,13 @@ def test_failures_are_of_what_is_asked_for(folder, tmp_path, monkeypatch):
     done = run(*command, "--out", tmp_path, "--policies", FAILING, "h2o")
     assert done.exit_code == 1 and f"failed: echo 20: {FAILING}: RuntimeError" in done.stderr
     done = run(*command, "--out", tmp_path, "--policies", "h2o")
-    assert done.exit_code == 0 and "failed" not in done.output
+    assert done.exit_code == 0 and "failed:" not in done.stderr
     assert len(read(tmp_path).failures) == 1
+    monkeypatch.setitem(fake_tasks.FAILING, "now", False)
+    found = small(folder, out=tmp_path, tasks=[Echo()], policies=["streaming"], contexts=[20])
+    # The rows, and the report made of the results, go on saying it.
+    assert not found.failures and len(found.results.failures) == 1
+    assert [row["error"] is not None for row in found.rows].count(True) == 1
 
 
 # What is taken for damaged.
@@ -217,13 +290,13 @@ def test_a_file_that_was_deleted_meanwhile(folder, tmp_path):
     small(folder, out=tmp_path)
 
 
-def test_files_of_the_first_format_can_be_read(whole, tmp_path):
-    """Though no more is written to them."""
+def test_files_of_another_format_are_refused(whole, tmp_path):
+    """What they say means something else."""
     found = lines(whole)
     found[0]["format"] = 1
-    found.insert(1, {"kind": "policy", "policy": "H2O", "modules": "0" * 16})
     (tmp_path / NAME).write_text("".join(json.dumps(line) + "\n" for line in found))
-    assert read(tmp_path).samples == read(whole).samples
+    with pytest.raises(KVPruneError, match="expected results of format 2, came 1"):
+        read(tmp_path)
 
 
 # The command.

@@ -25,7 +25,7 @@ def shipped_files() -> dict[str, str]:
         for here, _, names in os.walk(ROOT / folder):  # does not enter kvprune/policies, a link
             inside = Path(here).relative_to(ROOT / folder)
             for name in names:
-                if "__pycache__" not in inside.parts and not name.endswith(".md"):
+                if "__pycache__" not in inside.parts:
                     source, target = Path(folder, inside, name), Path(installed, inside, name)
                     files[source.as_posix()] = target.as_posix()
     return files

@@ -86,7 +86,7 @@ def test_one_command_measures_all_and_a_page_is_made_of_it(asked, monkeypatch, t
     said = capsys.readouterr().out
     assert said.startswith("8 parts, about ") and "layer-128: 100%; 0 min left in all" in said
     performance.write(found, tmp_path / "page.md")
-    assert "Not measured yet" not in (tmp_path / "page.md").read_text()
+    assert "\n## How costs grow\n" in (tmp_path / "page.md").read_text()
 
 
 def test_a_run_that_was_stopped_goes_on(asked, monkeypatch, tmp_path, capsys):

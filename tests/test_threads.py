@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -75,6 +76,7 @@ def test_a_thread_that_cannot_begin_leaves_none_waiting(monkeypatch):
     monkeypatch.setattr(ThreadPoolExecutor, "submit", refuses)
     with pytest.raises(RuntimeError, match="can't start"):
         in_threads(lambda number: number, 2)
+    time.sleep(0.1)
     assert torch.get_num_threads() == of_another_thread() == 4
 
 

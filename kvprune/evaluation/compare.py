@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from kvprune.policy import TokenPolicy
 
 from .executors import Source
 from .executors import executor as executor_of
-from .ledger import FORMAT, Ledger, Outcome, key_of, opened
+from .ledger import FORMAT, Key, Ledger, Outcome, key_of, opened
 from .loading import loaded
 from .plan import Drawn, Plan, check_device, digest_of
 from .progress import Watch
@@ -51,11 +51,13 @@ class Comparison:
     """What came out.
 
     rows: one flat dict for each cell, for `pandas.DataFrame(comparison.rows)`; see `rows_of`.
-    results: all samples. folder: where they are kept; None where they are not.
+    results: all samples. folder: where they are kept; None where they are not. asked: the cells
+    that were asked for this time.
     """
 
     results: Results = field(repr=False)
     folder: Path | None = None
+    asked: frozenset[Key] = field(default=frozenset(), repr=False)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -65,7 +67,7 @@ class Comparison:
     @property
     def failures(self) -> tuple[Failure, ...]:
         """The cells that were asked for and could not be run, and why."""
-        return self.results.failures
+        return tuple(f for f in self.results.failures if key_of(f.cell) in self.asked)
 
 
 def compare(
@@ -163,13 +165,8 @@ def measured(plan: Plan, run: Run, keep: Path | None = None, progress: bool = Fa
         jobs = _prepared(plan, ledger, worker, _about(run.model, worker, plan.seed))
         watch = stack.enter_context(Watch.shown(jobs, progress))
         _run(ledger, execute(jobs, worker, run.source), jobs, watch)
-        return Comparison(_asked_for(plan, ledger.results), keep)
-
-
-def _asked_for(plan: Plan, results: Results) -> Results:
-    """All results, and of the failures those of what was asked for this time."""
-    asked = {key_of(cell) for cell, _ in plan.cells()}
-    return replace(results, failures=tuple(f for f in results.failures if key_of(f.cell) in asked))
+        asked = frozenset(key_of(cell) for cell, _ in plan.cells())
+        return Comparison(ledger.results, keep, asked)
 
 
 @contextmanager

@@ -196,6 +196,12 @@ class Ledger:
         """Takes in one line."""
         kind = line.pop("kind")
         if kind == "run":
+            if line["format"] != FORMAT:
+                raise KVPruneError(
+                    f"{self.path}: expected results of format {FORMAT}, came "
+                    f"{line['format']!r}: another version of kvprune wrote them. Read them with "
+                    f"that one, or name another folder"
+                )
             self.run, self.commands = line, [line["command"]]
         elif kind == "command":
             self.commands.append(line["command"])
@@ -204,8 +210,7 @@ class Ledger:
             self.floors |= {} if line["floor"] is None else {line["name"]: line["floor"]}
         elif kind == "policy":
             self.modules[line["policy"]] = line["modules"]
-            # Files of format 1 have none.
-            self.code |= {line["policy"]: line["code"]} if "code" in line else {}
+            self.code[line["policy"]] = line["code"]
         else:
             cell = Cell(**checked(line.pop("cell"), CELL))
             self._take_outcome(kind, line, self.cells.setdefault(key_of(cell), cell))
