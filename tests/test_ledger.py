@@ -213,7 +213,7 @@ def test_failures_are_of_what_is_asked_for(folder, tmp_path, monkeypatch):
     assert done.exit_code == 0 and "failed:" not in done.stderr
     assert len(read(tmp_path).failures) == 1
     monkeypatch.setitem(fake_tasks.FAILING, "now", False)
-    found = small(folder, out=tmp_path, tasks=[Echo()], policies=["streaming"], contexts=[20])
+    found = small(folder, out=tmp_path, tasks=[Echo()], policies=["dense"], contexts=[20])
     # The rows, and the report made of the results, go on saying it.
     assert not found.failures and len(found.results.failures) == 1
     assert [row["error"] is not None for row in found.rows].count(True) == 1
