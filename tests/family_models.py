@@ -69,6 +69,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere2": {"sliding_window": WINDOW, "layer_types": EVERY_OTHER},
     "starcoder2": {},
     "stablelm": {},
+    "nemotron": {},
     "glm4": {"head_dim": 8},
     "granite": {},
     "smollm3": {},

@@ -295,7 +295,7 @@ def test_files_of_another_format_are_refused(whole, tmp_path):
     found = lines(whole)
     found[0]["format"] = 1
     (tmp_path / NAME).write_text("".join(json.dumps(line) + "\n" for line in found))
-    with pytest.raises(KVPruneError, match="expected results of format 2, came 1"):
+    with pytest.raises(KVPruneError, match=r"jsonl: expected results of format 2, came 1"):
         read(tmp_path)
 
 

@@ -1,7 +1,8 @@
 """Measures both sides, and writes the report, bench/results/comparison.json and the page.
 
 What is measured is kept as it comes, in build/comparison: a run that was stopped goes on where it
-was. What cannot be had or measured ends it with one line and exit code 1.
+was. What cannot be had or measured ends it with one line and exit code 1. `presses` measures
+kvpress's side alone, and joins it to the results that are there.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from bench.peers.environment import ROOT, peers_python
 from kvprune.evaluation.assets import demo_model
 
 from . import ours, theirs
-from .settings import CONTEXTS, SAMPLES, SHARED, stages
+from .settings import CONTEXTS, PRESSES, SAMPLES, SHARED, stages
 
 WHAT = ("measure", "page")
+PRESSES_ALONE = "presses"
 
 
 def options(given: list[str]) -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(prog="python -m bench.comparison", description=__doc__)
-    parser.add_argument("what", nargs="*", choices=[*WHAT, []], help="default: both")
+    parser.add_argument("what", nargs="*", choices=[*WHAT, PRESSES_ALONE, []], help="default: both")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="of each cell")
     parser.add_argument("--context", type=int, nargs="*", default=list(CONTEXTS), help=SHARED)
     parser.add_argument("--needle", type=int, nargs="*", default=list(CONTEXTS), help="contexts")
     parser.add_argument("--peers", type=int, nargs="*", default=[CONTEXTS[0]], help="kvpress's")
+    parser.add_argument("--presses", nargs="+", default=list(PRESSES), choices=list(PRESSES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model", type=Path, help="default: the demo model")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "comparison")
@@ -53,12 +56,14 @@ def measure(asked: argparse.Namespace) -> None:
     todo = stages(asked)
     for stage in [s for s in todo if s[0] == SHARED]:
         ours.measure(asked, *stage, asked.work)
-    if asked.peers:
-        python = peers_python()
-        for context in asked.peers:
-            theirs.measure(asked, model, python, asked.work, context)
+    _presses(asked, model)
     for stage in [s for s in todo if s[0] != SHARED]:
         ours.measure(asked, *stage, asked.work)
+
+
+def _presses(asked: argparse.Namespace, model: Path) -> None:
+    for context in asked.peers:
+        theirs.measure(asked, model, peers_python(), asked.work, context)
 
 
 def make(asked: argparse.Namespace) -> None:
@@ -73,6 +78,13 @@ def make(asked: argparse.Namespace) -> None:
         from .collect import write
 
         write(asked.work, asked.results, asked.docs)
+    if PRESSES_ALONE in asked.what:
+        from .collect import join
+
+        torch.set_num_threads(asked.threads)
+        asked.work.mkdir(parents=True, exist_ok=True)
+        _presses(asked, asked.model or demo_model(report=print))
+        join(asked.work, asked.results, asked.docs)
 
 
 def main() -> int:

@@ -36,17 +36,28 @@ def collected(work: Path) -> dict[str, Any]:
     results = ledger.read(work)
     rows, scores = list(_ours(results)), _scores(results)
     about = {OURS: {k: v for k, v in results.run.items() if k != "digest"}}
+    said = {"about": about, "units": dict(results.units), "rows": rows, "scores": scores}
+    _add_theirs(said, work)
+    return said
+
+
+def _add_theirs(said: dict[str, Any], work: Path) -> None:
+    """kvpress's rows and scores, in the place of those of the same cells."""
     found = jobs.read(theirs.results(work))
     name = jobs.name({"side": THEIRS, "task": "about"})
     if name in found:
-        about[THEIRS] = found[name]
+        said["about"][THEIRS] = found[name]
     for path in sorted(work.glob("prompts-*.json")):
         context = int(path.stem.removeprefix("prompts-"))
         losses = _losses(found, theirs.prompts_at(work, context))
-        rows += _theirs(losses, context)
-        scores |= _named(losses, context)
-    units = dict(results.units)
-    return {"about": about, "units": units, "rows": rows, "scores": scores}
+        rows = list(_theirs(losses, context))
+        new = set(map(_cell, rows))
+        said["rows"] = [row for row in said["rows"] if _cell(row) not in new] + rows
+        said["scores"] |= _named(losses, context)
+
+
+def _cell(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("side", "task", "context", "label", "budget"))
 
 
 def _ours(results: Results) -> Iterator[dict[str, Any]]:
@@ -123,11 +134,26 @@ def write(work: Path, results: Path, docs: Path) -> None:
         KVPruneError: nothing was measured yet, or a file cannot be written.
     """
     said = collected(work)
+    write_report(ledger.read(work), docs / FIGURES, figures=False)
+    _write(said, results, docs)
+
+
+def join(work: Path, results: Path, docs: Path) -> None:
+    """What kvpress was measured at, added to the results that are there; the report stays.
+
+    Raises:
+        KVPruneError: a file cannot be written.
+    """
+    said = json.loads((results / NAME).read_text(encoding="utf-8"))
+    _add_theirs(said, work)
+    _write(said, results, docs)
+
+
+def _write(said: dict[str, Any], results: Path, docs: Path) -> None:
     text = json.dumps(said, separators=(",", ":"), allow_nan=False)
     results.mkdir(parents=True, exist_ok=True)
     # A line for each row and each cell's scores: a change shows.
     write_text(results / NAME, text.replace("},{", "},\n{").replace("],", "],\n") + "\n")
-    write_report(ledger.read(work), docs / FIGURES, figures=False)
     for name, svg in drawn(said).items():
         write_text(docs / FIGURES / name, svg)
     write_text(docs / "comparison.md", page(said))

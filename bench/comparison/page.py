@@ -12,8 +12,6 @@ from kvprune.evaluation.report.figures import canvas, finished, look
 from kvprune.evaluation.report.palette import INK, styles
 from kvprune.evaluation.worker import NO_CONTEXT
 
-from .settings import PRESSES
-
 ROOT = Path(__file__).parents[2]
 NAME, FIGURES = "comparison.json", "comparison"
 RESULTS = ROOT / "bench" / "results" / NAME
@@ -51,10 +49,6 @@ METHOD = """## How it was measured
 * Policies that differ in what they evict alone shared one reading of each prompt
   (`--executor shared`): scores are the same to the bit. Prefill seconds are of one sample that each
   cell read by itself, so they are rough; FLOPs are counted. kvpress's time was not measured here.
-{left_out}"""
-
-LEFT_OUT = """* ObservedAttention needs eager attention, at several times the cost, and was run at
-  {shares} alone; kvpress's other presses were left out for time.
 """
 
 
@@ -96,14 +90,10 @@ def page(said: dict[str, Any], findings: str | None = None) -> str:
         beside=BESIDE.format(contexts=_listed([f"{n:,}" for n in contexts])) if contexts else "",
     )
     scores = "; ".join(f"**{t}**: {SCORES[t]}" for t in dict.fromkeys(r["task"] for r in rows))
-    ran = {r["label"] for r in rows if r["side"] == THEIRS}
-    few = [given for press, given in PRESSES.items() if len(given) == 1 and press in ran]
-    shares = [f"{s:g}" for given in few for s in given]
-    left_out = LEFT_OUT.format(shares=_listed(shares)) if few else ""
     told = FINDINGS.read_text(encoding="utf-8") if findings is None else findings
     parts = [head, f"## What it says\n\n{told.strip()}\n"]
     parts += [_section(said, group) for group in groups(said)]
-    parts += [METHOD.format(scores=scores, left_out=left_out), "\n".join(_about(said)) + "\n"]
+    parts += [METHOD.format(scores=scores), "\n".join(_about(said)) + "\n"]
     return "\n".join(parts)
 
 

@@ -16,7 +16,7 @@ PRESSES = {
     "SnapKV": BUDGETS,
     "KeyDiff": BUDGETS,
     "ExpectedAttention": BUDGETS,
-    "ObservedAttention": (0.25,),
+    "ObservedAttention": BUDGETS,
 }
 """kvpress's, each at these shares; the last needs eager attention, at several times the cost."""
 

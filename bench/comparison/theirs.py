@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,11 @@ def questions(model: Path, context: int, samples: int) -> list[Question]:
     ]
 
 
-def plan(samples: int, threads: int) -> list[Job]:
+def plan(samples: int, threads: int, presses: Sequence[str]) -> list[Job]:
     """Blocks of questions, every press at its shares; dense with the first."""
     shares: dict[tuple[float, ...], list[str]] = {}
-    for press, given in PRESSES.items():
-        shares.setdefault(tuple(given), []).append(press)
+    for press in presses:
+        shares.setdefault(tuple(PRESSES[press]), []).append(press)
     rows = [(tuple(presses), given) for given, presses in shares.items()]
     rows[0] = ((DENSE, *rows[0][0]), rows[0][1])
     blocks = [
@@ -84,7 +85,7 @@ def measure(asked: Namespace, model: Path, python: Path, out: Path, context: int
     asked_for = questions(model, context, asked.samples)
     prompts = {"text": [], "questions": [asdict(question) for question in asked_for]}
     write_text(_prompts(out, context), json.dumps(prompts))
-    todo = plan(asked.samples, asked.threads)
+    todo = plan(asked.samples, asked.threads, asked.presses)
     for number, job in enumerate(todo, 1):
         found = jobs.read(results(out))
         if all(jobs.name(key) in found for key in job.keys(prompts)):

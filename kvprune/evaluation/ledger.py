@@ -297,6 +297,8 @@ def _parsed(path: Path) -> Ledger:
             if (number == 1) != (found["kind"] == "run"):
                 raise KeyError("kind")
             ledger._take(found)
+        except KVPruneError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise KVPruneError(
                 f"{path}: line {number}: expected what `kvprune compare` writes ({error!r}): "
