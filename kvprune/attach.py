@@ -135,7 +135,8 @@ def _register_functions() -> None:
 def _hook_base(base: nn.Module, layers: Any, attentions: list[nn.Module | None]) -> None:
     base.register_forward_pre_hook(_before_base, with_kwargs=True)
     base.register_forward_hook(_after_base, with_kwargs=True, always_call=True)
-    own, bare = has_own_attention(base), has_own_attention(base) or keeps_keywords(base)
+    own = has_own_attention(base)
+    bare = own or keeps_keywords(base)
     for index, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
         before = _before_linear_layer if attention is None else _before_layer
         before = _before_bare_layer if bare else before

@@ -101,7 +101,7 @@ def attention_of(base: PreTrainedModel, layer: nn.Module) -> nn.Module:
 
 
 def _check_keywords(base: Any, *modules: nn.Module) -> None:
-    """Whether a keyword of ours reaches the attention function from the layer."""
+    """Refuses a layer or an attention to which a keyword of ours cannot be handed."""
     for module in modules:
         if not has_own_attention(base) and not _takes_keywords(_class(module)):
             raise unsupported(base, f"{type(module).__name__} takes no further keywords")

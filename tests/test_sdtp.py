@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given
@@ -103,6 +105,24 @@ def test_tokens_whose_logits_are_asked_for_stay(kind):
     with torch.no_grad():
         model(ids, past_key_values=cache, logits_to_keep=asked)
     assert set(wanted) <= set(cache.columns(LAYERS - 1)[0, 0].tolist())
+
+
+def test_a_thread_that_is_refused_takes_back_nothing_of_what_another_asked_for():
+    """Between the two hooks of a forward, on one cache."""
+    model, ids, kept = tiny_model(), prompt(1, 40), []
+    for disturbed in (False, True):
+        cache = kvprune.ComposedCache([pruner(0.3)])
+        cache.bind(model.model._kvprune, model.model)
+        cache.ask_logits(9)
+        if disturbed:
+            other = threading.Thread(target=cache.ask_logits, args=(None,))
+            other.start()
+            other.join()
+        with torch.no_grad():
+            model.model(ids, past_key_values=cache)
+        kept.append([cache.columns(layer).tolist() for layer in range(LAYERS)])
+    assert kept[0] == kept[1]
+    assert set(range(31, 40)) <= set(kept[0][-1][0][0])
 
 
 def test_unset_logits_to_keep_protects_the_last_token_alone():
