@@ -7,14 +7,13 @@ of caches and threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import Cache, PreTrainedModel
 
 from .attention import slot_attention
 from .binding import Attachment
@@ -22,7 +21,6 @@ from .cache import ComposedCache
 from .errors import KVPruneError
 from .families import (
     BACKENDS,
-    CACHE_ARGUMENTS,
     POSITION_ARGUMENTS,
     PREFIX,
     argument,
@@ -32,6 +30,7 @@ from .families import (
     cannot_prune,
     cannot_record,
     check_family,
+    check_kind,
     decoder_layers,
     drops_cache_beyond,
     has_own_attention,
@@ -46,6 +45,18 @@ from .families import (
 from .masks import mask_or_rule
 from .own_attention import at_slots, observe
 from .parallel import process_group
+from .releases import (
+    ALL_ATTENTION_FUNCTIONS,
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    CACHE_ARGUMENTS,
+    cache_name,
+    check_model,
+    check_release,
+    checkpointing_off,
+    checkpoints_activations,
+    generate_cache_name,
+    renamed,
+)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -67,6 +78,8 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         KVPruneError: the family is not supported; the model is unchanged then.
     """
     given, model = model, unwrapped(model)
+    check_kind(model)
+    check_release(model)
     check_family(model)
     base: Any = base_of(model)
     layers = decoder_layers(base)
@@ -75,8 +88,9 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         None if linear else attention_of(base, layer)
         for layer, linear in zip(layers, states, strict=True)
     ]
+    check_model(base, [layer for layer, linear in zip(layers, states, strict=True) if not linear])
     heads = base.config.get_text_config(decoder=True).num_attention_heads
-    attachment = base.__dict__.get("_kvprune") or Attachment(
+    attachment = Attachment(
         type(model).__name__,
         len(layers),
         heads,
@@ -86,16 +100,22 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         cannot_record=cannot_record(model),
         group=process_group(model),
     )
+    before = base.__dict__.get("_kvprune")
+    if before is not None and before.says_the_same_as(attachment):
+        # Caches that were used with the model know it by this object. What was found out about
+        # the model may have changed since, as its weights may.
+        attachment = before
+        attachment.memory.clear()
     detach(model)
     _register_functions()
     base._kvprune = attachment
     if not has_own_attention(base):
         for config in _configs(model):
             config._attn_implementation = PREFIX + backend_of(config)
-    _hook_base(base, layers, attentions)
+    _hook_layers(base, layers, attentions)
+    _replace_forward(base, _forward_of_base)
     if model is not base:
-        model.register_forward_pre_hook(_before_head_model, with_kwargs=True)
-        model.register_forward_hook(_after_head_model, with_kwargs=True, always_call=True)
+        _replace_forward(model, _forward_of_head)
     for name, method in _METHODS.items():
         if hasattr(type(model), name):
             # Not a bound method: pickle would look that up by its name, on the class.
@@ -108,6 +128,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     given, model = model, unwrapped(model)
     for module in model.modules():
         _remove_hooks(module)
+        _restore_forward(module)
         module.__dict__.pop("_kvprune", None)
     for name in _METHODS:
         if getattr(model.__dict__.get(name), "func", None) is _METHODS[name]:
@@ -132,9 +153,36 @@ def _register_functions() -> None:
         ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + backend, partial(mask_or_rule, stock))
 
 
-def _hook_base(base: nn.Module, layers: Any, attentions: list[nn.Module | None]) -> None:
-    base.register_forward_pre_hook(_before_base, with_kwargs=True)
-    base.register_forward_hook(_after_base, with_kwargs=True, always_call=True)
+def _replace_forward(module: nn.Module, function: Callable[..., Any]) -> None:
+    """Puts one of our functions in the place of a module's forward.
+
+    Not a hook: `module.forward(...)`, as PEFT and compiled code call it, goes past hooks.
+    """
+    # accelerate puts its own function there, too.
+    inner = module.__dict__.get("forward")
+    ours = partial(function, module, inner)
+    # generate and pipelines read off the signature what a model takes. Without annotations, which
+    # not every pickle can hold.
+    signature = inspect.signature(inner or partial(type(module).forward, module))
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    ours.__dict__["__signature__"] = inspect.Signature(bare)
+    module.__dict__["forward"] = ours
+
+
+def _restore_forward(module: nn.Module) -> None:
+    """Takes back what `_replace_forward` did, also where accelerate has wrapped it since."""
+    for name in ("forward", "_old_forward"):
+        ours: Any = module.__dict__.get(name)
+        if getattr(ours, "func", None) not in (_forward_of_base, _forward_of_head):
+            continue
+        inner = ours.args[1]
+        if name == "forward" and inner is None:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = inner or partial(type(module).forward, module)
+
+
+def _hook_layers(base: nn.Module, layers: Any, attentions: list[nn.Module | None]) -> None:
     own = has_own_attention(base)
     bare = own or keeps_keywords(base)
     for index, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
@@ -175,47 +223,83 @@ def _cache_in(
     return None
 
 
-# The hooks, in the order in which a forward meets them.
+# The forwards of the model and of its base model.
 
 
-def _before_head_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _forward_of_head(
+    model: nn.Module, inner: Callable[..., Any] | None, *args: Any, **kwargs: Any
+) -> Any:
+    """The forward of a model with a head: says which logits are asked for, before the base runs.
+
+    Args:
+        model: the model.
+        inner: what was the model's own forward; None for the one of its class.
+        args, kwargs: of the call.
+    """
+    forward = inner or partial(type(model).forward, model)
     cache = _cache_in(model, args, kwargs)
+    kwargs = renamed(kwargs, cache_name(model))
     if cache is None:
+        return forward(*args, **kwargs)
+    _check_head(model, cache, args, kwargs)
+    asked = argument(model, args, kwargs, "logits_to_keep")
+    cache.ask_logits(0 if asked is None else asked)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        cache.ask_logits(None)
+
+
+def _check_head(
+    model: nn.Module, cache: ComposedCache, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuses losses over all tokens where some leave the model early."""
+    if not any("rank_hidden" in p.hooks for p in cache.policies):
         return
-    prunes = any("rank_hidden" in p.hooks for p in cache.policies)
-    if prunes and argument(model, args, kwargs, "labels") is not None:
+    if argument(model, args, kwargs, "labels") is not None:
         raise KVPruneError(
             "labels with a policy that prunes hidden states: dropped tokens leave the model "
             "early, so a loss over all tokens would be wrong. Take the logits of the tokens in "
             "question through logits_to_keep and compute the loss from those"
         )
-    asked = argument(model, args, kwargs, "logits_to_keep")
-    cache.ask_logits(0 if asked is None else asked)
+    routed = argument(model, args, kwargs, "output_router_logits")
+    if routed is None:
+        routed = getattr(model.config, "output_router_logits", False)
+    if routed:
+        raise KVPruneError(
+            "output_router_logits=True with a policy that prunes hidden states: layers see "
+            "different numbers of tokens, so the auxiliary loss over all of them would be wrong. "
+            "Pass output_router_logits=False (or set it in the model's config), or use policies "
+            "that evict slots alone"
+        )
 
 
-def _after_head_model(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
-    cache = _cache_in(model, args, kwargs)
-    if cache is not None:
-        cache.ask_logits(None)
+def _forward_of_base(
+    base: nn.Module, inner: Callable[..., Any] | None, *args: Any, **kwargs: Any
+) -> Any:
+    """The forward of the model that has the decoder layers: one step of the cache.
 
-
-def _before_base(
-    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Arguments | None:
+    Args:
+        base: the model.
+        inner: what was the model's own forward; None for the one of its class.
+        args, kwargs: of the call.
+    """
+    forward = inner or partial(type(base).forward, base)
     cache = _cache_in(base, args, kwargs)
+    kwargs = renamed(kwargs, cache_name(base))
     if cache is None:
-        return None
+        return forward(*args, **kwargs)
+    _open_step(cache, base, args, kwargs)
+    done = False
     try:
-        _open_step(cache, base, args, kwargs)
-    except Exception:
-        cache.refuse_step()
-        raise
-    positions = cache.step.position_ids
-    if positions is None or not takes(base, "position_ids"):
-        return None
-    return with_argument(base, args, kwargs, "position_ids", positions)
+        positions = cache.step.position_ids
+        if positions is not None and takes(base, "position_ids"):
+            args, kwargs = with_argument(base, args, kwargs, "position_ids", positions)
+        output = forward(*args, **kwargs)
+        done = True
+    finally:
+        cache.close_step(done)
+    return output
 
 
 def _open_step(
@@ -244,10 +328,10 @@ def _open_step(
 def _check_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if argument(base, args, kwargs, "use_cache") is False:
         raise KVPruneError("use_cache=False with a ComposedCache: leave out one of the two")
-    if base.training and base.is_activation_checkpointing:
+    if base.training and checkpoints_activations(base):
         raise KVPruneError(
-            "gradient checkpointing in training hides the cache from the layers: call "
-            "model.activation_checkpointing_disable() or model.eval() first"
+            f"gradient checkpointing in training hides the cache from the layers: call "
+            f"model.{checkpointing_off(base)}() or model.eval() first"
         )
     wired = str(base.config._attn_implementation).startswith(PREFIX)
     if not wired and not has_own_attention(base):
@@ -255,6 +339,9 @@ def _check_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             f"the attention implementation became {base.config._attn_implementation!r} after "
             f"attach: call kvprune.attach(model) again"
         )
+
+
+# The hooks on decoder layers and their attention, in the order in which a forward meets them.
 
 
 def _before_layer(
@@ -349,19 +436,7 @@ def _after_last_layer(
     return cache.step.leave(output)
 
 
-def _after_base(
-    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
-    cache = _cache_in(base, args, kwargs)
-    if cache is not None:
-        cache.close_step(done=output is not None)
-
-
 _HOOKS = (
-    _before_head_model,
-    _after_head_model,
-    _before_base,
-    _after_base,
     _before_layer,
     _before_linear_layer,
     _before_bare_layer,
@@ -376,47 +451,48 @@ _HOOKS = (
 
 
 def _generate(model: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
-    """`generate` with one more argument, `cache`: a `ComposedCache`, or what makes one.
+    """`generate` whose cache may be a `ComposedCache`, or a callable that makes one.
 
-    A callable is called once for each `generate`, which is what a pipeline needs: it hands the
+    It is called `cache` or `past_key_values`, whatever this release of transformers says. A
+    callable is called once for each `generate`, which is what a pipeline needs: it hands the
     same arguments to every prompt.
     """
-    if cache is not None:
-        if kwargs.get("past_key_values") is not None:
-            raise KVPruneError(
-                "generate: cache= and past_key_values= were both given: leave out one"
-            )
-        kwargs["past_key_values"] = _given_cache(cache)
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, ComposedCache):
+    name = generate_cache_name()
+    kwargs = renamed(kwargs if cache is None else {**kwargs, "cache": cache}, name)
+    given = kwargs.pop(name, None)
+    if given is None:
         return type(model).generate(model, *args, **kwargs)
+    held = _given_cache(given)
+    if not isinstance(held, ComposedCache):
+        return type(model).generate(model, *args, **kwargs, **{name: held})
     base = base_of(model)
     attachment = base.__dict__.get("_kvprune")
     if attachment is None:
         raise KVPruneError(
             "the base model was detached by itself: call kvprune.attach(model) again"
         )
-    cache.bind(attachment, base)
-    mask = _whole_mask(cache, *args, **kwargs)
+    held.bind(attachment, base)
+    mask = _whole_mask(held, *args, **kwargs)
     if mask is not None:
         kwargs["attention_mask"] = mask
-    _check_prompt(cache, *args, **kwargs)
-    cache.enter_generate()
+    _check_prompt(held, *args, **kwargs)
+    held.enter_generate()
     try:
-        return type(model).generate(model, *args, **kwargs)
+        return type(model).generate(model, *args, **kwargs, **{name: held})
     finally:
-        cache.leave_generate()
+        held.leave_generate()
 
 
-def _given_cache(cache: Any) -> ComposedCache:
+def _given_cache(cache: Any) -> Cache:
     # A class is a forgotten pair of brackets.
     makes = callable(cache) and not isinstance(cache, type)
     given = cache() if makes else cache
-    if not isinstance(given, ComposedCache):
+    if not isinstance(given, Cache):
         what = ("a callable that returned " if makes else "") + type(given).__name__
         raise KVPruneError(
-            f"generate: cache= expects a ComposedCache, or a callable without arguments that "
-            f"makes one (cache=lambda: ComposedCache([H2O()])), came {what}"
+            f"generate: cache= expects a ComposedCache (or another cache of transformers), or a "
+            f"callable without arguments that makes one (cache=lambda: ComposedCache([H2O()])), "
+            f"got {what}"
         )
     return given
 
@@ -480,7 +556,7 @@ def _prepare_cache_for_generation(
 ) -> Any:
     """The place where `generate` knows the prompt's mask and mode, and has run nothing yet."""
     prepare = type(model)._prepare_cache_for_generation
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(generate_cache_name())
     if isinstance(cache, ComposedCache):
         _check_generation(cache, generation_config, *args, **kwargs)
         _check_chunks(generation_config.prefill_chunk_size, model_kwargs.get("inputs_embeds"))

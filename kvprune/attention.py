@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import flash, fused
 from .blocks import Scores, block_by_block, hide
 from .errors import KVPruneError
 from .families import lost_keyword
 from .masks import LazyMask, Mask, additive, as_mask
+from .releases import ALL_ATTENTION_FUNCTIONS
 from .step import LayerStep
 
 

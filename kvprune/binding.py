@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
-
-from transformers.cache_utils import LinearAttentionLayer
 
 from .composition import leaves
 from .errors import KVPruneError
 from .masks import Local
 from .policy import TokenPolicy
 from .positions import Inside
+from .releases import LinearAttentionLayer
 from .slots import SlotLayer
 from .statistics import check_statistics, wanted_at
 
@@ -38,6 +37,11 @@ class Attachment:
     cannot_record: str = ""
     group: Any = None
     memory: dict[str, Any] = field(default_factory=dict)
+
+    def says_the_same_as(self, other: Attachment) -> bool:
+        """Whether two attachments describe the same model, whatever was found out about it."""
+        facts = [f.name for f in fields(self) if f.name != "memory"]
+        return all(getattr(self, name) == getattr(other, name) for name in facts)
 
 
 def checked(policies: Sequence[TokenPolicy]) -> tuple[TokenPolicy, ...]:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import LinearAttentionLayer
 
 from . import saving
 from .binding import Attachment, check_works, checked, new_layer
@@ -22,6 +21,7 @@ from .families import base_of, unwrapped
 from .masks import OURS
 from .policy import TokenPolicy
 from .positions import Inside, positions_for
+from .releases import LinearAttentionLayer
 from .rows import RowNumbers, rows_after
 from .slots import SlotLayer
 from .statistics import check_names
@@ -91,10 +91,8 @@ class ComposedCache(Cache):
         # By thread, as one that is refused must not speak for the one that is not.
         self._logits_to_keep: dict[int, int | Tensor] = {}
         # A dict, since its setdefault is atomic: two threads cannot both open a step. (A lock
-        # could be neither deep-copied nor pickled.) Then the threads whose forward was refused
-        # before it began, so that its end is not taken for that of another.
+        # could be neither deep-copied nor pickled.)
         self._open: dict[str, tuple[int, Step | None]] = {}
-        self._refused: list[int] = []
         self._failure = ""
 
     # What a user reads.
@@ -158,7 +156,6 @@ class ComposedCache(Cache):
         self._in_generate = self._recording = False
         self._recorded = self._pending = self._prompt_end = self._fixed = 0
         self._open = {}
-        self._refused = []
         self._failure = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ComposedCache:
@@ -175,7 +172,6 @@ class ComposedCache(Cache):
         finally:
             del self._open["step"]
         # The copy of a cache in `generate` is in none.
-        twin._refused = []
         if twin._in_generate:
             twin.leave_generate()
         return twin
@@ -356,6 +352,11 @@ class ComposedCache(Cache):
     def is_initialized(self) -> bool:
         """Whether anything was stored yet."""
         return any(layer.is_initialized for _, layer in self.slot_layers())
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` takes back all of the last forward, as assisted decoding asks."""
+        return self._recording
 
     @property
     def batch_size(self) -> int:
@@ -723,19 +724,12 @@ class ComposedCache(Cache):
         """What the attention function of `layer` needs to know."""
         return self.step.at_layer(layer, self._slots(layer))
 
-    def refuse_step(self) -> None:
-        """This thread's forward ended before it began: its close is not that of another."""
-        self._refused.append(_this_thread())
-
     def close_step(self, done: bool) -> None:
         """Ends the forward that this thread began, if it did.
 
         After an error inside (`done=False`) layers may be out of step with each other, so
         the cache refuses to be used until `reset()`.
         """
-        if _this_thread() in self._refused:
-            self._refused.remove(_this_thread())
-            return
         owner, step = self._open.get("step", (0, None))
         if step is None or owner != _this_thread():
             return

@@ -11,15 +11,12 @@ from functools import cache
 from typing import Any
 
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers import PreTrainedModel
 
 from . import flash
 from .errors import KVPruneError
 from .masks import Local
-
-CACHE_ARGUMENTS = ("past_key_values", "layer_past")
-"""How modules call the cache: all say past_key_values but GPT-NeoX's layers."""
+from .releases import layer_types, parameters_of
 
 POSITION_ARGUMENTS = ("position_ids", "position_embeddings")
 """What decoder layers are handed per token, besides the hidden states."""
@@ -167,7 +164,19 @@ def drops_cache_beyond(model: Any) -> int | None:
 
 def takes(module: nn.Module, name: str) -> bool:
     """Whether `module`'s forward has an argument of that name."""
-    return name in _parameters(_class(module))
+    return name in parameters_of(_class(module))
+
+
+def check_kind(model: Any) -> None:
+    """Refuses what is no model of transformers.
+
+    Raises:
+        KVPruneError: see above.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise KVPruneError(
+            f"attach: expected a transformers PreTrainedModel, got {type(model).__name__}"
+        )
 
 
 def check_family(model: PreTrainedModel) -> None:
@@ -176,10 +185,6 @@ def check_family(model: PreTrainedModel) -> None:
     Raises:
         KVPruneError: see above.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise KVPruneError(
-            f"attach: expected a transformers PreTrainedModel, came {type(model).__name__}"
-        )
     config: Any = model.config
     base: Any = base_of(model)
     if config.is_encoder_decoder:
@@ -192,8 +197,6 @@ def check_family(model: PreTrainedModel) -> None:
     if getattr(config, "reorder_and_upcast_attn", False):
         raise unsupported(model, "reorder_and_upcast_attn goes by the name of its attention")
     _check_layer_types(model)
-    if isinstance(model, GenerationMixin) and not hasattr(model, "_prepare_cache_for_generation"):
-        raise unsupported(model, "this transformers release prepares caches in another place")
     _check_backend(model, backend_of(config), has_own_attention(base))
 
 
@@ -211,7 +214,7 @@ def _check_backend(model: PreTrainedModel, backend: str, own_attention: bool) ->
 
 def _check_layer_types(model: PreTrainedModel) -> None:
     try:
-        types, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+        types, _ = layer_types(model.config.get_text_config(decoder=True))
     except Exception as error:
         raise unsupported(model, f"its layer types cannot be read ({error})") from error
     if "dummy" in types:
@@ -224,7 +227,7 @@ def _check_layer_types(model: PreTrainedModel) -> None:
 
 def local_layers(model: PreTrainedModel) -> tuple[Local | None, ...]:
     """By layer, what its queries can see; None for everything."""
-    types, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    types, options = layer_types(model.config.get_text_config(decoder=True))
     sizes = [option.get("sliding_window") for option in options]
     return tuple(
         None if size is None else Local(size, chunked=kind == "chunked_attention")
@@ -239,7 +242,7 @@ def is_hybrid(model: PreTrainedModel) -> bool:
 
 def linear_layers(model: PreTrainedModel) -> tuple[int, ...]:
     """By layer, how many states it keeps instead of slots; 0 for layers with slots."""
-    types, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    types, options = layer_types(model.config.get_text_config(decoder=True))
     return tuple(
         option["number_of_states"] if kind == "linear_attention" else 0
         for kind, option in zip(types, options, strict=True)
@@ -285,16 +288,6 @@ def _class(module: nn.Module) -> Any:
     return type(module)
 
 
-# Not functools.cache, which compiled code looks through, with a warning.
-_PARAMETERS: dict[Any, tuple[str, ...]] = {}
-
-
-def _parameters(module: Any) -> tuple[str, ...]:
-    if module not in _PARAMETERS:
-        _PARAMETERS[module] = tuple(inspect.signature(module.forward).parameters)[1:]
-    return _PARAMETERS[module]
-
-
 @cache
 def _takes_keywords(module: Any) -> bool:
     parameters = inspect.signature(module.forward).parameters
@@ -305,7 +298,7 @@ def argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n
     """An argument of `module`'s forward by name, however it was passed; None if it was not."""
     if name in kwargs:
         return kwargs[name]
-    names = _parameters(_class(module))
+    names = parameters_of(_class(module))
     place = names.index(name) if name in names else len(args)
     return args[place] if place < len(args) else None
 
@@ -314,7 +307,7 @@ def with_argument(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`args` and `kwargs` with one argument replaced where it was passed."""
-    names = _parameters(_class(module))
+    names = parameters_of(_class(module))
     place = names.index(name) if name in names else len(args)
     if name not in kwargs and place < len(args):
         return (*args[:place], value, *args[place + 1 :]), kwargs

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import mass
 from .errors import KVPruneError
 from .masks import Mask, is_known, window_of
+from .releases import ALL_ATTENTION_FUNCTIONS
 
 if TYPE_CHECKING:
     from .step import LayerStep

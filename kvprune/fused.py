@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import flash, mass
 from .masks import Mask, is_known, window_of
+from .releases import ALL_ATTENTION_FUNCTIONS
 from .step import LayerStep
 
 MASKED = 1 << 26

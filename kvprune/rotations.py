@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from .devices import device_of
 from .errors import KVPruneError
 from .families import has_alibi
+from .releases import with_cache
 
 PROBED = (3, 8)
 """Two positions at which a model shows how it turns its keys."""
@@ -99,7 +100,8 @@ def _probe(base: Any) -> list[Tensor]:
     training = [module for module in base.modules() if module.training]
     base.eval()
     try:
-        base(inputs_embeds=token, position_ids=where, past_key_values=cache, use_cache=True)
+        given = with_cache(base, cache)
+        base(inputs_embeds=token, position_ids=where, use_cache=True, **given)
     finally:
         for module in training:
             module.training = True
