@@ -9,7 +9,7 @@ LM_EVAL := $(VENV)/.ready-lm-eval
 
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help demo test test-all test-gpu lint docs heads comparison peers speed clean
+.PHONY: help demo test test-all test-releases test-gpu lint docs heads comparison peers speed clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ test: lint ## lint and the tests, without the slow ones
 
 test-all: lint $(LM_EVAL) ## lint and all tests
 	$(BIN)/python -m pytest -n 2 -m ""
+
+test-releases: $(READY) ## the core of the tests on the oldest and the newest transformers release
+	$(BIN)/python -m bench.releases oldest newest
 
 docs: $(READY) ## the documentation as a site, in build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # not -q: it would count no warnings

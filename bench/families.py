@@ -8,6 +8,7 @@ Runs `tests/test_families.py`, one test per cell, and the refusals of
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -23,6 +24,8 @@ from tests import family_models as models
 from tests import test_families
 from tests.bad_input.test_models import REFUSED
 from tests.models import tiny_config
+
+from . import releases
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "families.md"
@@ -48,6 +51,13 @@ row, through `generate` and a second turn:
 "exact" means to a relative 1e-9 in float64; "-" that the family refuses that policy, with an error
 that says why. The kept set is by key/value head as the cache stores it; the notes say where that
 is not the model's own number of key/value heads.
+
+"""
+
+RELEASES = """
+## transformers releases
+
+Tests that passed on each supported release, by test file (`python -m bench.releases all --record`).
 
 """
 
@@ -114,7 +124,9 @@ def table(found: dict[str, dict[str, list[str]]]) -> str:
     lines += [row(family, found[family]) for family in models.FAMILIES]
     head = HEAD.format(transformers=transformers.__version__, torch=torch.__version__.split("+")[0])
     refused = [f"| `{f}` | {reason(f)} |" for f in REFUSED if "-" not in f]
-    return head + "\n".join(lines) + "\n" + REFUSALS + "\n".join(refused) + "\n"
+    run = releases.table(json.loads(releases.RESULTS.read_text()))
+    found_on = RELEASES + run + "\n"
+    return head + "\n".join(lines) + "\n" + found_on + REFUSALS + "\n".join(refused) + "\n"
 
 
 def main() -> int:

@@ -54,6 +54,7 @@ from .releases import (
     check_release,
     checkpointing_off,
     checkpoints_activations,
+    chunks_begin_anew,
     generate_cache_name,
     renamed,
 )
@@ -326,6 +327,12 @@ def _open_step(
 
 
 def _check_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    count, known = len(decoder_layers(base)), base._kvprune.num_layers
+    if count != known:
+        raise KVPruneError(
+            f"the model had {known} decoder layers when kvprune was attached, and has {count} now: "
+            f"call kvprune.attach(model) again, and use a new cache"
+        )
     if argument(base, args, kwargs, "use_cache") is False:
         raise KVPruneError("use_cache=False with a ComposedCache: leave out one of the two")
     if base.training and checkpoints_activations(base):
@@ -559,7 +566,9 @@ def _prepare_cache_for_generation(
     cache = model_kwargs.get(generate_cache_name())
     if isinstance(cache, ComposedCache):
         _check_generation(cache, generation_config, *args, **kwargs)
-        _check_chunks(generation_config.prefill_chunk_size, model_kwargs.get("inputs_embeds"))
+        _check_chunks(
+            cache, generation_config.prefill_chunk_size, model_kwargs.get("inputs_embeds")
+        )
         _check_length(cache, drops_cache_beyond(model), generation_config.max_length)
         mask = model_kwargs.get("attention_mask")
         if mask is None:
@@ -584,7 +593,14 @@ def _check_generation(
         )
 
 
-def _check_chunks(size: int | None, embeds: Tensor | None) -> None:
+def _check_chunks(cache: ComposedCache, size: int | None, embeds: Tensor | None) -> None:
+    if size is not None and cache.seen and chunks_begin_anew():
+        raise KVPruneError(
+            f"prefill_chunk_size={size} with a cache that is not empty (this one has seen "
+            f"{cache.seen} columns): this release of transformers counts chunks from 0, so their "
+            f"masks and positions would be wrong. Leave out prefill_chunk_size, or install "
+            f"transformers 5.21 or newer"
+        )
     if size is not None and embeds is not None:
         raise KVPruneError(
             f"prefill_chunk_size={size} with inputs_embeds: this release of transformers cuts ids "

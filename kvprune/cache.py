@@ -79,6 +79,8 @@ class ComposedCache(Cache):
         self._padding: Tensor | None = None
         self._promise: Tensor | int = 0
         self._in_generate = False
+        # Whether a `generate` that is not ours has taken the cache, and has read nothing yet.
+        self._in_stock_generate = False
         # Whether the newest columns may be taken back, how many of the last forward's can be
         # where something was evicted since, and up to which column `generate` reads a prompt.
         self._recording = False
@@ -153,7 +155,7 @@ class ComposedCache(Cache):
         self.seen = 0
         self._rows, self._padding, self._promise = None, None, 0
         self._positions, self._together = None, []
-        self._in_generate = self._recording = False
+        self._in_generate = self._recording = self._in_stock_generate = False
         self._recorded = self._pending = self._prompt_end = self._fixed = 0
         self._open = {}
         self._failure = ""
@@ -478,7 +480,24 @@ class ComposedCache(Cache):
         its place before the next `crop` or forward. Ends with `generate`, or with `reset()`.
         """
         self._check_usable()
+        if self._in_stock_generate and not self._in_generate:
+            raise KVPruneError(
+                "assisted or prompt-lookup decoding by the generate of a model that kvprune is not "
+                "attached to, around one that it is attached to: the whole prompt would count as "
+                "drafts. Expected kvprune.attach(model) on the model whose generate is called; or "
+                "leave out assistant_model and prompt_lookup_num_tokens"
+            )
         self._recording = True
+
+    @property
+    def _is_user_defined(self) -> bool:
+        """What transformers asks of a cache at the end of `generate`: it is the user's to keep."""
+        return True
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        # Every `generate` sets this on the cache that it is handed, before anything is read.
+        self._in_stock_generate = not self._in_generate
 
     # What attach() calls, in this order.
 
@@ -564,6 +583,7 @@ class ComposedCache(Cache):
             del self._open["step"]
             raise
         self._open["step"] = (_this_thread(), step)
+        self._in_stock_generate = False
         try:
             self._make_way(step)
         except BaseException:

@@ -198,6 +198,7 @@ def check_family(model: PreTrainedModel) -> None:
         raise unsupported(model, "reorder_and_upcast_attn goes by the name of its attention")
     _check_layer_types(model)
     _check_backend(model, backend_of(config), has_own_attention(base))
+    _check_capping(model, backend_of(config))
 
 
 def _check_backend(model: PreTrainedModel, backend: str, own_attention: bool) -> None:
@@ -209,6 +210,16 @@ def _check_backend(model: PreTrainedModel, backend: str, own_attention: bool) ->
             model,
             f"its attention implementation is {backend!r}; load it with "
             f"attn_implementation='sdpa' or 'eager'{others}",
+        )
+
+
+def _check_capping(model: PreTrainedModel, backend: str) -> None:
+    config: Any = model.config.get_text_config(decoder=True)
+    if backend == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None:
+        raise unsupported(
+            model,
+            "its scores are soft-capped, which sdpa leaves out; load it with "
+            "attn_implementation='eager'",
         )
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import transformers
+from packaging import version
 from torch import nn
 from transformers import cache_utils, masking_utils, modeling_utils
 
@@ -104,6 +105,14 @@ def checkpointing_off(model: Any) -> str:
     return next(name for name in _CHECKPOINTING_OFF if hasattr(model, name))
 
 
+def chunks_begin_anew() -> bool:
+    """Whether `generate` counts the chunks of a prompt from 0, whatever its cache has seen.
+
+    Releases before 5.21 do so: masks and positions of a second turn in chunks are wrong there.
+    """
+    return version.parse(transformers.__version__) < version.parse("5.21")
+
+
 def layer_types(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
     """By layer, what kind of cache layer transformers would make, and with which options."""
     types, options = cache_utils.get_layer_types_and_kwargs(config)
@@ -164,7 +173,7 @@ def _any_of(names: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _generates(model: Any) -> bool:
-    return hasattr(type(model), "generate")
+    return isinstance(model, transformers.GenerationMixin)
 
 
 SEAMS = (
@@ -190,7 +199,7 @@ SEAMS = (
     Seam("hold the states of linear layers", "LinearAttentionLayer", lambda model: cache_utils),
     Seam("find the decoder layers", "base_model", type),
     Seam("set a model's attention function", "_can_set_attn_implementation", type),
-    Seam("set a model's attention function", "_attn_implementation", lambda model: model.config),
+    Seam("name its attention function", "_attn_implementation", lambda model: type(model.config)),
     Seam("find the decoder's config", "get_text_config", lambda model: type(model.config)),
     Seam("refuse activation checkpointing", _CHECKPOINTING, type),
     Seam("take part in generate", "generate", type, needed=_generates),

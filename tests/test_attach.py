@@ -702,3 +702,175 @@ def test_base_model_made_by_itself():
     kvprune.detach(model)
     assert torch.equal(got, model(prompt(1, 9)).last_hidden_state)
     assert cache.columns(0).tolist() == [[[0, 5, 6, 7, 8]]]
+
+
+# The forward itself, past all hooks.
+
+
+def _without_hooks(model: Any, way: str) -> Any:
+    """Another way to call a model."""
+    return {"forward": model.forward, "compiled": torch.compile(model.forward, backend="eager")}[
+        way
+    ]
+
+
+@pytest.mark.parametrize("way", ["forward", "compiled"])
+@pytest.mark.parametrize("asked", [8, torch.tensor([3, 20, 29])])
+def test_forward_called_directly_protects_what_is_asked_for(way, asked):
+    """Hooks do not run there; the tokens whose logits are asked for are not pruned all the same."""
+    torch._dynamo.reset()
+    model, caches = tiny_model(), [ComposedCache(pipeline()) for _ in range(2)]
+    expected = model(prompt(1, 30), past_key_values=caches[0], logits_to_keep=asked).logits
+    run = _without_hooks(model, way)
+    got = run(prompt(1, 30), past_key_values=caches[1], logits_to_keep=asked).logits
+    assert torch.equal(got, expected)
+    assert caches[0].columns(3).tolist() == caches[1].columns(3).tolist()
+
+
+def test_forward_called_directly_refuses_labels():
+    """Dropped tokens have no loss, however the model is called."""
+    model, cache = tiny_model(), ComposedCache(pipeline())
+    for run in (model, model.forward):
+        with pytest.raises(KVPruneError, match=r"^labels with a policy that prunes"):
+            run(prompt(1, 20), past_key_values=cache, labels=prompt(1, 20))
+    assert cache.seen == 0
+    # Eviction alone gives the loss of what each token saw.
+    model.forward(prompt(1, 20), past_key_values=ComposedCache([H2O(30, 30)]), labels=prompt(1, 20))
+
+
+def test_forward_of_the_base_model_called_directly():
+    """As through the module."""
+    model: Any = tiny_model()
+    caches = [ComposedCache([H2O(3, 3)]) for _ in range(2)]
+    for ids in prompt(1, 20).split([14, 1, 5], 1):
+        one = model.model(ids, past_key_values=caches[0]).last_hidden_state
+        two = model.model.forward(ids, past_key_values=caches[1]).last_hidden_state
+        assert torch.equal(one, two)
+
+
+def test_the_signature_of_forward_stays():
+    """transformers, pipelines and trainers read off it what a model takes."""
+    import inspect
+
+    model, plain = kvprune.attach(fresh_model()), fresh_model()
+    got, expected = (inspect.signature(m.forward).parameters for m in (model, plain))
+    assert list(got) == list(expected)
+    kvprune.detach(model)
+    assert "forward" not in model.__dict__ and "forward" not in model.base_model.__dict__
+
+
+def test_forward_that_accelerate_wrapped_before_or_after():
+    """Its hooks stay, and detaching leaves them in place."""
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Counts(hooks.ModelHook):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    expected = tiny_model()(prompt(1, 20), past_key_values=ComposedCache(pipeline())).logits
+    for first in ("accelerate", "kvprune"):
+        model, counts = fresh_model(), Counts()
+        if first == "kvprune":
+            kvprune.attach(model)
+        hooks.add_hook_to_module(model, counts)
+        kvprune.attach(model)
+        cache = ComposedCache(pipeline())
+        assert torch.equal(model(prompt(1, 20), past_key_values=cache).logits, expected)
+        kvprune.detach(model)
+        plain = model(prompt(1, 20)).logits
+        assert counts.calls == 2
+        hooks.remove_hook_from_module(model)
+        assert torch.equal(model(prompt(1, 20)).logits, plain) and counts.calls == 2
+
+
+# What an attached model's caches know of it.
+
+
+def test_a_second_attach_sees_layers_that_were_cut():
+    """A forward before it is refused; after it the model is a model of two layers."""
+    model: Any = kvprune.attach(fresh_model())
+    cache = ComposedCache([H2O(4, 4)])
+    model(prompt(1, 12), past_key_values=cache)
+    model.model.layers = model.model.layers[:2]
+    with pytest.raises(KVPruneError, match=r"had 4 decoder layers .* has 2 now.*attach\(model\)"):
+        model(prompt(1, 12), past_key_values=ComposedCache())
+    model.config.num_hidden_layers = 2
+    kvprune.attach(model)
+    short = ComposedCache(pipeline())
+    model.generate(prompt(1, 20), cache=short, max_new_tokens=3)
+    assert len(short) == 2 and short.columns(1).shape[-1] == 12
+    with pytest.raises(KVPruneError, match="belongs to another model"):
+        model(prompt(1, 1), past_key_values=cache)
+    with pytest.raises(KVPruneError, match="layers of 0 to 1"):
+        model(prompt(1, 9), past_key_values=ComposedCache([H2O(4, 4, layers=[3])]))
+
+
+def test_a_second_attach_sees_a_window_that_was_changed():
+    """What layers see is read off the model anew."""
+    model: Any = kvprune.attach(fresh_model("mistral-window"))
+    cache = ComposedCache()
+    model(prompt(1, 40), past_key_values=cache)
+    assert cache.columns(0).shape[-1] == 11
+    model.config.sliding_window = 6
+    kvprune.attach(model)
+    other = ComposedCache()
+    model(prompt(1, 40), past_key_values=other)
+    assert other.columns(0).shape[-1] == 5
+
+
+def test_a_second_attach_of_the_same_model_leaves_its_caches():
+    """As after `set_attn_implementation`; what was found out about weights is forgotten."""
+    model: Any = kvprune.attach(fresh_model())
+    run = Run(model, ComposedCache([H2O(4, 4, positions="cache")])).steps(12, 1)
+    before = model.base_model._kvprune
+    assert before.memory
+    kvprune.attach(model)
+    assert model.base_model._kvprune is before and not before.memory
+    run.steps(1, 3)
+
+
+# A model around one that is attached.
+
+
+def test_drafts_by_a_generate_around_the_attached_model_are_refused():
+    """Only the outer model's generate knows where the prompt ends."""
+    model: Any = fresh_model()
+    kvprune.attach(model.model)
+    cache, ids = ComposedCache([H2O(4, 4)]), prompt(1, 10).repeat(1, 2)
+    with pytest.raises(KVPruneError, match="generate of a model that kvprune is not attached to"):
+        model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=4)
+    assert cache.seen == 0
+    # Without drafts it works, and its end leaves a loop of one's own its drafts.
+    tokens = model.generate(ids, past_key_values=cache, max_new_tokens=4)
+    whole = tiny_model().generate(ids, cache=ComposedCache([H2O(4, 4)]), max_new_tokens=4)
+    assert torch.equal(tokens, whole)
+    cache.activate_past_recording()
+    model(prompt(1, 3), past_key_values=cache)
+    cache.crop(-2)
+    kvprune.attach(model)
+    cache = ComposedCache([H2O(4, 4)])
+    model.generate(ids, cache=cache, prompt_lookup_num_tokens=3, max_new_tokens=4)
+    assert cache.columns(0).shape[-1] == 8
+
+
+@pytest.mark.parametrize("where", ["argument", "config"])
+def test_router_logits_with_pruned_hidden_states_are_refused(where):
+    """The auxiliary loss would be of other tokens in each layer; eviction alone leaves it."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    model: Any = kvprune.attach(fresh_model("mixtral", **sizes))
+    asked = {"output_router_logits": True}
+    if where == "config":
+        model.config.output_router_logits = True
+        asked = {}
+    cache = ComposedCache(pipeline())
+    with pytest.raises(KVPruneError, match=r"^output_router_logits=True with a policy that prunes"):
+        model(prompt(1, 20), past_key_values=cache, **asked)
+    assert cache.seen == 0
+    loss = model(prompt(1, 20), past_key_values=ComposedCache([H2O(3, 3)]), **asked).aux_loss
+    expected = model(prompt(1, 20), output_router_logits=True).aux_loss
+    torch.testing.assert_close(loss, expected)

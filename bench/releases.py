@@ -1,0 +1,131 @@
+"""Runs the core of the tests on other transformers releases, each in an environment of its own.
+
+    python -m bench.releases oldest newest
+    python -m bench.releases all --record
+
+"oldest" is the oldest supported release, "newest" the newest that the package registry has, "all"
+those of `kvprune.releases.TESTED`. `--record` writes what was run to bench/results/releases.json,
+of which `python -m bench.families` makes a table in docs/families.md.
+
+An environment, build/releases/VERSION, holds one transformers release with the packages that this
+release asks for in other versions; it sees everything else in the environment that runs this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import site
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from xml.etree import ElementTree
+
+from kvprune.releases import TESTED
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENTS = ROOT / "build" / "releases"
+RESULTS = ROOT / "bench" / "results" / "releases.json"
+CORE = ("releases", "families", "generate", "decoding", "invariants", "saving", "assisted")
+"""The test files, tests/test_NAME.py, that are run on each release."""
+
+
+def environment(release: str) -> Path:
+    """The Python of an environment with a transformers release; made if it is not there.
+
+    Args:
+        release: a version, or "newest".
+    """
+    folder = ENVIRONMENTS / release
+    python = folder / "bin" / "python"
+    # The newest one of today may be newer than that of an earlier run.
+    if release != "newest" and (folder / "ready").exists():
+        return python
+    venv.create(folder, clear=True, with_pip=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    lines = [f"import site; site.addsitedir({path!r})" for path in site.getsitepackages()]
+    (packages / "seen.pth").write_text("\n".join(lines) + "\n")
+    # The packages of the other environment count as installed. An upgrade goes into this one.
+    wanted = "transformers" if release == "newest" else f"transformers=={release}"
+    pip = ("-m", "pip", "install", "-q", "--disable-pip-version-check", "--upgrade", wanted)
+    subprocess.run([python, *pip], check=True)
+    (folder / "ready").touch()
+    return python
+
+
+def run_core(python: Path, names: tuple[str, ...], workers: int) -> dict[str, dict[str, int]]:
+    """By test file, how many tests passed, failed and were skipped.
+
+    Args:
+        python: of the environment.
+        names: see `CORE`.
+        workers: processes.
+    """
+    report = python.parent.parent / "report.xml"
+    report.unlink(missing_ok=True)
+    files = [f"tests/test_{name}.py" for name in names]
+    options = ("-q", "-n", str(workers), "-p", "no:cacheprovider", f"--junitxml={report}")
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([python, "-m", "pytest", *options, *files], cwd=ROOT, env=env, check=False)
+    if not report.exists():
+        raise SystemExit(f"{python}: pytest ended without a report")
+    found = {name: {"passed": 0, "failed": 0, "skipped": 0} for name in names}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = case.attrib["classname"].split(".")[1].removeprefix("test_")
+        kinds = {part.tag for part in case}
+        outcome = "failed" if kinds & {"failure", "error"} else "passed"
+        found[name]["skipped" if "skipped" in kinds else outcome] += 1
+    return found
+
+
+def version_of(python: Path) -> str:
+    """The transformers release of an environment."""
+    script = "import transformers; print(transformers.__version__)"
+    done = subprocess.run([python, "-c", script], check=True, capture_output=True, text=True)
+    return done.stdout.split()[-1]
+
+
+def table(results: dict[str, dict[str, dict[str, int]]]) -> str:
+    """What was run on each release, for docs/families.md."""
+    lines = [f"| transformers | {' | '.join(CORE)} |", f"| ---: |{' ---: |' * len(CORE)}"]
+    for release, found in sorted(results.items(), key=lambda item: _key(item[0])):
+        cells = [_cell(found[name]) for name in CORE]
+        lines.append(f"| {release} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(counts: dict[str, int]) -> str:
+    failed = f", **{counts['failed']} failed**" if counts["failed"] else ""
+    return f"{counts['passed']:,}{failed}"
+
+
+def _key(release: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in release.split("."))
+
+
+def main() -> int:
+    """Runs what was asked for; not 0 where a test failed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("releases", nargs="+", help='versions, "oldest", "newest" or "all"')
+    parser.add_argument("--record", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    meant = {"oldest": (TESTED[0],), "all": TESTED}
+    asked = [r for name in options.releases for r in meant.get(name, (name,))]
+    results, failed = {}, 0
+    for asked_release in dict.fromkeys(asked):
+        python = environment(asked_release)
+        release = version_of(python)
+        print(f"== transformers {release}", flush=True)
+        results[release] = run_core(python, CORE, options.workers)
+        failed += sum(counts["failed"] for counts in results[release].values())
+    print("\n" + table(results))
+    if options.record:
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
