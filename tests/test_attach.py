@@ -714,7 +714,7 @@ def _without_hooks(model: Any, way: str) -> Any:
     ]
 
 
-@pytest.mark.parametrize("way", ["forward", "compiled"])
+@pytest.mark.parametrize("way", ["forward", pytest.param("compiled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("asked", [8, torch.tensor([3, 20, 29])])
 def test_forward_called_directly_protects_what_is_asked_for(way, asked):
     """Hooks do not run there; the tokens whose logits are asked for are not pruned all the same."""
@@ -801,9 +801,9 @@ def test_a_second_attach_sees_layers_that_were_cut():
         model(prompt(1, 12), past_key_values=ComposedCache())
     model.config.num_hidden_layers = 2
     kvprune.attach(model)
-    short = ComposedCache(pipeline())
+    short = ComposedCache([H2O(4, 4)])
     model.generate(prompt(1, 20), cache=short, max_new_tokens=3)
-    assert len(short) == 2 and short.columns(1).shape[-1] == 12
+    assert len(short) == 2 and short.columns(1).shape[-1] == 8
     with pytest.raises(KVPruneError, match="belongs to another model"):
         model(prompt(1, 1), past_key_values=cache)
     with pytest.raises(KVPruneError, match="layers of 0 to 1"):
@@ -862,7 +862,7 @@ def test_drafts_by_a_generate_around_the_attached_model_are_refused():
 def test_router_logits_with_pruned_hidden_states_are_refused(where):
     """The auxiliary loss would be of other tokens in each layer; eviction alone leaves it."""
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    model: Any = kvprune.attach(fresh_model("mixtral", **sizes))
+    model: Any = kvprune.attach(fresh_model("mixtral", dtype=torch.float32, **sizes))
     asked = {"output_router_logits": True}
     if where == "config":
         model.config.output_router_logits = True
