@@ -50,13 +50,14 @@ def train(
     """Trains heads for a model, which stays as it is, bit for bit.
 
     Can be killed at any moment and called again with the same arguments: it goes on from the last
-    checkpoint in `out`, to the same weights.
+    checkpoint in `out`, to the same weights; what it lacks of the figures is measured then.
 
     Args:
         model: a transformers model with a language-model head, of a family that can be pruned.
         examples: see `read_examples`.
         out: a folder for the heads (`SDTPHeads.from_pretrained(out)`), `training.json` (what was
-            done and measured) and the checkpoint.
+            done and measured; `complete` is false in it while the last figures are missing) and
+            the checkpoint. The heads are there before they are measured.
         options: how.
         policy: the schedule to train for, with the heads to begin with, which stay as they are;
             None for the paper's, with untrained heads that have a low-rank term.
