@@ -188,9 +188,7 @@ def test_killed_while_writing_it_goes_on_to_the_same_heads(
 
 
 @pytest.mark.parametrize("measured", range(6))
-def test_killed_while_measuring_it_measures_what_is_missing(
-    measured, whole, tmp_path, monkeypatch
-):
+def test_killed_while_measuring_it_measures_what_is_missing(measured, whole, tmp_path, monkeypatch):
     """Two examples are held out: three times they are measured, the last time with heads there."""
     trained(tmp_path / "whole")
     expected = json.loads((tmp_path / "whole" / "training.json").read_text())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import shlex
 import shutil
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from kvprune.errors import KVPruneError
 from kvprune.families import base_of, unwrapped
 from kvprune.policy import TokenPolicy
 
+from .command import command_line
 from .executors import Source
 from .executors import executor as executor_of
 from .ledger import FORMAT, Key, Ledger, Outcome, key_of, opened
@@ -234,7 +234,7 @@ def _about(model: Any, worker: Worker, seed: int) -> dict[str, Any]:
         "versions": {package: _version(package) for package in PACKAGES},
         "machine": machine,
         "date": datetime.datetime.now().isoformat(" ", "minutes"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
