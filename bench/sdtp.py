@@ -21,6 +21,7 @@ import argparse
 import hashlib
 import json
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial

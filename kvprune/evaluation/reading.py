@@ -20,6 +20,12 @@ from kvprune.cache import ComposedCache
 from kvprune.families import base_of, takes, unwrapped
 
 
+def longest_of(model: Any) -> int:
+    """The tokens that a model was made for; 0 where it does not say."""
+    config = base_of(unwrapped(model)).config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", 0) or 0
+
+
 def read_prompt(
     model: Any,
     cache: ComposedCache,
