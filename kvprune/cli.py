@@ -133,6 +133,7 @@ def explain_text(
     from .evaluation.assets import demo_model
     from .evaluation.explain import as_page, as_terminal, explain
     from .evaluation.loading import loaded as load
+    from .evaluation.progress import stage
     from .files import check_file, write_text
     from .policies import SDTP, SDTPHeads
 
@@ -144,7 +145,8 @@ def explain_text(
         str(demo_model(report=lambda line: typer.echo(line, err=True))) if model is None else model
     )
     tokenizer, loaded = load(path)
-    explained = explain(attach(loaded), tokenizer, read, [policy])
+    with stage("reading the text"):
+        explained = explain(attach(loaded), tokenizer, read, [policy])
     Console().print(as_terminal(explained))
     if html is not None:
         write_text(html, as_page(explained))
@@ -236,7 +238,7 @@ def compare_policies(
     from .evaluation.assets import demo_model
     from .evaluation.compare import Run, measured
     from .evaluation.plan import Plan
-    from .evaluation.progress import described
+    from .evaluation.progress import described, stage
     from .evaluation.report import write_report
     from .evaluation.tables import show
 
@@ -250,7 +252,8 @@ def compare_policies(
         found = measured(plan, run, out, progress=True)
         # First, so that it is there whatever becomes of the report.
         show(found.rows)
-        write_report(found.results, out)
+        with stage("writing the report"):
+            write_report(found.results, out)
     except KeyboardInterrupt:
         typer.echo(f"stopped; the same command goes on with what is in {out}", err=True)
         raise typer.Exit(130) from None

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from rich.console import Console
 
 from kvprune import KVPruneError
 from kvprune.cli import main
+from kvprune.evaluation import progress
 from kvprune.files import check_file, check_folder
 from kvprune.policies import SDTPHeads
 from kvprune.policies.sdtp import trainer, training
@@ -171,3 +173,32 @@ def test_reading_says_how_far_it_is(folder, tmp_path):
     command = [*STOP, "--model", folder / "model", "--data", folder / "texts.jsonl"]
     done = run(*command, "--out", tmp_path)
     assert "reading: 9 records" in done.stderr.replace("\r", "\n")
+
+
+def test_each_part_of_a_comparison_is_said(folder, tmp_path, monkeypatch):
+    """Some take as long as the cells, and come before the bar, or after it."""
+    lines = [{"context": "a " * 20, "question": "b", "answer": "a"}] * 2
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = ["--policies", "h2o", "--budgets", 0.5, "--context", 200, "--samples", 2]
+    options += ["--tasks", tmp_path / "own.jsonl", "--model", folder / "model"]
+    done = run("compare", *options, "--out", tmp_path / "out")
+    assert done.exit_code == 0
+    said = done.stderr.splitlines()
+    parts = ["reading the model's weights", "drawing the samples", "6/6", "writing the report"]
+    found = [[line for line in said if part in line] for part in parts]
+    assert all(found) and [said.index(one[0]) for one in found] == sorted(
+        said.index(one[0]) for one in found
+    )
+
+
+def test_a_stage_is_shown_as_it_is_spelled(monkeypatch, capsys):
+    """It turns while it lasts; a bracket in it is no markup."""
+    monkeypatch.setattr(
+        progress, "_stderr", lambda: Console(stderr=True, force_terminal=True, width=80)
+    )
+    with progress.stage("a [b] c"):
+        pass
+    assert "a [b] c" in capsys.readouterr().err
+    with progress.stage("silent", wanted=False):
+        pass
+    assert capsys.readouterr() == ("", "")
