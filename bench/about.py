@@ -13,13 +13,14 @@ from typing import Any
 import torch
 import transformers
 
+from kvprune.evaluation.command import command_line, without_places
 from kvprune.files import write_text
 
 
 def about(model: Any) -> dict[str, Any]:
     """The versions and the machine that give a result, and the command that asked for it."""
     said = {
-        "command": " ".join(sys.argv),
+        "command": command(),
         "kvprune": version("kvprune"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -30,6 +31,14 @@ def about(model: Any) -> dict[str, Any]:
     }
     on_gpu = model.device.type == "cuda"
     return said | ({"device": torch.cuda.get_device_name(model.device)} if on_gpu else {})
+
+
+def command() -> str:
+    """The command that is run, as `python -m bench.saved --out saved.json`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = Path(sys.argv[0]).name if spec is None else spec.name.removesuffix(".__main__")
+    program = [name] if spec is None else ["python", "-m", name]
+    return command_line([*program, *sys.argv[1:]])
 
 
 def processor() -> str:
@@ -45,5 +54,6 @@ def processor() -> str:
 def write(out: Path, args: argparse.Namespace, model: Any, rows: Any) -> None:
     """Writes rows as JSON, with the command, the versions and the machine that gave them."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    said = about(model) | {"arguments": {k: str(v) for k, v in vars(args).items()}}
+    given = {name: without_places(str(value)) for name, value in vars(args).items()}
+    said = about(model) | {"arguments": given}
     write_text(out, json.dumps({"about": said, "rows": rows}, indent=1) + "\n")

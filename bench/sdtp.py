@@ -39,6 +39,7 @@ from kvprune.evaluation.assets import demo_model
 from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
 from kvprune.policies.sdtp import saliency
 
+from .about import command
 from .baselines import GivenScores, HiddenNorm, LastQueryAttention, Newest, scheduled
 from .items import LENGTHS, QUESTIONS, Item, Items
 from .summary import results, summary
@@ -221,7 +222,7 @@ def main() -> None:
         count = asked.questions if task in QUESTIONS else asked.needles
         bench.run(task, count, asked.split, lines, asked.rows, asked.oracles)
     report = {
-        "command": " ".join(sys.argv),
+        "command": command(),
         "dtype": asked.dtype,
         "machine": platform.processor() or platform.machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

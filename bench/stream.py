@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 
 import kvprune
 from kvprune.evaluation.assets import demo_model
+from kvprune.evaluation.command import command_line
 from kvprune.policies import H2O, StreamingLLM
 
 SLOTS, CHUNK, SINKS = 1024, 64, 4
@@ -149,7 +150,7 @@ def _run(model: Any, ids: torch.Tensor, method: str, options: Any, found: dict[s
 
 def _about(options: Any) -> dict[str, Any]:
     return {
-        "command": " ".join(sys.argv[1:]),
+        "command": command_line(sys.argv[1:]),
         "slots": SLOTS,
         "chunk": CHUNK,
         "sinks": SINKS,

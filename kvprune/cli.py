@@ -73,9 +73,12 @@ def train_sdtp(
 ) -> None:
     """Trains SDTP's heads for a model. Stopped, it goes on where it was when called again."""
     from .evaluation.loading import loaded as load
+    from .files import check_folder
     from .policies import SDTP
     from .policies.sdtp import Training, read_examples, train, untrained
+    from .policies.sdtp.training import standing
 
+    check_folder(out)
     options = Training(
         marking_epochs=marking_epochs,
         pruning_epochs=pruning_epochs,
@@ -92,20 +95,27 @@ def train_sdtp(
         mixed_precision=mixed_precision,
         seed=seed,
     )
-    tokenizer, loaded = load(model, dtype)
-    examples = read_examples(data, tokenizer, tokens, completion, limit=limit)
-    apart = None if held_out is None else read_examples(held_out, tokenizer, tokens, completion)
-    heads = untrained(loaded, seed, keep=keep, stages=stages, query_heads=query_heads)
-    train(
-        loaded,
-        examples,
-        out,
-        options,
-        SDTP(heads),
-        held_out=apart,
-        keep_hidden=keep_hidden,
-        note={"model_name": model, "data": data, "held_out_data": held_out},
-    )
+    try:
+        tokenizer, loaded = load(model, dtype)
+        lengths = tokens, completion
+        examples = read_examples(data, tokenizer, *lengths, limit=limit, progress=True)
+        apart = None
+        if held_out is not None:
+            apart = read_examples(held_out, tokenizer, *lengths, progress=True)
+        heads = untrained(loaded, seed, keep=keep, stages=stages, query_heads=query_heads)
+        train(
+            loaded,
+            examples,
+            out,
+            options,
+            SDTP(heads),
+            held_out=apart,
+            keep_hidden=keep_hidden,
+            note={"model_name": model, "data": data, "held_out_data": held_out},
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; {standing(out)}", err=True)
+        raise typer.Exit(130) from None
     typer.echo(f"{out}: pass them as SDTP(SDTPHeads.from_pretrained({str(out)!r}))")
 
 
@@ -123,15 +133,20 @@ def explain_text(
     from .evaluation.assets import demo_model
     from .evaluation.explain import as_page, as_terminal, explain
     from .evaluation.loading import loaded as load
-    from .files import write_text
+    from .evaluation.progress import stage
+    from .files import check_file, write_text
     from .policies import SDTP, SDTPHeads
 
+    read = _text(text)
+    if html is not None:
+        check_file(html)
     policy = SDTP(None if heads is None else SDTPHeads.from_pretrained(heads).float())
     path = (
         str(demo_model(report=lambda line: typer.echo(line, err=True))) if model is None else model
     )
     tokenizer, loaded = load(path)
-    explained = explain(attach(loaded), tokenizer, _text(text), [policy])
+    with stage("reading the text"):
+        explained = explain(attach(loaded), tokenizer, read, [policy])
     Console().print(as_terminal(explained))
     if html is not None:
         write_text(html, as_page(explained))
@@ -143,6 +158,9 @@ def _text(given: str) -> str:
     Raises:
         KVPruneError: not a text, or what can only be meant as a file and is none.
     """
+    # As a path it would be the current folder.
+    if not given:
+        raise KVPruneError("explain: expected a text of at least one token, got an empty one")
     try:
         path = Path(given)
         if path.is_file():
@@ -150,7 +168,7 @@ def _text(given: str) -> str:
         missing = path.suffix in (".txt", ".md") and not any(c.isspace() for c in given)
         given.encode()
     except UnicodeError as error:
-        raise KVPruneError(f"explain: expected a text in UTF-8, came {error}") from error
+        raise KVPruneError(f"explain: expected a text in UTF-8, got {error}") from error
     except (OSError, ValueError):
         # Too long for the name of a file.
         return given
@@ -171,13 +189,17 @@ class _Several(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Puts the option's name before each further value."""
         several = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
-        return super().parse_args(ctx, _repeated(args, several))
+        names = {name for p in self.params for name in p.opts}
+        return super().parse_args(ctx, _repeated(args, several, names))
 
 
-def _repeated(args: list[str], several: Collection[str]) -> list[str]:
+def _repeated(args: list[str], several: Collection[str], names: Collection[str]) -> list[str]:
     spelled, option, has_value = list[str](), None, False
     for arg in args:
         name, equals, _ = arg.partition("=")
+        # It would be taken for the value.
+        if option and not has_value and name in names:
+            raise KVPruneError(f"{option}: expected at least one value, got {name} right behind it")
         if arg.startswith("-"):
             option, has_value = name if name in several else None, bool(equals)
         else:
@@ -216,7 +238,7 @@ def compare_policies(
     from .evaluation.assets import demo_model
     from .evaluation.compare import Run, measured
     from .evaluation.plan import Plan
-    from .evaluation.progress import described
+    from .evaluation.progress import described, stage
     from .evaluation.report import write_report
     from .evaluation.tables import show
 
@@ -230,7 +252,8 @@ def compare_policies(
         found = measured(plan, run, out, progress=True)
         # First, so that it is there whatever becomes of the report.
         show(found.rows)
-        write_report(found.results, out)
+        with stage("writing the report"):
+            write_report(found.results, out)
     except KeyboardInterrupt:
         typer.echo(f"stopped; the same command goes on with what is in {out}", err=True)
         raise typer.Exit(130) from None

@@ -42,6 +42,40 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
+def check_folder(folder: Path) -> None:
+    """Refuses a folder in which nothing can be written; makes none.
+
+    Called before work that takes long, so that it is not done in vain.
+
+    Raises:
+        KVPruneError: it is no folder, or cannot be written, or cannot be made.
+    """
+    place = folder.absolute()
+    try:
+        there = next(path for path in (place, *place.parents) if path.exists())
+        why = "cannot be written" if there.is_dir() else "is a file"
+        fine = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    # A name that is too long, or that no path can have.
+    except (OSError, ValueError) as error:
+        there, why, fine = folder, f"is no path ({error})", False
+    if not fine:
+        raise KVPruneError(
+            f"{folder}: expected a folder that can be written, but {there} {why}. Name another"
+        )
+
+
+def check_file(path: Path) -> None:
+    """Refuses the path of a file that could not be written; writes none.
+
+    Raises:
+        KVPruneError: it is a folder, or its own folder is missing or cannot be written.
+    """
+    check_folder(path.parent)
+    if path.is_dir() or not path.parent.is_dir():
+        why = "this is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise KVPruneError(f"{path}: expected a file in a folder that is there, but {why}")
+
+
 def _reach_the_disk(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())

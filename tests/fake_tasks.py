@@ -6,7 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ import torch
 from kvprune import KVPruneError
 from kvprune.evaluation.tasks.base import Reader, Sample, Score, Task
 from kvprune.policies import H2O
-from kvprune.policy import Ranking, SlotView
+from kvprune.policy import Budget, Ranking, SlotView, TokenPolicy
 
 from .models import fresh_model
 from .test_explain import SIZE, bytes_tokenizer
@@ -88,10 +88,27 @@ class Failing(H2O):
     """A policy with a mistake that comes up in the third sample's prompt."""
 
     def rank_slots(self, slots: SlotView) -> Ranking:
-        """Not where a prompt is a multiple of three."""
-        if FAILING["now"] and int(slots.prompt_length.max()) % 3 == 0:
+        """Not where a prompt, with its last token, is a multiple of three."""
+        if FAILING["now"] and (int(slots.prompt_length.max()) + 1) % 3 == 0:
             raise RuntimeError("a mistake")
         return super().rank_slots(slots)
+
+
+@dataclass(frozen=True, repr=False)
+class AtTheEnd(TokenPolicy):
+    """Evicts where a prompt ends, and never again: the newest stay, and all that come later."""
+
+    budget: int | float = 5
+
+    def with_budget(self, share: float) -> AtTheEnd:
+        """The share is the budget."""
+        return replace(self, budget=share)
+
+    def rank_slots(self, slots: SlotView) -> Ranking:
+        """In a row whose prompt is not complete, or was so before, everything stays."""
+        at_end = slots.first + slots.prompt_length == slots.seen
+        budget = torch.where(at_end, Budget(self.budget).of(slots.prompt_length), slots.seen)
+        return Ranking(slots.columns.double(), torch.zeros_like(slots.valid), budget)
 
 
 def saved_model(folder: Path, seed: int = 0) -> Path:

@@ -19,7 +19,7 @@ from torch import nn
 
 from kvprune import KVPruneError
 from kvprune.evaluation.identity import code_digest, model_digest
-from kvprune.evaluation.ledger import NAME, read
+from kvprune.evaluation.ledger import FORMAT, NAME, read
 from kvprune.evaluation.plan import Plan, digest_of
 from kvprune.evaluation.report.summary import labels, tables
 from kvprune.evaluation.rows import rows_of
@@ -293,9 +293,9 @@ def test_a_file_that_was_deleted_meanwhile(folder, tmp_path):
 def test_files_of_another_format_are_refused(whole, tmp_path):
     """What they say means something else."""
     found = lines(whole)
-    found[0]["format"] = 1
+    found[0]["format"] = FORMAT - 1
     (tmp_path / NAME).write_text("".join(json.dumps(line) + "\n" for line in found))
-    with pytest.raises(KVPruneError, match=r"jsonl: expected results of format 2, came 1"):
+    with pytest.raises(KVPruneError, match=r"jsonl: expected results of format 3, came 2"):
         read(tmp_path)
 
 

@@ -14,6 +14,7 @@ from kvprune.evaluation.likelihood import read
 from kvprune.evaluation.watch import Watch
 from kvprune.policies import H2O, StreamingLLM
 
+from .fake_tasks import AtTheEnd
 from .family_models import attached_family
 from .models import LAYERS, plain_model, prompt, tiny_model
 from .strategies import sdtp_pruner
@@ -21,26 +22,35 @@ from .strategies import sdtp_pruner
 SETS = {
     "dense": [],
     "h2o": [H2O(heavy=0.2, recent=0.2)],
+    # 2.5 of 10 is 3 slots, 2.25 of 9 is 2: a share of the whole prompt would not do.
+    "streaming": [StreamingLLM(sinks=1, window=0.25)],
+    "at-the-end": [AtTheEnd(4)],
+    "at-the-end-share": [AtTheEnd(0.25)],
     "streaming-inside": [StreamingLLM(sinks=1, window=5, positions="cache")],
     "sdtp": [sdtp_pruner(0.5)],
     "sdtp+h2o": [sdtp_pruner(0.5), H2O(heavy=3, recent=3)],
 }
-LENGTHS = (19, 30, 1, 12)
+LENGTHS = (19, 30, 1, 10)
 CONTEXTS = [prompt(1, n, seed=n)[0].tolist() for n in LENGTHS]
 TEXTS = [prompt(1, n, seed=50 + n)[0].tolist() for n in (3, 1, 6, 4)]
 EXACT = {"rel": 1e-9, "abs": 1e-9}
 
 
 def by_hand(policies, context, text):
-    """Log-likelihood and greediness, as decoding reads tokens, the context's last one included."""
-    cache, model = ComposedCache(policies), tiny_model()
+    """Log-likelihood and greediness: the prompt is all but the context's last token.
+
+    That one and the text's are read as decoding reads tokens. `generate` reads the prompt, as a
+    prompt of one token is none elsewhere.
+    """
+    cache, model, logits = ComposedCache(policies), tiny_model(), list[torch.Tensor]()
+    lead, rest = context[:-1], [*context[-1:], *text[:-1]]
+    if not lead:
+        lead, rest = context, text[:-1]
     options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
-    if len(context) > 1:
-        options["prefill_chunk_size"] = len(context) - 1
-    first = model.generate(torch.tensor([context]), cache=cache, **options).logits[0]
-    logits = [first[0]]
+    first = model.generate(torch.tensor([lead]), cache=cache, **options).logits[0][0]
+    logits += [] if len(context) > 1 else [first]
     with torch.no_grad():
-        for token in text[:-1]:
+        for token in rest:
             logits.append(model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1])
     rows = torch.stack(logits).to(torch.float64)
     likely = rows.log_softmax(-1)[range(len(text)), text].sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from kvprune.evaluation.reader import CacheReader, Reading, own_prefill_flops
 from kvprune.evaluation.reading import read_lead, read_prompt
 from kvprune.policies import H2O, SDTP, StreamingLLM
 
+from .fake_tasks import AtTheEnd
 from .family_models import attached_family
 from .models import LAYERS, prompt, tiny_model
 from .strategies import pipelines, sdtp_pruner
@@ -164,6 +166,36 @@ def test_costs_are_those_of_the_cache():
         assert held.bytes_held < 39 * (LAYERS * 2 * 2 * 8 * 8 + 16)
     # No hook stays behind.
     assert all(len(m._forward_pre_hooks) == 1 for m in model.model.layers)
+
+
+@pytest.mark.parametrize("budget", [5, 0.25])
+def test_what_evicts_at_a_prompts_end_is_shown_with_what_it_holds(budget):
+    """Not with the bytes of the whole prompt: its end is behind all but the last token."""
+    model, ids = tiny_model(), prompt(1, 23)
+    evicted = kvprune.ComposedCache([AtTheEnd(budget)])
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=evicted)
+    slots = evicted.columns(0).shape[-1]
+    # 5.5 of 22 tokens are 6.
+    assert slots == (5 if budget == 5 else 6)
+    asked = reader([AtTheEnd(budget)], ids)
+    asked.generate(3)
+    cost, dense = (r.cost(Flops.measured(model), 0.0) for r in (asked, reader([], ids)))
+    assert cost.bytes_held == evicted.nbytes < dense.bytes_held / 3
+    assert cost.kept == (slots + 1.0,) * LAYERS
+
+
+@given(st.integers(1, 60), st.integers(1, 1000))
+@settings(max_examples=60)
+def test_a_share_is_of_all_but_the_last_token(length, thousandths):
+    """Of the whole prompt it would be the same, or one slot more."""
+    share = thousandths / 1000
+    asked = reader([StreamingLLM(0, share)], prompt(1, length))
+    kept = asked.cost(Flops.measured(tiny_model()), 0.0).kept[0]
+    lead = max(length - 1, 1)
+    assert kept == min(max(int(Decimal(thousandths * lead) / 1000 + Decimal("0.5")), 1), length)
+    whole = max(int(Decimal(thousandths * length) / 1000 + Decimal("0.5")), 1)
+    assert whole - kept in (0, 1)
 
 
 def test_kept_is_the_mean_over_heads():

@@ -159,7 +159,8 @@ def test_killed_in_a_step_it_goes_on_to_the_same_heads(steps, every, whole, tmp_
         patch.setattr(torch.optim.AdamW, "step", _bomb(steps, torch.optim.AdamW.step))
         with pytest.raises(Killed):
             trained(tmp_path, checkpoint_every=every)
-    assert (tmp_path / CHECKPOINT).exists() == (steps >= every)
+    # There is one before each measurement, too: after every second step.
+    assert (tmp_path / CHECKPOINT).exists() == (steps >= min(every, 2))
     assert not (tmp_path / "model.safetensors").exists()
     heads = trained(tmp_path, checkpoint_every=every)
     assert equal(heads, whole)
@@ -184,6 +185,58 @@ def test_killed_while_writing_it_goes_on_to_the_same_heads(
         with pytest.raises(Killed):
             trained(tmp_path)
     assert equal(trained(tmp_path), whole)
+
+
+@pytest.mark.parametrize("measured", range(6))
+def test_killed_while_measuring_it_measures_what_is_missing(measured, whole, tmp_path, monkeypatch):
+    """Two examples are held out: three times they are measured, the last time with heads there."""
+    trained(tmp_path / "whole")
+    expected = json.loads((tmp_path / "whole" / "training.json").read_text())
+    agreement = trainer.Trainer._agreement
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_agreement", _bomb(measured, agreement))
+        with pytest.raises(Killed):
+            trained(tmp_path)
+    written = (tmp_path / "model.safetensors").exists()
+    assert written == (measured >= 4)
+    if written:
+        assert equal(SDTPHeads.from_pretrained(tmp_path), whole)
+        account = json.loads((tmp_path / "training.json").read_text())
+        assert account == {**expected, "complete": False, "metrics": expected["metrics"][:2]}
+    steps, step = list[int](), torch.optim.AdamW.step
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", lambda *a: (steps.append(1), step(*a))[1])
+        heads = trained(tmp_path)
+    # No step is trained again, though checkpoints are rare.
+    assert len(steps) == {0: 4, 1: 2, 2: 0}[measured // 2]
+    assert equal(heads, whole) and equal(SDTPHeads.from_pretrained(tmp_path), whole)
+    assert json.loads((tmp_path / "training.json").read_text()) == expected
+    assert expected["complete"] is True
+
+
+def test_a_bar_is_there_to_the_very_end(tmp_path, capsys, monkeypatch):
+    """Also while the last figures are measured, with what is already written."""
+    shown = list[str]()
+    agreement = trainer.Trainer._agreement
+
+    def slow(self: Any, mark: Any) -> Any:
+        shown.append(capsys.readouterr().err)
+        return agreement(self, mark)
+
+    class Eager(trainer.tqdm):
+        """Draws every step, however soon it comes."""
+
+        def __init__(self, *given: Any, **more: Any) -> None:
+            super().__init__(*given, mininterval=0, miniters=1, **more)
+
+    monkeypatch.setattr(trainer.Trainer, "_agreement", slow)
+    monkeypatch.setattr(trainer, "tqdm", Eager)
+    model = model_of()
+    train(model, EXAMPLES, tmp_path, Training(**BRIEF), policy_of(model))
+    assert len(shown) == 6 and all("measuring" in text for text in shown)
+    assert "50%" in shown[-1] and "1/2" in shown[-1]
+    assert f"{tmp_path}: the heads are written; measuring them" in shown[4]
+    assert not any("the heads are written" in text for text in shown[:4])
 
 
 def test_killed_again_and_again(whole, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from kvprune.evaluation.sharing import grouped
 from kvprune.evaluation.worker import Job
 from kvprune.policies import H2O, StreamingLLM
 
+from . import fake_tasks
 from .fake_tasks import FAILING as FAILS
 from .fake_tasks import Echo, Likely, saved_model
 from .family_models import attached_family
@@ -176,7 +177,8 @@ def specs(tmp_path: Path) -> list[str]:
     inside = "streaming(positions='cache')"
     partly = "h2o(layers=[1])"
     pruned = [sdtp, f"{sdtp}+h2o", f"{sdtp}+streaming"]
-    return ["h2o", "streaming", *pruned, "h2o|streaming", inside, partly]
+    at_the_end = f"{fake_tasks.__name__}:AtTheEnd()"
+    return ["h2o", "streaming", *pruned, "h2o|streaming", inside, partly, at_the_end]
 
 
 @pytest.mark.parametrize("task", [Echo(), Likely()], ids=["echo", "likely"])
@@ -188,7 +190,7 @@ def test_results_are_those_of_cells_alone(folder, tmp_path, task):
     for results in found.values():
         assert not results.failures
     plain = {how: {untimed(r) for r in results.samples} for how, results in found.items()}
-    assert plain["local"] == plain["shared"] and len(plain["local"]) == 2 * 4 * 17
+    assert plain["local"] == plain["shared"] and len(plain["local"]) == 2 * 4 * 19
     assert found["local"].traces == found["shared"].traces
     timed = {r.sample for r in found["shared"].samples if r.cell.label == "h2o" and seconds(r)}
     assert timed == {0}
@@ -260,7 +262,7 @@ def test_a_cell_that_fails_stops_no_other(folder, tmp_path, monkeypatch):
     assert counts == {"dense": 4, "no context": 4, "h2o": 4, FAILING: counts[FAILING]}
     assert counts[FAILING] < 4
     # In its first sample, which is read alone: then it is not tried with the others either.
-    found = small(folder, **options, contexts=[21])
+    found = small(folder, **options, contexts=[24])
     assert {row["label"]: row["samples"] for row in found.rows}[FAILING] == 0
     assert len(found.failures) == 1
     monkeypatch.setattr("kvprune.evaluation.sharing._lead", lambda *_: 1 / 0)

@@ -17,6 +17,7 @@ from typing import Any
 
 from bench.command import run
 from kvprune.evaluation.assets import demo_model
+from kvprune.evaluation.command import command_line
 from kvprune.files import write_text
 
 from . import jobs, table
@@ -96,7 +97,10 @@ def measure(asked: argparse.Namespace) -> None:
     files = [str(path) for path in (model, prompts_file, out)]
     _run_all([job for job in todo if not _done(job, prompts, found)], pythons, files)
     for task in asked.tasks:
-        said = {"command": " ".join(sys.argv[1:]), **merged(jobs.read(out), todo, prompts, task)}
+        said = {
+            "command": command_line(sys.argv[1:]),
+            **merged(jobs.read(out), todo, prompts, task),
+        }
         asked.results.mkdir(parents=True, exist_ok=True)
         write_text(asked.results / f"peers-{task}.json", json.dumps(said, indent=1) + "\n")
     table.write(asked.results, asked.table)

@@ -134,7 +134,13 @@ def ruler_data(name: str, report: Report | None = None) -> Any:
         return json.loads(archive.read(RULER_FOLDER + name))
 
 
-def article_question(article: int, question: int, tokenizer: Tokenizer, tokens: int) -> Question:
+def article_question(
+    article: int,
+    question: int,
+    tokenizer: Tokenizer,
+    tokens: int,
+    report: Report | None = None,
+) -> Question:
     """Return the answerable question number `question` of a SQuAD article, with context.
 
     Both count from 0 in file order. The context is whole consecutive paragraphs, together
@@ -144,7 +150,7 @@ def article_question(article: int, question: int, tokenizer: Tokenizer, tokens: 
     Raises:
         KVPruneError: no such article or question, or no such context; or as `ruler_data`.
     """
-    entry = _pick(ruler_data("squad.json")["data"], article, "article")
+    entry = _pick(ruler_data("squad.json", report)["data"], article, "article")
     title = entry["title"].replace("_", " ")
     asked = [
         (paragraph["context"], item)

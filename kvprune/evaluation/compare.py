@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import shlex
 import shutil
 import sys
 import tempfile
@@ -28,12 +27,13 @@ from kvprune.errors import KVPruneError
 from kvprune.families import base_of, unwrapped
 from kvprune.policy import TokenPolicy
 
+from .command import command_line
 from .executors import Source
 from .executors import executor as executor_of
 from .ledger import FORMAT, Key, Ledger, Outcome, key_of, opened
 from .loading import loaded
 from .plan import Drawn, Plan, check_device, digest_of
-from .progress import Watch
+from .progress import Watch, stage
 from .results import Cell, Failure, Results
 from .rows import rows_of
 from .tasks.base import Sample, Task
@@ -122,7 +122,8 @@ def compare(
     if keep is not None:
         from .report import write_report
 
-        write_report(found.results, keep)
+        with stage("writing the report", progress):
+            write_report(found.results, keep)
     return found
 
 
@@ -162,7 +163,10 @@ def measured(plan: Plan, run: Run, keep: Path | None = None, progress: bool = Fa
             check_folder(keep)
         ledger = stack.enter_context(opened(folder))
         worker = stack.enter_context(_worker(run))
-        jobs = _prepared(plan, ledger, worker, _about(run.model, worker, plan.seed))
+        with stage("reading the model's weights, to tell them from others", progress):
+            about = _about(run.model, worker, plan.seed)
+        with stage("drawing the samples", progress):
+            jobs = _prepared(plan, ledger, worker, about)
         watch = stack.enter_context(Watch.shown(jobs, progress))
         _run(ledger, execute(jobs, worker, run.source), jobs, watch)
         asked = frozenset(key_of(cell) for cell, _ in plan.cells())
@@ -234,7 +238,7 @@ def _about(model: Any, worker: Worker, seed: int) -> dict[str, Any]:
         "versions": {package: _version(package) for package in PACKAGES},
         "machine": machine,
         "date": datetime.datetime.now().isoformat(" ", "minutes"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 

@@ -23,7 +23,14 @@ from transformers import (
 import kvprune
 from kvprune.policies import H2O, SDTP, StreamingLLM
 
-from .assets import DEMO_ARTICLE, DEMO_LEAD, DEMO_QUESTION, article_question, demo_model
+from .assets import (
+    DEMO_ARTICLE,
+    DEMO_LEAD,
+    DEMO_QUESTION,
+    Report,
+    article_question,
+    demo_model,
+)
 
 CONTEXT_TOKENS = 2000
 NEW_TOKENS = 32
@@ -102,10 +109,14 @@ def run_demo(console: Console | None = None) -> list[Outcome]:
     if console is None:
         console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     torch.set_num_threads(min(torch.get_num_threads(), 2))
-    path = demo_model(report=lambda line: console.print(f"[dim]{line}[/dim]"))
+
+    def report(line: str) -> None:
+        console.print(f"[dim]{line}[/dim]")
+
+    path = demo_model(report)
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
     model: Any = kvprune.attach(AutoModelForCausalLM.from_pretrained(path))
-    inputs = _prompt(tokenizer, console)
+    inputs = _prompt(tokenizer, console, report)
     with Progress(console=console, transient=True) as progress:
         demo = _Demo(model, tokenizer, inputs, progress)
         # Once without taking the time: the first run of a process is slower.
@@ -127,8 +138,8 @@ def _rows() -> list[tuple[str, list[kvprune.TokenPolicy]]]:
     ]
 
 
-def _prompt(tokenizer: Any, console: Console) -> dict[str, torch.Tensor]:
-    asked = article_question(DEMO_ARTICLE, DEMO_QUESTION, tokenizer, CONTEXT_TOKENS)
+def _prompt(tokenizer: Any, console: Console, report: Report) -> dict[str, torch.Tensor]:
+    asked = article_question(DEMO_ARTICLE, DEMO_QUESTION, tokenizer, CONTEXT_TOKENS, report)
     message = [{"role": "user", "content": f"{asked.context}\n\n{asked.question}"}]
     text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(text + DEMO_LEAD, add_special_tokens=False, return_tensors="pt")

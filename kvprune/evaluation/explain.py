@@ -16,7 +16,7 @@ from kvprune.devices import device_of
 from kvprune.errors import KVPruneError
 from kvprune.policy import TokenPolicy
 
-from .reading import read_prompt
+from .reading import longest_of, read_prompt
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,21 @@ def explain(model: Any, tokenizer: Any, text: str, policies: Sequence[TokenPolic
         policies: as for `ComposedCache`.
 
     Raises:
-        KVPruneError: no text, a slow tokenizer, or policies that do not work on the model.
+        KVPruneError: no text, one that is longer than what the model was made for, a slow
+            tokenizer, or policies that do not work on the model.
     """
     if not tokenizer.is_fast:
         raise KVPruneError("explain: expected a fast tokenizer, which knows where tokens begin")
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]
     if not ids:
-        raise KVPruneError("explain: expected a text of at least one token, came an empty one")
+        raise KVPruneError("explain: expected a text of at least one token, got an empty one")
+    longest = longest_of(model)
+    if longest and len(ids) > longest:
+        raise KVPruneError(
+            f"explain: expected a text of at most the {longest} tokens that the model was made "
+            f"for, got {len(ids)}. Give a part of the text"
+        )
     cache = ComposedCache(policies)
     read_prompt(model, cache, torch.tensor([ids], device=device_of(model)))
     held = torch.zeros(len(ids), dtype=torch.long)

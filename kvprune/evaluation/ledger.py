@@ -28,7 +28,9 @@ NAME = "results.jsonl"
 LOCK = ".results.lock"
 IDENTITY = ("format", "digest", "seed", "dtype", "device", "versions")
 """What all results of one file have in common."""
-FORMAT = 2
+FORMAT = 3
+"""2: a share of the prompt was one of the whole prompt, its last token included; a policy that
+evicts where a prompt ends had evicted nothing when its bytes were counted."""
 _BEGIN = b'{"kind": "'
 
 Outcome = SampleResult | Failure | Trace

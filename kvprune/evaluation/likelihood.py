@@ -89,8 +89,8 @@ def read(
         model: attached.
         cache: an empty one.
         contexts: B lists of token ids, none empty.
-        prompt_lengths: B, in tokens: what a budget given as a share is a share of; the contexts'
-            own where None.
+        prompt_lengths: B, in tokens: what a budget given as a share is a share of; where None,
+            those of the contexts without their last tokens.
 
     Raises:
         KVPruneError: a policy cannot work on the model.

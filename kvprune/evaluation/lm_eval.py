@@ -115,8 +115,9 @@ class KVPruneLM(HFLM):
         questions: dict[tuple[tuple[int, ...], int], _Question] = {}
         for number, (_, context, continuation) in enumerate(requests):
             cut = self._cut(context, continuation)
-            # Behind nothing but a start token, the text itself is what a share is a share of.
-            length = len(cut) if len(cut) > 1 else 1 + len(continuation)
+            # A context's last token is no part of its prompt (see `reading`). Behind nothing but a
+            # start token, the text itself is what a share is a share of.
+            length = len(cut) - 1 if len(cut) > 1 else 1 + len(continuation)
             question = questions.setdefault((cut, length), _Question(cut, length))
             question.numbers.append(number)
             question.continuations.append(continuation)

@@ -18,6 +18,7 @@ from kvprune.families import base_of, unwrapped
 from kvprune.policy import TokenPolicy
 
 from .identity import code_digest, weights_digest
+from .reading import longest_of
 from .results import Cell
 from .specs import DENSE, canonical, parse
 from .tasks.base import Sample, Task
@@ -98,7 +99,7 @@ class Plan:
             KVPruneError: a context longer than the model's, or a policy that cannot work on it.
         """
         base: Any = base_of(unwrapped(model))
-        longest = _longest(base)
+        longest = longest_of(model)
         for context in self.contexts:
             if longest and context > longest:
                 raise KVPruneError(
@@ -113,7 +114,7 @@ class Plan:
         Raises:
             KVPruneError: a prompt and what may follow it are longer.
         """
-        longest, tasks = _longest(base_of(unwrapped(model))), {t.name: t for t in self.found}
+        longest, tasks = longest_of(model), {t.name: t for t in self.found}
         for (name, context), samples in drawn.items():
             for sample in samples:
                 following = tasks[name].following(sample, tokenizer)
@@ -143,12 +144,6 @@ class Plan:
             for context in self.contexts:
                 for line in self.lines:
                     yield Cell(line.policy, line.label, line.budget, task.name, context), task
-
-
-def _longest(base: Any) -> int:
-    """The tokens that a model was made for; 0 where it does not say."""
-    config = base.config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", 0) or 0
 
 
 def digest_of(sample: Sample, unit: str) -> str:

@@ -1,4 +1,4 @@
-"""How far a comparison is, on stderr."""
+"""How far a comparison, or another command, is, on stderr."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TaskID,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -51,6 +53,28 @@ class Watch:
             self.progress.console.print(said, markup=False, highlight=False, style="red")
         if isinstance(outcome, SampleResult):
             self.progress.update(self.bar, advance=1, description=described(outcome.cell))
+
+
+@contextmanager
+def stage(what: str, wanted: bool = True) -> Iterator[None]:
+    """Says on stderr what is being done, and for how long, while the context is open.
+
+    For work of which nobody knows how much is left. In a terminal nothing stays behind; elsewhere,
+    as in a file, it is one line.
+    """
+    console = _stderr()
+    if not wanted:
+        yield
+        return
+    if not console.is_terminal:
+        console.print(what, markup=False, highlight=False)
+        yield
+        return
+    said = TextColumn("{task.description}", markup=False)
+    columns = (SpinnerColumn(), said, TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield
 
 
 def _stderr() -> Console:

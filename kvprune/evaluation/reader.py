@@ -91,7 +91,7 @@ class CacheReader:
         """Up to so many greedy tokens behind the prompt, as text; ends at eos.
 
         They are those of `model.generate(cache=..., do_sample=False)` with `prefill_chunk_size` one
-        less than the prompt's tokens.
+        less than the prompt's tokens, but that a share of the prompt is then one of all its tokens.
         """
         self._ask()
         ends, found = _eos(self._model, self._tokenizer), list[int]()

@@ -1,8 +1,9 @@
-"""A prompt read in two forwards: all but its last token, then that one.
+"""A prompt read in two forwards: its lead, which is all but its last token, then that token.
 
 In one forward the last token would see all others before anything is evicted, so that an answer's
-first token, often the only one, would not depend on the budget at all. It is what `generate` does
-with `prefill_chunk_size` one less than the prompt.
+first token, often the only one, would not depend on the budget at all. So the lead is what a cache
+is told to be the prompt: policies that evict at a prompt's end do so behind the lead, and a share
+of the prompt is one of the lead's tokens. The last token is then read as decoding reads tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ from kvprune.cache import ComposedCache
 from kvprune.families import base_of, takes, unwrapped
 
 
+def longest_of(model: Any) -> int:
+    """The tokens that a model was made for; 0 where it does not say."""
+    config = base_of(unwrapped(model)).config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", 0) or 0
+
+
 def read_prompt(
     model: Any,
     cache: ComposedCache,
@@ -33,8 +40,8 @@ def read_prompt(
         cache: an empty one.
         tokens: `[B, S]`, S at least 1.
         mask: `[B, S]`, 1 for tokens; None if nothing is padding.
-        lengths: B, in tokens: what a budget given as a share is a share of; the prompts' own
-            where None.
+        lengths: B, in tokens: what a budget given as a share is a share of; those of the prompts'
+            leads where None.
 
     Returns:
         the logits behind the last tokens, `[B, V]`.
@@ -55,8 +62,9 @@ def read_lead(
 ) -> None:
     """The first half of `read_prompt`: all but the last tokens, if there are any."""
     if tokens.shape[1] > 1:
-        with _announced(cache, tokens, mask, lengths):
-            forward(model, tokens[:, :-1], cache, mask)
+        lead = tokens[:, :-1]
+        with _as_prompt(cache, lead, None if mask is None else mask[:, :-1], lengths):
+            forward(model, lead, cache, mask)
 
 
 def read_last(
@@ -67,19 +75,25 @@ def read_last(
     lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """The second half: the last tokens, by themselves."""
-    with _announced(cache, tokens, mask, lengths):
-        return forward(model, tokens[:, -1:], cache, mask)[:, -1]
+    last = tokens[:, -1:]
+    if cache.seen:
+        return forward(model, last, cache, mask)[:, -1]
+    # A prompt of one token has no lead: the token is all there is to be a prompt.
+    with _as_prompt(cache, last, mask, lengths):
+        return forward(model, last, cache, mask)[:, -1]
 
 
 @contextmanager
-def _announced(
+def _as_prompt(
     cache: ComposedCache, tokens: Tensor, mask: Tensor | None, lengths: Sequence[int] | None
 ) -> Iterator[None]:
-    """The whole prompt counts as one, in how many forwards it may come."""
-    count: Tensor | int = 0
-    if not cache.seen:
-        count = torch.full_like(tokens[:, 0], tokens.shape[1]) if mask is None else mask.sum(-1)
-        count = count if lengths is None else torch.tensor(lengths, device=tokens.device)
+    """While open, these tokens `[B, n]` are read as the whole prompt, even if they are one."""
+    count = torch.full_like(tokens[:, 0], tokens.shape[1])
+    if lengths is not None:
+        count = torch.tensor(lengths, device=tokens.device)
+    elif mask is not None:
+        # At least 1: a row of one token beside longer ones has a prompt of one, as it has alone.
+        count = mask.sum(-1).clamp(min=1)
     # Outside `generate` a single token would not count as a prompt.
     cache.enter_generate()
     try:

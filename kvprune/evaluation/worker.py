@@ -10,6 +10,7 @@ from typing import Any
 
 from kvprune.cache import ComposedCache
 
+from .command import without_places
 from .explain import pieces
 from .flops import Flops
 from .identity import model_digest
@@ -102,5 +103,5 @@ def texts_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
 def failed(cell: Cell, error: BaseException) -> Failure:
     """What is written of an error: its kind, what it says, and where it came up."""
     frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    where = f" ({without_places(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
     return Failure(cell, f"{type(error).__name__}: {error}{where}")

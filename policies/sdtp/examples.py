@@ -61,6 +61,7 @@ def read_examples(
     completion: int = 64,
     least: int = 64,
     limit: int | None = None,
+    progress: bool = False,
 ) -> list[Example]:
     """Reads training examples.
 
@@ -79,6 +80,7 @@ def read_examples(
         completion: how many tokens at the end of a stretch of text are its completion.
         least: the fewest tokens of a prompt.
         limit: stop reading at so many examples; None for all there are.
+        progress: whether to count records on stderr as they are read.
 
     Raises:
         KVPruneError: numbers that do not fit, no such file or dataset, a record that is none
@@ -92,7 +94,12 @@ def read_examples(
     if limit is not None and limit < 1:
         raise KVPruneError(f"examples: limit={limit}: expected at least 1, or None for all")
     found, left_out = list[Example](), 0
-    for number, record in enumerate(_records(source), 1):
+    records = _records(source)
+    if progress:
+        from tqdm import tqdm
+
+        records = iter(tqdm(records, desc="reading", unit=" records"))
+    for number, record in enumerate(records, 1):
         fitting = [
             e
             for e in _examples(record, number, tokenizer, tokens, completion)

@@ -8,6 +8,7 @@ import json
 import math
 import platform
 import random
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -35,6 +36,7 @@ from .shipped import fingerprint, weights_digest
 from .simulation import PruningPass, simulated
 
 CHECKPOINT = "checkpoint.pt"
+ACCOUNT = "training.json"
 CLIP = 1.0
 WARM_UP = 20
 
@@ -71,16 +73,36 @@ class Trainer:
         self.metrics: list[dict[str, Any]] = []
 
     def run(self, note: dict[str, Any]) -> None:
-        """All phases, from the checkpoint on; then writes the heads and what was done."""
+        """All phases, from the checkpoint on.
+
+        The heads are written when the last step is done. Measuring them may take minutes, and
+        whoever stops it then has heads all the same.
+        """
         at, state = self._resumed()
         if self.marks.keep_hidden and not state:
             self._mark_all()
-        for number, phase in enumerate(phases(self.options)):
-            if number >= at and phase.epochs:
-                self._run_phase(number, phase, state if number == at else {})
+        todo = [(n, phase) for n, phase in enumerate(phases(self.options)) if phase.epochs]
+        for number, phase in todo:
+            if number < at:
+                continue
+            optimizer = self._run_phase(number, phase, state if number == at else {})
+            if (number, phase) == todo[-1]:
+                self._write_heads(note, self._is_measured(phase, self._steps(phase)))
+            self._measure(number, phase, self._steps(phase), optimizer)
+        self.heads.eval()
+        self._write_account(note, complete=True)
+
+    def _write_heads(self, note: dict[str, Any], measured: bool) -> None:
+        """The trained heads; if they are still to be measured, the account says so."""
         self.heads.eval()
         self.heads.save_pretrained(self.out)
-        write_text(self.out / "training.json", json.dumps(self._account(note), indent=2) + "\n")
+        self._write_account(note, complete=measured)
+        if self.progress and not measured:
+            tqdm.write(f"{self.out}: the heads are written; measuring them", file=sys.stderr)
+
+    def _write_account(self, note: dict[str, Any], complete: bool) -> None:
+        said = {**self._account(note), "complete": complete}
+        write_text(self.out / ACCOUNT, json.dumps(said, indent=2) + "\n")
 
     def _mark_all(self) -> None:
         """Ahead of all, since those that share a beginning are to follow each other."""
@@ -89,7 +111,19 @@ class Trainer:
             with self.accelerator.autocast():
                 self.marks.ensure(example)
 
-    def _run_phase(self, number: int, phase: Phase, state: dict[str, Any]) -> None:
+    def _steps(self, phase: Phase) -> int:
+        return self._per_epoch * phase.epochs
+
+    @property
+    def _per_epoch(self) -> int:
+        return math.ceil(len(self.training) / self.options.batch)
+
+    def _run_phase(self, number: int, phase: Phase, state: dict[str, Any]) -> Any:
+        """All steps of a phase that are left, measured along the way but not at the end.
+
+        Returns:
+            the optimizer, as the last step left it.
+        """
         self.heads.train()
         optimizer = torch.optim.AdamW(
             self.heads.parameters(),
@@ -98,20 +132,36 @@ class Trainer:
         )
         if state:
             optimizer.load_state_dict(state["optimizer"])
-        per_epoch = math.ceil(len(self.training) / self.options.batch)
-        steps, done = per_epoch * phase.epochs, state.get("step", 0)
+        steps, done = self._steps(phase), state.get("step", 0)
         bar = tqdm(total=steps, initial=done, desc=phase.name, disable=not self.progress)
-        for step in range(done, steps):
-            self._set_rate(optimizer, phase.learning_rate, step, steps)
-            bar.set_postfix(self._step(optimizer, number, phase, *divmod(step, per_epoch)))
-            bar.update()
-            if (step + 1) % per_epoch == 0 or (step + 1) % (
-                self.options.evaluate_every or steps
-            ) == 0:
-                self.metrics.append({"phase": phase.name, "step": step + 1, **self._measured()})
-            if (step + 1) % self.options.checkpoint_every == 0 or step + 1 == steps:
-                self._checkpoint(number, step + 1, optimizer)
-        bar.close()
+        with bar:
+            for step in range(done, steps):
+                # Also after a checkpoint: it may have been stopped while this was measured.
+                if self._is_due(step, steps):
+                    self._measure(number, phase, step, optimizer)
+                self._set_rate(optimizer, phase.learning_rate, step, steps)
+                place = divmod(step, self._per_epoch)
+                bar.set_postfix(self._step(optimizer, number, phase, *place))
+                bar.update()
+                so_far = step + 1
+                # Before it is measured, so that nothing has to be trained again.
+                if so_far % self.options.checkpoint_every == 0 or self._is_due(so_far, steps):
+                    self._checkpoint(number, so_far, optimizer)
+        return optimizer
+
+    def _is_due(self, step: int, steps: int) -> bool:
+        """Whether heads are measured after so many of a phase's steps."""
+        every = self.options.evaluate_every or steps
+        return step > 0 and (step % self._per_epoch == 0 or step % every == 0)
+
+    def _measure(self, number: int, phase: Phase, step: int, optimizer: Any) -> None:
+        """Adds what the heads are worth after so many of a phase's steps, if that is not known."""
+        if not self._is_measured(phase, step):
+            self.metrics.append({"phase": phase.name, "step": step, **self._measured()})
+            self._checkpoint(number, step, optimizer)
+
+    def _is_measured(self, phase: Phase, step: int) -> bool:
+        return any((m["phase"], m["step"]) == (phase.name, step) for m in self.metrics)
 
     def _set_rate(self, optimizer: Any, highest: float, step: int, steps: int) -> None:
         """A short warm-up, then a cosine down to a fiftieth."""
@@ -241,8 +291,12 @@ class Trainer:
     def _measured(self) -> dict[str, Any]:
         """On the held-out examples: how well saliency is predicted, and the pruned loss."""
         self.heads.eval()
-        found = [self._agreement(self._marked(example)) for example in self.held_out]
-        losses = [self._pruned_nll(example) for example in self.held_out]
+        found, losses = list[dict[str, list[float]]](), list[float]()
+        for example in tqdm(
+            self.held_out, desc="measuring", disable=not self.progress, leave=False
+        ):
+            found.append(self._agreement(self._marked(example)))
+            losses.append(self._pruned_nll(example))
         self.heads.train()
         means = {
             name: [round(sum(s) / len(s), 4) for s in zip(*(f[name] for f in found), strict=True)]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from kvprune.attach import attach, detach
 from kvprune.devices import devices_of, is_offloaded
@@ -31,7 +32,9 @@ from .options import Training
 from .policy import SDTP
 from .saliency import evaluating
 from .shipped import fingerprint
-from .trainer import Trainer
+from .trainer import ACCOUNT, Trainer
+
+LOCK = ".training.lock"
 
 
 def train(
@@ -50,13 +53,14 @@ def train(
     """Trains heads for a model, which stays as it is, bit for bit.
 
     Can be killed at any moment and called again with the same arguments: it goes on from the last
-    checkpoint in `out`, to the same weights.
+    checkpoint in `out`, to the same weights; what it lacks of the figures is measured then.
 
     Args:
         model: a transformers model with a language-model head, of a family that can be pruned.
         examples: see `read_examples`.
         out: a folder for the heads (`SDTPHeads.from_pretrained(out)`), `training.json` (what was
-            done and measured) and the checkpoint.
+            done and measured; `complete` is false in it while the last figures are missing) and
+            the checkpoint. The heads are there before they are measured.
         options: how.
         policy: the schedule to train for, with the heads to begin with, which stay as they are;
             None for the paper's, with untrained heads that have a low-rank term.
@@ -73,8 +77,8 @@ def train(
     Raises:
         KVPruneError: accelerate or scipy is missing, the family is not supported, the model is
             spread over several devices or offloaded, too few examples or ones whose prompts are
-            too short, a checkpoint of another training, a loss that is not finite, or a file that
-            cannot be written.
+            too short, another training that works in `out`, a checkpoint of another one, a loss
+            that is not finite, or a file that cannot be written.
     """
     check_family(model)
     _require("accelerate", "scipy")
@@ -101,8 +105,48 @@ def train(
             keep_hidden,
             accelerator.mixed_precision,
         )
-        Trainer(model, policy, *parts, marked, options, Path(out), accelerator, progress).run(note)
+        work = Trainer(model, policy, *parts, marked, options, Path(out), accelerator, progress)
+        with _alone(Path(out)):
+            work.run(note)
     return policy.heads.to(home)
+
+
+def standing(out: Path) -> str:
+    """How far the training in a folder is, for whoever has stopped it."""
+    try:
+        account = json.loads((out / ACCOUNT).read_text(encoding="utf-8"))
+    # There is none yet.
+    except (OSError, ValueError):
+        account = {}
+    if account.get("complete") is False:
+        return (
+            f"the heads in {out} are trained and can be used, though not all figures are measured: "
+            f"the same command measures what is missing"
+        )
+    return f"the same command goes on with what is in {out}"
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keeps other trainings out of a folder.
+
+    Raises:
+        KVPruneError: another one works there, or the folder cannot be written.
+    """
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise KVPruneError(
+            f"{out}: another training writes there: expected one at a time. Wait for it, or name "
+            f"another folder for the output"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        raise KVPruneError(f"{out}: expected a folder that can be written ({error})") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_model(model: Any) -> None:
