@@ -554,11 +554,12 @@ class ComposedCache(Cache):
         """Ties the cache to a model on first use, and makes its layers.
 
         Raises:
-            KVPruneError: the cache is in use or failed, it is tied to another model, or a policy
-                cannot work on it.
+            KVPruneError: the cache failed, it is tied to another model, or a policy cannot work
+                on it.
         """
-        # Before anything else is said: whatever is handed in, it is the cache that has to go.
-        self._check_usable()
+        # Before anything is said of what is handed in: it is the cache that has to go.
+        if not self._open:
+            self._check_whole()
         if self._attachment is attachment:
             return
         if self._attachment is not None:
@@ -973,6 +974,9 @@ class ComposedCache(Cache):
 
     def _check_usable(self) -> None:
         self._check_idle()
+        self._check_whole()
+
+    def _check_whole(self) -> None:
         if self._failure:
             raise KVPruneError(
                 f"this cache cannot be used any more: {self._failure}, and its layers may hold "
