@@ -209,6 +209,8 @@ class ComposedCache(Cache):
                 f"expected a reset once the {what} is over. Use a new ComposedCache meanwhile"
             )
         self._begin()
+        # `generate` notes this on what it is handed.
+        self.__dict__.pop("_is_user_defined", None)
 
     def _forward_runs(self) -> bool:
         """Whether the forward that was opened goes on; nobody hears of it when one is interrupted.

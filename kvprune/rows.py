@@ -1,4 +1,4 @@
-"""What a cache knows of each of its rows: where it begins, how long its prompt is, what it said."""
+"""What a cache knows of each of its rows: where it begins, how long its prompt is, its ids."""
 
 from __future__ import annotations
 
