@@ -26,7 +26,7 @@ class Breaks(kvprune.TokenPolicy):
 
     def __init__(self, error: BaseException, layer: int = 1) -> None:
         super().__init__()
-        object.__setattr__(self, "state", {"error": error, "layer": layer})
+        self.state: dict[str, Any] = {"error": error, "layer": layer}
 
     def rank_slots(self, slots: kvprune.SlotView) -> None:
         """Or keeps everything."""
@@ -40,8 +40,9 @@ def as_new(cache: ComposedCache) -> None:
     cache.reset()
     new = ComposedCache(cache.policies)
     assert vars(cache) == vars(new) and repr(cache) == repr(new)
+    generate: Any = tiny_model().generate
     for each in (cache, new):
-        tiny_model().generate(prompt(1, 9), cache=each, max_new_tokens=3)
+        generate(prompt(1, 9), cache=each, max_new_tokens=3)
     assert [cache.columns(i).tolist() for i in range(4)] == [
         new.columns(i).tolist() for i in range(4)
     ]

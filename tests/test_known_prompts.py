@@ -27,7 +27,8 @@ def read(
     """A cache and all ids of its rows."""
     cache, ids = kvprune.ComposedCache([StreamingLLM(2, 6)]), prompt(rows, LENGTH)
     if how == "generate":
-        return cache, tiny_model().generate(ids, cache=cache, max_new_tokens=4, **options)
+        model: Any = tiny_model()
+        return cache, model.generate(ids, cache=cache, max_new_tokens=4, **options)
     with torch.no_grad():
         tiny_model()(ids, past_key_values=cache)
     return cache, ids
@@ -42,15 +43,17 @@ def other(ids: Tensor, row: int, column: int) -> Tensor:
 
 def refused(cache: kvprune.ComposedCache, ids: Tensor, where: str, **options: Any) -> None:
     """And nothing changed."""
+    model: Any = tiny_model()
     before = cache.seen, [cache.columns(i).tolist() for i in range(len(cache))]
     with pytest.raises(KVPruneError, match=f"{ANOTHER}.*{where}"):
-        tiny_model().generate(ids, cache=cache, max_new_tokens=2, **options)
+        model.generate(ids, cache=cache, max_new_tokens=2, **options)
     assert before == (cache.seen, [cache.columns(i).tolist() for i in range(len(cache))])
 
 
 def taken(cache: kvprune.ComposedCache, ids: Tensor, **options: Any) -> Tensor:
     """All ids with two more tokens."""
-    found: Tensor = tiny_model().generate(ids, cache=cache, max_new_tokens=2, **options)
+    model: Any = tiny_model()
+    found: Tensor = model.generate(ids, cache=cache, max_new_tokens=2, **options)
     return found
 
 
