@@ -614,8 +614,9 @@ class ComposedCache(Cache):
 
     def leave_generate(self) -> None:
         """`generate` is over, however it ended; drafts left in the air were never read."""
-        # A forward that is still open was interrupted, as by Ctrl-C.
-        self.close_step(done=False)
+        if self._open:
+            # A forward that is still open was interrupted, as by Ctrl-C.
+            self.close_step(done=False)
         if self._pending and not self._failure and not self._open:
             self.crop(-self._pending)
         if self._generates:
