@@ -624,7 +624,8 @@ class ComposedCache(Cache):
             # What one around it promised has come in, if anything has.
             self._promise = over.promise if over.seen == self.seen else 0
             self._prompt_end, self._endings = over.prompt_end, over.endings
-            self._recording = over.recording and self._in_generate
+        # Drafts are of a loop of one's own, or of the one whose they were.
+        self._recording = self._in_generate and over.recording
         if not self._failure and not self._recording:
             self._settle()
 
