@@ -18,6 +18,7 @@ from transformers import Cache, PreTrainedModel
 from .attention import slot_attention
 from .binding import Attachment
 from .cache import ComposedCache
+from .endings import Endings, PadsEnded, WatchedCriteria, watch, watching
 from .errors import KVPruneError
 from .families import (
     BACKENDS,
@@ -324,6 +325,8 @@ def _open_step(
     if mask is not None and not isinstance(mask, Tensor):
         raise KVPruneError(f"attention_mask: expected a tensor, came {type(mask).__name__}")
     cache.open_step(tokens.shape[0], tokens.shape[1], mask, tokens.device)
+    if tokens.dim() == 2:
+        cache.note_ids(tokens)
 
 
 def _check_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -483,7 +486,7 @@ def _generate(model: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
     if mask is not None:
         kwargs["attention_mask"] = mask
     _check_prompt(held, *args, **kwargs)
-    held.enter_generate()
+    held.enter_generate(custom=kwargs.get("custom_generate") is not None)
     try:
         return type(model).generate(model, *args, **kwargs, **{name: held})
     finally:
@@ -556,6 +559,8 @@ def _check_prompt(
             f"attention_mask: expected {count} columns (the ids are all tokens so far) or "
             f"{cache.seen} + {count} (they are new), came {columns}"
         )
+    if columns == count and tokens is not None and tokens.dim() == 2:
+        cache.check_prompt_ids(tokens, mask)
 
 
 def _prepare_cache_for_generation(
@@ -565,18 +570,22 @@ def _prepare_cache_for_generation(
     prepare = type(model)._prepare_cache_for_generation
     cache = model_kwargs.get(generate_cache_name())
     if isinstance(cache, ComposedCache):
+        # A config that is handed on may name those of another `generate`.
+        watch(generation_config, None)
         _check_generation(cache, generation_config, *args, **kwargs)
         _check_chunks(
             cache, generation_config.prefill_chunk_size, model_kwargs.get("inputs_embeds")
         )
         _check_length(cache, drops_cache_beyond(model), generation_config.max_length)
         mask = model_kwargs.get("attention_mask")
+        endings = _endings(cache, generation_config, mask, *args, **kwargs)
+        watch(generation_config, endings)
         if mask is None:
             length = generation_config._mask_length
-            cache.announce_prompt(length - cache.seen, length)
+            cache.announce_prompt(length - cache.seen, length, endings)
         else:
-            _check_ends(mask)
-            cache.announce_prompt(mask[:, cache.seen :].bool().sum(-1), mask.shape[1])
+            new = mask[:, cache.seen :].bool().sum(-1)
+            cache.announce_prompt(new, mask.shape[1], endings)
     return prepare(model, generation_config, model_kwargs, *args, **kwargs)
 
 
@@ -618,13 +627,53 @@ def _check_length(cache: ComposedCache, limit: int | None, length: int | None) -
         )
 
 
-def _check_ends(mask: Tensor) -> None:
-    if bool((mask[:, -1] == 0).any()):
-        rows = (mask[:, -1] == 0).nonzero().flatten().tolist()
+def _endings(
+    cache: ComposedCache,
+    generation_config: Any,
+    mask: Tensor | None,
+    generation_mode: Any,
+    *_: Any,
+    **__: Any,
+) -> Endings | None:
+    """What watches for rows that end; None where `generate` pads none.
+
+    Raises:
+        KVPruneError: the prompt is padded on the right.
+    """
+    mode = str(getattr(generation_mode, "value", generation_mode))
+    pad = generation_config._pad_token_tensor
+    # Beams that have ended are replaced, and drafts are of one row.
+    pads = pad is not None and mode in ("greedy_search", "sample")
+    ended = None if mask is None else mask[:, -1] == 0
+    if ended is None or not bool(ended.any()):
+        return Endings(pad) if pads and generation_config._eos_token_tensor is not None else None
+    assert mask is not None
+    # A row of which nothing is asked had ended before: all that is new in it is padding.
+    asked = mask[:, cache.seen :].any(-1)
+    if cache.seen == 0 or not pads or bool((ended & asked).any()) or not bool(asked.any()):
         raise KVPruneError(
-            f"the prompt is padded on the right, or empty, in rows {rows}: expected left "
-            f"padding. Set tokenizer.padding_side = 'left'"
+            f"the prompt is padded on the right, or empty, in rows "
+            f"{ended.nonzero().flatten().tolist()}: expected left padding. Set "
+            f"tokenizer.padding_side = 'left'. (Nothing new in some rows, which have ended, while "
+            f"others go on, is fine where generate has a pad_token_id, without beams)"
         )
+    return Endings(pad, ended)
+
+
+def _get_stopping_criteria(model: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """What says which rows have ended is also noted."""
+    criteria = type(model)._get_stopping_criteria(model, generation_config, *args, **kwargs)
+    endings = watching(generation_config)
+    return criteria if endings is None else WatchedCriteria(criteria, endings)
+
+
+def _get_logits_processor(model: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of rows that had ended before, `generate` says padding alone."""
+    processors = type(model)._get_logits_processor(model, generation_config, *args, **kwargs)
+    endings = watching(generation_config)
+    if endings is not None and endings.before is not None:
+        processors.append(PadsEnded(endings.before, endings.pad))
+    return processors
 
 
 def _generate_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -638,4 +687,6 @@ _METHODS = {
     "generate": _generate,
     "generate_batch": _generate_batch,
     "_prepare_cache_for_generation": _prepare_cache_for_generation,
+    "_get_stopping_criteria": _get_stopping_criteria,
+    "_get_logits_processor": _get_logits_processor,
 }

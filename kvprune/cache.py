@@ -6,6 +6,7 @@ import copy
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from transformers import Cache
 
 from . import saving
 from .binding import Attachment, check_works, checked, new_layer
+from .endings import Endings
 from .errors import KVPruneError
 from .families import base_of, unwrapped
 from .masks import OURS
 from .policy import TokenPolicy
 from .positions import Inside, positions_for
 from .releases import LinearAttentionLayer
-from .rows import RowNumbers, rows_after
+from .rows import PromptIds, RowNumbers, rows_after
 from .slots import SlotLayer
 from .statistics import check_names
 from .step import (
@@ -34,6 +36,24 @@ from .step import (
     padding_so_far,
 )
 from .together import Together
+
+
+@dataclass(frozen=True)
+class _Generate:
+    """One `generate` that is under way.
+
+    thread: whose it is. custom: whether it runs a function of the user's, which may use the cache
+    as it likes, by a `generate` of its own too. seen, promise, prompt_end, endings, recording: what
+    they were before it.
+    """
+
+    thread: int
+    custom: bool
+    seen: int
+    promise: Tensor | int
+    prompt_end: int
+    endings: Endings | None
+    recording: bool
 
 
 class ComposedCache(Cache):
@@ -65,20 +85,30 @@ class ComposedCache(Cache):
         self.policies = checked(policies)
         self._observe = tuple(observe)
         check_names(self._observe, "ComposedCache: observe")
-        # What they are on the model that the cache is tied to.
+        self._begin()
+
+    def _begin(self) -> None:
+        """All that is not the user's choice, as it is in a cache that nothing was done with."""
+        self.layers = []
+        # What the policies are on the model that the cache is tied to.
         self._working: tuple[TokenPolicy, ...] = ()
         self.seen = 0
         self._attachment: Attachment | None = None
         # What the model was when the cache was tied to it, for `save`; see `saving.describe`.
         self._model: dict[str, str] = {}
         self._rows: RowNumbers | None = None
+        # What was read as prompt, to know it again.
+        self._read: PromptIds | None = None
         self._positions: Inside | None = None
         # Of the last step, layers that evict at once.
         self._together: list[Together] = []
         # Which columns are padding `[B, n]`; those behind are not. None while none is.
         self._padding: Tensor | None = None
         self._promise: Tensor | int = 0
-        self._in_generate = False
+        # The `generate` that is under way; several where a custom one runs another.
+        self._generates: list[_Generate] = []
+        # Of the innermost one, which rows have ended.
+        self._endings: Endings | None = None
         # Whether a `generate` that is not ours has taken the cache, and has read nothing yet.
         self._in_stock_generate = False
         # Whether the newest columns may be taken back, how many of the last forward's can be
@@ -124,7 +154,11 @@ class ComposedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all storage that the cache has allocated."""
+        """Bytes of all storage that the cache has allocated for slots and what it knows of rows.
+
+        Without the ids of what was read as prompt, which are kept to know it again: 4 bytes a
+        column and row, in main memory.
+        """
         held = [t for layer in self.layers for t in _tensors(layer)]
         if self._rows is not None:
             held += self._rows.tensors()
@@ -137,10 +171,23 @@ class ComposedCache(Cache):
 
     def __repr__(self) -> str:
         head = f"ComposedCache([{', '.join(map(repr, self.policies))}])"
+        try:
+            return f"{head}: {self._described()}"
+        except Exception as error:
+            # Whoever prints a cache may be looking for what went wrong in it: layers may be
+            # half-made after an error, or change meanwhile.
+            return f"{head}: seen {self.seen} columns, in disorder ({type(error).__name__})"
+
+    def _described(self) -> str:
+        """What `repr` says behind the policies."""
+        failed = f"\n  cannot be used any more: {self._failure}" if self._failure else ""
         if not self.is_initialized:
-            return f"{head}: empty"
-        lines = [f"{head}: seen {self.seen} columns, {self.nbytes / 2**20:.2f} MiB"]
-        counts = [(i, self.columns(i).shape[-1]) for i, _ in self.slot_layers()]
+            return f"empty{failed}"
+        lines = [f"seen {self.seen} columns, {self.nbytes / 2**20:.2f} MiB{failed}"]
+        counts = [
+            (i, self.columns(i).shape[-1] if layer.is_initialized else 0)
+            for i, layer in self.slot_layers()
+        ]
         for kept, run in itertools.groupby(counts, key=lambda item: item[1]):
             layers = [i for i, _ in run]
             span = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
@@ -148,17 +195,19 @@ class ComposedCache(Cache):
         return "\n".join(lines)
 
     def reset(self) -> None:
-        """Forgets everything, also its model, and frees the memory; it can be used anew."""
-        self.layers = []
-        self._attachment, self._working, self._model = None, (), {}
-        self._logits_to_keep = {}
-        self.seen = 0
-        self._rows, self._padding, self._promise = None, None, 0
-        self._positions, self._together = None, []
-        self._in_generate = self._recording = self._in_stock_generate = False
-        self._recorded = self._pending = self._prompt_end = self._fixed = 0
-        self._open = {}
-        self._failure = ""
+        """Forgets everything, also its model, and frees the memory; it is as a new one then.
+
+        Raises:
+            KVPruneError: a forward or `generate` with this cache is under way. One that was
+                interrupted, as by Ctrl-C, is not.
+        """
+        what = "generate" if self._generates else "forward" if self._open else ""
+        if what:
+            raise KVPruneError(
+                f"reset: this cache is in the middle of a {what}, which would go on with nothing: "
+                f"expected a reset once the {what} is over. Use a new ComposedCache meanwhile"
+            )
+        self._begin()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ComposedCache:
         # Shared, not copied: the model it is bound to, and the policies, which hold no state.
@@ -174,7 +223,7 @@ class ComposedCache(Cache):
         finally:
             del self._open["step"]
         # The copy of a cache in `generate` is in none.
-        if twin._in_generate:
+        while twin._in_generate:
             twin.leave_generate()
         return twin
 
@@ -391,6 +440,7 @@ class ComposedCache(Cache):
             else:
                 layer.reorder_cache(rows)
         self._rows = self._rows.select(rows)
+        self._read = None if self._read is None else self._read.select(rows)
         if self._positions is not None:
             self._positions.select_rows(rows)
         if self._padding is not None:
@@ -430,6 +480,7 @@ class ComposedCache(Cache):
             self._check_still_there(self.seen - back)
         self.seen -= back
         self._padding = None if self._padding is None else self._padding[:, : self.seen]
+        self._read = None if self._read is None else self._read.until(self.seen)
         recorded, self._pending = self._recorded, 0
         if recorded:
             self._settle(min(back, recorded))
@@ -505,8 +556,12 @@ class ComposedCache(Cache):
         """Ties the cache to a model on first use, and makes its layers.
 
         Raises:
-            KVPruneError: the cache is tied to another model, or a policy cannot work on it.
+            KVPruneError: the cache failed, it is tied to another model, or a policy cannot work
+                on it.
         """
+        # Before anything is said of what is handed in: it is the cache that has to go.
+        if not self._open:
+            self._check_whole()
         if self._attachment is attachment:
             return
         if self._attachment is not None:
@@ -524,32 +579,76 @@ class ComposedCache(Cache):
         self._working, self._attachment = working, attachment
         self._model = saving.described(model, attachment.memory)
 
-    def announce_prompt(self, new: Tensor | int, columns: int) -> None:
+    def announce_prompt(
+        self, new: Tensor | int, columns: int, endings: Endings | None = None
+    ) -> None:
         """`generate` tells how many valid prompt tokens `[B]` follow, however it splits them.
 
         Args:
             new: how many.
             columns: of the whole prompt, what was seen before included.
+            endings: what watches for rows that end; None where nobody does.
         """
         self._check_usable()
-        self._promise, self._prompt_end = new, columns
+        self._promise, self._prompt_end, self._endings = new, columns, endings
 
-    def enter_generate(self) -> None:
-        """From here on, forwards do not count as prompt unless announced."""
+    def enter_generate(self, custom: bool = False) -> None:
+        """From here on, what follows an announced prompt does not count as prompt.
+
+        Args:
+            custom: whether it runs a function of the user's (`custom_generate`), in which there may
+                be another `generate`.
+
+        Raises:
+            KVPruneError: the cache is in use or failed.
+        """
         self._check_usable()
-        if self._in_generate:
+        outer = self._generates[-1] if self._generates else None
+        if outer is not None and not (outer.custom and outer.thread == _this_thread()):
             raise self._in_use("generate")
+        before = self.seen, self._promise, self._prompt_end, self._endings, self._recording
+        self._generates.append(_Generate(_this_thread(), custom, *before))
+        self._prompt_end, self._endings = 0, None
         # What was read before is not for this `generate` to take back.
-        self._in_generate, self._pending = True, 0
+        self._pending = 0
 
     def leave_generate(self) -> None:
         """`generate` is over, however it ended; drafts left in the air were never read."""
         if self._pending and not self._failure and not self._open:
             self.crop(-self._pending)
-        self._promise = self._prompt_end = 0
-        self._in_generate = self._recording = False
-        if not self._failure:
+        if self._generates:
+            over = self._generates.pop()
+            # What one around it promised has come in, if anything has.
+            self._promise = over.promise if over.seen == self.seen else 0
+            self._prompt_end, self._endings = over.prompt_end, over.endings
+        # Drafts are of a loop of one's own, or of the one whose they were.
+        self._recording = self._in_generate and over.recording
+        if not self._failure and not self._recording:
             self._settle()
+
+    def check_prompt_ids(self, ids: Tensor, mask: Tensor | None = None) -> None:
+        """Refuses ids that are not those of the prompt that was read; see `PromptIds`.
+
+        Args:
+            ids: `[B, n]`, all tokens so far and new ones.
+            mask: `[B, n]`, 0 for padding; None for none.
+
+        Raises:
+            KVPruneError: they differ where neither is padding.
+        """
+        if self._read is None:
+            return
+        hidden = [] if self._padding is None else [self._padding]
+        hidden += [] if mask is None else [mask == 0]
+        found = self._read.difference(ids, hidden)
+        if found is None:
+            return
+        rows, column = found
+        raise KVPruneError(
+            f"the prompt is not the one that this cache has read: its ids differ in rows {rows}, "
+            f"first at column {column} of the {self.seen} seen so far. Expected all tokens so far "
+            f"and new ones. Use a new ComposedCache, or cache.reset(), for another prompt"
+        )
 
     def ask_logits(self, logits_to_keep: int | Tensor | None) -> None:
         """Which tokens' logits this thread's next forward is asked for; those are not pruned.
@@ -560,6 +659,10 @@ class ComposedCache(Cache):
             self._logits_to_keep.pop(_this_thread(), None)
         else:
             self._logits_to_keep[_this_thread()] = logits_to_keep
+
+    @property
+    def _in_generate(self) -> bool:
+        return bool(self._generates)
 
     def open_step(self, rows: int, count: int, mask: Tensor | None, device: torch.device) -> None:
         """Begins a forward of `[rows, count]` tokens.
@@ -573,7 +676,8 @@ class ComposedCache(Cache):
 
         Raises:
             KVPruneError: the cache is in use or failed, there are no tokens, the batch size
-                changed, the mask does not fit or pads on the right. Nothing has changed then.
+                changed, the mask does not fit or pads a first prompt on the right. Nothing has
+                changed then.
         """
         self._check_usable()
         self._claim()
@@ -582,6 +686,7 @@ class ComposedCache(Cache):
         except BaseException:
             del self._open["step"]
             raise
+        step.read = self._read
         self._open["step"] = (_this_thread(), step)
         self._in_stock_generate = False
         try:
@@ -595,9 +700,29 @@ class ComposedCache(Cache):
         """What a forward does to slots before its layers run."""
         if step.padding is not self._padding:
             self._hide(step.padding)
+        if self._is_hybrid and self.seen and not step.complete:
+            step.states = [state for layer in self.layers for state in _states(layer)]
         if step.count == 1 and not step.one_by_one:
             for joint in self._together:
                 joint.let_in(step.columns_on(joint.columns.device)[1])
+
+    def note_ids(self, ids: Tensor) -> None:
+        """What is read as prompt in the forward that has begun, for `check_prompt_ids`.
+
+        Args:
+            ids: its tokens, `[B, Q]`.
+        """
+        step = self.step
+        if self._prompt_end:
+            # What is behind the prompt was generated, or are drafts.
+            count = min(step.count, self._prompt_end - self.seen)
+        else:
+            count = 0 if step.count == 1 or self._recording else step.count
+        if count <= 0 or torch.compiler.is_compiling():
+            return
+        before = PromptIds.none(ids.shape[0]) if self._read is None else self._read
+        columns = None if step.complete else step.columns[:, :count]
+        step.read = before.followed(self.seen, ids[:, :count], columns)
 
     def _new_step(self, rows: int, count: int, mask: Tensor | None, device: torch.device) -> Step:
         self._check_size(rows, count)
@@ -610,7 +735,8 @@ class ComposedCache(Cache):
             self._positions.check(self._rows, new.rows, self.seen)
         # Of a prompt with drafts behind it, what it would be asked for without them.
         keep = 1 if drafts else self._logits_to_keep.get(_this_thread(), 0)
-        asked = asked_tokens(keep, rows, count - drafts, device)
+        lead = None if new.complete else new.columns[:, : count - drafts]
+        asked = asked_tokens(keep, rows, count - drafts, device, lead)
         self._settle()
         position_ids = None
         if self._positions is not None:
@@ -639,22 +765,37 @@ class ComposedCache(Cache):
     def _arrival(self, rows: int, count: int, mask: Tensor | None, device: torch.device) -> Arrival:
         """What a forward of `[rows, count]` tokens brings; refuses a mask that does not fit."""
         assert self._attachment is not None
-        if self._in_generate and mask is not None and mask.dim() == 2 and self._past_prompt:
+        if self._past_prompt and (mask is None or mask.dim() == 2):
             # It goes on with ones.
-            mask = None
+            mask = self._mask_of_ended(rows, count, device)
         heads = self._attachment.num_heads
-        columns = new_columns(rows, count, self.seen, mask, heads, self._in_generate, device)
+        # Whoever pads a first prompt on the right reads the logits of padding next. Later on, a
+        # row may pause, and the chunks of an announced prompt, which were looked at, may end so.
+        may_end_in_padding = self.seen > 0 or self._prompt_end > 0
+        columns = new_columns(rows, count, self.seen, mask, heads, may_end_in_padding, device)
         complete = mask is None or mask.dim() == 4 or bool((columns >= 0).all())
         padding = padding_so_far(self._padding, columns, self.seen, mask)
         if self._is_hybrid:
-            self._check_states(rows, count, padding)
+            self._check_states(columns, complete, padding)
         # What counts as prompt: what `generate` promised, or any forward of several tokens.
         # Not what may be taken back.
-        counts = count > 1 and not self._in_generate and not self._recording
+        counts = count > 1 and not self._prompt_end and not self._recording
         added = (columns >= 0).sum(-1) if counts else self._promise
         same = padding is self._padding
         numbers = rows_after(self._rows, columns, added, padding, same)
         return Arrival(columns, complete, padding, numbers, numbers is self._rows)
+
+    def _mask_of_ended(self, rows: int, count: int, device: torch.device) -> Tensor | None:
+        """A mask `[B, seen + 1]` that hides what `generate` appends to rows that have ended.
+
+        None while no row has ended, or where that is not known.
+        """
+        padded = None if self._endings is None else self._endings.padded
+        if padded is None or count > 1 or padded.shape[0] != rows:
+            return None
+        mask = torch.ones(rows, self.seen + 1, dtype=torch.bool, device=device)
+        mask[:, -1] = ~padded.to(device)
+        return mask
 
     def _check_records(self, drafts: int) -> None:
         """Refuses drafts on a model that cannot take them back."""
@@ -671,8 +812,9 @@ class ComposedCache(Cache):
         """Whether `generate` has handed in its whole prompt."""
         return 0 < self._prompt_end <= self.seen
 
-    def _check_states(self, rows: int, count: int, padding: Tensor | None) -> None:
-        """Refuses what layers that keep a state cannot do."""
+    def _check_states(self, columns: Tensor, complete: bool, padding: Tensor | None) -> None:
+        """Refuses what layers that keep a state cannot do, with new tokens `[B, Q]`."""
+        rows, count = columns.shape
         pruners = [p for p in self.policies if "rank_hidden" in p.hooks]
         if pruners and rows > 1 and count > 1 and self.seen:
             raise KVPruneError(
@@ -684,6 +826,19 @@ class ComposedCache(Cache):
             raise KVPruneError(
                 "attention_mask hides columns that this model's linear-attention layers have "
                 "taken into their states: expected a mask that keeps what it showed before"
+            )
+        if complete or self._rows is None or count == 1:
+            return
+        here = columns >= 0
+        began = (self._rows.first < self.seen).to(here.device)
+        # Zeros that a first token follows change no state; behind one they do.
+        behind = here.any(-1) & (began & ~here.all(-1) | ~began & (here.int().diff() < 0).any(-1))
+        if bool(behind.any()):
+            raise KVPruneError(
+                f"padding beside new tokens in rows {behind.nonzero().flatten().tolist()}, which "
+                f"have tokens before: the states of this model's linear-attention layers cannot "
+                f"skip it. Expected, in a later forward, rows whose new tokens are all padding or "
+                f"all none. Use one row per cache, or a new cache for all tokens"
             )
 
     def _claim(self) -> None:
@@ -764,11 +919,19 @@ class ComposedCache(Cache):
     def _take_over(self, step: Step) -> None:
         """What a forward that reached its end leaves."""
         self._together = step.finish(self._together)
+        self._hold_states(step)
         self.seen += step.count
-        self._rows, self._padding = step.rows, step.padding
+        self._rows, self._padding, self._read = step.rows, step.padding, step.read
         self._promise = 0
         self._recorded = step.drafts if step.one_by_one else 0
         self._pending = step.drafts
+
+    def _hold_states(self, step: Step) -> None:
+        """Rows that were handed padding alone keep the states that they had."""
+        for states, key, before in step.states:
+            still = (step.tokens < 0).all(-1).to(before.device)
+            shape = (-1,) + (1,) * (before.dim() - 1)
+            states[key] = torch.where(still.view(shape), before, states[key])
 
     def _check_size(self, rows: int, count: int) -> None:
         if self._rows is not None and self.batch_size != rows:
@@ -806,6 +969,9 @@ class ComposedCache(Cache):
 
     def _check_usable(self) -> None:
         self._check_idle()
+        self._check_whole()
+
+    def _check_whole(self) -> None:
         if self._failure:
             raise KVPruneError(
                 f"this cache cannot be used any more: {self._failure}, and its layers may hold "
@@ -827,6 +993,15 @@ class ComposedCache(Cache):
 def _this_thread() -> int:
     # Unknown to compiled code, which is of one thread.
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _states(layer: SlotLayer | LinearAttentionLayer) -> Iterator[tuple[Any, int, Tensor]]:
+    """A linear-attention layer's states: where each is, and a copy of it."""
+    if not isinstance(layer, SlotLayer):
+        for states in (layer.conv_states, layer.recurrent_states):
+            for key, state in states.items():
+                if state is not None:
+                    yield states, key, state.clone()
 
 
 def _tensors(layer: SlotLayer | LinearAttentionLayer) -> Iterator[Tensor]:

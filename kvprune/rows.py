@@ -1,8 +1,8 @@
-"""What a cache knows of each of its rows: where it begins, and how long its prompt is."""
+"""What a cache knows of each of its rows: where it begins, how long its prompt is, its ids."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -120,3 +120,79 @@ def holes_in(padding: Tensor | None, first: Tensor) -> Tensor | None:
     if padding is None or not bool((padding.sum(-1) > first).any()):
         return None
     return padding
+
+
+@dataclass(frozen=True, eq=False)
+class PromptIds:
+    """The ids that a cache has read as prompt, all turns together, to know them again.
+
+    They are in main memory, and compared once for each prompt. What was generated, what came as
+    embeddings and padding is not among them.
+
+    ids: `[R, n]` int32 on the CPU, by column; -1 where nothing is known.
+    rows: `[B]`, which of these rows each of the cache's is, wherever beams were chosen, so that
+        choosing copies nothing and waits for nothing; None where they are the same.
+    """
+
+    ids: Tensor
+    rows: Tensor | None = None
+
+    @classmethod
+    def none(cls, rows: int) -> PromptIds:
+        """Nothing read yet."""
+        return cls(torch.full((rows, 0), -1, dtype=torch.int32))
+
+    def by_row(self) -> Tensor:
+        """`[B, n]`."""
+        return self.ids if self.rows is None else self.ids.index_select(0, self.rows.cpu())
+
+    def followed(self, start: int, ids: Tensor, columns: Tensor | None) -> PromptIds:
+        """With more ids behind them.
+
+        Args:
+            start: the column of the first.
+            ids: `[B, Q]`. columns: the same shape, -1 for padding; None if none is.
+        """
+        new = ids.detach().int()
+        if columns is not None:
+            new = new.masked_fill(columns.to(new.device) < 0, -1)
+        before = self.by_row()
+        gap = start - before.shape[1]
+        before = torch.nn.functional.pad(before, (0, gap), value=-1)
+        return PromptIds(torch.cat([before, new.cpu()], 1))
+
+    def select(self, rows: Tensor) -> PromptIds:
+        """Row i becomes what row `rows[i]` was."""
+        known = self.rows
+        return PromptIds(self.ids, rows if known is None else known.to(rows.device)[rows])
+
+    def until(self, seen: int) -> PromptIds:
+        """Without what is behind `seen` columns."""
+        return PromptIds(self.ids[:, :seen], self.rows)
+
+    def difference(self, ids: Tensor, hidden: Sequence[Tensor]) -> tuple[list[int], int] | None:
+        """Where other ids differ from these.
+
+        Args:
+            ids: `[R, m]`, R either B or a part of it, where each row stands for several, as with
+                `num_return_sequences`.
+            hidden: each `[R|B, k]` bool, columns that do not matter.
+
+        Returns:
+            the rows that differ, and the first column; None if none does, or if the rows cannot
+            be matched.
+        """
+        known = self.by_row()
+        size = min(known.shape[1], ids.shape[1])
+        known, count = known[:, :size], known.shape[0]
+        if count % max(ids.shape[0], 1):
+            return None
+        given = ids[:, :size].detach().int().cpu()
+        wrong = (known != given.repeat_interleave(count // ids.shape[0], 0)) & (known >= 0)
+        for each in hidden:
+            here = each[:, :size].cpu().repeat_interleave(count // each.shape[0], 0)
+            wrong[:, : here.shape[1]] &= ~here
+        if not bool(wrong.any()):
+            return None
+        rows = wrong.any(-1).nonzero().flatten().tolist()
+        return rows, int(wrong.any(0).nonzero()[0])

@@ -2,10 +2,11 @@
 
 Metadata: `kvprune_cache`, the version of this format; `numbers`, JSON (the model, the policies'
 reprs, how many columns were seen, each layer's slots); `digest`, SHA-256 over the version, the
-numbers and every tensor. Tensors: `rows.first`, `rows.prompt_length`, `padding` and, by layer,
-keys, values, columns, statistics, the hole and, where positions are assigned inside the cache,
-those that keys came with and `positions.*`. Only slots in use are written; layers that share one
-tensor of columns share it in the file.
+numbers and every tensor. Tensors: `rows.first`, `rows.prompt_length`, `rows.prompt_ids` (not in
+files of earlier releases: then a prompt is not known again), `padding` and, by layer, keys, values,
+columns, statistics, the hole and, where positions are assigned inside the cache, those that keys
+came with and `positions.*`. Only slots in use are written; layers that share one tensor of columns
+share it in the file.
 
 Reading runs no code of the file. The digest finds damage; it is no signature.
 """
@@ -30,7 +31,7 @@ from .errors import KVPruneError
 from .families import decoder_layers
 from .files import write_whole
 from .policy import Lengths
-from .rows import RowNumbers, holes_in
+from .rows import PromptIds, RowNumbers, holes_in
 
 if TYPE_CHECKING:
     from .cache import ComposedCache
@@ -53,6 +54,8 @@ def contents_of(cache: ComposedCache) -> Contents:
     tensors = {"rows.first": cache._rows.first, "rows.prompt_length": cache._rows.prompt.tensor}
     if cache._padding is not None:
         tensors["padding"] = cache._padding
+    if cache._read is not None:
+        tensors["rows.prompt_ids"] = cache._read.by_row()
     if cache._positions is not None:
         tensors |= {f"positions.{n}": t for n, t in cache._positions.named_tensors().items()}
     layers, owners = [], dict[int, int]()
@@ -117,6 +120,8 @@ def restore(cache: ComposedCache, contents: Contents, base: Any) -> None:
     home = {n: tensors[n].to(at) for n in ("rows.first", "rows.prompt_length")}
     cache.seen, cache._fixed = numbers["seen"], numbers["fixed"]
     cache._padding = tensors["padding"].to(at) if "padding" in tensors else None
+    ids = tensors.get("rows.prompt_ids")
+    cache._read = None if ids is None else PromptIds(ids)
     first, prompt = home["rows.first"], Lengths(home["rows.prompt_length"])
     cache._rows = RowNumbers(first, prompt, holes_in(cache._padding, first))
 

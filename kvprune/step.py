@@ -21,7 +21,7 @@ from .errors import KVPruneError
 from .masks import Local
 from .policy import Lengths, SlotView, TokenPolicy, TokenView, _Statistics
 from .positions import Inside
-from .rows import RowNumbers
+from .rows import PromptIds, RowNumbers
 from .slots import SlotLayer
 from .together import Together
 
@@ -42,7 +42,8 @@ def new_columns(
         seen: columns before them.
         mask: see `ComposedCache.open_step`; a 4-D one says nothing of padding.
         heads: Hq.
-        may_end_in_padding: whether a row may end in padding, as a chunk of a prompt may.
+        may_end_in_padding: whether a row's tokens may have padding behind them, as in a chunk of
+            a prompt, or where a row pauses.
         device: where the tokens are.
 
     Raises:
@@ -116,16 +117,30 @@ class Arrival:
 
 
 def asked_tokens(
-    logits_to_keep: int | Tensor, rows: int, count: int, device: torch.device
+    logits_to_keep: int | Tensor,
+    rows: int,
+    count: int,
+    device: torch.device,
+    columns: Tensor | None = None,
 ) -> Tensor:
     """`[B, Q]` bool, the tokens that logits are asked for; 0 means the last one alone.
+
+    Args:
+        logits_to_keep: as the model's forward takes it; a number is of each row's newest tokens,
+            whatever padding is behind them.
+        rows, count, device: of the tokens.
+        columns: `[B, Q]`, theirs, -1 for padding; None if none is.
 
     Raises:
         KVPruneError: neither a number nor places of tokens that there are.
     """
     _check_asked(logits_to_keep, count)
     asked = torch.zeros(rows, count, dtype=torch.bool, device=device)
-    if isinstance(logits_to_keep, int):
+    if isinstance(logits_to_keep, int) and columns is not None:
+        valid = columns >= 0
+        behind = valid.flip(-1).cumsum(-1).flip(-1)
+        asked = valid & (behind <= max(logits_to_keep, 1))
+    elif isinstance(logits_to_keep, int):
         asked[:, -max(logits_to_keep, 1) :] = True
     elif logits_to_keep.dtype == torch.bool:
         asked |= logits_to_keep.to(device)
@@ -160,6 +175,9 @@ class Step:
     slot_columns: the same `[B, 1, Q]`, one object for all layers, which masks go by.
     complete: it is known that none of `columns` is -1. rows: the rows' numbers, this forward
     included; same_rows: whether they are as before it.
+    tokens: `columns` as they were before any layer.
+    read: what will have been read as prompt once it is over.
+    states: those of linear-attention layers before it, where some of its tokens are padding.
     padding: see `padding_so_far`. prunes: whether policies are asked before the layers.
     drafts: how many tokens, at the end, may be taken back; they are never pruned.
     position_ids: `[B, Q]` where positions are assigned inside the cache, by `inside`, of all its
@@ -212,11 +230,14 @@ class Step:
         lead = columns[:, : self.count - drafts]
         self._lengths = Lengths((lead >= 0).sum(-1)) if self.prunes else None
         self.columns = columns
+        self.tokens = columns
         self.slot_columns = columns[:, None]
         self.complete = new.complete
         self.rows = new.rows
         self.same_rows = new.same_rows
         self.padding = new.padding
+        self.read: PromptIds | None = None
+        self.states: list[tuple[Any, int, Tensor]] = []
 
     @property
     def whole(self) -> bool:

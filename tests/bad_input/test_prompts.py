@@ -173,15 +173,30 @@ def test_batch_that_is_padded_on_the_right(rows):
 
 
 def test_later_turn_that_is_padded_on_the_right():
-    """A filled cache is handed more tokens, some rows of which end early."""
+    """A filled cache is handed a prompt some rows of which end early: by `generate`, which would
+    go on with the logits of padding. (A forward takes it: a row may pause.)"""
     model, cache, batch = tiny_model(), filled(h2o(), rows=2), right_padded(2, LENGTH + 5)
+    batch["input_ids"][:, :LENGTH] = prompt(2, LENGTH)
     new = {"input_ids": batch["input_ids"][:, -5:], "attention_mask": batch["attention_mask"]}
     assert_refused(
         cache,
         r"padded on the right.*in rows \[1\].*tokenizer.padding_side = 'left'",
-        lambda: model(**new, past_key_values=cache),
         lambda: model.generate(**new, cache=cache, max_new_tokens=2),
         lambda: model.generate(**batch, cache=cache, max_new_tokens=2),
+    )
+
+
+def test_a_later_turn_that_asks_nothing_of_any_row():
+    """There are no logits to go on with."""
+    model, cache, ids = tiny_model(), filled(h2o(), rows=2), prompt(2, LENGTH)
+    mask = torch.ones(2, LENGTH + 3, dtype=torch.long)
+    mask[:, LENGTH:] = 0
+    options: Any = {"attention_mask": mask, "cache": cache, "max_new_tokens": 2}
+    assert_refused(
+        cache,
+        r"padded on the right, or empty, in rows \[0, 1\]",
+        lambda: model.generate(ids[:, :3], **options),
+        lambda: model.generate(torch.cat([ids, ids[:, :3]], 1), **options),
     )
 
 
