@@ -23,9 +23,10 @@ from .errors import KVPruneError
 from .families import (
     BACKENDS,
     CACHE_ARGUMENTS,
-    POSITION_ARGUMENTS,
+    NOT_PER_TOKEN,
     PREFIX,
     argument,
+    arguments_given,
     attention_of,
     backend_of,
     base_of,
@@ -289,10 +290,9 @@ def _enter(
         return args, kwargs
     hidden = step.enter(index, argument(layer, args, kwargs, "hidden_states"))
     args, kwargs = with_argument(layer, args, kwargs, "hidden_states", hidden)
-    for name in POSITION_ARGUMENTS:
-        value = argument(layer, args, kwargs, name)
-        if value is not None:
-            aligned = step.align(value, hidden.device)
+    for name, value in arguments_given(layer, args, kwargs).items():
+        aligned = value if name in NOT_PER_TOKEN else step.align(value, hidden.device)
+        if aligned is not value:
             args, kwargs = with_argument(layer, args, kwargs, name, aligned)
     return args, kwargs
 

@@ -21,8 +21,11 @@ from .masks import Local
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 """How modules call the cache: all say past_key_values but GPT-NeoX's layers."""
 
-POSITION_ARGUMENTS = ("position_ids", "position_embeddings")
-"""What decoder layers are handed per token, besides the hidden states."""
+NOT_PER_TOKEN = {"hidden_states", "attention_mask", "alibi", *CACHE_ARGUMENTS}
+"""What is gathered to the tokens that are left elsewhere, or not at all.
+
+Whatever else decoder layers are handed and has the length of the tokens is gathered before each.
+"""
 
 DECODER_LAYERS = ("layers", "h")
 INNER_MODELS = ("model", "decoder")
@@ -308,6 +311,13 @@ def argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n
     names = _parameters(_class(module))
     place = names.index(name) if name in names else len(args)
     return args[place] if place < len(args) else None
+
+
+def arguments_given(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """All arguments that `module`'s forward was handed, by name."""
+    return {**dict(zip(_parameters(_class(module)), args, strict=False)), **kwargs}
 
 
 def with_argument(
