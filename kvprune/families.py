@@ -39,6 +39,13 @@ OWN_ATTENTION = {"bloom", "falcon"}
 KEEPS_KEYWORDS = {"stablelm", "nemotron"}
 """Families whose decoder layers hand keywords that they do not know on to nobody."""
 
+TILES_HEADS = {"JetMoeAttention"}
+"""Attention that repeats its key/value heads as a whole, one copy after the other.
+
+Query head i then reads key/value head i modulo their number, and not its neighbours' one. By the
+name of the class, since every layer asks in every step.
+"""
+
 REFUSED = {
     "gemma3n_text": "its layers share keys and values, and hand on several hidden states per "
     "token, with an input per layer beside them",
@@ -118,6 +125,14 @@ def has_own_attention(base: Any) -> bool:
 def keeps_keywords(base: Any) -> bool:
     """Whether a keyword has to be handed to the model's attention past its decoder layer."""
     return base.config.model_type in KEEPS_KEYWORDS
+
+
+def copies_of_heads(attention: Any) -> int:
+    """How often an attention module repeats its key/value heads as a whole; 1 if it does not."""
+    if _class(attention).__name__ not in TILES_HEADS:
+        return 1
+    config = attention.config
+    return int(config.num_attention_heads) // int(config.num_key_value_heads)
 
 
 def lost_keyword(module: nn.Module) -> KVPruneError:

@@ -136,6 +136,10 @@ def _small(config: Any) -> dict[str, Any]:
     options = {name: value for name, value in SMALL.items() if _takes(config, name, value)}
     if _read(config, "sliding_window"):
         options["sliding_window"] = WINDOW
+    if "kv_lora_rank" in options:
+        # With latent attention every query head has its own keys, and only a part of each turns.
+        options["num_key_value_heads"] = options["num_attention_heads"]
+        options["head_dim"] = options["qk_rope_head_dim"]
     kinds = _read(config, "layer_types")
     if kinds and _takes(config, "layer_types", kinds):
         options["layer_types"] = (list(dict.fromkeys(kinds)) * LAYERS)[:LAYERS]
