@@ -15,7 +15,7 @@ import kvprune
 from kvprune.families import CACHE_ARGUMENTS, local_layers
 
 from .family_cells import Subject
-from .family_models import EVERY_OTHER, FAMILIES, WINDOW, StaysDouble
+from .family_models import EVERY_OTHER, FAMILIES, WINDOW, StaysDouble, unfilled
 from .family_oracle import Local
 from .models import LAYERS, VOCAB, prompt
 
@@ -189,8 +189,7 @@ def _fill(parameter: torch.nn.Parameter) -> None:
     if parameter.dim() == 1:
         # Attention sinks, biases and router corrections begin at a constant.
         parameter.data += 0.1 * torch.randn(shape)
-    elif not parameter.isfinite().all() or parameter.abs().max() > 10 or not parameter.any():
-        # Some are left as they were in memory.
+    elif unfilled(parameter):
         parameter.data = 0.3 * torch.randn(shape, dtype=parameter.dtype)
 
 

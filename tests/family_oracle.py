@@ -77,6 +77,7 @@ class FamilyOracle(MaskedDense):
         self.slots: list[list[list[dict[int, float]]]] = []
         self.visible: list[Tensor] = []
         self.count, self.asked = 0, 1
+        self._query_heads: list[int] = []
 
     @property
     def takes_positions(self) -> bool:
@@ -166,8 +167,10 @@ class FamilyOracle(MaskedDense):
 
     def _queries(self, layer: int) -> int:
         """How many query heads a layer has."""
-        config = self.model.config.get_text_config(decoder=True).per_layer_config[layer]
-        return int(config.num_attention_heads)
+        if not self._query_heads:
+            config = self.model.config.get_text_config(decoder=True)
+            self._query_heads = [int(c.num_attention_heads) for c in config.per_layer_config]
+        return self._query_heads[layer]
 
     def _read_by(self, layer: int, query_head: int) -> int:
         """Which key/value head a query head reads."""
@@ -185,9 +188,9 @@ class FamilyOracle(MaskedDense):
                 slots.update(dict.fromkeys(new, 0.0))
                 queries_of = range(probabilities.shape[1])
                 mine = [q for q in queries_of if self._read_by(layer, q) == head]
-                given = probabilities[row, mine].sum(0)
+                given = probabilities[row, mine].sum(0).tolist()
                 for column in slots:
-                    slots[column] += sum(float(given[q, column]) for q in new)
+                    slots[column] += sum(given[q][column] for q in new)
                 self._drop(layer, slots, size, first)
 
     def _drop(self, layer: int, slots: dict[int, float], size: int, first: int) -> None:
