@@ -4,25 +4,50 @@ from __future__ import annotations
 
 import copy
 import inspect
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import kvprune
-from kvprune.families import CACHE_ARGUMENTS, local_layers
+from kvprune.families import CACHE_ARGUMENTS, base_of, local_layers
+from kvprune.policies import H2O, StreamingLLM
 
-from .family_cells import Subject
+from .family_cells import (
+    CELLS,
+    Subject,
+    check_against_the_oracle,
+    check_roomy,
+    check_row,
+    stock_rows_stand_alone,
+)
 from .family_models import EVERY_OTHER, FAMILIES, WINDOW, StaysDouble, unfilled
 from .family_oracle import Local
 from .models import LAYERS, VOCAB, prompt
+from .strategies import sdtp_pruner
 
 MODEL_TYPES: list[str] = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 TILED = {"jetmoe"}
 """Whose query head i reads key/value head i modulo their number."""
+
+SINKS_APART = {"granite_swa", "granitemoe_swa"}
+"""Whose eager attention returns probabilities without their sinks' share."""
+TEXTBOOK = "textbook"
+
+ROOMY, ALONE = "roomy = dense", "row alone"
+COLUMNS = (ROOMY, ALONE, *CELLS)
+EXACT, REFUSED, AS_STOCK, FAILS = "exact", "-", "as stock", "**fails**"
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -193,6 +218,117 @@ def _fill(parameter: torch.nn.Parameter) -> None:
         parameter.data = 0.3 * torch.randn(shape, dtype=parameter.dtype)
 
 
+@dataclass
+class Outcome:
+    """What came of a model type.
+
+    name: of the model's class. built: whether transformers builds a tiny one. accepted: whether
+    `attach` took it. reason: why it was not built or accepted. cells: by column of `COLUMNS`.
+    note: why it is refused with a policy. wrong: by column, what is wrong.
+    """
+
+    name: str = ""
+    built: bool = False
+    accepted: bool = False
+    reason: str = ""
+    cells: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+    wrong: dict[str, str] = field(default_factory=dict)
+
+
+def outcome_of(model_type: str, seconds: int = 120) -> Outcome:
+    """Tries a model type, for at most so long; must run in the main thread."""
+    outcome = Outcome()
+    try:
+        with _at_most(seconds), torch.no_grad(), StaysDouble():
+            _try(model_type, outcome)
+    except _Slow:
+        outcome.wrong["time"] = f"takes more than {seconds} s"
+    return outcome
+
+
+def _try(model_type: str, outcome: Outcome) -> None:
+    try:
+        outcome.name = type(model_of(model_type)).__name__
+    except Exception as error:
+        outcome.reason = _line(error)
+        return
+    outcome.built = True
+    try:
+        subject = subject_of(model_type)
+    except kvprune.KVPruneError as error:
+        outcome.reason = _reason(error)
+        return
+    outcome.accepted = True
+    outcome.note = base_of(subject.attached).__dict__["_kvprune"].cannot_prune
+    for column, check in _checks(subject, prunes=not outcome.note).items():
+        try:
+            outcome.cells[column] = check()
+        except Exception as error:
+            outcome.cells[column] = FAILS
+            outcome.wrong[column] = f"{type(error).__name__}: {_line(error)}"
+
+
+def _checks(subject: Subject, prunes: bool) -> dict[str, Callable[[], str]]:
+    """What is tried of a family that is accepted, by column."""
+    checks = {ROOMY: partial(_roomy, subject, prunes), ALONE: partial(_alone, subject, prunes)}
+    return checks | {cell: partial(_cell, subject, cell, prunes) for cell in CELLS}
+
+
+def _roomy(subject: Subject, prunes: bool) -> str:
+    check_roomy(subject, [])
+    pruners = [sdtp_pruner(1.0)] if prunes else []
+    check_roomy(subject, [*pruners, H2O(500, 500), StreamingLLM(4, 1000)])
+    return EXACT
+
+
+def _alone(subject: Subject, prunes: bool) -> str:
+    if not stock_rows_stand_alone(subject):
+        return AS_STOCK
+    check_row(subject, CELLS["SDTP + H2O" if prunes else "H2O"][0]())
+    return EXACT
+
+
+def _cell(subject: Subject, cell: str, prunes: bool) -> str:
+    if prunes or "SDTP" not in cell:
+        check_against_the_oracle(subject, cell)
+        return EXACT
+    try:
+        check_against_the_oracle(subject, cell)
+    except kvprune.KVPruneError as error:
+        if "prunes hidden states, which" in str(error):
+            return REFUSED
+        raise
+    raise AssertionError("is said not to be pruned, and was")
+
+
+def _reason(error: Exception) -> str:
+    """The words of a refusal by `attach`."""
+    return str(error).partition("is not supported: ")[2].partition(". Expected")[0] or _line(error)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+class _Slow(BaseException):
+    """Not an Exception, which code in between might take for its own."""
+
+
+@contextmanager
+def _at_most(seconds: int) -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise _Slow
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def subject_of(model_type: str) -> Subject:
     """What is tried of a model type; its caches' heads as those of a stock cache.
 
@@ -207,9 +343,32 @@ def subject_of(model_type: str) -> Subject:
     linear = [i for i, layer in enumerate(stock.layers) if not hasattr(layer, "keys")]
     slots = [0 if i in linear else layer.keys.shape[1] for i, layer in enumerate(stock.layers)]
     local = [None if each is None else Local(each.size, each.chunked) for each in local_layers(plain)]
-    return Subject(
-        plain, attached, model_of(model_type, "eager"), slots, local, linear, model_type in TILED
-    )
+    eager = model_of(model_type, TEXTBOOK if model_type in SINKS_APART else "eager")
+    return Subject(plain, attached, eager, slots, local, linear, model_type in TILED)
+
+
+def _textbook_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention as in the books: a sink is one more score, which takes its share."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(-1, -2) * scaling + attention_mask
+    assert s_aux is not None
+    sinks = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    shares = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    return (shares @ value).transpose(1, 2), shares
+
+
+ALL_ATTENTION_FUNCTIONS.register(TEXTBOOK, _textbook_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(TEXTBOOK, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
 
 def cache_argument(model: PreTrainedModel) -> str:

@@ -89,6 +89,18 @@ def check_row(subject: Subject, policies: list[Any]) -> None:
         assert torch.equal(columns[columns >= 0], kept[kept >= 0] + 5)
 
 
+def stock_rows_stand_alone(subject: Subject) -> bool:
+    """Whether the model itself gives a row in a padded batch the logits that it has alone.
+
+    Not those that count positions, or chunks of attention, from the padding on.
+    """
+    ids, plain = prompt(2, 14), subject.plain
+    options = {"max_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
+    both: Any = plain.generate(**left_padded(ids, [0, 5]), **options)  # type: ignore[operator]
+    one: Any = plain.generate(ids[1:, 5:], **options)  # type: ignore[operator]
+    return all(torch.allclose(a[1:], b) for a, b in zip(both.logits, one.logits, strict=True))
+
+
 def oracle_of(subject: Subject, cell: str, rows: int = 2) -> FamilyOracle | RowByRow:
     """The dense model with masks; where layers keep a state, one without the pruned tokens."""
     make, keeper = CELLS[cell]

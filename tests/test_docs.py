@@ -18,7 +18,7 @@ from .code_blocks import GIVEN, blocks_of
 from .family_models import CANNOT_PRUNE, FAMILIES
 from .models import prompt, tiny_model
 from .strategies import sdtp_heads
-from .test_families import CELLS
+from .family_cells import CELLS
 
 ROOT = Path(__file__).parent.parent
 
