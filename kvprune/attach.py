@@ -40,6 +40,7 @@ from .families import (
     linear_layers,
     local_layers,
     lost_keyword,
+    query_heads,
     takes,
     unwrapped,
     with_argument,
@@ -76,7 +77,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         None if linear else attention_of(base, layer)
         for layer, linear in zip(layers, states, strict=True)
     ]
-    heads = base.config.get_text_config(decoder=True).num_attention_heads
+    heads = query_heads(base)
     attachment = base.__dict__.get("_kvprune") or Attachment(
         type(model).__name__,
         len(layers),

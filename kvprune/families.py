@@ -228,10 +228,16 @@ def _check_backend(model: PreTrainedModel, backend: str, own_attention: bool) ->
 
 
 def _check_layer_types(model: PreTrainedModel) -> None:
+    config: Any = model.config.get_text_config(decoder=True)
     try:
-        types, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+        types, _ = get_layer_types_and_kwargs(config)
     except Exception as error:
         raise unsupported(model, f"its layer types cannot be read ({error})") from error
+    # The decoder of an encoder-decoder model by itself: transformers makes its caches by the
+    # encoder's number of layers.
+    count = getattr(config, "decoder_layers", 0)
+    if count > len(types):
+        raise unsupported(model, f"it has {count} decoder layers, and caches for {len(types)}")
     if "dummy" in types:
         raise unsupported(model, "some of its layers have no keys and values of their own")
     known = LAYER_TYPES | {"linear_attention"} if is_hybrid(model) else LAYER_TYPES
@@ -240,9 +246,23 @@ def _check_layer_types(model: PreTrainedModel) -> None:
         raise unsupported(model, f"it has layers of type {', '.join(strange)}")
 
 
+def _layer_kinds(model: PreTrainedModel) -> tuple[list[str], list[dict[str, Any]]]:
+    """By decoder layer, its type, and what transformers makes its cache with."""
+    types, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    count = len(decoder_layers(base_of(model)))
+    return types[:count], options[:count]
+
+
+def query_heads(base: Any) -> int:
+    """How many query heads the model's attention has."""
+    config = base.config.get_text_config(decoder=True)
+    # In the config of an encoder-decoder model the usual name is that of the encoder's.
+    return int(getattr(config, "decoder_attention_heads", config.num_attention_heads))
+
+
 def local_layers(model: PreTrainedModel) -> tuple[Local | None, ...]:
     """By layer, what its queries can see; None for everything."""
-    types, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    types, options = _layer_kinds(model)
     sizes = [option.get("sliding_window") for option in options]
     return tuple(
         None if size is None else Local(size, chunked=kind == "chunked_attention")
@@ -257,7 +277,7 @@ def is_hybrid(model: PreTrainedModel) -> bool:
 
 def linear_layers(model: PreTrainedModel) -> tuple[int, ...]:
     """By layer, how many states it keeps instead of slots; 0 for layers with slots."""
-    types, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    types, options = _layer_kinds(model)
     return tuple(
         option["number_of_states"] if kind == "linear_attention" else 0
         for kind, option in zip(types, options, strict=True)

@@ -63,11 +63,11 @@ SMALL: dict[str, Any] = {
     "encoder_hash_byte_group_vocab": VOCAB,
     "decoder_ffn_dim": 48,
     "num_hidden_layers": LAYERS,
-    "encoder_layers": 1,
+    "encoder_layers": LAYERS + 2,
     "decoder_layers": LAYERS,
     "num_layers": LAYERS,
     "num_attention_heads": 4,
-    "encoder_attention_heads": 4,
+    "encoder_attention_heads": 2,
     "decoder_attention_heads": 4,
     "num_heads": 4,
     "num_key_value_heads": 2,
@@ -184,7 +184,11 @@ def _read(config: Any, name: str) -> Any:
 
 def _takes(config: Any, name: str, value: Any) -> bool:
     """Whether a config has an option, and one that can be set."""
-    known = hasattr(type(config), config.attribute_map.get(name, name))
+    own = config.attribute_map.get(name, name)
+    if own != name and own.startswith("encoder"):
+        # The decoder of such a model has names of its own.
+        return False
+    known = hasattr(type(config), own)
     if not known and _read(config, name) is None:
         return False
     try:
@@ -340,9 +344,13 @@ def subject_of(model_type: str) -> Subject:
     stock: Any = DynamicCache(config=plain.config.get_text_config(decoder=True))
     with torch.no_grad(), StaysDouble():
         plain(prompt(1, 3), **{cache_argument(plain): stock})
-    linear = [i for i, layer in enumerate(stock.layers) if not hasattr(layer, "keys")]
-    slots = [0 if i in linear else layer.keys.shape[1] for i, layer in enumerate(stock.layers)]
-    local = [None if each is None else Local(each.size, each.chunked) for each in local_layers(plain)]
+    # By the encoder's layers, where there was one.
+    layers = stock.layers[:LAYERS]
+    linear = [i for i, layer in enumerate(layers) if not hasattr(layer, "keys")]
+    slots = [0 if i in linear else layer.keys.shape[1] for i, layer in enumerate(layers)]
+    local = [
+        None if each is None else Local(each.size, each.chunked) for each in local_layers(plain)
+    ]
     eager = model_of(model_type, TEXTBOOK if model_type in SINKS_APART else "eager")
     return Subject(plain, attached, eager, slots, local, linear, model_type in TILED)
 

@@ -169,7 +169,10 @@ class FamilyOracle(MaskedDense):
         """How many query heads a layer has."""
         if not self._query_heads:
             config = self.model.config.get_text_config(decoder=True)
-            self._query_heads = [int(c.num_attention_heads) for c in config.per_layer_config]
+            # The usual name is the encoder's, where there was one.
+            own = hasattr(config, "decoder_attention_heads")
+            name = "decoder_attention_heads" if own else "num_attention_heads"
+            self._query_heads = [int(getattr(c, name)) for c in config.per_layer_config]
         return self._query_heads[layer]
 
     def _read_by(self, layer: int, query_head: int) -> int:
