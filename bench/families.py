@@ -49,8 +49,8 @@ row, through `generate` and a second turn:
 that says why. The kept set is by key/value head as the cache stores it; the notes say where that
 is not the model's own number of key/value heads.
 
-[All families](all-families.md) says of every model type in transformers whether it is accepted, with
-the same cells.
+[All families](all-families.md) says of every model type in transformers whether it is accepted,
+with the same cells.
 
 """
 

@@ -1,4 +1,4 @@
-"""Attention modules that repeat their key/value heads as a whole, one copy after the other (JetMoE).
+"""Attention that repeats its key/value heads as a whole, one copy after the other (JetMoE).
 
 Query head i then reads key/value head i modulo their number. Everywhere else here neighbouring
 query heads read the same one, so queries are put in that order first, and outputs back after it.
