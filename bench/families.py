@@ -21,8 +21,8 @@ from transformers import AutoModel
 
 import kvprune
 from tests import family_models as models
-from tests import test_families
 from tests.bad_input.test_models import REFUSED
+from tests.family_cells import CELLS
 from tests.models import tiny_config
 
 from . import releases
@@ -30,7 +30,7 @@ from . import releases
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "families.md"
 DENSE = "roomy = dense"
-COLUMNS = (DENSE, *test_families.CELLS)
+COLUMNS = (DENSE, *CELLS)
 CELL_TESTS = {
     "test_roomy_equals_the_dense_model": "roomy",
     "test_family_against_the_oracle": "cell",
@@ -51,6 +51,9 @@ row, through `generate` and a second turn:
 "exact" means to a relative 1e-9 in float64; "-" that the family refuses that policy, with an error
 that says why. The kept set is by key/value head as the cache stores it; the notes say where that
 is not the model's own number of key/value heads.
+
+[All families](all-families.md) says of every model type in transformers whether it is accepted,
+with the same cells.
 
 """
 

@@ -22,9 +22,10 @@ from .endings import Endings, PadsEnded, WatchedCriteria, watch, watching
 from .errors import KVPruneError
 from .families import (
     BACKENDS,
-    POSITION_ARGUMENTS,
+    NOT_PER_TOKEN,
     PREFIX,
     argument,
+    arguments_given,
     attention_of,
     backend_of,
     base_of,
@@ -39,6 +40,7 @@ from .families import (
     linear_layers,
     local_layers,
     lost_keyword,
+    query_heads,
     takes,
     unwrapped,
     with_argument,
@@ -91,7 +93,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         for layer, linear in zip(layers, states, strict=True)
     ]
     check_model(base, [layer for layer, linear in zip(layers, states, strict=True) if not linear])
-    heads = base.config.get_text_config(decoder=True).num_attention_heads
+    heads = query_heads(base)
     attachment = Attachment(
         type(model).__name__,
         len(layers),
@@ -386,10 +388,9 @@ def _enter(
         return args, kwargs
     hidden = step.enter(index, argument(layer, args, kwargs, "hidden_states"))
     args, kwargs = with_argument(layer, args, kwargs, "hidden_states", hidden)
-    for name in POSITION_ARGUMENTS:
-        value = argument(layer, args, kwargs, name)
-        if value is not None:
-            aligned = step.align(value, hidden.device)
+    for name, value in arguments_given(layer, args, kwargs).items():
+        aligned = value if name in NOT_PER_TOKEN else step.align(value, hidden.device)
+        if aligned is not value:
             args, kwargs = with_argument(layer, args, kwargs, name, aligned)
     return args, kwargs
 

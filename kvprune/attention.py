@@ -17,7 +17,8 @@ from torch import Tensor
 from . import flash, fused
 from .blocks import Scores, block_by_block, hide
 from .errors import KVPruneError
-from .families import lost_keyword
+from .families import copies_of_heads, lost_keyword
+from .heads import as_before, for_backend, neighbours, without_copies
 from .masks import LazyMask, Mask, additive, as_mask
 from .releases import ALL_ATTENTION_FUNCTIONS
 from .step import LayerStep
@@ -57,6 +58,31 @@ def slot_attention(
         return stock(module, query, key, value, attention_mask, **arguments)
     layer = kvprune_layer.on(query.device)
     layer.step.unattended -= 1
+    copies = copies_of_heads(module)
+    if copies == 1:
+        states = (query, key, value, attention_mask)
+        return _attend_and_evict(backend, stock, module, layer, *states, **arguments)
+    if isinstance(attention_mask, Tensor) and attention_mask.shape[1] > 1:
+        attention_mask = neighbours(attention_mask, copies)
+    key, value = without_copies(key, copies), without_copies(value, copies)
+    states = (neighbours(query, copies), key, value, attention_mask)
+    output, weights = _attend_and_evict(backend, stock, module, layer, *states, **arguments)
+    weights = None if weights is None else as_before(weights, copies, axis=1)
+    return as_before(output, copies, axis=2), weights
+
+
+def _attend_and_evict(
+    backend: str,
+    stock: Callable[..., tuple[Tensor, Tensor | None]],
+    module: torch.nn.Module,
+    layer: LayerStep,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: LazyMask | Tensor | None,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`slot_attention` where neighbouring query heads read the same key/value head."""
     assert attention_mask is not None, "our mask functions always return a rule"
     mask = as_mask(attention_mask, layer.step.seen)
     if not layer.step.one_by_one:
@@ -93,7 +119,7 @@ def _attend(
         backend = flash.instead(**arguments)
         stock = _backend(backend, module)
     dense = _mask_for(backend, layer, query, key, mask)
-    return stock(module, query, key, value, dense, **arguments)
+    return stock(module, query, *for_backend(module, key, value), dense, **arguments)
 
 
 def _backend(name: str, module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -140,6 +166,14 @@ def _observed(
             "statistic 'attention' is not observed for models with a learned position bias: "
             "expected position_bias=None. Use a policy without statistics, as StreamingLLM"
         )
+    heads = layer.slots.keys.shape[1]
+    if heads not in (1, key.shape[1]):
+        raise KVPruneError(
+            f"statistic 'attention': {type(module).__name__} stores {heads} key/value heads and "
+            f"attends to {key.shape[1]}, so it is unknown which query head reads which of them: "
+            f"this family is not supported with policies that observe attention. Use a policy "
+            f"without statistics, as StreamingLLM"
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     states = (query, key, value, mask)
     result = fused.attention(
@@ -149,7 +183,6 @@ def _observed(
         run = _one_query if query.shape[2] == 1 else block_by_block
         result = run(layer, *states, Scores(scaling, softcap, s_aux, dropout))
     output, received = result
-    heads = layer.slots.keys.shape[1]
     if received.shape[1] != heads:
         # With latent attention (MLA) many heads read the slots of one.
         received = received.unflatten(1, (heads, -1)).sum(2)

@@ -16,10 +16,13 @@ from transformers import PreTrainedModel
 from . import flash
 from .errors import KVPruneError
 from .masks import Local
-from .releases import layer_types, parameters_of
+from .releases import CACHE_ARGUMENTS, layer_types, parameters_of
 
-POSITION_ARGUMENTS = ("position_ids", "position_embeddings")
-"""What decoder layers are handed per token, besides the hidden states."""
+NOT_PER_TOKEN = {"hidden_states", "attention_mask", "alibi", *CACHE_ARGUMENTS}
+"""What is gathered to the tokens that are left elsewhere, or not at all.
+
+Whatever else decoder layers are handed and has the length of the tokens is gathered before each.
+"""
 
 DECODER_LAYERS = ("layers", "h")
 INNER_MODELS = ("model", "decoder")
@@ -32,6 +35,13 @@ OWN_ATTENTION = {"bloom", "falcon"}
 
 KEEPS_KEYWORDS = {"stablelm", "nemotron"}
 """Families whose decoder layers hand keywords that they do not know on to nobody."""
+
+TILES_HEADS = {"JetMoeAttention"}
+"""Attention that repeats its key/value heads as a whole, one copy after the other.
+
+Query head i then reads key/value head i modulo their number, and not its neighbours' one. By the
+name of the class, since every layer asks in every step.
+"""
 
 REFUSED = {
     "gemma3n_text": "its layers share keys and values, and hand on several hidden states per "
@@ -112,6 +122,14 @@ def has_own_attention(base: Any) -> bool:
 def keeps_keywords(base: Any) -> bool:
     """Whether a keyword has to be handed to the model's attention past its decoder layer."""
     return base.config.model_type in KEEPS_KEYWORDS
+
+
+def copies_of_heads(attention: Any) -> int:
+    """How often an attention module repeats its key/value heads as a whole; 1 if it does not."""
+    if _class(attention).__name__ not in TILES_HEADS:
+        return 1
+    config = attention.config
+    return int(config.num_attention_heads) // int(config.num_key_value_heads)
 
 
 def lost_keyword(module: nn.Module) -> KVPruneError:
@@ -224,10 +242,16 @@ def _check_capping(model: PreTrainedModel, backend: str) -> None:
 
 
 def _check_layer_types(model: PreTrainedModel) -> None:
+    config: Any = model.config.get_text_config(decoder=True)
     try:
-        types, _ = layer_types(model.config.get_text_config(decoder=True))
+        types, _ = layer_types(config)
     except Exception as error:
         raise unsupported(model, f"its layer types cannot be read ({error})") from error
+    # The decoder of an encoder-decoder model by itself: transformers makes its caches by the
+    # encoder's number of layers.
+    count = getattr(config, "decoder_layers", 0)
+    if count > len(types):
+        raise unsupported(model, f"it has {count} decoder layers, and caches for {len(types)}")
     if "dummy" in types:
         raise unsupported(model, "some of its layers have no keys and values of their own")
     known = LAYER_TYPES | {"linear_attention"} if is_hybrid(model) else LAYER_TYPES
@@ -236,9 +260,23 @@ def _check_layer_types(model: PreTrainedModel) -> None:
         raise unsupported(model, f"it has layers of type {', '.join(strange)}")
 
 
+def _layer_kinds(model: PreTrainedModel) -> tuple[list[str], list[dict[str, Any]]]:
+    """By decoder layer, its type, and what transformers makes its cache with."""
+    types, options = layer_types(model.config.get_text_config(decoder=True))
+    count = len(decoder_layers(base_of(model)))
+    return types[:count], options[:count]
+
+
+def query_heads(base: Any) -> int:
+    """How many query heads the model's attention has."""
+    config = base.config.get_text_config(decoder=True)
+    # In the config of an encoder-decoder model the usual name is that of the encoder's.
+    return int(getattr(config, "decoder_attention_heads", config.num_attention_heads))
+
+
 def local_layers(model: PreTrainedModel) -> tuple[Local | None, ...]:
     """By layer, what its queries can see; None for everything."""
-    types, options = layer_types(model.config.get_text_config(decoder=True))
+    types, options = _layer_kinds(model)
     sizes = [option.get("sliding_window") for option in options]
     return tuple(
         None if size is None else Local(size, chunked=kind == "chunked_attention")
@@ -253,7 +291,7 @@ def is_hybrid(model: PreTrainedModel) -> bool:
 
 def linear_layers(model: PreTrainedModel) -> tuple[int, ...]:
     """By layer, how many states it keeps instead of slots; 0 for layers with slots."""
-    types, options = layer_types(model.config.get_text_config(decoder=True))
+    types, options = _layer_kinds(model)
     return tuple(
         option["number_of_states"] if kind == "linear_attention" else 0
         for kind, option in zip(types, options, strict=True)
@@ -312,6 +350,13 @@ def argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n
     names = parameters_of(_class(module))
     place = names.index(name) if name in names else len(args)
     return args[place] if place < len(args) else None
+
+
+def arguments_given(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """All arguments that `module`'s forward was handed, by name."""
+    return {**dict(zip(parameters_of(_class(module)), args, strict=False)), **kwargs}
 
 
 def with_argument(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import flash, mass
+from .heads import for_backend
 from .masks import Mask, is_known, window_of
 from .releases import ALL_ATTENTION_FUNCTIONS
 from .step import LayerStep
@@ -85,6 +86,7 @@ def _by_sdpa(
 ) -> Tensor:
     """`[B, Q, Hq, Dv]`, with no mask where causality is all, else in blocks of queries."""
     count, held = query.shape[2], key.shape[2]
+    key, value = for_backend(module, key, value)
     options: dict[str, Any] = {"scaling": scaling, "dropout": dropout}
     run = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if mask.plainly_causal and layer.slots.complete and count == held:

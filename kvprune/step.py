@@ -329,13 +329,15 @@ class Step:
         return parked.scatter(1, places[..., None].expand_as(hidden), hidden)
 
     def align(self, value: Any, device: torch.device) -> Any:
-        """Gathers per-token data (`[1|B, Q, ...]`, or tuples of it) to the tokens left.
+        """Gathers whatever has the length of this forward's tokens to those that are left.
 
         Args:
-            value: as the model hands it to its layers.
+            value: as the model hands it to its layers: a tensor with an axis for the tokens, as
+                `[1|B, Q, ...]`, `[1|B, 1, Q, ...]` or `[n, 1|B, Q, ...]`; a tuple, list or dict
+                of such; anything else comes back as it is.
             device: where the tokens' hidden states are.
         """
-        if self._places is None or value is None:
+        if self._places is None or not isinstance(value, (Tensor, tuple, list, dict)):
             return value
         # Every layer is handed the same full-length data again.
         key = (id(value), device)
@@ -344,12 +346,31 @@ class Step:
         return self._aligned[key][1]
 
     def _gather_tokens(self, value: Any, device: torch.device) -> Any:
-        assert self._places is not None
-        if isinstance(value, (tuple, list)):
+        if type(value) in (tuple, list):
             return type(value)(self._gather_tokens(v, device) for v in value)
+        # Not what is derived from dict: models keep things of their own in it.
+        if type(value) is dict:
+            return {name: self._gather_tokens(v, device) for name, v in value.items()}
+        axes = self._token_axes(value) if isinstance(value, Tensor) else None
+        if axes is None:
+            return value
+        assert self._places is not None
         places = self._copies.on(self._places, value.device)
-        value = value.expand(places.shape[0], *value.shape[1:])
-        return _gathered(value, places).to(device)
+        value = value.movedim(axes, (0, 1))
+        value = _gathered(value.expand(places.shape[0], *value.shape[1:]), places)
+        return value.movedim((0, 1), axes).to(device)
+
+    def _token_axes(self, value: Tensor) -> tuple[int, int] | None:
+        """The axes of a tensor that are rows and this forward's tokens; None if it has none."""
+        shape, rows = value.shape, self.columns.shape[0]
+        for axis in range(1, value.dim()):
+            if shape[axis] != self.count or shape[axis - 1] not in (1, rows):
+                continue
+            # Between rows and tokens there may be an axis for all heads; before the rows one
+            # for what each token has several of, as positions in pictures.
+            before = [n for n in (axis - 1, 0) if shape[n] == rows] or [axis - 1]
+            return before[0], axis
+        return None
 
     def at_layer(self, index: int, slots: SlotLayer) -> LayerStep:
         """What the attention function of a layer is handed, with the tokens that are left."""

@@ -82,6 +82,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon-alibi": {"alibi": True},
     "falcon-new": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "deepseek_v3": MLA,
+    "jetmoe": {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma4_text": {
+        **SLIDING,
+        "global_head_dim": 12,
+        "layer_types": EVERY_OTHER,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCAB,
+    },
     "qwen3_next": {**HYBRID, "layer_types": [LINEAR, "full_attention"] * 2},
     "qwen3_5_text": {**HYBRID, "layer_types": [LINEAR, "full_attention"] * 2},
     "qwen3_5_moe_text": {**HYBRID, "layer_types": [LINEAR, "full_attention"] * 2},
@@ -144,6 +152,11 @@ def family_config(family: str) -> Any:
     return AutoConfig.for_model(family.split("-")[0], **options)
 
 
+def unfilled(weight: torch.Tensor) -> bool:
+    """Whether a family leaves a weight as it was in memory, or zero."""
+    return not weight.isfinite().all() or weight.abs().max() > 10 or not weight.any()
+
+
 def family_model(family: str, backend: str | None = None) -> PreTrainedModel:
     """A float64 model of its own, in eval mode, not attached; always the same weights."""
     # The default implementation of experts has no float64 kernel.
@@ -158,6 +171,8 @@ def family_model(family: str, backend: str | None = None) -> PreTrainedModel:
             # Attention sinks, biases and router corrections begin at a constant.
             if parameter.dim() == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
+            elif unfilled(parameter):
+                parameter.data = 0.3 * torch.randn(parameter.shape, dtype=parameter.dtype)
     return model.eval().double()
 
 
@@ -197,6 +212,7 @@ SEES: dict[str, list[int | None]] = {
     "olmo3": [WINDOW, None, WINDOW, None],
     "cohere2": [WINDOW, None, WINDOW, None],
     "llama4_text": [WINDOW, None, WINDOW, None],
+    "gemma4_text": [WINDOW, None, WINDOW, None],
 }
 
 
@@ -205,6 +221,11 @@ def local_of(family: str) -> list[Local | None]:
     sizes = SEES.get(family, [None] * LAYERS)
     chunked = family == "llama4_text"
     return [None if size is None else Local(size, chunked) for size in sizes]
+
+
+def tiles_heads(family: str) -> bool:
+    """Whether query head i reads key/value head i modulo their number, not its neighbours' one."""
+    return family == "jetmoe"
 
 
 STATES = (
@@ -229,6 +250,8 @@ NOTES = {
     "falcon-alibi": "with ALiBi; its eager code adds ALiBi twice in this release, sdpa does not",
     "falcon-new": "new decoder architecture; stores keys and values for every query head",
     "deepseek_v3": "latent attention (MLA): one kept set per layer",
+    "jetmoe": "query head i reads key/value head i modulo their number",
+    "gemma4_text": "every other layer slides; two head sizes; an input per layer for each token",
 }
 """What docs/families.md says of a family besides its cells."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.families import attention_of, base_of, decoder_layers
+from kvprune.families import argument, attention_of, base_of, decoder_layers, with_argument
 from kvprune.policies import SDTP
 
 from .masked_dense import MaskedDense
@@ -55,26 +55,29 @@ class FamilyOracle(MaskedDense):
     """One batch of sequences on one model, pruned, evicted, both or neither.
 
     `slots[layer][row][head]` maps the columns present to their scores; `visible[layer]`
-    `[B, H, N, N]` says which columns were there for each query's forward.
+    `[B, H, N, N]` says which columns were there for each query's forward. `heads[layer]` is H;
+    query head i reads head `i % H` where they are `tiled`, and else its neighbours read the same.
     """
 
     def __init__(
         self,
         model: Any,
-        heads: int,
+        heads: Sequence[int],
         pruner: SDTP | None = None,
         keeper: Keeper | None = None,
-        local: list[Local | None] | None = None,
+        local: Sequence[Local | None] | None = None,
         linear: Sequence[int] = (),
+        tiled: bool = False,
     ) -> None:
         super().__init__(model, pruner)  # type: ignore[arg-type]
         self.linear = linear
-        self.heads, self.keeper = heads, keeper
-        self.layers = model.config.num_hidden_layers
+        self.heads, self.keeper, self.tiled = heads, keeper, tiled
+        self.layers = len(heads)
         self.local = local or [None] * self.layers
         self.slots: list[list[list[dict[int, float]]]] = []
         self.visible: list[Tensor] = []
         self.count, self.asked = 0, 1
+        self._query_heads: list[int] = []
 
     @property
     def takes_positions(self) -> bool:
@@ -102,18 +105,18 @@ class FamilyOracle(MaskedDense):
         if not self.alive:
             self.ids, self.mask = ids[:, :0], mask[:, :0]
             self.alive = [torch.zeros(rows, 0, dtype=torch.bool)] * self.layers
-            self.visible = [torch.zeros(rows, self.heads, 0, 0, dtype=torch.bool)] * self.layers
-            layers, heads = range(self.layers), range(self.heads)
-            self.slots = [[[{} for _ in heads] for _ in range(rows)] for _ in layers]
+            self.visible = [torch.zeros(rows, h, 0, 0, dtype=torch.bool) for h in self.heads]
+            self.slots = [[[{} for _ in range(h)] for _ in range(rows)] for h in self.heads]
         before = self.ids.shape[1]
         self.ids, self.mask = torch.cat([self.ids, ids], 1), torch.cat([self.mask, mask], 1)
         self.alive = [torch.cat([a, mask.bool()], 1) for a in self.alive]
         for layer, old in enumerate(self.visible):
-            new = torch.zeros(rows, self.heads, before + count, before + count, dtype=torch.bool)
+            heads = self.heads[layer]
+            new = torch.zeros(rows, heads, before + count, before + count, dtype=torch.bool)
             new[:, :, :before, :before] = old
             new[:, :, before:, before:] = True
             for row in range(rows):
-                for head in range(self.heads):
+                for head in range(heads):
                     for column in self.slots[layer][row][head]:
                         new[row, head, before:, column] = True
             self.visible[layer] = new
@@ -137,7 +140,9 @@ class FamilyOracle(MaskedDense):
             return self._before(index, args, kwargs)
 
         def masked(module: Any, args: Any, kwargs: Any) -> Any:
-            kwargs = {**kwargs, "attention_mask": self._masked(index, kwargs["attention_mask"])}
+            own = argument(module, args, kwargs, "attention_mask")
+            mask = self._masked(index, own)
+            args, kwargs = with_argument(module, args, kwargs, "attention_mask", mask)
             if self.model.config.model_type == "falcon" and kwargs["alibi"] is not None:
                 # Falcon's mask holds ALiBi already: its eager code adds it twice, unlike sdpa's.
                 kwargs["alibi"] = torch.zeros_like(kwargs["alibi"])
@@ -155,11 +160,25 @@ class FamilyOracle(MaskedDense):
     def _masked(self, layer: int, own: Tensor) -> Tensor:
         """The model's own additive mask, and what is gone hidden, `[B, Hq, N, N]`."""
         visible = self.visible[layer] & self.alive[layer][:, None, None, :]
-        groups = self.model.config.num_attention_heads // self.heads
-        hidden = ~visible.repeat_interleave(groups, 1)
+        hidden = ~visible[:, [self._read_by(layer, head) for head in range(self._queries(layer))]]
         # Far from float64's end: a query that sees nothing (padding) must not become NaN,
         # of which a weight of 0 in a later layer makes NaN for everybody.
         return own.clamp(min=-1e9).masked_fill(hidden, -1e9)
+
+    def _queries(self, layer: int) -> int:
+        """How many query heads a layer has."""
+        if not self._query_heads:
+            config = self.model.config.get_text_config(decoder=True)
+            # The usual name is the encoder's, where there was one.
+            own = hasattr(config, "decoder_attention_heads")
+            name = "decoder_attention_heads" if own else "num_attention_heads"
+            self._query_heads = [int(getattr(c, name)) for c in config.per_layer_config]
+        return self._query_heads[layer]
+
+    def _read_by(self, layer: int, query_head: int) -> int:
+        """Which key/value head a query head reads."""
+        heads = self.heads[layer]
+        return query_head % heads if self.tiled else query_head * heads // self._queries(layer)
 
     def _evict(self, layer: int, probabilities: Tensor) -> None:
         """Adds what the new tokens' queries gave `[B, Hq, N, N]`, and drops."""
@@ -170,10 +189,11 @@ class FamilyOracle(MaskedDense):
             new = [q for q in queries if self.alive[layer][row, q]]
             for head, slots in enumerate(heads):
                 slots.update(dict.fromkeys(new, 0.0))
-                groups = probabilities.shape[1] // self.heads
-                given = probabilities[row, head * groups : (head + 1) * groups].sum(0)
+                queries_of = range(probabilities.shape[1])
+                mine = [q for q in queries_of if self._read_by(layer, q) == head]
+                given = probabilities[row, mine].sum(0).tolist()
                 for column in slots:
-                    slots[column] += sum(float(given[q, column]) for q in new)
+                    slots[column] += sum(given[q][column] for q in new)
                 self._drop(layer, slots, size, first)
 
     def _drop(self, layer: int, slots: dict[int, float], size: int, first: int) -> None:

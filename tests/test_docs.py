@@ -15,10 +15,10 @@ from kvprune.policies import H2O
 
 from .bad_input.test_models import REFUSED
 from .code_blocks import GIVEN, blocks_of
+from .family_cells import CELLS
 from .family_models import CANNOT_PRUNE, FAMILIES
 from .models import prompt, tiny_model
 from .strategies import sdtp_heads
-from .test_families import CELLS
 
 ROOT = Path(__file__).parent.parent
 

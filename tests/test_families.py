@@ -7,15 +7,14 @@ masked out of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import kvprune
-from kvprune.policies import H2O, StreamingLLM
 
+from .family_cells import CELLS, ROOMY, Subject, check_against_the_oracle, check_roomy, close
 from .family_models import (
     CANNOT_PRUNE,
     FAMILIES,
@@ -28,25 +27,9 @@ from .family_models import (
     local_of,
     plain_family,
     slots_of,
+    tiles_heads,
 )
-from .family_oracle import FamilyOracle, Keeper, RowByRow, h2o_keeper, streaming_keeper
-from .models import LAYERS, left_padded, positions, prompt
-from .strategies import sdtp_pruner
-
-CELLS: dict[str, tuple[Callable[[], list[Any]], Keeper | None]] = {
-    "SDTP": (lambda: [sdtp_pruner(0.6)], None),
-    "H2O": (lambda: [H2O(3, 3)], h2o_keeper(3, 3)),
-    "StreamingLLM": (lambda: [StreamingLLM(2, 4)], streaming_keeper(2, 4)),
-    "SDTP + H2O": (lambda: [sdtp_pruner(0.6), H2O(3, 3)], h2o_keeper(3, 3)),
-}
-
-ROOMY = {
-    "no policy": list,
-    "H2O": lambda: [H2O(500, 500)],
-    "StreamingLLM": lambda: [StreamingLLM(4, 1000)],
-    "SDTP": lambda: [sdtp_pruner(1.0)],
-}
-
+from .models import LAYERS, prompt
 
 every_family = pytest.mark.parametrize(
     "family", [pytest.param(f, marks=[pytest.mark.slow] * (f in SLOW)) for f in FAMILIES]
@@ -59,9 +42,17 @@ def _exact() -> Iterator[None]:
         yield
 
 
-def close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Within what float64 rounding explains, through four layers of weights this large."""
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+def subject_of(family: str) -> Subject:
+    """The family's models, and what its caches hold, all written down by hand."""
+    return Subject(
+        plain_family(family),
+        attached_family(family),
+        eager_family(family),
+        [slots_of(family)] * LAYERS,
+        local_of(family),
+        linear_of(family),
+        tiles_heads(family),
+    )
 
 
 def refused(family: str, policies: list[kvprune.TokenPolicy]) -> bool:
@@ -79,14 +70,7 @@ def test_roomy_equals_the_dense_model(family, roomy):
     """In `generate`: the tokens and the logits of DynamicCache, with a padded row."""
     if refused(family, ROOMY[roomy]()):
         return
-    inputs = left_padded(prompt(2, 14), [0, 5])
-    options = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True}
-    expected = plain_family(family).generate(**inputs, **options)
-    cache = kvprune.ComposedCache(ROOMY[roomy]())
-    got = attached_family(family).generate(**inputs, cache=cache, **options)
-    assert torch.equal(got.sequences, expected.sequences)
-    for mine, dense in zip(got.logits, expected.logits, strict=True):
-        close(mine, dense)
+    check_roomy(subject_of(family), ROOMY[roomy]())
 
 
 @every_family
@@ -116,65 +100,9 @@ def test_roomy_equals_the_dense_model_with_the_eager_backend(family, roomy):
     close(torch.cat(got, 1), expected)
 
 
-def oracle_for(family: str, cell: str, rows: int = 2) -> FamilyOracle | RowByRow:
-    """The dense model with masks; where layers keep a state, one without the pruned tokens."""
-    make, keeper = CELLS[cell]
-    pruner = make()[0] if "SDTP" in cell else None
-    linear = linear_of(family)
-    arguments = (eager_family(family), slots_of(family), pruner, keeper, local_of(family), linear)
-    if linear and pruner is not None:
-        return RowByRow(*arguments, rows=rows)
-    return FamilyOracle(*arguments)
-
-
 @pytest.mark.parametrize("cell", CELLS)
 @every_family
 def test_family_against_the_oracle(family, cell):
     """`generate`, then a second turn of several tokens: logits and columns of every step."""
-    policies = CELLS[cell][0]()
-    if refused(family, policies):
-        return
-    # With states, a second turn is pruned in a single row only.
-    for rows in (2, 1) if linear_of(family) else (2,):
-        oracle = oracle_for(family, cell, rows)
-        model, cache = attached_family(family), kvprune.ComposedCache(policies)
-        inputs = left_padded(prompt(rows, 16), [0, 5][:rows])
-        check_generate(model, cache, oracle, inputs)
-        assert_same_columns(cache, oracle, linear_of(family))
-        if isinstance(oracle, FamilyOracle) or rows == 1:
-            check_second_turn(model, cache, oracle)
-            assert_same_columns(cache, oracle, linear_of(family))
-
-
-def check_generate(model, cache, oracle, inputs) -> None:
-    """Five tokens of `generate`, logits step by step."""
-    out = model.generate(
-        **inputs, cache=cache, max_new_tokens=5, output_logits=True, return_dict_in_generate=True
-    )
-    close(out.logits[0], oracle.forward(inputs["input_ids"], inputs["attention_mask"])[:, -1])
-    one = torch.ones_like(inputs["input_ids"][:, :1])
-    for step in range(1, 5):
-        token = out.sequences[:, 15 + step : 16 + step]
-        close(out.logits[step], oracle.forward(token, one)[:, -1])
-
-
-def check_second_turn(model, cache, oracle) -> None:
-    """A forward of several tokens, and one of a single token."""
-    for count in (8, 1):
-        new = prompt(oracle.mask.shape[0], count, seed=count)
-        expected = oracle.forward(new, torch.ones_like(new))[:, -1]
-        options = {"attention_mask": oracle.mask}
-        if oracle.takes_positions:
-            options["position_ids"] = positions(oracle.mask)[:, -count:]
-        got = model(new, past_key_values=cache, logits_to_keep=1, **options).logits[:, -1]
-        close(got, expected)
-
-
-def assert_same_columns(cache, oracle, linear) -> None:
-    """Every layer with slots, row and head."""
-    for layer in set(range(LAYERS)) - set(linear):
-        columns = cache.columns(layer).expand(-1, oracle.heads, -1)
-        for row in range(oracle.mask.shape[0]):
-            for head in range(oracle.heads):
-                kept = [int(c) for c in columns[row, head] if c >= 0]
-                assert kept == oracle.kept(layer, row, head)
+    if not refused(family, CELLS[cell][0]()):
+        check_against_the_oracle(subject_of(family), cell)

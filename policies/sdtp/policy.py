@@ -92,7 +92,9 @@ class SDTP(TokenPolicy):
             )
         of_model = {
             "hidden_size": config.hidden_size,
-            "num_layers": config.num_hidden_layers,
+            # Of a decoder that was a part of an encoder-decoder model, the usual name is the
+            # encoder's.
+            "num_layers": getattr(config, "decoder_layers", config.num_hidden_layers),
         }
         of_heads = {name: heads.configuration[name] for name in of_model}
         if of_heads != of_model:

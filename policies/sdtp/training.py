@@ -201,9 +201,8 @@ def untrained(model: Any, seed: int = 0, **options: Any) -> SDTPHeads:
     options.setdefault("query_heads", 4)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return SDTPHeads(
-            config.hidden_size, config.num_hidden_layers, fingerprint=fingerprint(model), **options
-        )
+        layers = getattr(config, "decoder_layers", config.num_hidden_layers)
+        return SDTPHeads(config.hidden_size, layers, fingerprint=fingerprint(model), **options)
 
 
 def _accelerator(mixed_precision: str | None) -> Any:

@@ -118,6 +118,14 @@ def test_family_that_is_refused_by_name(family):
     assert_not_attached(tf.AutoModel.from_config(tiny_config(family, **more)), reason)
 
 
+def test_decoder_with_more_layers_than_its_encoder_had():
+    """transformers makes its caches by the encoder's number, and its own forward fails."""
+    options = {"encoder_layers": 2, "decoder_layers": 4, "d_model": 32, "vocab_size": 61}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 4}
+    config = tf.BartConfig(**options, **heads, encoder_ffn_dim=48, decoder_ffn_dim=48)
+    assert_not_attached(tf.BartForCausalLM(config), "4 decoder layers, and caches for 2")
+
+
 def test_attention_implementation_that_is_refused():
     """The error says how to load the model instead."""
     model = fresh_model(backend="flex_attention")
