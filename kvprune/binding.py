@@ -83,7 +83,7 @@ def _check_hooks(policy: TokenPolicy) -> None:
     own = dict(_own_attributes(policy))
     for name, value in own.items():
         meant = _meant_by(name, value)
-        if meant and name not in policy.hooks:
+        if meant:
             raise KVPruneError(
                 f"{policy!r}: nothing asks for {type(policy).__name__}.{name}: expected {meant}, "
                 f"defined in the class. Rename it; a helper of the policy's own begins with an "
@@ -103,11 +103,12 @@ def _own_attributes(policy: TokenPolicy) -> Iterator[tuple[str, Any]]:
     """What a policy has beyond `TokenPolicy`, by name; its options and special names left out."""
     kinds = [kind for kind in type(policy).__mro__ if not issubclass(TokenPolicy, kind)]
     options = {option.name for option in fields(policy)}
-    # An object's own hook, `self.rank_slots = ...`, would never be asked either.
-    inherited = set(dir(TokenPolicy)) - set(HOOKS)
     for namespace in (*map(vars, reversed(kinds)), vars(policy)):
         for name, value in namespace.items():
-            if not name.startswith("__") and name not in options | inherited:
+            inherited = hasattr(TokenPolicy, name)
+            # A hook that the object alone has, `self.rank_slots = ...`, is never asked either.
+            lost = name in HOOKS and name not in policy.hooks and namespace is vars(policy)
+            if lost or not (inherited or name.startswith("__") or name in options):
                 yield name, value
 
 
