@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..cache import ComposedCache
 from ..policy import TokenPolicy
-from .models import left_padded, positions, prompt, tiny_model
+from .models import left_padded, plain_model, positions, prompt, tiny_model
 
 
 @dataclass(frozen=True)
@@ -19,18 +19,25 @@ class Case:
     """What a cache reads: two rows of random tokens.
 
     steps: how many tokens each forward has. padding: how many of a row's first columns are
-    padding, fewer than the first forward has. family: of the tiny model.
+    padding, fewer than the first forward has. family: of the tiny model. heads: its query heads and
+    key/value heads.
     """
 
     steps: tuple[int, ...]
     padding: tuple[int, int] = (0, 0)
     family: str = "llama"
     seed: int = 0
+    heads: tuple[int, int] = (4, 2)
 
     @property
     def model(self) -> Any:
         """The tiny model, attached."""
-        return tiny_model(self.family)
+        return tiny_model(self.family, heads=self.heads[0], kv_heads=self.heads[1])
+
+    @property
+    def dense(self) -> Any:
+        """The same, not attached."""
+        return plain_model(self.family, heads=self.heads[0], kv_heads=self.heads[1])
 
     @property
     def ids(self) -> Tensor:
