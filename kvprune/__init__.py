@@ -7,6 +7,7 @@ model.generate(**inputs, cache=cache, max_new_tokens=128)
 ```
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .attach import attach, detach
@@ -15,6 +16,7 @@ from .errors import KVPruneError
 from .policy import Ranking, TokenPolicy
 
 if TYPE_CHECKING:
+    from . import testing
     from .evaluation.compare import compare
 
 __all__ = [
@@ -25,11 +27,14 @@ __all__ = [
     "attach",
     "compare",
     "detach",
+    "testing",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`compare`, and what it needs, only once it is asked for."""
+    """`compare` and `testing`, and what they need, only once they are asked for."""
+    if name == "testing":
+        return importlib.import_module(".testing", __name__)
     if name == "compare":
         from .evaluation.compare import compare
 

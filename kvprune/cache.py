@@ -387,8 +387,17 @@ class ComposedCache(Cache):
         return self.at_layer(layer_idx).on(key_states.device).store(key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The logical length; the same for all layers."""
-        return self.seen
+        """The logical length; the same for all layers, and 0 for those behind the last."""
+        return self.seen if layer_idx < len(self.layers) or not self.layers else 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """By layer: its keys and values, of the slots that it holds, and its sliding window.
+
+        As `DynamicCache` does; slots come in no order (`columns` has them sorted).
+        """
+        for layer in self.layers:
+            local = getattr(layer, "local", None)
+            yield layer.keys, layer.values, None if local is None else torch.tensor(local.size)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """The logical length with this forward's tokens, and an offset of 0."""
@@ -488,6 +497,8 @@ class ComposedCache(Cache):
             self._drop_from(self.seen)
             # What was recorded is no prompt.
             self._rows = None if self._rows is None else self._rows.until(self.seen, self._padding)
+        for _, layer in self.slot_layers():
+            layer.seen = self.seen
 
     def _drop_from(self, column: int) -> None:
         """Drops what every layer holds of the columns from `column` on."""

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .asking import ask
 from .errors import KVPruneError
 from .parallel import agreed
 from .policy import WITHHELD, Ranking, SlotView, TokenPolicy, TokenView, split_share
-from .selection import Selection, check_ranking, first_to_go, select
+from .selection import Selection, check_leaves_some, check_ranking, first_to_go
 
 
 def leaves(policies: Iterable[TokenPolicy]) -> Iterator[TokenPolicy]:
@@ -28,7 +29,7 @@ def answer_of(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ran
     shown: dict[str, Any] = {"statistic": view.statistic.only(policy.statistics)}
     if hook == "rank_slots" and policy.layers_alike:
         shown |= {"keys": WITHHELD, "values": WITHHELD}
-    ranking: Ranking | None = getattr(policy, hook)(replace(view, **shown))
+    ranking = ask(policy, hook, replace(view, **shown))
     shared = hook == "rank_hidden" or policy.shares_heads
     if shared and view.group is not None and isinstance(ranking, Ranking):
         return agreed(ranking, view.group)
@@ -55,8 +56,10 @@ def surviving_tokens(
             continue
         columns, valid = tokens.columns[:, None], tokens.valid[:, None]
         check_ranking(policy, ranking, columns, heads=1, look_for_nan=True)
-        ranking = replace(ranking, protected=ranking.protected | asked[:, None])
-        kept = select(ranking, columns, valid)[:, 0]
+        with_asked = replace(ranking, protected=ranking.protected | asked[:, None])
+        selection = Selection(with_asked, columns, valid)
+        check_leaves_some(policy, tokens.layer, ranking, valid, selection.least_budget)
+        kept = selection.kept()[:, 0]
         tokens = replace(tokens, valid=kept, columns=tokens.columns.masked_fill(~kept, -1))
         ranked = True
     return tokens.valid if ranked else None
@@ -95,6 +98,7 @@ def surviving_slots(policies: Sequence[TokenPolicy], slots: SlotView, several: b
             continue
         check_ranking(policy, ranking, slots.columns, heads, look_for_nan=several)
         selection = Selection(ranking, slots.columns, slots.valid)
+        check_leaves_some(policy, slots.layer, ranking, slots.valid, selection.least_budget)
         if not selection.nothing_goes:
             by = number if alone and selection.full else None
         if selection.one_goes and slots.valid is before and number == len(policies) - 1:
@@ -176,14 +180,16 @@ class Union(TokenPolicy):
         found = self._rankings("rank_hidden", tokens)
         if found is None:
             return None
-        return self._either(found, tokens.columns[:, None], tokens.valid[:, None], heads=1)
+        columns, valid = tokens.columns[:, None], tokens.valid[:, None]
+        return self._either(found, tokens.layer, columns, valid, heads=1)
 
     def rank_slots(self, slots: SlotView) -> Ranking | None:
         """Protects what any part keeps."""
         found = self._rankings("rank_slots", slots)
         if found is None:
             return None
-        return self._either(found, slots.columns, slots.valid, heads=slots.keys.shape[1])
+        heads = slots.keys.shape[1]
+        return self._either(found, slots.layer, slots.columns, slots.valid, heads)
 
     def _rankings(self, hook: str, view: TokenView | SlotView) -> list[Ranking] | None:
         found: list[Ranking] = []
@@ -195,13 +201,15 @@ class Union(TokenPolicy):
         return found
 
     def _either(
-        self, rankings: list[Ranking], columns: Tensor, valid: Tensor, heads: int
+        self, rankings: list[Ranking], layer: int, columns: Tensor, valid: Tensor, heads: int
     ) -> Ranking:
         kept = torch.zeros_like(valid)
         score = torch.zeros_like(valid, dtype=rankings[0].score.dtype)
         for part, ranking in zip(self.parts, rankings, strict=True):
             check_ranking(part, ranking, columns, heads, look_for_nan=False)
-            kept = kept | select(ranking, columns, valid)
+            selection = Selection(ranking, columns, valid)
+            check_leaves_some(part, layer, ranking, valid, selection.least_budget)
+            kept = kept | selection.kept()
             # A part's NaN must still reach the engine, which looks for it.
             score = score.masked_fill(ranking.score.isnan(), torch.nan)
         return Ranking(score, kept, kept.sum(-1))

@@ -7,7 +7,7 @@ padding included; it never changes. A *slot* is a place in one layer's cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import lru_cache
@@ -29,7 +29,8 @@ class Ranking:
     score: `[B, 1|Hkv, S]` float, higher stays; ties go to the newer column.
     protected: `[B, 1|Hkv, S]` bool, stays first; where there are more of these than the
         budget has room for, the budget is raised to them.
-    budget: `[B]` or `[B, 1|Hkv]` int, how many stay in all, the protected included.
+    budget: `[B]` or `[B, 1|Hkv]` int, how many stay in all, the protected included; at least 1,
+        or 0 where something is protected, so that something stays in every row and head.
 
     For hidden tokens S is Q and the head axis is 1.
     """
@@ -48,6 +49,10 @@ class _Statistics:
     def only(self, names: Collection[str]) -> _Statistics:
         """Those that a policy named: what others want is not for it to see."""
         return _Statistics({n: self._values[n] for n in names if n in self._values})
+
+    def items(self) -> Iterable[tuple[str, Tensor]]:
+        """Each by its name."""
+        return self._values.items()
 
     def __call__(self, name: str) -> Tensor:
         if name not in self._values:
@@ -105,6 +110,10 @@ class Lengths:
     def tokens(self, amount: int | float) -> Tensor:
         """An amount, as of a `Budget`, in tokens of each row, `[B]` int64; read only."""
         return self._of(amount)[0]
+
+    def shared(self) -> list[tuple[str, Tensor]]:
+        """What `tokens` gave so far, which all layers and steps share, each by its amount."""
+        return [(amount, tensor) for amount, (tensor, _) in self._known.items()]
 
     def below(self, times: int) -> Lengths:
         """Those of the same rows so many times, below each other."""
@@ -169,7 +178,7 @@ class _Amounts:
 
 @dataclass(frozen=True)
 class TokenView(_Amounts):
-    """The hidden tokens about to enter a decoder layer; read only.
+    """The hidden tokens about to enter a decoder layer; read only, and writing to it is refused.
 
     layer, num_layers: this layer (from 0) and how many the model has.
     hidden: `[B, Q, C]`. columns: `[B, Q]` int64, -1 where not valid. valid: `[B, Q]`.
@@ -203,7 +212,7 @@ class TokenView(_Amounts):
 
 @dataclass(frozen=True)
 class SlotView(_Amounts):
-    """One layer's slots after its attention; read only, in no order.
+    """One layer's slots after its attention, in no order; read only, and writing to it is refused.
 
     layer, num_layers: this layer (from 0) and how many the model has.
     columns: `[B, 1|Hkv, S]` int64, -1 where not valid. valid: the same shape, bool.
@@ -243,6 +252,8 @@ HOOKS = ("rank_hidden", "rank_slots")
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenPolicy:
     """Base of all policies: override one hook or both; one left out keeps everything.
+
+    A policy with no hook, or with a misspelt one, is refused by the cache that it is handed to.
 
     A policy only ranks. It is configuration: it holds no state and no tensors of a
     sequence, so one object serves any number of caches and threads. Subclasses may be

@@ -119,6 +119,8 @@ def restore(cache: ComposedCache, contents: Contents, base: Any) -> None:
         cache._positions.restore(tensors, "positions.", devices)
     home = {n: tensors[n].to(at) for n in ("rows.first", "rows.prompt_length")}
     cache.seen, cache._fixed = numbers["seen"], numbers["fixed"]
+    for _, layer in cache.slot_layers():
+        layer.seen = cache.seen
     cache._padding = tensors["padding"].to(at) if "padding" in tensors else None
     ids = tensors.get("rows.prompt_ids")
     cache._read = None if ids is None else PromptIds(ids)

@@ -27,6 +27,7 @@ class Selection:
         nothing_goes: everything valid stays.
         full: something goes in every row and head, so that the budget is then full.
         one_goes: exactly one goes in every row and head, as in decoding at a full budget.
+        least_budget: the least of the budgets.
     """
 
     def __init__(self, ranking: Ranking, columns: Tensor, valid: Tensor) -> None:
@@ -41,7 +42,8 @@ class Selection:
         # A protected entry is never an excess one, which raises the budget where needed.
         over = self._valid.sum(-1, keepdim=True) - budget
         self._excess = over.minimum(self._free.sum(-1, keepdim=True)).clamp(min=0)
-        least, self._most = torch.stack(self._excess.aminmax()).tolist()
+        numbers = torch.stack([*self._excess.aminmax(), budget.amin().to(self._excess.dtype)])
+        least, self._most, self.least_budget = numbers.tolist()
         self.nothing_goes = self._most == 0
         self.full = least > 0
         self.one_goes = least == self._most == 1
@@ -94,6 +96,36 @@ def first_to_go(score: Tensor, free: Tensor, columns: Tensor) -> Tensor:
 def select(ranking: Ranking, columns: Tensor, valid: Tensor) -> Tensor:
     """What stays, `[B, H, S]` bool; see `Selection`."""
     return Selection(ranking, columns, valid).kept()
+
+
+def check_leaves_some(
+    policy: TokenPolicy, layer: int, ranking: Ranking, valid: Tensor, least_budget: int
+) -> None:
+    """Refuses budgets that leave a row, or one of its heads, with nothing at all.
+
+    Args:
+        policy, layer: who answered, and where; named in the error.
+        ranking: the answer.
+        valid: `[B, 1|H, S]` bool, the entries that were ranked.
+        least_budget: `Selection.least_budget`. Only from 0 down is anything read off the device.
+
+    Raises:
+        KVPruneError: a budget below 0, or one of 0 with nothing protected.
+    """
+    if least_budget > 0:
+        return
+    budget = ranking.budget.reshape(valid.shape[0], -1)
+    protected = (valid & ranking.protected).any(-1)
+    # A row of nothing but padding has nothing to lose.
+    empty = (budget < 0) | ((budget == 0) & valid.any(-1) & ~protected)
+    if bool(empty.any()):
+        rows = empty.any(-1).nonzero().flatten().tolist()
+        raise _wrong(
+            policy,
+            f"at layer {layer} budgets that leave something in every row and head: at least 1, or "
+            f"0 where something is protected",
+            f"budgets down to {least_budget} in rows {rows}",
+        )
 
 
 def check_ranking(

@@ -29,10 +29,11 @@ class SlotLayer:
     where that is not known. `whole` says that it is known that the layer lacks no valid token that
     was read. `local` says what the layer's queries can see, None for everything. `let_in` are the
     columns of a token that has taken the hole already, all of it but its keys, values and position
-    (see `kvprune.together`).
+    (see `kvprune.together`). `seen` is the cache's logical length, as far as the layer knows it.
     """
 
-    # What transformers asks of a cache's layers.
+    # What transformers asks of a cache's layers. What is evicted cannot come back, and a layer
+    # learns of its heads from its first tokens.
     is_compileable = False
     is_croppable = False
     is_sliding = False
@@ -51,7 +52,7 @@ class SlotLayer:
 
     def reset(self) -> None:
         """Forgets everything and frees the buffers."""
-        self.used = 0
+        self.used = self.seen = 0
         self.gaps = False
         self.whole = True
         self.hole: Tensor | None = None
@@ -72,20 +73,57 @@ class SlotLayer:
     @property
     def device(self) -> torch.device:
         """Where the layer is."""
-        assert self._keys is not None
-        return self._keys.device
+        # As layers of transformers have it: no such attribute before the first tokens.
+        if self._columns is None:
+            raise AttributeError("device")
+        return self._columns.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        if self._keys is None:
+            raise AttributeError("dtype")
+        return self._keys.dtype
 
     @property
     def keys(self) -> Tensor:
-        """`[B, Hkv, S, D]`, a view."""
-        assert self._keys is not None
+        """`[B, Hkv, S, D]`, a view; None before the first tokens, as in transformers."""
+        if self._keys is None:
+            return None  # type: ignore[return-value]
         return self._keys[:, :, : self.used]
 
     @property
     def values(self) -> Tensor:
-        """`[B, Hkv, S, Dv]`, a view."""
-        assert self._values is not None
+        """`[B, Hkv, S, Dv]`, a view; None before the first tokens, as in transformers."""
+        if self._values is None:
+            return None  # type: ignore[return-value]
         return self._values[:, :, : self.used]
+
+    def get_seq_length(self) -> int:
+        """The logical length, the same for all layers."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The logical length with so many tokens more, and an offset of 0."""
+        return self.seen + query_length, 0
+
+    def offload(self) -> None:
+        """Moves keys and values to the CPU, until `prefetch`."""
+        if self._keys is not None and self._values is not None:
+            self._keys, self._values = (
+                t.to("cpu", non_blocking=True) for t in (self._keys, self._values)
+            )
+
+    def prefetch(self) -> None:
+        """Brings keys and values back to where the layer is."""
+        if self._keys is not None and self._values is not None:
+            self._keys, self._values = (
+                t.to(self.device, non_blocking=True) for t in (self._keys, self._values)
+            )
 
     @property
     def columns(self) -> Tensor:

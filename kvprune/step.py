@@ -527,6 +527,7 @@ class LayerStep:
         in_hole = step.count == 1
         held = slots.append(keys, values, self.slot_columns, self.complete, in_hole, arrived)
         slots.whole = slots.whole and step.whole
+        slots.seen = self.seen
         return held if step.inside is None else (step.inside.arrange(self), slots.values)
 
     def pieces(self) -> Iterator[tuple[slice, LayerStep]]:

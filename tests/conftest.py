@@ -20,6 +20,18 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--policy NAME`: of the policies listed in strategies.py only that one, for all tests."""
+    parser.addoption("--policy", help="of the policies in tests/strategies.py only this one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test module draws from the list."""
+    name = config.getoption("--policy")
+    if name is not None:
+        os.environ["KVPRUNE_TEST_POLICY"] = name
+
+
 @pytest.fixture
 def model():
     """A tiny attached Llama in float64."""

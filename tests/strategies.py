@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 from hypothesis import strategies as st
 
 import kvprune
-from kvprune.composition import leaves
 from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
+from kvprune.testing.runs import Case
 
 from .models import LAYERS
 
@@ -86,21 +88,27 @@ POLICIES = [
     Listed("sdtp-asked", lambda n: sdtp_pruner(0.6, 3), None, lambda: sdtp_pruner(1.0, 3)),
 ]
 
+# `--policy NAME` (see conftest.py): that one alone.
+CHOSEN = os.environ.get("KVPRUNE_TEST_POLICY")
+if CHOSEN is not None:
+    NAMES = [p.name for p in POLICIES]
+    POLICIES = [p for p in POLICIES if p.name == CHOSEN]
+    if not POLICIES:
+        raise pytest.UsageError(f"--policy {CHOSEN}: expected one of {', '.join(NAMES)}")
+
 EVICTING = [p for p in POLICIES if p.bound is not None]
+SILENT = [p for p in POLICIES if not p.roomy().statistics]
 
 
-def inside(policies: Iterable[kvprune.TokenPolicy]) -> dict[str, Any]:
-    """What a policy that stands for others, or stands beside them, answers about positions."""
-    parts = list(leaves(policies))
-    answers = {p.sinks_before_window for p in parts if "rank_slots" in p.hooks}
-    return {
-        "positions_in_cache": any(p.positions_in_cache for p in parts),
-        "sinks_before_window": answers.pop() if len(answers) == 1 else None,
-    }
+def sampled(policies: list[Listed], why: str) -> st.SearchStrategy[Listed]:
+    """One of them; a test that there is none for is skipped."""
+    if policies:
+        return st.sampled_from(policies)
+    return st.builds(lambda: pytest.skip(f"--policy {CHOSEN}: {why}"))
 
 
 listed = st.sampled_from(POLICIES)
-evicting = st.sampled_from(EVICTING)
+evicting = sampled(EVICTING, "the policy does not evict")
 budgets = st.integers(2, 12)
 # (query heads, key/value heads): multi-head, grouped-query, multi-query.
 head_counts = st.sampled_from([(2, 2), (4, 2), (4, 1), (4, 4)])
@@ -127,3 +135,19 @@ def chunked(draw: st.DrawFn, total: int) -> list[int]:
     cuts = draw(st.lists(st.integers(1, total - 1), max_size=3, unique=True)) if total > 1 else []
     edges = [0, *sorted(cuts), total]
     return [b - a for a, b in itertools.pairwise(edges)]
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    families: st.SearchStrategy[str],
+    later: bool = True,
+    heads: st.SearchStrategy[tuple[int, int]] = st.just((4, 2)),  # noqa: B008
+) -> Case:
+    """A prompt in some forwards; with `later` single tokens, another turn and single ones."""
+    steps = draw(chunked(draw(st.integers(2, 24)))) if later else [draw(st.integers(2, 30))]
+    padding = [draw(st.integers(0, steps[0] - 1)) for _ in range(2)]
+    padding[0] = padding[0] if later else 0
+    steps += [1, 1, draw(st.integers(2, 7)), 1, 1] if later else []
+    family, seed = draw(families), draw(seeds)
+    return Case(tuple(steps), (padding[0], padding[1]), family, seed, draw(heads))

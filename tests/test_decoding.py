@@ -14,11 +14,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvprune import ComposedCache, KVPruneError
 from kvprune.policies import H2O, StreamingLLM
+from kvprune.testing.runs import Run, feed
 
 from .models import LAYERS, VOCAB, left_padded, plain_model, prompt, tiny_model
 from .strategies import POLICIES, budgets, listed, sdtp_pruner, seeds
 from .test_generate import assert_same, generate
-from .test_invariants import Run, feed
 
 EVEN = list(range(0, VOCAB, 2))
 MODES: dict[str, dict[str, Any]] = {

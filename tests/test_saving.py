@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 import kvprune
 from kvprune import KVPruneError, saving
 from kvprune.policies import H2O, StreamingLLM
+from kvprune.testing.runs import Run, feed
 
 from .models import LAYERS, fresh_model, left_padded, plain_model, prompt, tiny_model
 from .strategies import POLICIES, chunked, pipelines, sdtp_pruner, seeds
-from .test_invariants import Run, feed
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ROWS = {"reorder": [1, 0], "repeat": [0, 0, 1, 1], "select": [1]}

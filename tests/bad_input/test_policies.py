@@ -26,6 +26,7 @@ from .checks import (
     assert_refused,
     assert_same_future,
     assert_unusable,
+    filled,
     h2o,
     held,
     pruner,
@@ -125,6 +126,121 @@ def test_statistics_that_nobody_observes(names):
             ComposedCache([policy])
 
 
+class Nothing(TokenPolicy):
+    """Has no hook."""
+
+    def _rank_slots(self, slots):
+        """Nobody asks for this."""
+
+
+class Misspelt(TokenPolicy):
+    """Its hook is never asked."""
+
+    def rank_slot(self, slots):
+        """Nobody asks for this."""
+
+
+class MisspeltToo(H2O):
+    """Its second hook is never asked."""
+
+    def rank_hiden(self, tokens):
+        """Nobody asks for this."""
+
+
+class ForLater(H2O):
+    """Has a hook that there is not."""
+
+    def rank_everything(self, views):
+        """Nobody asks for this."""
+
+
+class ByObject(TokenPolicy):
+    """Its hook is the object's, not the class's."""
+
+    def __init__(self):
+        super().__init__()
+        self.rank_slots = lambda slots: None
+
+
+class MisspeltStatistics(H2O):
+    """Names what it wants where nobody looks."""
+
+    statistic = ("attention",)
+
+
+class MisspeltPromise(StreamingLLM):
+    """Promises where nobody listens."""
+
+    constant_budgets = True
+
+
+class MisspeltProperty(StreamingLLM):
+    """Promises where nobody listens."""
+
+    @property
+    def sink_before_window(self):
+        """Nobody asks for this."""
+        return 4
+
+
+@pytest.mark.parametrize(
+    ("policy", "match"),
+    [
+        (
+            TokenPolicy(),
+            r"would keep everything: expected .* rank_hidden or rank_slots",
+        ),
+        (Nothing(), r"Nothing\(\) would keep everything: .*got one that defines _rank_slots"),
+        (Misspelt(), r"asks for Misspelt\.rank_slot: expected rank_slots"),
+        (MisspeltToo(), r"asks for MisspeltToo\.rank_hiden: expected rank_hidden"),
+        (ForLater(), r"asks for ForLater\.rank_everything: expected rank_hidden or rank_slots"),
+        (ByObject(), r"asks for ByObject\.rank_slots: expected rank_slots, defined in the class"),
+        (MisspeltStatistics(), r"MisspeltStatistics\.statistic: expected statistics"),
+        (MisspeltPromise(), r"MisspeltPromise\.constant_budgets: expected constant_budget"),
+        (MisspeltProperty(), r"MisspeltProperty\.sink_before_window: expected sinks_before_window"),
+        (h2o() | MisspeltToo(), r"asks for MisspeltToo\.rank_hiden"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_policy_that_nobody_would_ask(policy, match):
+    """Told by the constructor of the cache, and what was meant."""
+    with pytest.raises(KVPruneError, match=match):
+        ComposedCache([h2o(), policy])
+
+
+class Helpers(H2O):
+    """Has names of its own that look a little like hooks."""
+
+    rank_by = "attention"
+    layer = 3
+
+    def ranking(self, slots):
+        """A helper."""
+        return super().rank_slots(slots)
+
+    def _rank_slot(self, slots):
+        return self.ranking(slots)
+
+    def rank_slots(self, slots):
+        """Asked."""
+        return self._rank_slot(slots)
+
+
+class Silent(TokenPolicy):
+    """Says by itself that it has nothing to do."""
+
+    @property
+    def hooks(self):
+        """None."""
+        return frozenset()
+
+
+@pytest.mark.parametrize("policy", [Helpers(2, 3), Silent(), h2o() | h2o()], ids=repr)
+def test_policy_with_helpers_or_hooks_of_its_own(policy):
+    """A helper is no misspelt hook, and what `hooks` says is true."""
+    filled(policy)
+
+
 @pytest.mark.parametrize(
     "layers", [[LAYERS], [-1], [0, 9], ["1"], "01", [1.0], [True], [None], 2, 2.5, True, object()]
 )
@@ -204,6 +320,10 @@ FAULTS: list[tuple[Callable[[Ranking], Any], str]] = [
     (_with("budget", lambda t: t[:, None].expand(-1, 3)), "budget as a int tensor"),
     (_with("budget", lambda t: 6), "budget as a int tensor"),
     (_with("budget", lambda t: None), "budget as a int tensor"),
+    (_with("budget", lambda t: t * 0), r"at layer 2 budgets that .* down to 0 in rows \[0, 1\]"),
+    (_with("budget", lambda t: -t), r"at layer 2 budgets that .* down to -6 in rows \[0, 1\]"),
+    (_with("budget", lambda t: t - 6 * t.new_tensor([0, 1])), r"at layer 2 .* in rows \[1\]"),
+    (_with("budget", lambda t: (t * 0)[:, None]), r"at layer 2 budgets .* in rows \[0, 1\]"),
 ]
 
 
@@ -248,6 +368,38 @@ def test_answer_that_is_no_ranking_in_a_pipeline_or_union(name, change):
         policy.fault = _with(name, change)
         with pytest.raises(KVPruneError, match=rf"^FaultySlots\(\): expected {name}"):
             model(ids, past_key_values=ComposedCache(compose(policy)))
+
+
+@pytest.mark.parametrize("kind", [FaultySlots, FaultyHidden])
+def test_budget_below_0_where_all_is_protected(kind):
+    """It is no budget, whatever stays."""
+    policy = kind()
+    policy.fault = lambda r: replace(r, budget=r.budget * 0 - 1, protected=~r.protected)
+    assert_breaks(policy, KVPruneError, r"down to -1 in rows \[0, 1\]", FAILED)
+
+
+@pytest.mark.parametrize("kind", [FaultySlots, FaultyHidden])
+def test_budget_of_0_with_something_protected(kind):
+    """The budget is raised to it; a row of padding has nothing to keep."""
+    policy, ids = kind(), prompt(2, LENGTH)
+    policy.fault = lambda r: replace(r, budget=r.budget * 0, protected=r.score >= LENGTH - 2)
+    cache, mask = ComposedCache([policy]), torch.ones_like(ids)
+    mask[1] = 0
+    tiny_model()(ids, attention_mask=mask, past_key_values=cache)
+    layer = 2 if kind is FaultySlots else 3
+    assert cache.columns(layer)[:, 0].tolist() == [[8, 9], [-1, -1]]
+
+
+def test_budget_of_0_in_decoding():
+    """Told in a step of one token too, and by the part of a union that says it."""
+    ids, model = prompt(1, LENGTH), tiny_model()
+    for compose in (lambda p: [p], lambda p: [p, h2o()], lambda p: [h2o() | p]):
+        policy = FaultySlots()
+        cache = ComposedCache(compose(policy))
+        model(ids, past_key_values=cache)
+        policy.fault = _with("budget", torch.zeros_like)
+        with pytest.raises(KVPruneError, match=r"^FaultySlots\(\): .*down to 0 in rows \[0\]"):
+            model(ids[:, :1], past_key_values=cache)
 
 
 class OwnError(Exception):
@@ -340,3 +492,99 @@ def test_statistic_that_another_policy_named(other):
     """What others want is not for those who did not name it: results must not hang on them."""
     with pytest.raises(KVPruneError, match="'attention' was not observed"):
         tiny_model()(prompt(2, LENGTH), past_key_values=ComposedCache([Asks(), other]))
+
+
+class Writes(TokenPolicy):
+    """Keeps the newest six, and writes into what it is shown once `into` says where."""
+
+    statistics = ("attention",)
+
+    def __init__(self, into: str) -> None:
+        super().__init__()
+        self.into = into
+
+    def _write(self, view: Any) -> None:
+        shown = {
+            "tokens": lambda: view.tokens(0.5),
+            "statistic": lambda: view.statistic("attention"),
+        }
+        tensor = shown[self.into]() if self.into in shown else getattr(view, self.into)
+        tensor[..., :1] = tensor[..., -1:] if tensor.dtype == torch.bool else 3
+
+
+class WritesSlots(Writes):
+    """In evicting."""
+
+    def rank_slots(self, slots):
+        """In a middle layer, and once more in decoding."""
+        if slots.layer == 2:
+            self._write(slots)
+        six = torch.full_like(slots.first, 6)
+        return Ranking(slots.columns.double(), slots.newest(2), six)
+
+
+class WritesHidden(Writes):
+    """In pruning."""
+
+    def rank_hidden(self, tokens):
+        """In a middle layer."""
+        if tokens.layer == 2:
+            self._write(tokens)
+
+
+SHARED = ["columns", "valid", "first", "tokens", "statistic"]
+WRITES = [
+    *((WritesSlots, name) for name in (*SHARED, "keys", "values", "prompt_length")),
+    *((WritesHidden, name) for name in (*SHARED, "hidden", "length")),
+]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize(("kind", "into"), WRITES)
+def test_policy_that_writes_into_its_view(kind, into, mode):
+    """Refused: alone, as the second of a pipeline, and as a part of a union."""
+    ids, model, policy = prompt(2, LENGTH), tiny_model(), kind(into)
+    match = rf"{kind.__name__}\(\) wrote into its view at layer 2: expected .* only reads"
+    for pipeline in ([policy], [h2o(), policy], [policy | policy]):
+        cache = ComposedCache(pipeline)
+        with mode(), pytest.raises(KVPruneError, match=match):
+            model(ids, past_key_values=cache)
+        assert_unusable(cache, FAILED)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("alike", [False, True])
+def test_policy_that_writes_into_its_view_in_decoding(mode, alike):
+    """Also at a full budget, where nothing of an answer is looked at, and layers are one."""
+
+    class Late(H2O):
+        layers_alike = alike
+
+        def rank_slots(self, slots):
+            if slots.seen > LENGTH + 2:
+                slots.statistic("attention").zero_()
+            return super().rank_slots(slots)
+
+    ids, model, cache = prompt(2, LENGTH), tiny_model(), ComposedCache([Late(2, 2)])
+    with mode():
+        model(ids, past_key_values=cache)
+        for _ in range(2):
+            model(ids[:, :1], past_key_values=cache)
+        with pytest.raises(KVPruneError, match="wrote into its view"):
+            model(ids[:, :1], past_key_values=cache)
+
+
+def test_policy_that_writes_into_copies():
+    """Its own tensors are its own, and what helpers make is too."""
+
+    class Own(H2O):
+        def rank_slots(self, slots):
+            received = slots.statistic("attention").clone()
+            received[..., 0] = 0
+            protected = slots.newest(2)
+            protected |= slots.oldest(1)
+            budget = slots.tokens(4) + 1
+            budget += 1
+            return Ranking(received, protected, budget)
+
+    filled(Own(2, 2))

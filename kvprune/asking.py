@@ -1,0 +1,84 @@
+"""Asks a policy, and sees to it that it only reads what it is shown.
+
+A view's tensors are the cache's own, or share its memory. torch counts what is written to a tensor
+(`_version`, a number on the host), for all that share memory together: two glances at the counters
+find a write without looking at the tensors. Tensors made in inference mode have no counter, but
+refuse to be written to outside of it, so there a policy is asked outside of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .errors import KVPruneError
+from .policy import WITHHELD, Ranking, SlotView, TokenPolicy, TokenView
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_FIELDS = ("hidden", "columns", "valid", "first", "keys", "values")
+
+
+def ask(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ranking | None:
+    """What a policy's hook says of a view.
+
+    Raises:
+        KVPruneError: it wrote into the view.
+    """
+    # Compiled code knows no counters; the prompt was read without it.
+    if torch.compiler.is_compiling():
+        return _answer(policy, hook, view)
+    shown, known = list(shown_by(view)), len(view.lengths.shared())
+    before = [_version(tensor) for _, tensor in shown]
+    outside = torch.is_inference_mode_enabled()
+    answer = (_answer_outside if outside else _answer)(policy, hook, view)
+    # Amounts that were asked for the first time are new tensors, whose counters begin at 0.
+    new = view.lengths.shared()[known:]
+    for (name, tensor), count in zip([*shown, *new], before + [0] * len(new), strict=True):
+        if _version(tensor) != count:
+            raise _wrote(policy, view, name)
+    return answer
+
+
+def _answer(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ranking | None:
+    answer: Ranking | None = getattr(policy, hook)(view)
+    return answer
+
+
+def shown_by(view: TokenView | SlotView) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a view, by the names that a policy knows them by."""
+    for name in _FIELDS:
+        value = getattr(view, name, None)
+        if value is not None and value is not WITHHELD:
+            yield name, value
+    for name, value in view.statistic.items():
+        yield f"statistic({name!r})", value
+    yield "length" if isinstance(view, TokenView) else "prompt_length", view.lengths.tensor
+    for amount, tokens in view.lengths.shared():
+        yield f"tokens({amount})", tokens
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _answer_outside(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ranking | None:
+    """The answer outside of inference mode, where torch refuses to write to what was made in it."""
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            return _answer(policy, hook, view)
+    except RuntimeError as error:
+        if "Inplace update to inference tensor" not in str(error):
+            raise
+        raise _wrote(policy, view, "something of it") from error
+
+
+def _wrote(policy: TokenPolicy, view: TokenView | SlotView, what: str) -> KVPruneError:
+    return KVPruneError(
+        f"{policy!r} wrote into its view at layer {view.layer}: expected a policy that only reads, "
+        f"got one that changed {what}. Work on a copy (`.clone()`), or use operators that make a "
+        f"new tensor"
+    )

@@ -1,0 +1,100 @@
+"""Forwards of one cache on one model, and what they are fed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache import ComposedCache
+from ..policy import TokenPolicy
+from .models import left_padded, plain_model, positions, prompt, tiny_model
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a cache reads: two rows of random tokens.
+
+    steps: how many tokens each forward has. padding: how many of a row's first columns are
+    padding, fewer than the first forward has. family: of the tiny model. heads: its query heads and
+    key/value heads.
+    """
+
+    steps: tuple[int, ...]
+    padding: tuple[int, int] = (0, 0)
+    family: str = "llama"
+    seed: int = 0
+    heads: tuple[int, int] = (4, 2)
+
+    @property
+    def model(self) -> Any:
+        """The tiny model, attached."""
+        return tiny_model(self.family, heads=self.heads[0], kv_heads=self.heads[1])
+
+    @property
+    def dense(self) -> Any:
+        """The same, not attached."""
+        return plain_model(self.family, heads=self.heads[0], kv_heads=self.heads[1])
+
+    @property
+    def ids(self) -> Tensor:
+        """`[2, total]`."""
+        return prompt(2, sum(self.steps), self.seed)
+
+    @property
+    def mask(self) -> Tensor:
+        """`[2, total]`, 0 for padding."""
+        return left_padded(self.ids, list(self.padding))["attention_mask"]
+
+    def run(self, policies: Sequence[TokenPolicy]) -> Run:
+        """A new cache with these policies, which has read nothing yet."""
+        return Run(self.model, policies)
+
+    def fed(self, policies: Sequence[TokenPolicy]) -> Run:
+        """A new cache with these policies, which has read everything."""
+        run = self.run(policies)
+        feed(run, self.ids, self.mask, self.steps)
+        return run
+
+
+class Run:
+    """Forwards of one cache on one model, with the padding mask kept beside it."""
+
+    def __init__(self, model: Any, policies: Sequence[TokenPolicy]) -> None:
+        self.model, self.cache = model, ComposedCache(policies)
+        self.mask: Tensor | None = None
+
+    def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits of the last token, `[B, V]`."""
+        mask = torch.ones_like(ids) if mask is None else mask
+        self.mask = mask if self.mask is None else torch.cat([self.mask, mask], 1)
+        with torch.no_grad():
+            logits: Tensor = self.model(
+                ids,
+                attention_mask=self.mask,
+                position_ids=positions(self.mask)[:, -ids.shape[1] :],
+                past_key_values=self.cache,
+                logits_to_keep=1,
+            ).logits
+        return logits[:, -1]
+
+    def kept(self) -> list[list[list[int]]]:
+        """Columns by layer and then by row and head, flattened."""
+        found = []
+        for index, layer in self.cache.slot_layers():
+            columns = self.cache.columns(index).expand(-1, layer.keys.shape[1], -1)
+            found.append([[int(c) for c in head if c >= 0] for head in columns.flatten(0, 1)])
+        return found
+
+
+def feed(run: Run, ids: Tensor, mask: Tensor, steps: Sequence[int]) -> list[Tensor]:
+    """Runs forwards of the given sizes one after the other; the logits of each."""
+    logits, start = [], 0
+    for count in steps:
+        new = slice(start, start + count)
+        logits.append(run(ids[:, new], mask[:, new]))
+        start += count
+    return logits

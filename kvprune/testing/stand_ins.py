@@ -1,0 +1,187 @@
+"""Policies that stand for others: they take notes, promise nothing, go by hand, or fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..asking import shown_by
+from ..composition import leaves
+from ..policy import Ranking, SlotView, TokenPolicy, TokenView, _Statistics
+from .naive import naive_select
+
+
+def inside(policies: Iterable[TokenPolicy]) -> dict[str, Any]:
+    """What a policy that stands for others, or stands beside them, answers about positions."""
+    parts = list(leaves(policies))
+    answers = {p.sinks_before_window for p in parts if "rank_slots" in p.hooks}
+    return {
+        "positions_in_cache": any(p.positions_in_cache for p in parts),
+        "sinks_before_window": answers.pop() if len(answers) == 1 else None,
+    }
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a policy was asked, and what it said: its hook, the view and the answer, if any."""
+
+    hook: str
+    view: TokenView | SlotView
+    answer: Ranking | None
+    # Of the view's tensors, those that the policy wrote into.
+    written: tuple[str, ...]
+    # Whether it would have said the same of another layer, and of the slots in another order.
+    alike: bool
+    unordered: bool
+
+    @property
+    def allowed(self) -> Tensor | None:
+        """How many may stay, `[B, H]`: the budget, or the protected where these are more."""
+        if self.answer is None:
+            return None
+        valid = self.view.valid if self.view.valid.dim() == 3 else self.view.valid[:, None]
+        protected = (valid & self.answer.protected).sum(-1)
+        budget = self.answer.budget.reshape(valid.shape[0], -1)
+        return torch.maximum(*torch.broadcast_tensors(budget, protected))
+
+
+class Watched(TokenPolicy):
+    """A policy without its promises, of which notes are taken; else it is what `base` is.
+
+    Args:
+        base: the policy.
+        notes: where they go; a list of the caller's.
+    """
+
+    def __init__(self, base: TokenPolicy, notes: list[Note] | None = None) -> None:
+        super().__init__(layers=base.layers)
+        self.base: TokenPolicy = base
+        self.notes: list[Note] = [] if notes is None else notes
+        self.statistics = base.statistics
+        self.shares_heads = base.shares_heads
+        self.__dict__.update(inside([base]))
+
+    @property
+    def hooks(self) -> frozenset[str]:
+        """Those of the policy."""
+        return self.base.hooks
+
+    def for_model(self, model: torch.nn.Module) -> Watched:
+        """The same of what the policy is on a model."""
+        return Watched(self.base.for_model(model), self.notes)
+
+    def rank_hidden(self, tokens: TokenView) -> Ranking | None:
+        """What the policy says."""
+        return self._note("rank_hidden", tokens)
+
+    def rank_slots(self, slots: SlotView) -> Ranking | None:
+        """What the policy says."""
+        return self._note("rank_slots", slots)
+
+    def _note(self, hook: str, view: TokenView | SlotView) -> Ranking | None:
+        before = [(name, tensor, tensor.clone()) for name, tensor in shown_by(view)]
+        answer: Ranking | None = getattr(self.base, hook)(view)
+        written = tuple(name for name, now, then in before if not torch.equal(now, then))
+        alike = unordered = True
+        if isinstance(view, SlotView):
+            other = replace(view, layer=(view.layer + 1) % view.num_layers)
+            alike = not self.base.layers_alike or _same(answer, self.base.rank_slots(other))
+            turned = _turned(view)
+            again = self.base.rank_slots(turned)
+            unordered = _kept(answer, view) == _kept(again, turned)
+        self.notes.append(Note(hook, view, answer, written, alike, unordered))
+        return answer
+
+
+def _turned(slots: SlotView) -> SlotView:
+    """The same slots, the last one first."""
+    received = {name: value.flip(-1) for name, value in slots.statistic.items()}
+    return replace(
+        slots,
+        columns=slots.columns.flip(-1),
+        valid=slots.valid.flip(-1),
+        keys=slots.keys.flip(2),
+        values=slots.values.flip(2),
+        statistic=_Statistics(received),
+    )
+
+
+def _kept(answer: Ranking | None, slots: SlotView) -> list[set[int]] | None:
+    """The columns that stay, by row and head."""
+    if answer is None:
+        return None
+    kept = naive_select(answer, slots.columns)
+    columns = slots.columns.expand(-1, kept.shape[1], -1)
+    heads = zip(columns.flatten(0, 1), kept.flatten(0, 1), strict=True)
+    return [set(column[stays].tolist()) for column, stays in heads]
+
+
+def _same(one: Ranking | None, other: Ranking | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    names = ("score", "protected", "budget")
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
+
+
+class ByHand(TokenPolicy):
+    """Applies policies one after the other, entry by entry, in plain Python."""
+
+    statistics = ("attention",)
+
+    def __init__(self, policies: Sequence[TokenPolicy]) -> None:
+        super().__init__()
+        self.policies: Sequence[TokenPolicy] = policies
+        self.__dict__.update(inside(policies))
+
+    def for_model(self, model: torch.nn.Module) -> ByHand:
+        """The same of what the policies are on a model."""
+        return ByHand([policy.for_model(model) for policy in self.policies])
+
+    def rank_hidden(self, tokens: TokenView) -> Ranking | None:
+        """The last token's logits are asked for in these tests, so it is protected."""
+        last = torch.zeros_like(tokens.valid)
+        last[:, -1] = True
+        return self._ranking("rank_hidden", tokens, last & tokens.valid)
+
+    def rank_slots(self, slots: SlotView) -> Ranking | None:
+        """Nothing is protected but by the policies."""
+        return self._ranking("rank_slots", slots, None)
+
+    def _ranking(self, hook: str, view: Any, asked: Tensor | None) -> Ranking:
+        hidden = hook == "rank_hidden"
+        for policy in self.policies:
+            ranking = getattr(policy, hook)(view) if policy.applies(view.layer) else None
+            if ranking is None:
+                continue
+            columns = view.columns[:, None] if hidden else view.columns
+            kept = naive_select(ranking, columns, None if asked is None else asked[:, None])
+            columns = torch.where(kept, columns, -1)
+            columns, kept = (columns[:, 0], kept[:, 0]) if hidden else (columns, kept)
+            view = replace(view, columns=columns, valid=kept)
+        valid = view.valid[:, None] if hidden else view.valid
+        return Ranking(valid.double(), valid, valid.sum(-1))
+
+
+class Fails(TokenPolicy):
+    """Raises at one layer of the forward that reaches a column; beside `others`."""
+
+    def __init__(
+        self, layer: int, column: int, hook: str, others: Sequence[TokenPolicy] = ()
+    ) -> None:
+        super().__init__()
+        self.at, self.column, self.hook = layer, column, hook
+        self.__dict__.update(inside(others))
+
+    def rank_hidden(self, tokens: TokenView) -> None:
+        """Raises, if it is its turn."""
+        if self.hook == "rank_hidden" and tokens.layer == self.at:
+            raise RuntimeError("as planned")
+
+    def rank_slots(self, slots: SlotView) -> None:
+        """Raises, if it is its turn."""
+        if self.hook == "rank_slots" and slots.layer == self.at and slots.seen > self.column:
+            raise RuntimeError("as planned")
