@@ -260,16 +260,16 @@ class SlotLayer:
 
         Args:
             keys: `[B, Hkv, S, D]`; of the slots `index` alone if that is given.
-            index: `[B, 1, n]` int64, unique where `there`.
-            there: `[B, 1, n]` bool, which of these are meant.
+            index: `[B, 1, n]` int64, each slot of a row once.
+            there: `[B, 1, n]` bool, which of these are meant; None for all.
         """
         assert self._keys is not None
-        if index is None or there is None:
+        if index is None:
             rest = self._keys[:, :, self.used :]
             self._keys = torch.cat([keys, rest], 2)
             return
-        place = index[..., None].expand_as(keys)
-        if not bool(there.all()):
+        if there is not None:
+            place = index[..., None].expand_as(keys)
             keys = torch.where(there[..., None], keys, self._keys.gather(2, place))
         self._keys = put(self._keys, index, keys)
 
