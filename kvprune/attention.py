@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import flash, fused
 from .blocks import Scores, block_by_block, hide
+from .devices import autocast_dtype
 from .errors import KVPruneError
 from .families import lost_keyword
 from .masks import LazyMask, Mask, additive, as_mask
@@ -141,6 +142,7 @@ def _observed(
             "expected position_bias=None. Use a policy without statistics, as StreamingLLM"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = _cast(query, key, value)
     states = (query, key, value, mask)
     result = fused.attention(
         backend, module, layer, *states, scaling, dropout, softcap=softcap, s_aux=s_aux
@@ -155,6 +157,14 @@ def _observed(
         received = received.unflatten(1, (heads, -1)).sum(2)
     layer.slots.observe("attention", received)
     return output
+
+
+def _cast(*states: Tensor) -> tuple[Tensor, ...]:
+    """What autocast hands to a backend, as it does not look into our own kernels and `out=`."""
+    dtype = autocast_dtype(states[0].device)
+    if dtype is None:
+        return states
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in states)
 
 
 def _one_query(

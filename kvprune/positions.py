@@ -297,6 +297,9 @@ class CachePositions:
     def _take_home(self, index: int, slots: SlotLayer, placement: _Placement) -> None:
         """Copies the keys of sinks that have just come in."""
         home, arrived = self._home[index], placement.arrived
+        # A forward without gradients cuts them off from all that is held; see `SlotLayer.append`.
+        if home is not None and home.requires_grad and not torch.is_grad_enabled():
+            home = self._home[index] = home.detach()
         if home is not None and arrived is None:
             return
         keys = slots.keys
