@@ -157,3 +157,61 @@ def test_what_began_in_inference_mode_can_be_taken_back_and_picked(name, model):
             gradients(model, outputs)
     torch.testing.assert_close(logits[0], logits[2], rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(logits[1], logits[2], rtol=1e-9, atol=1e-10)
+
+
+CASTS = [(True, False), (False, True), (True, False, True), (False, True, False)]
+
+
+def cast_turns(model: Any, cache: Any, casts: tuple[bool, ...]) -> list[Tensor]:
+    """Logits of a prompt, single tokens and a second turn; autocast (bfloat16) as `casts` says."""
+    ids, logits = prompt(2, EDGES[-1]), []
+    for turn, (start, stop) in enumerate(pairwise(EDGES)):
+        on = casts[turn * len(casts) // (len(EDGES) - 1)]
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            logits.append(model(ids[:, start:stop], past_key_values=cache).logits.float())
+    return logits
+
+
+@pytest.mark.parametrize("casts", CASTS, ids=repr)
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ROOMY)
+def test_autocast_may_change_between_forwards(name, family, backend, casts):
+    """Keys and values take the dtypes that those of a DynamicCache take, and give its logits.
+
+    Bit for bit where its backend computes them; elsewhere nearly as near to the model without
+    autocast as the DynamicCache, up to one more rounding to bfloat16.
+    """
+    options: dict[str, Any] = {"dtype": torch.float32, "backend": backend}
+    model: Any = kvprune.attach(fresh_model(family, **options))
+    cache, dense = kvprune.ComposedCache(ROOMY[name]), DynamicCache()
+    got, expected = (cast_turns(model, each, casts) for each in (cache, dense))
+    for mine, stock in zip(cache.layers, dense.layers, strict=True):
+        stock_layer: Any = stock
+        assert mine.keys.dtype == stock_layer.keys.dtype
+        assert mine.values.dtype == stock_layer.values.dtype
+        assert all(value.dtype == torch.float32 for value in mine.statistics.values())
+    if name.startswith("h2o"):
+        exact = cast_turns(model, DynamicCache(), (False,))
+        for one, other, true in zip(got, expected, exact, strict=True):
+            assert (one - true).norm() <= 2 * (other - true).norm() + 2**-8 * true.norm()
+    else:
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("casts", CASTS, ids=repr)
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_full_budget_stands_autocast_that_changes(name, casts):
+    """Slots are written in place, keys are turned, drafts are taken back: near to no autocast."""
+    model: Any = kvprune.attach(fresh_model(dtype=torch.float32, initializer_range=0.1))
+    cache, ids = kvprune.ComposedCache(POLICIES[name]), prompt(2, 30)
+    cast_turns(model, cache, casts)
+    cache.announce_prompt(0, EDGES[-1])
+    for on in (casts[0], casts[1]):
+        cache.activate_past_recording()
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            before = cache.columns(1)
+            model(ids[:, 21:24], past_key_values=cache)
+        cache.crop(-3)
+        assert torch.equal(cache.columns(1), before)
+    assert cache.layers[1].keys.dtype == cache.layers[1].values.dtype == torch.float32
