@@ -82,12 +82,10 @@ def block_by_block(
     tracked = torch.is_grad_enabled() and any(
         t.requires_grad for t in (query, key, value, *sinks)
     )
-    # A block that is computed once more, in the backward pass, must not find what was evicted since.
-    columns = layer.slots.columns.clone() if tracked else layer.slots.columns
     most = MOST_WORKERS if query.device.type == "cpu" else 1
     blocks = _Blocks(
         layer,
-        columns,
+        layer.slots.columns,
         layer.slots.complete,
         layer.slots.statistics["attention"].dtype,
         mask,
@@ -116,7 +114,8 @@ class _Blocks:
     slots: `[B, 1|Hkv, S]`, the slots' columns; all_filled: it is known that none is empty. dtype: of
     the statistic. key: `[B, Hkv, D, S]`. tracked: there are gradients, so that nothing is written to
     twice, and a block's scores are not saved but computed once more in the backward pass: those of
-    all blocks together are n x n. workers: among how many the blocks are dealt out.
+    all blocks together are n x n. By then the layer has evicted, so that what is known of its slots
+    is kept here. workers: among how many the blocks are dealt out.
     """
 
     layer: LayerStep
