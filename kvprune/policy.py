@@ -49,6 +49,10 @@ class _Statistics:
         """Those that a policy named: what others want is not for it to see."""
         return _Statistics({n: self._values[n] for n in names if n in self._values})
 
+    def values(self) -> Collection[Tensor]:
+        """All of them."""
+        return self._values.values()
+
     def __call__(self, name: str) -> Tensor:
         if name not in self._values:
             raise KVPruneError(
