@@ -195,6 +195,8 @@ class Step:
         self._parked: Tensor | None = None
         self._aligned: dict[tuple[int, torch.device], tuple[Any, Any]] = {}
         self._copies = Copies()
+        # By layer, the columns that were attended to, `[B, 1|Hkv, S]`; None where nobody asked.
+        self.attended: dict[int, Tensor] | None = None
         # Rows whose activations are not finite, as the user was told.
         self._not_finite: set[int] = set()
         # How many layers were handed their part, and have not attended with it yet.
