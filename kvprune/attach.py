@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from .attention import slot_attention
+from .attention import name_of, shown, slot_attention
 from .binding import Attachment
 from .cache import ComposedCache
 from .endings import Endings, PadsEnded, WatchedCriteria, watch, watching
@@ -115,7 +115,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     base._kvprune = attachment
     if not has_own_attention(base):
         for config in _configs(model):
-            config._attn_implementation = PREFIX + backend_of(config)
+            config._attn_implementation = name_of(backend_of(config))
     _hook_layers(base, layers, attentions)
     _replace_forward(base, _forward_of_base)
     if model is not base:
@@ -312,6 +312,8 @@ def _open_step(
     _check_forward(base, args, kwargs)
     cache.bind(base._kvprune, base)
     asks_probabilities = argument(base, args, kwargs, "output_attentions")
+    if asks_probabilities is None:
+        asks_probabilities = base.config.output_attentions
     if asks_probabilities and cache.attends_in_pieces:
         raise KVPruneError(
             "output_attentions=True with a policy that observes attention, or with drafts and a "
@@ -329,6 +331,8 @@ def _open_step(
     cache.open_step(tokens.shape[0], tokens.shape[1], mask, tokens.device)
     if tokens.dim() == 2:
         cache.note_ids(tokens)
+    if asks_probabilities:
+        cache.step.attended = {}
 
 
 def _check_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -426,12 +430,15 @@ def _before_own_attention(
 
 def _after_own_attention(
     attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
+) -> Any:
     cache = _cache_in(attention, args, kwargs)
-    if cache is not None:
-        layer = cache.at_layer(attention.layer_idx)
-        observe(layer, output[1])
-        layer.step.evict(layer)
+    if cache is None:
+        return None
+    layer = cache.at_layer(attention.layer_idx)
+    observe(layer, output[1])
+    output = (output[0], shown(layer, output[1]), *output[2:])
+    layer.step.evict(layer)
+    return output
 
 
 def _after_last_layer(

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from . import flash, fused
 from .blocks import Scores, block_by_block, hide
+from .devices import autocast_dtype
 from .errors import KVPruneError
-from .families import copies_of_heads, lost_keyword
+from .families import PREFIX, copies_of_heads, lost_keyword
 from .heads import as_before, for_backend, neighbours, without_copies
 from .masks import LazyMask, Mask, additive, as_mask
 from .releases import ALL_ATTENTION_FUNCTIONS
@@ -86,9 +87,13 @@ def _attend_and_evict(
     assert attention_mask is not None, "our mask functions always return a rule"
     mask = as_mask(attention_mask, layer.step.seen)
     if not layer.step.one_by_one:
-        result = _attend(backend, stock, module, layer, query, key, value, mask, **arguments)
+        output, weights = _attend(
+            backend, stock, module, layer, query, key, value, mask, **arguments
+        )
+        # Before the layer evicts: the slots are still those that were attended to.
+        weights = shown(layer, weights)
         layer.step.evict(layer)
-        return result
+        return output, weights
     outputs = []
     for new, piece in layer.pieces():
         held = piece.store(key[:, :, new], value[:, :, new])
@@ -97,6 +102,52 @@ def _attend_and_evict(
         layer.step.evict(piece)
         outputs.append(output)
     return torch.cat(outputs, 1), None
+
+
+def shown(layer: LayerStep, probabilities: Tensor | None) -> Tensor | None:
+    """Probabilities as a user who asked for them gets them: in the order of columns.
+
+    Notes which columns these are, for `ComposedCache.attended`. Where nobody asked, nothing is done.
+
+    Args:
+        layer: this forward at this layer, before it evicts.
+        probabilities: `[B, Hq, Q, S]`, over the slots; None where the backend returns none.
+
+    Returns:
+        `[B, Hq, Q, S']`, without slots that are empty in every row and head.
+    """
+    if layer.step.attended is None or probabilities is None:
+        return probabilities
+    columns, order = layer.slots.columns.sort(-1)
+    most = int((columns >= 0).sum(-1).amax())
+    first = columns.shape[-1] - most
+    layer.step.attended[layer.index] = columns[..., first:]
+    heads = probabilities.shape[1] // order.shape[1]
+    index = order[..., first:].repeat_interleave(heads, 1)[:, :, None]
+    return probabilities.gather(-1, index.expand(*probabilities.shape[:-1], -1))
+
+
+class _Eager(str):
+    """What an attached config calls our function around a model's own eager one.
+
+    transformers allows `config.output_attentions` under the name "eager" alone, which this equals
+    too; registries, which go by the hash, find our function. Both methods are in Python so that
+    compiled code can follow them.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return other in ("eager", PREFIX + "eager")
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(PREFIX + "eager")
+
+
+def name_of(backend: str) -> str:
+    """What an attached config calls our function around a backend."""
+    return _Eager(PREFIX + backend) if backend == "eager" else PREFIX + backend
 
 
 def _attend(
@@ -175,6 +226,7 @@ def _observed(
             f"without statistics, as StreamingLLM"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = _cast(query, key, value)
     states = (query, key, value, mask)
     result = fused.attention(
         backend, module, layer, *states, scaling, dropout, softcap=softcap, s_aux=s_aux
@@ -188,6 +240,14 @@ def _observed(
         received = received.unflatten(1, (heads, -1)).sum(2)
     layer.slots.observe("attention", received)
     return output
+
+
+def _cast(*states: Tensor) -> tuple[Tensor, ...]:
+    """What autocast hands to a backend, as it does not look into our own kernels and `out=`."""
+    dtype = autocast_dtype(states[0].device)
+    if dtype is None:
+        return states
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in states)
 
 
 def _one_query(

@@ -13,6 +13,7 @@ from itertools import chain, product
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .masks import Mask
 from .step import LayerStep
@@ -77,10 +78,14 @@ def block_by_block(
         the output `[B, Q, Hq, Dv]`, and what each slot received `[B, Hkv, S]`.
     """
     rows, heads, count, _ = query.shape
-    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    sinks = [] if how.sinks is None else [how.sinks]
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, *sinks))
     most = MOST_WORKERS if query.device.type == "cpu" else 1
     blocks = _Blocks(
         layer,
+        layer.slots.columns,
+        layer.slots.complete,
+        layer.slots.statistics["attention"].dtype,
         mask,
         how,
         query,
@@ -104,11 +109,17 @@ _Place = tuple[int, int, int]
 class _Blocks:
     """All blocks of a layer.
 
-    key: `[B, Hkv, D, S]`. tracked: autograd saves what comes about, so that nothing is written to
-    twice. workers: among how many the blocks are dealt out.
+    slots: `[B, 1|Hkv, S]`, the slots' columns; all_filled: it is known that none is empty. dtype: of
+    the statistic. key: `[B, Hkv, D, S]`. tracked: there are gradients, so that nothing is written to
+    twice, and a block's scores are not saved but computed once more in the backward pass: those of
+    all blocks together are n x n. By then the layer has evicted, so that what is known of its slots
+    is kept here. workers: among how many the blocks are dealt out.
     """
 
     layer: LayerStep
+    slots: Tensor
+    all_filled: bool
+    dtype: torch.dtype
     mask: Mask
     how: Scores
     query: Tensor
@@ -131,33 +142,56 @@ class _Blocks:
         rows, heads, _, size = self.key.shape
         groups = self.query.shape[1] // heads
         room = None if self.tracked else self.query.new_empty(groups * BLOCK * size)
-        dtype = self.layer.slots.statistics["attention"].dtype
-        mass = self.query.new_zeros(rows, heads, size, dtype=dtype)
+        mass = self.query.new_zeros(rows, heads, size, dtype=self.dtype)
         outputs = {}
         for place in chain.from_iterable(self.places(worker, self.workers)):
-            row, head, _ = place
-            outputs[place], votes = self._block(place, groups, room, dtype)
+            row, head, start = place
+            count = self.query.shape[2]
+            stop = min(start + BLOCK, count)
+            end = size - count + stop
+            states = (
+                self.query[row, head * groups : (head + 1) * groups, start:stop],
+                self.key[row, head, :, :end],
+                self.value[row, head, :end],
+            )
+            outputs[place], votes = self._run_block(place, *states, room)
             mass[row, head, : votes.shape[-1]] += votes
         return outputs, mass
 
-    def _block(
-        self, place: _Place, groups: int, room: Tensor | None, dtype: torch.dtype
+    def _run_block(
+        self, place: _Place, query: Tensor, key: Tensor, value: Tensor, room: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Output `[G, n, Dv]`, and what the slots up to the block's end receive `[S']`."""
+        if not self.tracked:
+            return self._block(place, query, key, value, room)
+        # Dropout has to leave out the same probabilities once more.
+        found: tuple[Tensor, Tensor] = checkpoint(
+            self._block,
+            place,
+            query,
+            key,
+            value,
+            None,
+            use_reentrant=False,
+            preserve_rng_state=bool(self.how.dropout),
+        )
+        return found
+
+    def _block(
+        self, place: _Place, query: Tensor, key: Tensor, value: Tensor, room: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Output `[G, n, Dv]`, and what the slots up to the block's end receive `[S']`.
+
+        Of `[G, n, D]`, `[D, S']` and `[S', Dv]`.
+        """
         row, head, start = place
-        count = self.query.shape[2]
-        stop = min(start + BLOCK, count)
-        end = self.key.shape[-1] - count + stop
-        mine = slice(head * groups, (head + 1) * groups)
-        scores = self._scores(self.query[row, mine, start:stop], self.key[row, head, :, :end], room)
-        scores = self._masked(scores.to(dtype), row, head, start)
+        groups, count, _ = query.shape
+        scores = self._masked(self._scores(query, key, room).to(self.dtype), row, head, start)
         sinks = self.how.sinks
         if sinks is not None:
-            sinks = sinks[mine].view(-1, 1, 1).to(dtype)
+            sinks = sinks[head * groups : (head + 1) * groups].view(-1, 1, 1).to(self.dtype)
         p = self.how.probabilities(scores, sinks, out=None if room is None else scores)
-        value = self.value[row, head, :end]
         output = self.how.dropped(p, value.dtype).flatten(0, 1) @ value
-        return output.view(groups, stop - start, -1), self._votes(p.detach(), row, start)
+        return output.view(groups, count, -1), self._votes(p.detach(), row, start)
 
     def _scores(self, query: Tensor, key: Tensor, room: Tensor | None) -> Tensor:
         """`[G, n, D]` and `[D, S']` to `[G, n, S']`."""
@@ -170,12 +204,12 @@ class _Blocks:
     def _masked(self, scores: Tensor, row: int, head: int, start: int) -> Tensor:
         """Hides what each query of `[G, n, S']` may not see."""
         groups, count, size = scores.shape
-        if self.mask.plainly_causal and self.layer.slots.complete:
+        if self.mask.plainly_causal and self.all_filled:
             # Slots before the block are all older; within it, the upper triangle is newer.
             older = torch.ones(count, count, dtype=torch.bool, device=scores.device).tril_()
             hide(scores[..., size - count :], older)
             return scores
-        slots = self.layer.slots.columns[row : row + 1, :, :size]
+        slots = self.slots[row : row + 1, :, :size]
         slots = slots[:, head : head + 1] if slots.shape[1] > 1 else slots
         queries = self.layer.columns[row : row + 1, start : start + count]
         mask = self.mask.at(queries, slots, row)[0]

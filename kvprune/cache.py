@@ -96,6 +96,8 @@ class ComposedCache(Cache):
         self._attachment: Attachment | None = None
         # What the model was when the cache was tied to it, for `save`; see `saving.describe`.
         self._model: dict[str, str] = {}
+        # By layer, the columns that the last forward attended to, if it was asked for attentions.
+        self._attended: dict[int, Tensor] = {}
         self._rows: RowNumbers | None = None
         # What was read as prompt, to know it again.
         self._read: PromptIds | None = None
@@ -152,6 +154,28 @@ class ComposedCache(Cache):
         most = int((ordered >= 0).sum(-1).amax()) if ordered.numel() else 0
         return ordered[..., ordered.shape[-1] - most :].clone()
 
+    def attended(self, layer: int) -> Tensor:
+        """The columns that the last forward attended to, one for each of its `attentions`.
+
+        Eviction comes after attention, so these are not what `columns` says the layer holds now. Of a
+        `generate`, it is the last forward; earlier ones are read in between, as by a logits processor.
+
+        Returns:
+            int64 `[B, 1|Hkv, S]`, sorted, -1 first where a row or head has fewer: the last axis of
+            `attentions[layer]` `[B, Hq, Q, S]`, whose query heads stand in the order of their key/value
+            heads.
+
+        Raises:
+            KVPruneError: the last forward was not asked for attentions, or its backend has none.
+        """
+        if layer not in self._attended:
+            raise KVPruneError(
+                f"attended({layer!r}): the last forward gave no attentions of such a layer: expected "
+                f"output_attentions=True in a forward of a model with attn_implementation='eager', "
+                f"and a layer of 0 to {len(self) - 1} with attention"
+            )
+        return self._attended[layer].clone()
+
     @property
     def nbytes(self) -> int:
         """Bytes of all storage that the cache has allocated for slots and what it knows of rows.
@@ -160,6 +184,7 @@ class ComposedCache(Cache):
         column and row, in main memory.
         """
         held = [t for layer in self.layers for t in _tensors(layer)]
+        held += self._attended.values()
         if self._rows is not None:
             held += self._rows.tensors()
         if self._padding is not None:
@@ -442,7 +467,7 @@ class ComposedCache(Cache):
         if self._rows is None:
             return
         self._settle()
-        self._together = []
+        self._together, self._attended = [], {}
         for layer in self.layers:
             if isinstance(layer, SlotLayer):
                 layer.select_rows(rows)
@@ -934,6 +959,7 @@ class ComposedCache(Cache):
         self.seen += step.count
         self._rows, self._padding, self._read = step.rows, step.padding, step.read
         self._promise = 0
+        self._attended = step.attended or {}
         self._recorded = step.drafts if step.one_by_one else 0
         self._pending = step.drafts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from .asking import ask
 from .errors import KVPruneError
-from .parallel import agreed
+from .parallel import agreed, any_process
 from .policy import WITHHELD, Ranking, SlotView, TokenPolicy, TokenView, split_share
-from .selection import Selection, check_leaves_some, check_ranking, first_to_go
+from .selection import Selection, check_leaves_some, check_ranking, first_to_go, wrong
 
 
 def leaves(policies: Iterable[TokenPolicy]) -> Iterator[TokenPolicy]:
@@ -36,8 +37,66 @@ def answer_of(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ran
     return ranking
 
 
+def comparable(
+    policy: TokenPolicy, ranking: Ranking, view: TokenView | SlotView, told: set[int]
+) -> Ranking:
+    """A ranking without NaN among its scores; to look for it waits for the device.
+
+    A row whose activations are not finite, as after an overflow in float16, goes on as it does with
+    any other cache: what has no score there ranks lowest, so that the newest stay. Other rows do
+    not notice.
+
+    Args:
+        policy: who answered.
+        ranking: the answer.
+        view: what the first policy of the pipeline was shown.
+        told: rows that a warning has named in this forward; those that this one names are added.
+
+    Raises:
+        KVPruneError: NaN in a row where all that was shown is finite.
+    """
+    nan = ranking.score.isnan()
+    columns = view.columns if isinstance(view, SlotView) else view.columns[:, None]
+    rows = (nan & (columns >= 0)).flatten(1).any(-1)
+    if not bool(rows.any()):
+        return ranking
+    overflown = _not_finite(view)
+    if view.group is not None and (isinstance(view, TokenView) or policy.shares_heads):
+        overflown = any_process(overflown, view.group)
+    if bool((rows & ~overflown).any()):
+        mine = (rows & ~overflown).nonzero().flatten().tolist()
+        came = f"NaN scores at layer {view.layer} in rows {mine}, where all it was shown is finite"
+        raise wrong(policy, "scores that can be compared", came)
+    new = sorted(set(rows.nonzero().flatten().tolist()) - told)
+    told.update(new)
+    if new:
+        warnings.warn(
+            f"the model's activations are not finite (NaN or infinite) at layer {view.layer} in "
+            f"rows {new}, so that {policy!r} cannot rank there: it keeps the newest tokens of these "
+            f"rows, and what the model makes of them means nothing. Other rows are right. Load the "
+            f"model in bfloat16 or float32 if these are overflows of float16, or look for NaN in "
+            f"its weights and inputs",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return replace(ranking, score=ranking.score.masked_fill(nan, -torch.inf))
+
+
+def _not_finite(view: TokenView | SlotView) -> Tensor:
+    """The rows `[B]` where something that policies were shown is not finite."""
+    valid = view.valid
+    if isinstance(view, SlotView):
+        shown = [(view.keys, valid[..., None]), (view.values, valid[..., None])]
+    else:
+        shown, valid = [(view.hidden, valid[..., None])], valid[:, None]
+    shown += [(value, valid) for _, value in view.statistic.items()]
+    # Not at padding and in empty slots, where anything may stand.
+    each = [(~tensor.isfinite() & there).flatten(1).any(-1) for tensor, there in shown]
+    return torch.stack(each).any(0)
+
+
 def surviving_tokens(
-    policies: Sequence[TokenPolicy], tokens: TokenView, asked: Tensor
+    policies: Sequence[TokenPolicy], tokens: TokenView, asked: Tensor, told: set[int]
 ) -> Tensor | None:
     """The tokens that every policy in turn lets enter a layer.
 
@@ -45,17 +104,19 @@ def surviving_tokens(
         policies: each sees the survivors of those before it.
         tokens: the view that the first one sees.
         asked: `[B, Q]` bool, tokens that the engine itself protects.
+        told: see `comparable`.
 
     Returns:
         `[B, Q]` bool, or None where no policy ranked.
     """
-    ranked = False
+    ranked, shown = False, tokens
     for policy in policies:
         ranking = answer_of(policy, "rank_hidden", tokens)
         if ranking is None:
             continue
         columns, valid = tokens.columns[:, None], tokens.valid[:, None]
-        check_ranking(policy, ranking, columns, heads=1, look_for_nan=True)
+        check_ranking(policy, ranking, columns, heads=1)
+        ranking = comparable(policy, ranking, shown, told)
         with_asked = replace(ranking, protected=ranking.protected | asked[:, None])
         selection = Selection(with_asked, columns, valid)
         check_leaves_some(policy, tokens.layer, ranking, valid, selection.least_budget)
@@ -81,22 +142,27 @@ class Survivors:
     by: int | None = None
 
 
-def surviving_slots(policies: Sequence[TokenPolicy], slots: SlotView, several: bool) -> Survivors:
+def surviving_slots(
+    policies: Sequence[TokenPolicy], slots: SlotView, several: bool, told: set[int]
+) -> Survivors:
     """The slots that every policy in turn keeps.
 
     Args:
         policies: each sees the survivors of those before it.
         slots: the view that the first one sees.
         several: whether this forward had several tokens; only then is NaN looked for.
+        told: see `comparable`.
     """
-    before, heads, by = slots.valid, slots.keys.shape[1], None
+    shown, before, heads, by = slots, slots.valid, slots.keys.shape[1], None
     # Of one alone: what another evicts may lower a budget, as that of sinks which are gone.
     alone = [p.constant_budget for p in policies if p.applies(slots.layer)] == [True]
     for number, policy in enumerate(policies):
         ranking = answer_of(policy, "rank_slots", slots)
         if ranking is None:
             continue
-        check_ranking(policy, ranking, slots.columns, heads, look_for_nan=several)
+        check_ranking(policy, ranking, slots.columns, heads)
+        if several:
+            ranking = comparable(policy, ranking, shown, told)
         selection = Selection(ranking, slots.columns, slots.valid)
         check_leaves_some(policy, slots.layer, ranking, slots.valid, selection.least_budget)
         if not selection.nothing_goes:
@@ -117,7 +183,7 @@ def next_to_go(policy: TokenPolicy, slots: SlotView) -> Tensor | None:
     ranking = answer_of(policy, "rank_slots", slots)
     if ranking is None:
         return None
-    check_ranking(policy, ranking, slots.columns, slots.keys.shape[1], look_for_nan=False)
+    check_ranking(policy, ranking, slots.columns, slots.keys.shape[1])
     return first_to_go(ranking.score, slots.valid & ~ranking.protected, slots.columns)
 
 
@@ -206,7 +272,7 @@ class Union(TokenPolicy):
         kept = torch.zeros_like(valid)
         score = torch.zeros_like(valid, dtype=rankings[0].score.dtype)
         for part, ranking in zip(self.parts, rankings, strict=True):
-            check_ranking(part, ranking, columns, heads, look_for_nan=False)
+            check_ranking(part, ranking, columns, heads)
             selection = Selection(ranking, columns, valid)
             check_leaves_some(part, layer, ranking, valid, selection.least_budget)
             kept = kept | selection.kept()

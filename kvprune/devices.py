@@ -8,6 +8,7 @@ follows, to each device once.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -81,3 +82,18 @@ def _hooks(module: nn.Module) -> list[Any]:
     """accelerate's hooks of one module."""
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What torch's autocast computes in on a device now; None where it is off."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which operations on a device compute in the dtypes of what they are given."""
+    if autocast_dtype(device) is None:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

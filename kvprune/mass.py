@@ -18,6 +18,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from .devices import without_autocast
 from .statistics import statistic_dtype
 
 SCORES = 1 << 24
@@ -106,11 +107,12 @@ def attention_mass_in_torch(
 ) -> Tensor:
     """`attention_mass` in plain torch, block by block of queries."""
     mass = torch.zeros_like(key[..., 0], dtype=statistic_dtype(key))
-    blocks = _blocks(query, key, query_columns, slot_columns, scaling, softcap, window)
-    for here, scores in blocks:
-        shares = torch.exp(scores - lse[:, :, here].unflatten(1, scores.shape[1:3])[..., None])
-        # Not by the exponential: who sees nothing has a log-sum-exp of -inf.
-        mass += shares.masked_fill(scores == -torch.inf, 0).sum((2, 3))
+    with without_autocast(key.device):
+        blocks = _blocks(query, key, query_columns, slot_columns, scaling, softcap, window)
+        for here, scores in blocks:
+            shares = torch.exp(scores - lse[:, :, here].unflatten(1, scores.shape[1:3])[..., None])
+            # Not by the exponential: who sees nothing has a log-sum-exp of -inf.
+            mass += shares.masked_fill(scores == -torch.inf, 0).sum((2, 3))
     return mass
 
 
@@ -125,8 +127,9 @@ def log_sum_exp_in_torch(
     window: int | None = None,
 ) -> Tensor:
     """`log_sum_exp` in plain torch, block by block of queries."""
-    blocks = _blocks(query, key, query_columns, slot_columns, scaling, softcap, window)
-    return torch.cat([scores.logsumexp(-1).flatten(1, 2) for _, scores in blocks], -1)
+    with without_autocast(key.device):
+        blocks = _blocks(query, key, query_columns, slot_columns, scaling, softcap, window)
+        return torch.cat([scores.logsumexp(-1).flatten(1, 2) for _, scores in blocks], -1)
 
 
 def _blocks(

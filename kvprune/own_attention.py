@@ -30,7 +30,8 @@ def at_slots(
     alibi = argument(attention, args, kwargs, "alibi")
     mask = GivenMask(mask, layer.step.seen).at(layer.columns, slots)
     alibi = None if alibi is None else _alibi_at(alibi, slots, _closed(layer, slots))
-    if layer.slots.names and _keeps_probabilities_back(attention):
+    wanted = bool(layer.slots.names) or layer.step.attended is not None
+    if wanted and _keeps_probabilities_back(attention):
         # The branch that returns them adds the mask to the scores, and ALiBi once more, which
         # is part of this mask.
         mask = additive(mask, argument(attention, args, kwargs, "hidden_states").dtype)

@@ -39,6 +39,11 @@ def agreed(ranking: Ranking, group: Any) -> Ranking:
     return replace(ranking, score=score, protected=protected.bool(), budget=budget)
 
 
+def any_process(found: Tensor, group: Any) -> Tensor:
+    """Where some process of `group` found something; `found` is bool."""
+    return _largest(found, group).bool()
+
+
 def _largest(values: Tensor, group: Any) -> Tensor:
     values = values.to(torch.int64, copy=True)
     dist.all_reduce(values, dist.ReduceOp.MAX, group=group)

@@ -37,15 +37,38 @@ _FAR = torch.iinfo(torch.int64).max // 2
 
 @dataclass(frozen=True)
 class _Placement:
-    """Where a layer's sinks are, all `[B, 1, sinks]`.
+    """Where a layer's sinks are.
 
-    index: their slots. there: whether they are in one. arrived: which have just come in; None
-    for none, as in almost every step.
+    place: `[B, 1, sinks]`, the slot of each; for one that is in none any slot, to be read alone.
+    arrived: `[B, 1, sinks]`, which have just come in; None for none, as in almost every step.
+    held: which slots to write to; None where every sink is in one, which is then `place`.
+    """
+
+    place: Tensor
+    arrived: Tensor | None
+    held: _Held | None
+
+
+@dataclass(frozen=True)
+class _Held:
+    """As many slots as sinks, or all if there are fewer; all `[B, 1, n]`.
+
+    index: the slots, each once, as two writers of one slot would leave it undefined. there: whether
+    a slot holds a sink. sink: which one.
     """
 
     index: Tensor
     there: Tensor
-    arrived: Tensor | None
+    sink: Tensor
+
+
+def _held_by(same: Tensor) -> _Held:
+    """Of which slot is which sink, `[B, sinks, S]` bool."""
+    any_sink = same.any(1)
+    index = any_sink.byte().topk(min(same.shape[1:]), dim=-1).indices
+    sink = same.byte().argmax(1).gather(-1, index)
+    there = any_sink.gather(-1, index)
+    return _Held(index[:, None], there[:, None], sink[:, None])
 
 
 class CachePositions:
@@ -245,8 +268,15 @@ class CachePositions:
             return
         home = self._home[index]
         assert home is not None
-        keys = rotation.turned(home, *rotation.angles(turn[:, None, None], home))
-        slots.rewrite_keys(keys, placement.index, placement.there)
+        keys, held = (
+            rotation.turned(home, *rotation.angles(turn[:, None, None], home)),
+            placement.held,
+        )
+        if held is None:
+            slots.rewrite_keys(keys, placement.place)
+        else:
+            sink = held.sink[..., None].expand(-1, *keys.shape[1:2], -1, keys.shape[-1])
+            slots.rewrite_keys(keys.gather(2, sink), held.index, held.there)
         self._turn[index] = turn.clone()
 
     def _placement(self, at: LayerStep, columns: Tensor) -> _Placement:
@@ -260,9 +290,9 @@ class CachePositions:
         same = columns == wanted[..., None]
         arrived = (wanted[..., None] == new).any(-1)[:, None]
         placement = _Placement(
-            index=same.byte().argmax(-1)[:, None],
-            there=same.any(-1)[:, None],
+            place=same.byte().argmax(-1)[:, None],
             arrived=arrived if bool(arrived.any()) else None,
+            held=None if bool(same.any(-1).all()) else _held_by(same),
         )
         notes["placement"] = (new, columns, placement)
         return placement
@@ -270,10 +300,13 @@ class CachePositions:
     def _take_home(self, index: int, slots: SlotLayer, placement: _Placement) -> None:
         """Copies the keys of sinks that have just come in."""
         home, arrived = self._home[index], placement.arrived
+        # A forward without gradients cuts them off from all that is held; see `SlotLayer.append`.
+        if home is not None and home.requires_grad and not torch.is_grad_enabled():
+            home = self._home[index] = home.detach()
         if home is not None and arrived is None:
             return
         keys = slots.keys
-        place = placement.index[..., None].expand(-1, keys.shape[1], -1, keys.shape[-1])
+        place = placement.place[..., None].expand(-1, keys.shape[1], -1, keys.shape[-1])
         came = keys.gather(2, place)
         if home is not None and arrived is not None:
             came = torch.where(arrived[..., None], came, home)

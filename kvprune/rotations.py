@@ -7,16 +7,17 @@ kind (linear, dynamic, YaRN, Llama 3) and RoPE of a part of each key come as the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
-from .devices import device_of
+from .devices import device_of, without_autocast
 from .errors import KVPruneError
-from .families import has_alibi
-from .releases import with_cache
+from .families import argument, decoder_layers, has_alibi, with_argument
+from .releases import CACHE_ARGUMENTS, with_cache
 
 PROBED = (3, 8)
 """Two positions at which a model shows how it turns its keys."""
@@ -98,11 +99,18 @@ def _probe(base: Any) -> list[Tensor]:
     cache: Any = DynamicCache(config=base.config)
     where = torch.tensor(PROBED, device=device)[:, None]
     training = [module for module in base.modules() if module.training]
+    hooks = [
+        layer.register_forward_pre_hook(partial(_made_finite, cache), with_kwargs=True)
+        for layer in decoder_layers(base)
+    ]
     base.eval()
     try:
         given = with_cache(base, cache)
-        base(inputs_embeds=token, position_ids=where, use_cache=True, **given)
+        with without_autocast(device):
+            base(inputs_embeds=token, position_ids=where, use_cache=True, **given)
     finally:
+        for hook in hooks:
+            hook.remove()
         for module in training:
             module.training = True
     if not all(hasattr(layer, "keys") for layer in cache.layers):
@@ -110,7 +118,29 @@ def _probe(base: Any) -> list[Tensor]:
     return [layer.keys for layer in cache.layers]
 
 
+def _made_finite(
+    cache: Any, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Hands a layer other numbers where those of the layer before have overflown, as in float16.
+
+    The same ones at both positions. In the trial's own forward alone: others may run meanwhile.
+    """
+    hidden = argument(layer, args, kwargs, "hidden_states")
+    mine = any(argument(layer, args, kwargs, name) is cache for name in CACHE_ARGUMENTS)
+    if not mine or bool(hidden.isfinite().all()):
+        return None
+    numbers = torch.randn(hidden.shape[1:], generator=torch.Generator().manual_seed(0))
+    return with_argument(layer, args, kwargs, "hidden_states", numbers.to(hidden).expand_as(hidden))
+
+
 def _rotation_of(base: Any, keys: Tensor, found: list[Tensor]) -> Rotation | None:
+    if not bool(keys.isfinite().all()):
+        raise KVPruneError(
+            f"positions inside the cache with {type(base).__name__}: a layer's keys are not finite "
+            f"(NaN or infinite), whatever it is handed, so that nobody can tell how it turns them. "
+            f"Expected finite weights, and a dtype in which they do not overflow: bfloat16 or "
+            f"float32"
+        )
     here, there = keys[:1], keys[1:]
     by = torch.tensor([PROBED[1] - PROBED[0]], device=keys.device)
     # Models compute angles in float32 at best.

@@ -120,7 +120,7 @@ def check_leaves_some(
     empty = (budget < 0) | ((budget == 0) & valid.any(-1) & ~protected)
     if bool(empty.any()):
         rows = empty.any(-1).nonzero().flatten().tolist()
-        raise _wrong(
+        raise wrong(
             policy,
             f"at layer {layer} budgets that leave something in every row and head: at least 1, or "
             f"0 where something is protected",
@@ -128,9 +128,7 @@ def check_leaves_some(
         )
 
 
-def check_ranking(
-    policy: TokenPolicy, ranking: Ranking, columns: Tensor, heads: int, look_for_nan: bool
-) -> None:
+def check_ranking(policy: TokenPolicy, ranking: Ranking, columns: Tensor, heads: int) -> None:
     """Refuses an answer that `select` could not turn into a kept set.
 
     Args:
@@ -138,21 +136,18 @@ def check_ranking(
         ranking: the answer.
         columns: `[B, 1|heads, S]`, the entries that were ranked, -1 where not valid.
         heads: how many heads an answer may tell apart (1 for hidden tokens).
-        look_for_nan: whether to read the scores, which waits for the device.
 
     Raises:
-        KVPruneError: a wrong type, shape, dtype or device, or NaN scores.
+        KVPruneError: a wrong type, shape, dtype or device.
     """
     if not isinstance(ranking, Ranking):
-        raise _wrong(policy, "a kvprune.Ranking or None", f"{type(ranking).__name__}")
+        raise wrong(policy, "a kvprune.Ranking or None", f"{type(ranking).__name__}")
     rows, size, axes = columns.shape[0], columns.shape[2], (1, heads)
     entries = [(rows, axis, size) for axis in axes]
     _check_tensor(policy, "score", ranking.score, entries, "float", columns.device)
     _check_tensor(policy, "protected", ranking.protected, entries, "bool", columns.device)
     budgets = [(rows,), *((rows, axis) for axis in axes)]
     _check_tensor(policy, "budget", ranking.budget, budgets, "int", columns.device)
-    if look_for_nan and bool((ranking.score.isnan() & (columns >= 0)).any()):
-        raise _wrong(policy, "scores that can be compared", "NaN scores")
 
 
 def _check_tensor(
@@ -167,10 +162,10 @@ def _check_tensor(
     if is_tensor and value.shape in shapes and _KINDS.get(value.dtype) == kind:
         if value.device == device:
             return
-        raise _wrong(policy, f"{name} on {device}, where its view is", str(value.device))
+        raise wrong(policy, f"{name} on {device}, where its view is", str(value.device))
     expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
     came = f"{value.dtype} of shape {list(value.shape)}" if is_tensor else type(value).__name__
-    raise _wrong(policy, f"{name} as a {kind} tensor of shape {expected}", came)
+    raise wrong(policy, f"{name} as a {kind} tensor of shape {expected}", came)
 
 
 _KINDS = {
@@ -181,7 +176,8 @@ _KINDS = {
 """Of other dtypes torch knows no order, or no arithmetic."""
 
 
-def _wrong(policy: TokenPolicy, expected: str, came: str) -> KVPruneError:
+def wrong(policy: TokenPolicy, expected: str, came: str) -> KVPruneError:
+    """The error that blames a policy's hook for its answer."""
     return KVPruneError(
         f"{policy!r}: expected {expected}, came {came}. Mend the policy's hook; see kvprune.Ranking"
     )

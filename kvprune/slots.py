@@ -64,6 +64,8 @@ class SlotLayer:
         # Numbers per slot: statistics, and with `arrivals` positions.
         self._numbers: dict[str, Tensor] = {}
         self._record: list[tuple[Tensor | None, dict[str, Tensor]]] = []
+        # Whether a forward with gradients attended to the keys and values as they are now.
+        self._saved = False
 
     @property
     def is_initialized(self) -> bool:
@@ -218,8 +220,10 @@ class SlotLayer:
             arrived: `[B, 1, Q]`, the positions that the keys came with; read with `arrivals`.
 
         Returns:
-            keys and values of all slots in use.
+            keys and values of all slots in use, of the wider dtype where the new ones are of another,
+            as `DynamicCache` has it.
         """
+        self._spare_what_was_saved()
         if in_hole and self.hole is not None and not self._record:
             self._fill(self.hole, keys, values, columns, arrived)
             self.gaps = self.gaps or not complete
@@ -229,6 +233,17 @@ class SlotLayer:
         self.hole = self.let_in = None
         self.full_for = self.full_for if complete and columns.shape[-1] == 1 else None
         return self.keys, self.values
+
+    def _spare_what_was_saved(self) -> None:
+        """Leaves keys and values to autograd, which may go back through them, and goes on with a copy without them.
+
+        Only where gradients were on and are off now: while they are on, nothing is written in place.
+        """
+        grad = torch.is_grad_enabled()
+        if self._saved and not grad:
+            assert self._keys is not None and self._values is not None
+            self._keys, self._values = self._keys.clone(), self._values.clone()
+        self._saved = grad
 
     def columns_after(self, columns: Tensor, in_hole: bool) -> Tensor:
         """What `columns` will be once `append` has stored new tokens; see there."""
@@ -298,16 +313,16 @@ class SlotLayer:
 
         Args:
             keys: `[B, Hkv, S, D]`; of the slots `index` alone if that is given.
-            index: `[B, 1, n]` int64, unique where `there`.
-            there: `[B, 1, n]` bool, which of these are meant.
+            index: `[B, 1, n]` int64, each slot of a row once.
+            there: `[B, 1, n]` bool, which of these are meant; None for all.
         """
         assert self._keys is not None
-        if index is None or there is None:
+        if index is None:
             rest = self._keys[:, :, self.used :]
             self._keys = torch.cat([keys, rest], 2)
             return
-        place = index[..., None].expand_as(keys)
-        if not bool(there.all()):
+        if there is not None:
+            place = index[..., None].expand_as(keys)
             keys = torch.where(there[..., None], keys, self._keys.gather(2, place))
         self._keys = put(self._keys, index, keys)
 
@@ -427,11 +442,18 @@ def put(buffer: Tensor | None, hole: Tensor, new: Tensor | int) -> Tensor:
         buffer: `[B, H, S, ...]`.
         hole: `[B, H, 1]` int64, or `[B, 1, 1]` where `new` has a head axis of H.
         new: `[B, H, 1, ...]`, or one number for all.
+
+    Returns:
+        the buffer, or a new one, of the wider dtype of the two.
     """
     assert buffer is not None
+    if torch.is_grad_enabled():
+        # Autograd saves where something was written.
+        hole = _of_this_mode(hole)
     if not isinstance(new, Tensor):
         return buffer.scatter(2, hole, new) if _watched(buffer) else buffer.scatter_(2, hole, new)
     index = hole.reshape(*hole.shape, *(1,) * (new.dim() - hole.dim())).expand_as(new)
+    buffer, new = _of_one_dtype(buffer, new)
     if _watched(buffer, new):
         return buffer.scatter(2, index, new)
     return buffer.scatter_(2, index, new)
@@ -447,6 +469,7 @@ def _extended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
         # three times the bytes, or what somebody else holds too.
         return new.clone(memory_format=torch.contiguous_format)
     size = used + new.shape[2]
+    buffer, new = _of_one_dtype(buffer, new)
     if _watched(buffer, new):
         return torch.cat([buffer[:, :, :used], new], 2)
     if size > buffer.shape[2]:
@@ -456,6 +479,21 @@ def _extended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
         buffer = larger
     buffer[:, :, used:size] = new
     return buffer
+
+
+def _of_one_dtype(buffer: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider dtype, as `torch.cat` has it: autocast may be on in one forward alone."""
+    if buffer.dtype == new.dtype:
+        return buffer, new
+    wider = torch.promote_types(buffer.dtype, new.dtype)
+    return buffer.to(wider), new.to(wider)
+
+
+def _of_this_mode(tensor: Tensor) -> Tensor:
+    """A tensor that autograd may save: one made in inference mode is copied."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
 
 
 def _watched(*tensors: Tensor) -> bool:

@@ -213,6 +213,10 @@ class Step:
         self._parked: Tensor | None = None
         self._aligned: dict[tuple[int, torch.device], tuple[Any, Any]] = {}
         self._copies = Copies()
+        # By layer, the columns that were attended to, `[B, 1|Hkv, S]`; None where nobody asked.
+        self.attended: dict[int, Tensor] | None = None
+        # Rows whose activations are not finite, as the user was told.
+        self._not_finite: set[int] = set()
         # How many layers were handed their part, and have not attended with it yet.
         self.unattended = 0
         # What positions inside the cache remember until the step is over.
@@ -288,7 +292,7 @@ class Step:
             asked = asked.gather(1, self._copies.on(self._places, device)[:, :lead])
         # For this layer alone: one without attention observes nothing for the next.
         self._previous = {}
-        kept = surviving_tokens(self._pruners, tokens, asked)
+        kept = surviving_tokens(self._pruners, tokens, asked, self._not_finite)
         if kept is None or torch.equal(kept, tokens.valid):
             return hidden
         return self._narrow(kept, hidden)
@@ -409,7 +413,7 @@ class Step:
             self._evict_next(at, slots.full_for)
             return
         view = self._view_of(at, columns, slots.statistics, at.rows)
-        left = surviving_slots(self._evicters, view, several=new > 1)
+        left = surviving_slots(self._evicters, view, new > 1, self._not_finite)
         # Not full any more, where a budget grew with the prompt.
         slots.full_for = left.by
         if columns is not held:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -371,18 +372,29 @@ def test_the_trial_is_not_misled():
     assert all(rotations_of(trained.base_model)) and trained.model.layers[0].training
 
 
-def check_gradients(policy: kvprune.TokenPolicy, tokens: int) -> None:
-    """Those of a second forward, at the first `tokens` of the first one, by a finite difference."""
-    model, ids = kvprune.attach(model_of("llama")), prompt(1, 20)
+def check_gradients(
+    policy: kvprune.TokenPolicy,
+    tokens: slice,
+    family: str = "llama",
+    ends: tuple[int, ...] = (12, 20),
+    padding: tuple[int, ...] = (0,),
+) -> None:
+    """Those of the last forward, at some tokens of earlier ones, by a finite difference."""
+    model, rows = kvprune.attach(model_of(family)), len(padding)
+    ids = prompt(rows, ends[-1])
+    mask = left_padded(ids, list(padding))["attention_mask"]
     states = model.get_input_embeddings()(ids).detach()
 
     def loss(states: torch.Tensor) -> torch.Tensor:
-        cache = kvprune.ComposedCache([policy])
-        model(inputs_embeds=states[:, :12], past_key_values=cache)
-        return model(inputs_embeds=states[:, 12:], past_key_values=cache).logits.square().sum()
+        cache, outputs = kvprune.ComposedCache([policy]), []
+        for start, end in pairwise((0, *ends)):
+            new = states[:, start:end]
+            now = mask[:, :end]
+            outputs.append(model(inputs_embeds=new, attention_mask=now, past_key_values=cache))
+        return outputs[-1].logits.square().sum()
 
     way = torch.zeros_like(states)
-    way[:, :tokens] = torch.randn(tokens, states.shape[-1], dtype=torch.float64)
+    way[:, tokens] = torch.randn(way[:, tokens].shape, dtype=torch.float64)
     tracked = states.clone().requires_grad_()
     loss(tracked).backward()
     assert tracked.grad is not None
@@ -391,4 +403,17 @@ def check_gradients(policy: kvprune.TokenPolicy, tokens: int) -> None:
 
 
 def test_gradients_reach_the_sinks():
-    check_gradients(StreamingLLM(2, 6, positions="cache"), tokens=2)
+    check_gradients(StreamingLLM(2, 6, positions="cache"), slice(0, 2))
+
+
+def test_gradients_where_sinks_have_gone():
+    """Several at once, out of a sliding window: no slot is written to more than once."""
+    policy = StreamingLLM(4, 30, positions="cache")
+    ends = (16, *range(17, 29))
+    check_gradients(policy, slice(8, 24), "mistral-window", ends)
+
+
+def test_gradients_where_a_row_is_shorter_than_the_sinks():
+    """Its sinks to come are in no slot yet, while those of the other row are turned."""
+    policy = StreamingLLM(4, 3, positions="cache")
+    check_gradients(policy, slice(0, 12), ends=(9, 12, 13), padding=(0, 10))
