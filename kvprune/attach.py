@@ -59,6 +59,7 @@ from .releases import (
     checkpoints_activations,
     chunks_begin_anew,
     generate_cache_name,
+    noted,
     renamed,
 )
 
@@ -589,7 +590,7 @@ def _prepare_cache_for_generation(
         endings = _endings(cache, generation_config, mask, *args, **kwargs)
         watch(generation_config, endings)
         if mask is None:
-            length = generation_config._mask_length
+            length = noted(generation_config, "_mask_length")
             cache.announce_prompt(length - cache.seen, length, endings)
         else:
             new = mask[:, cache.seen :].bool().sum(-1)
@@ -649,12 +650,17 @@ def _endings(
         KVPruneError: the prompt is padded on the right.
     """
     mode = str(getattr(generation_mode, "value", generation_mode))
-    pad = generation_config._pad_token_tensor
+    pad = noted(generation_config, "_pad_token_tensor")
+    eos = noted(generation_config, "_eos_token_tensor")
     # Beams that have ended are replaced, and drafts are of one row.
     pads = pad is not None and mode in ("greedy_search", "sample")
     ended = None if mask is None else mask[:, -1] == 0
     if ended is None or not bool(ended.any()):
-        return Endings(pad) if pads and generation_config._eos_token_tensor is not None else None
+        return (
+            Endings(pad)
+            if pads and noted(generation_config, "_eos_token_tensor") is not None
+            else None
+        )
     assert mask is not None
     # A row of which nothing is asked had ended before: all that is new in it is padding.
     asked = mask[:, cache.seen :].any(-1)

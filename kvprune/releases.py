@@ -211,6 +211,20 @@ SEAMS = (
         needed=_generates,
     ),
     Seam(
+        "learn which rows of a generate have ended",
+        "_get_stopping_criteria",
+        type,
+        takes=("generation_config",),
+        needed=_generates,
+    ),
+    Seam(
+        "hold rows still that had ended before",
+        "_get_logits_processor",
+        type,
+        takes=("generation_config",),
+        needed=_generates,
+    ),
+    Seam(
         "hand generate a cache",
         "prepare_inputs_for_generation",
         lambda model: transformers.GenerationMixin,
@@ -255,9 +269,26 @@ def check_model(base: Any, layers: Sequence[nn.Module]) -> None:
             raise _lacks(base, missing, CALLED.used)
 
 
+def noted(generation_config: Any, name: str) -> Any:
+    """What `generate` has noted for itself on the config of a generation.
+
+    Args:
+        generation_config: of a `generate` that is under way.
+        name: "_mask_length", "_pad_token_tensor" or "_eos_token_tensor".
+
+    Raises:
+        KVPruneError: this release notes nothing of that name.
+    """
+    if not hasattr(generation_config, name):
+        raise _lacks(
+            generation_config, f"GenerationConfig.{name}", "learn the prompt of a generate"
+        )
+    return getattr(generation_config, name)
+
+
 def _lacks(model: Any, missing: str, used: str) -> KVPruneError:
     return KVPruneError(
-        f"attach: {missing} was not found for {type(model).__name__} in transformers "
+        f"{missing} was not found for {type(model).__name__} in transformers "
         f"{transformers.__version__}: kvprune needs it to {used}. This is no fault of your code. "
         f"kvprune was tested with transformers {', '.join(TESTED)}: install one of these, as by "
         f"pip install 'transformers=={TESTED[-1]}', or a newer kvprune"

@@ -202,20 +202,20 @@ FUNCTIONS = {
     "generate": "return model.generate(**kwargs)",
     "by turns": """
     ids, new = kwargs["input_ids"], kwargs["max_new_tokens"]
-    cache = kwargs["past_key_values"]
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
     for _ in range(new):
         ids = model.generate(ids, past_key_values=cache, max_new_tokens=1)
     return ids""",
     "loop": """
     import torch
-    ids, cache = kwargs["input_ids"], kwargs["past_key_values"]
+    ids, cache = kwargs["input_ids"], kwargs.get("cache", kwargs.get("past_key_values"))
     for _ in range(kwargs["max_new_tokens"]):
         new = ids[:, cache.get_seq_length():]
         logits = model(new, past_key_values=cache).logits
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
     return ids""",
     "both": """
-    ids, cache = kwargs["input_ids"], kwargs["past_key_values"]
+    ids, cache = kwargs["input_ids"], kwargs.get("cache", kwargs.get("past_key_values"))
     model(ids[:, :-1], past_key_values=cache)
     return model.generate(ids, past_key_values=cache, max_new_tokens=kwargs["max_new_tokens"])""",
 }
@@ -253,7 +253,7 @@ def test_a_custom_function_may_generate_inside():
     """One that is handed over as such; the loop around it goes on with what was read."""
 
     def twice(model: Any, input_ids: Tensor, **kwargs: Any) -> Any:
-        cache = kwargs["past_key_values"]
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
         first = model.generate(input_ids, past_key_values=cache, max_new_tokens=2)
         return model.generate(first, past_key_values=cache, max_new_tokens=3)
 
@@ -269,7 +269,7 @@ def test_what_is_assisted_inside_leaves_no_drafts_outside():
     """The state of the inner `generate` ends with it."""
 
     def inside(model: Any, input_ids: Tensor, **kwargs: Any) -> Any:
-        cache = kwargs["past_key_values"]
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
         said = model.generate(
             input_ids, past_key_values=cache, max_new_tokens=4, prompt_lookup_num_tokens=2
         )

@@ -141,7 +141,7 @@ def assert_seam_is_named(model: Any, missing: str, used: str) -> None:
     with pytest.raises(KVPruneError) as refused:
         kvprune.attach(model)
     message = str(refused.value)
-    assert message.startswith("attach: ") and missing in message and used in message
+    assert missing in message and used in message
     assert f"transformers {transformers.__version__}" in message
     assert "no fault of your code" in message and ", ".join(TESTED) in message
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
@@ -181,6 +181,27 @@ def test_a_cache_by_an_unknown_name_is_named(monkeypatch, part):
     assert isinstance(arguments, tuple)
     monkeypatch.setattr(kind, "forward", _without_argument(kind.forward, arguments))
     assert_seam_is_named(model, f"cache or past_key_values or layer_past of {kind.__name__}", "")
+
+
+@pytest.mark.parametrize("name", ["_mask_length", "_pad_token_tensor"])
+def test_a_note_that_generate_no_longer_makes_is_named(monkeypatch, name):
+    """Read before anything is: the cache can be used afterwards."""
+    model, cache = tiny_model(), ComposedCache([H2O(4, 4)])
+    original = kvprune.attach.__globals__["_prepare_cache_for_generation"]
+
+    def prepare(model, generation_config, *args, **kwargs):
+        del generation_config.__dict__[name]
+        return original(model, generation_config, *args, **kwargs)
+
+    monkeypatch.setitem(
+        model.__dict__, "_prepare_cache_for_generation", functools.partial(prepare, model)
+    )
+    with pytest.raises(KVPruneError, match=f"GenerationConfig.{name} was not found"):
+        model.generate(prompt(1, 9), cache=cache, max_new_tokens=2)
+    assert cache.seen == 0
+    monkeypatch.undo()
+    model.generate(prompt(1, 9), cache=cache, max_new_tokens=2)
+    assert cache.seen == 10
 
 
 def test_what_the_project_says_of_releases_is_one_thing():
