@@ -1000,8 +1000,8 @@ class ComposedCache(Cache):
     def _check_in_forward(self) -> None:
         if "step" not in self._open:
             raise KVPruneError(
-                "this cache was used by a model that kvprune is not attached to: call "
-                "kvprune.attach(model) first"
+                "this cache is in no forward of a model that kvprune is attached to: expected "
+                "kvprune.attach(model) first, and then a call of that model or its generate"
             )
 
     def _check_usable(self) -> None:
