@@ -15,6 +15,7 @@ import kvprune
 from kvprune.policies import H2O, StreamingLLM
 from kvprune.rotations import rotations_of
 
+from .all_families import model_of as any_model
 from .family_models import StaysDouble, attached_family, family_model
 from .models import LAYERS, fresh_model, left_padded, prompt
 from .strategies import sdtp_pruner, seeds
@@ -169,9 +170,8 @@ def test_two_sizes_of_rope_in_one_model():
 
 @pytest.mark.parametrize("family", ["bart", "gpt2"])
 def test_positions_that_are_not_in_keys(family):
-    """Learned ones cannot be moved, whatever number of layers an encoder had."""
-    options = {"encoder_layers": LAYERS + 2, "decoder_layers": LAYERS} if family == "bart" else {}
-    model: Any = kvprune.attach(fresh_model(family, **options))
+    """Learned ones cannot be moved; nor where a config counts the layers of an encoder."""
+    model: Any = kvprune.attach(any_model(family))
     cache = kvprune.ComposedCache([StreamingLLM(2, 6, positions="cache")])
     with pytest.raises(kvprune.KVPruneError, match="cannot be moved"):
         model(prompt(1, 9), past_key_values=cache)
