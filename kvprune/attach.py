@@ -656,11 +656,7 @@ def _endings(
     pads = pad is not None and mode in ("greedy_search", "sample")
     ended = None if mask is None else mask[:, -1] == 0
     if ended is None or not bool(ended.any()):
-        return (
-            Endings(pad)
-            if pads and noted(generation_config, "_eos_token_tensor") is not None
-            else None
-        )
+        return Endings(pad) if pads and eos is not None else None
     assert mask is not None
     # A row of which nothing is asked had ended before: all that is new in it is padding.
     asked = mask[:, cache.seen :].any(-1)

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from .devices import device_of, without_autocast
 from .errors import KVPruneError
-from .families import argument, decoder_layers, has_alibi, with_argument
+from .families import argument, decoder_layers, has_alibi, takes, with_argument
 from .releases import CACHE_ARGUMENTS, with_cache
 
 PROBED = (3, 8)
@@ -92,10 +92,8 @@ def rotations_of(base: Any) -> list[Rotation | None]:
 @torch.no_grad()
 def _probe(base: Any) -> list[Tensor]:
     """Each layer's keys of one token at two positions, `[2, H, 1, D]`."""
-    weight = base.get_input_embeddings().weight
-    token = torch.randn(weight.shape[-1], generator=torch.Generator().manual_seed(0))
     device = device_of(base.get_input_embeddings())
-    token = token.to(device, weight.dtype).expand(2, 1, -1)
+    token = _token(base, device)
     cache: Any = DynamicCache(config=base.config)
     where = torch.tensor(PROBED, device=device)[:, None]
     training = [module for module in base.modules() if module.training]
@@ -105,17 +103,30 @@ def _probe(base: Any) -> list[Tensor]:
     ]
     base.eval()
     try:
-        given = with_cache(base, cache)
         with without_autocast(device):
-            base(inputs_embeds=token, position_ids=where, use_cache=True, **given)
+            base(**token, position_ids=where, use_cache=True, **with_cache(base, cache))
     finally:
         for hook in hooks:
             hook.remove()
         for module in training:
             module.training = True
-    if not all(hasattr(layer, "keys") for layer in cache.layers):
+    # A decoder out of an encoder-decoder model has a cache for each layer of the encoder.
+    layers = cache.layers[: len(decoder_layers(base))]
+    if any(getattr(layer, "keys", None) is None for layer in layers):
         raise _no_positions(base)
-    return [layer.keys for layer in cache.layers]
+    return [layer.keys for layer in layers]
+
+
+def _token(base: Any, device: torch.device) -> dict[str, Tensor]:
+    """The same token in two rows, as the model's forward is handed it: any will do."""
+    embeddings = base.get_input_embeddings()
+    if takes(base, "per_layer_inputs"):
+        # What such a model knows of a token in each layer goes by its id. Padding may be all zero.
+        token = 2 if embeddings.padding_idx == 1 else 1
+        return {"input_ids": torch.full((2, 1), token, device=device)}
+    weight = embeddings.weight
+    token = torch.randn(weight.shape[-1], generator=torch.Generator().manual_seed(0))
+    return {"inputs_embeds": token.to(device, weight.dtype).expand(2, 1, -1)}
 
 
 def _made_finite(
@@ -149,11 +160,14 @@ def _rotation_of(base: Any, keys: Tensor, found: list[Tensor]) -> Rotation | Non
     if bool(((here - there).abs() <= near * here.abs()).all()):
         return None
     for frequencies in (each.to(keys.device) for each in found):
-        size = 2 * len(frequencies)
-        for start in dict.fromkeys((0, keys.shape[-1] - size)):
+        behind = keys.shape[-1] - 2 * len(frequencies)
+        # Frequencies of layers with larger heads.
+        if behind < 0:
+            continue
+        for start in dict.fromkeys((0, behind)):
             for interleaved in (False, True):
                 guess = Rotation(frequencies, start, interleaved)
-                if start >= 0 and guess.explains(here, there, by, near):
+                if guess.explains(here, there, by, near):
                     return guess
     raise _no_positions(base)
 

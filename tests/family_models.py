@@ -133,7 +133,7 @@ def _doubled(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
 
-def family_config(family: str) -> Any:
+def family_config(family: str, **more: Any) -> Any:
     """A config of 4 layers, hidden size 32."""
     options = {
         "vocab_size": VOCAB,
@@ -148,6 +148,7 @@ def family_config(family: str) -> Any:
         "eos_token_id": None,
         "pad_token_id": 0,
         **FAMILIES[family],
+        **more,
     }
     return AutoConfig.for_model(family.split("-")[0], **options)
 
@@ -157,7 +158,7 @@ def unfilled(weight: torch.Tensor) -> bool:
     return not weight.isfinite().all() or weight.abs().max() > 10 or not weight.any()
 
 
-def family_model(family: str, backend: str | None = None) -> PreTrainedModel:
+def family_model(family: str, backend: str | None = None, **more: Any) -> PreTrainedModel:
     """A float64 model of its own, in eval mode, not attached; always the same weights."""
     # The default implementation of experts has no float64 kernel.
     options = {"experts_implementation": "eager"}
@@ -168,7 +169,7 @@ def family_model(family: str, backend: str | None = None) -> PreTrainedModel:
     # Whoever asks first: what RoPE is made of is not float32 for those that ask later.
     with torch.random.fork_rng(), StaysDouble():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(family_config(family), **options)
+        model = AutoModelForCausalLM.from_config(family_config(family, **more), **options)
         for parameter in model.parameters():
             # Attention sinks, biases and router corrections begin at a constant.
             if parameter.dim() == 1:

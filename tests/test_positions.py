@@ -16,6 +16,7 @@ import kvprune
 from kvprune.policies import H2O, StreamingLLM
 from kvprune.rotations import rotations_of
 
+from .all_families import model_of as any_model
 from .family_models import StaysDouble, attached_family, family_model
 from .models import LAYERS, fresh_model, left_padded, prompt
 from .strategies import sdtp_pruner, seeds
@@ -47,28 +48,31 @@ def model_of(family: str, scaling: str = "default", **options: Any) -> Any:
 class PaperCache(DynamicCache):
     """Section 3.2 and the paper's code: raw keys, turned by their rank among the slots, always.
 
-    One row. Halves of the first `2 * len(frequencies)` dimensions turn with each other.
+    One row. Halves of the first `2 * len(frequencies)` dimensions turn with each other; these are
+    by layer.
     """
 
-    def __init__(self, config: Any, sinks: int, window: int, frequencies: torch.Tensor) -> None:
-        super().__init__(config=config)
-        self.sinks, self.window, self.frequencies = sinks, window, frequencies.double()
+    def __init__(self, sinks: int, window: int, frequencies: list[torch.Tensor]) -> None:
+        # Without a config, whose sliding windows would count what was evicted.
+        super().__init__()
+        self.sinks, self.window = sinks, window
+        self.frequencies = [each.double() for each in frequencies]
 
-    def turned(self, keys: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-        """Keys `[1, H, n, D]`, each moved on by `by` `[n]`."""
-        half = len(self.frequencies)
-        angles = by.double()[:, None] * self.frequencies
+    def turned(self, keys: torch.Tensor, by: torch.Tensor, layer: int) -> torch.Tensor:
+        """Keys `[1, H, n, D]` of a layer, each moved on by `by` `[n]`."""
+        half = len(self.frequencies[layer])
+        angles = by.double()[:, None] * self.frequencies[layer]
         cosine, sine = angles.cos(), angles.sin()
         a, b, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
         return torch.cat([a * cosine - b * sine, b * cosine + a * sine, rest], -1)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Stores raw keys; returns all of them at their ranks."""
-        before = self.get_seq_length(layer_idx) if self.layers[layer_idx].is_initialized else 0
+        before = self.get_seq_length(layer_idx)
         where = torch.arange(before, before + key_states.shape[2])
-        raw = self.turned(key_states, -where)
+        raw = self.turned(key_states, -where, layer_idx)
         keys, values = super().update(raw, value_states, layer_idx)
-        return self.turned(keys, torch.arange(keys.shape[2])), values
+        return self.turned(keys, torch.arange(keys.shape[2]), layer_idx), values
 
     def evict(self) -> None:
         """Sinks and window stay."""
@@ -80,15 +84,22 @@ class PaperCache(DynamicCache):
                 layer.keys, layer.values = layer.keys[:, :, stay], layer.values[:, :, stay]
 
 
+def frequencies_of(model: Any) -> list[torch.Tensor]:
+    """By layer, of its RoPE, each `[R / 2]`; empty where there is none."""
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    if rotary is None:
+        return [torch.zeros(0)] * LAYERS
+    if hasattr(rotary, "inv_freq"):
+        return [rotary.inv_freq] * LAYERS
+    return [getattr(rotary, f"{kind}_inv_freq") for kind in model.config.layer_types]
+
+
 def paper_logits(model: Any, policy: StreamingLLM, ids: torch.Tensor, steps: list[int]) -> Any:
     """Logits `[1, columns, V]` of one row, by the paper; `model` is not attached."""
-    rotary = getattr(model.base_model, "rotary_emb", None)
-    frequencies = torch.zeros(0) if rotary is None else rotary.inv_freq
-    cache = PaperCache(model.config, policy.sinks, int(policy.window), frequencies)
+    cache = PaperCache(policy.sinks, int(policy.window), frequencies_of(model))
     logits, start = [], 0
     for count in steps:
-        first: Any = cache.layers[0]
-        held = first.keys.shape[2] if start else 0
+        held = cache.get_seq_length()
         new, where = ids[:, start : start + count], torch.arange(held, held + count)[None]
         with torch.no_grad():
             # A model with ALiBi counts what the mask shows, which is what the cache holds.
@@ -142,6 +153,29 @@ def test_every_kind_of_rope(family, scaling):
     ours = kvprune.attach(model_of(family, scaling))
     got = our_logits(ours, kvprune.ComposedCache([policy]), ids, steps)
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_two_sizes_of_rope_in_one_model():
+    """Gemma 4: every other layer has larger heads, of which a part turns."""
+    policy, steps = StreamingLLM(2, 6, positions="cache"), [15, *[1] * 40]
+    # Nothing slides here.
+    models = [family_model("gemma4_text", sliding_window=128) for _ in range(2)]
+    assert len({len(frequencies) for frequencies in frequencies_of(models[0])}) == 2
+    ids = prompt(1, sum(steps))
+    with StaysDouble():
+        expected = paper_logits(models[0], policy, ids, steps)
+        cache = kvprune.ComposedCache([policy])
+        got = our_logits(kvprune.attach(models[1]), cache, ids, steps)
+    torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["bart", "gpt2"])
+def test_positions_that_are_not_in_keys(family):
+    """Learned ones cannot be moved; nor where a config counts the layers of an encoder."""
+    model: Any = kvprune.attach(any_model(family))
+    cache = kvprune.ComposedCache([StreamingLLM(2, 6, positions="cache")])
+    with pytest.raises(kvprune.KVPruneError, match="cannot be moved"):
+        model(prompt(1, 9), past_key_values=cache)
 
 
 @pytest.mark.parametrize("padding", [0, 5])
