@@ -295,10 +295,10 @@ def test_what_is_no_file_is_not_read(tmp_path):
     (tmp_path / "folder" / NAME).mkdir(parents=True)
     (tmp_path / "device").mkdir()
     (tmp_path / "device" / NAME).symlink_to("/dev/null")
-    for folder in ("folder", "device"):
+    for name in ("folder", "device"):
         with (
             pytest.raises(KVPruneError, match="expected a file, got a folder or a device"),
-            opened(tmp_path / folder),
+            opened(tmp_path / name),
         ):
             pass
 
