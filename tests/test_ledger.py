@@ -19,7 +19,7 @@ from torch import nn
 
 from kvprune import KVPruneError
 from kvprune.evaluation.identity import code_digest, model_digest
-from kvprune.evaluation.ledger import FORMAT, NAME, read
+from kvprune.evaluation.ledger import FORMAT, NAME, opened, read
 from kvprune.evaluation.plan import Plan, digest_of
 from kvprune.evaluation.report.summary import labels, tables
 from kvprune.evaluation.rows import rows_of
@@ -288,6 +288,19 @@ def test_a_file_that_was_deleted_meanwhile(folder, tmp_path):
         small(folder, out=tmp_path, tasks=tasks)
     assert not (tmp_path / NAME).exists()
     small(folder, out=tmp_path)
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    """A folder has no lines, and a device has no end."""
+    (tmp_path / "folder" / NAME).mkdir(parents=True)
+    (tmp_path / "device").mkdir()
+    (tmp_path / "device" / NAME).symlink_to("/dev/null")
+    for name in ("folder", "device"):
+        with (
+            pytest.raises(KVPruneError, match="expected a file, got a folder or a device"),
+            opened(tmp_path / name),
+        ):
+            pass
 
 
 def test_files_of_another_format_are_refused(whole, tmp_path):

@@ -266,6 +266,11 @@ def opened(folder: Path) -> Iterator[Ledger]:
         ) from error
     try:
         path = folder / NAME
+        # A device could be read for ever.
+        if path.exists() and not path.is_file():
+            raise KVPruneError(
+                f"{path}: expected a file, got a folder or a device. Name another folder with --out"
+            )
         yield _parsed(path) if path.exists() else Ledger(path)
     finally:
         lock.release()
