@@ -268,7 +268,10 @@ class CachePositions:
             return
         home = self._home[index]
         assert home is not None
-        keys, held = rotation.turned(home, *rotation.angles(turn[:, None, None], home)), placement.held
+        keys, held = (
+            rotation.turned(home, *rotation.angles(turn[:, None, None], home)),
+            placement.held,
+        )
         if held is None:
             slots.rewrite_keys(keys, placement.place)
         else:

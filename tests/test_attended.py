@@ -23,7 +23,7 @@ from .strategies import sdtp_pruner
 
 @dataclass(frozen=True, repr=False)
 class LongestKeys(kvprune.TokenPolicy):
-    """Keeps the newest four slots of each head and the eight with the longest keys; heads differ."""
+    """Keeps each head's newest four slots and the eight with the longest keys: heads differ."""
 
     def rank_slots(self, slots):
         """See above."""
@@ -52,7 +52,11 @@ def test_attentions_stand_by_the_columns_that_they_are_of(family, policies, padd
     ours: Any = tiny_model(**eager) if family == "llama" else attached_family(family)
     plain: Any = fresh_model(**eager) if family == "llama" else family_model(family, "eager")
     ids = prompt(2, sum(STEPS)) % 40
-    mask, cache, stop = left_padded(ids, [0, padding])["attention_mask"], kvprune.ComposedCache(policies), 0
+    mask, cache, stop = (
+        left_padded(ids, [0, padding])["attention_mask"],
+        kvprune.ComposedCache(policies),
+        0,
+    )
     for count in STEPS:
         start, stop = stop, stop + count
         now = mask[:, :stop]
@@ -75,7 +79,10 @@ def test_attentions_stand_by_the_columns_that_they_are_of(family, policies, padd
 
 def test_pruned_tokens_are_neither_queries_nor_columns():
     """The query axis has the tokens that reached the layer: the newest of its columns."""
-    model, cache = tiny_model(backend="eager", dtype=torch.float32), kvprune.ComposedCache([sdtp_pruner(0.6)])
+    model, cache = (
+        tiny_model(backend="eager", dtype=torch.float32),
+        kvprune.ComposedCache([sdtp_pruner(0.6)]),
+    )
     with torch.no_grad():
         out = model(prompt(1, 20), past_key_values=cache, output_attentions=True)
     for layer, each in enumerate(out.attentions):
@@ -89,7 +96,8 @@ class Reads(LogitsProcessor):
     """Reads the columns of each forward of a `generate`."""
 
     def __init__(self, cache: kvprune.ComposedCache) -> None:
-        self.cache, self.columns = cache, []
+        self.cache = cache
+        self.columns: list[list[Tensor]] = []
 
     def __call__(self, input_ids, scores):
         """Changes nothing."""

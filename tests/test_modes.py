@@ -80,7 +80,9 @@ def cut_off(cache: kvprune.ComposedCache) -> None:
     """What the cache holds has no gradients from here on."""
     for _, layer in cache.slot_layers():
         if layer.is_initialized:
-            layer._keys, layer._values = layer._keys.detach(), layer._values.detach()
+            layer._keys, layer._values = (
+                None if held is None else held.detach() for held in (layer._keys, layer._values)
+            )
     inside: Any = cache._positions
     if hasattr(inside, "_home"):
         inside._home = [None if home is None else home.detach() for home in inside._home]
@@ -103,8 +105,9 @@ def test_modes_may_follow_each_other(name, order, model):
     The reference has gradients throughout, cut off from what has none here. At a full budget, so
     that slots are written in place where that may be.
     """
-    modes, (mine, reference) = modes_of(order), (
-        kvprune.ComposedCache(POLICIES[name]) for _ in range(2)
+    modes, (mine, reference) = (
+        modes_of(order),
+        (kvprune.ComposedCache(POLICIES[name]) for _ in range(2)),
     )
     tracked = [mode == "grad" for mode in modes]
     got = turns(model, mine, modes)
