@@ -107,7 +107,7 @@ def _attend_and_evict(
 def shown(layer: LayerStep, probabilities: Tensor | None) -> Tensor | None:
     """Probabilities as a user who asked for them gets them: in the order of columns.
 
-    Notes which columns these are, for `ComposedCache.attended`. Where nobody asked, nothing is done.
+    Notes which columns these are, for `ComposedCache.attended`. Does nothing where nobody asked.
 
     Args:
         layer: this forward at this layer, before it evicts.

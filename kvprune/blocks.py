@@ -109,11 +109,14 @@ _Place = tuple[int, int, int]
 class _Blocks:
     """All blocks of a layer.
 
-    slots: `[B, 1|Hkv, S]`, the slots' columns; all_filled: it is known that none is empty. dtype: of
-    the statistic. key: `[B, Hkv, D, S]`. tracked: there are gradients, so that nothing is written to
-    twice, and a block's scores are not saved but computed once more in the backward pass: those of
-    all blocks together are n x n. By then the layer has evicted, so that what is known of its slots
-    is kept here. workers: among how many the blocks are dealt out.
+    slots: `[B, 1|Hkv, S]`, the slots' columns, kept here since the layer has evicted by the time of
+        a backward pass.
+    all_filled: it is known that no slot is empty.
+    dtype: of the statistic.
+    key: `[B, Hkv, D, S]`.
+    tracked: there are gradients. Nothing is then written to twice, and a block's scores are not
+        saved but computed once more in the backward pass: those of all blocks together are n x n.
+    workers: among how many the blocks are dealt out.
     """
 
     layer: LayerStep

@@ -157,20 +157,19 @@ class ComposedCache(Cache):
     def attended(self, layer: int) -> Tensor:
         """The columns that the last forward attended to, one for each of its `attentions`.
 
-        Eviction comes after attention, so these are not what `columns` says the layer holds now. Of a
-        `generate`, it is the last forward; earlier ones are read in between, as by a logits processor.
+        Eviction comes after attention, so these are not the columns that the layer holds now (see
+        `columns`). `generate` runs many forwards; a logits processor can ask after each.
 
         Returns:
-            int64 `[B, 1|Hkv, S]`, sorted, -1 first where a row or head has fewer: the last axis of
-            `attentions[layer]` `[B, Hq, Q, S]`, whose query heads stand in the order of their key/value
-            heads.
+            int64 `[B, 1|Hkv, S]`, sorted, -1 first where a row or head has fewer. S is the last
+            axis of `attentions[layer]`, `[B, Hq, Q, S]`; query heads share a key/value head in turn.
 
         Raises:
             KVPruneError: the last forward was not asked for attentions, or its backend has none.
         """
         if layer not in self._attended:
             raise KVPruneError(
-                f"attended({layer!r}): the last forward gave no attentions of such a layer: expected "
+                f"attended({layer!r}): the last forward gave no attentions of this layer: expected "
                 f"output_attentions=True in a forward of a model with attn_implementation='eager', "
                 f"and a layer of 0 to {len(self) - 1} with attention"
             )

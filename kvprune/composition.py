@@ -72,8 +72,8 @@ def comparable(
     if new:
         warnings.warn(
             f"the model's activations are not finite (NaN or infinite) at layer {view.layer} in "
-            f"rows {new}, so that {policy!r} cannot rank there: it keeps the newest tokens of these "
-            f"rows, and what the model makes of them means nothing. Other rows are right. Load the "
+            f"rows {new}, so that {policy!r} cannot rank there: the newest tokens of these rows "
+            f"stay, and what the model makes of them means nothing. Other rows are right. Load the "
             f"model in bfloat16 or float32 if these are overflows of float16, or look for NaN in "
             f"its weights and inputs",
             RuntimeWarning,

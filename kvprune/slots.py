@@ -220,8 +220,8 @@ class SlotLayer:
             arrived: `[B, 1, Q]`, the positions that the keys came with; read with `arrivals`.
 
         Returns:
-            keys and values of all slots in use, of the wider dtype where the new ones are of another,
-            as `DynamicCache` has it.
+            keys and values of all slots in use; where the new ones have another dtype, of the wider
+            of the two, as in `DynamicCache`.
         """
         self._spare_what_was_saved()
         if in_hole and self.hole is not None and not self._record:
@@ -235,9 +235,10 @@ class SlotLayer:
         return self.keys, self.values
 
     def _spare_what_was_saved(self) -> None:
-        """Leaves keys and values to autograd, which may go back through them, and goes on with a copy without them.
+        """Goes on with a copy of keys and values that autograd may have saved.
 
-        Only where gradients were on and are off now: while they are on, nothing is written in place.
+        Only where gradients were on and are off now: while they are on, nothing is written in
+        place.
         """
         grad = torch.is_grad_enabled()
         if self._saved and not grad:

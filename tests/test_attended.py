@@ -23,7 +23,7 @@ from .strategies import sdtp_pruner
 
 @dataclass(frozen=True, repr=False)
 class LongestKeys(kvprune.TokenPolicy):
-    """Keeps the newest four slots of each head and the eight with the longest keys; heads differ."""
+    """Keeps each head's newest four slots and the eight with the longest keys: heads differ."""
 
     def rank_slots(self, slots):
         """See above."""
@@ -96,7 +96,8 @@ class Reads(LogitsProcessor):
     """Reads the columns of each forward of a `generate`."""
 
     def __init__(self, cache: kvprune.ComposedCache) -> None:
-        self.cache, self.columns = cache, []
+        self.cache = cache
+        self.columns: list[list[Tensor]] = []
 
     def __call__(self, input_ids, scores):
         """Changes nothing."""

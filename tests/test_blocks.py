@@ -45,7 +45,7 @@ def test_what_gradients_hold_grows_with_the_prompt_and_not_with_its_square():
 
 
 def user_mask(kind: str, count: int, seen: int) -> Tensor:
-    """`[B, Hq, count, seen]`: causal, with something more hidden; "float" adds to the scores too."""
+    """`[B, Hq, count, seen]`: causal, with more hidden; "float" adds to the scores too."""
     generator = torch.Generator().manual_seed(2)
     shape = (ROWS, HEADS, count, seen)
     newest = torch.ones(count, seen).tril(seen - count)
@@ -65,9 +65,9 @@ def plain_softmax(
     sinks: Tensor | None,
     softcap: float | None,
 ) -> Tensor:
-    """`[B, Q, Hq, D]` of q `[B, Hq, Q, D]`, and k and v `[B, Hkv, S, D]` at `columns` `[B, Hkv, S]`.
+    """`[B, Q, Hq, D]` of q `[B, Hq, Q, D]`, and k and v `[B, Hkv, S, D]`.
 
-    `new` `[B, Q]` are the queries' columns.
+    `columns` `[B, 1|Hkv, S]` are those of the slots, `new` `[B, Q]` those of the queries.
     """
     q, k, v = states
     k, v = (t.repeat_interleave(HEADS // KV_HEADS, 1) for t in (k, v))
@@ -135,10 +135,10 @@ def test_gradients_equal_a_plain_softmax(case):
     rule: Any = driver._rule() if mask is None else mask
     softcap, dropout = case.get("softcap"), case.get("dropout", 0.0)
 
-    def output(*states: Tensor) -> Tensor:
+    def output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         torch.manual_seed(7)
         result, _ = slot_attention(
-            "sdpa", driver.module, *states, rule, kvprune_layer=handle,
+            "sdpa", driver.module, q, k, v, rule, kvprune_layer=handle,
             scaling=0.3, softcap=softcap, s_aux=sinks, dropout=dropout,
         )  # fmt: skip
         return result

@@ -80,7 +80,9 @@ def cut_off(cache: kvprune.ComposedCache) -> None:
     """What the cache holds has no gradients from here on."""
     for _, layer in cache.slot_layers():
         if layer.is_initialized:
-            layer._keys, layer._values = layer._keys.detach(), layer._values.detach()
+            layer._keys, layer._values = (
+                None if held is None else held.detach() for held in (layer._keys, layer._values)
+            )
     inside: Any = cache._positions
     if hasattr(inside, "_home"):
         inside._home = [None if home is None else home.detach() for home in inside._home]
