@@ -162,8 +162,7 @@ class ComposedCache(Cache):
 
         Returns:
             int64 `[B, 1|Hkv, S]`, sorted, -1 first where a row or head has fewer. S is the last
-            axis of `attentions[layer]`, `[B, Hq, Q, S]`; neighbouring query heads share a key/value
-            head.
+            axis of `attentions[layer]`, `[B, Hq, Q, S]`; query heads of one kv head are neighbours.
 
         Raises:
             KVPruneError: the last forward was not asked for attentions, or its backend has none.
