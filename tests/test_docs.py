@@ -37,7 +37,8 @@ def test_the_readme_s_tree_is_true():
     on_disk = {p.name + ("/" if p.is_dir() and not p.is_symlink() else "") for p in entries()}
     assert on_disk == set(lines) - {"h2o.py"}
     folders = {
-        "kvprune/evaluation": "  evaluation/ .*?(?=^  policies )",
+        "kvprune/evaluation": "  evaluation/ .*?(?=^  testing/ )",
+        "kvprune/testing": "  testing/ .*?(?=^  policies )",
         "policies/sdtp": r"    in sdtp/:.*?(?=^tests/)",
     }
     for folder, where in folders.items():

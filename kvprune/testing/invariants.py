@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..cache import ComposedCache
 from ..errors import KVPruneError
-from ..policy import TokenPolicy
+from ..policy import SlotView, TokenPolicy
 from ..slots import SLACK, SlotLayer
 from .models import LAYERS, left_padded, prompt
 from .runs import Case, Run, feed
@@ -162,9 +162,9 @@ def rows_are_independent(policies: Policies, case: Case) -> None:
         where = f"with padding {pad} beside a row with {others_padding}"
         for step, (mine, single) in enumerate(zip(got, expected, strict=True)):
             expect_close(f"logits of a row {where}, step {step}", mine[:1], single)
-        for layer, (mine, single) in enumerate(zip(together.kept(), alone.kept(), strict=True)):
-            kept = [[column - pad for column in head] for head in mine[: len(mine) // 2]]
-            expect(kept == single, f"columns of layer {layer} {where}", single, kept)
+        for layer, (rows, row) in enumerate(zip(together.kept(), alone.kept(), strict=True)):
+            own = [[column - pad for column in head] for head in rows[: len(rows) // 2]]
+            expect(own == row, f"columns of layer {layer} {where}", row, own)
 
 
 # 5. Everything that belongs to a slot stays with it.
@@ -433,7 +433,7 @@ def _expect_as_promised(policy: TokenPolicy, watched: Watched, everything: set[i
     # By layer that was full: the budget, and the column that it was full at.
     full: dict[int, tuple[Tensor, int]] = {}
     for note in watched.notes:
-        if note.hook != "rank_slots" or note.answer is None:
+        if not isinstance(note.view, SlotView) or note.answer is None:
             continue
         layer, answer = note.view.layer, note.answer
         expect(note.alike, f"{policy!r} promises layers_alike", "the same of every layer", layer)
