@@ -273,6 +273,7 @@ def test_what_is_assisted_inside_leaves_no_drafts_outside():
         said = model.generate(
             input_ids, past_key_values=cache, max_new_tokens=4, prompt_lookup_num_tokens=2
         )
+        assert isinstance(cache, ComposedCache)
         assert cache._in_generate and not cache._recording
         return said
 
