@@ -123,7 +123,9 @@ def main() -> int:
         failed += sum(counts["failed"] for counts in results[release].values())
     print("\n" + table(results))
     if options.record:
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        # Those of other releases stay, so that a long run can be made in parts.
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps(known | results, indent=1) + "\n")
     return 1 if failed else 0
 
 

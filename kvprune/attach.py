@@ -118,9 +118,11 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         for config in _configs(model):
             config._attn_implementation = name_of(backend_of(config))
     _hook_layers(base, layers, attentions)
-    _replace_forward(base, _forward_of_base)
+    _replace(base, "forward", _forward_of_base)
     if model is not base:
-        _replace_forward(model, _forward_of_head)
+        _replace(model, "forward", _forward_of_head)
+    if hasattr(type(model), "generate"):
+        _replace(model, "generate", _generate)
     for name, method in _METHODS.items():
         if hasattr(type(model), name):
             # Not a bound method: pickle would look that up by its name, on the class.
@@ -133,7 +135,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     given, model = model, unwrapped(model)
     for module in model.modules():
         _remove_hooks(module)
-        _restore_forward(module)
+        _restore(module)
         module.__dict__.pop("_kvprune", None)
     for name in _METHODS:
         if getattr(model.__dict__.get(name), "func", None) is _METHODS[name]:
@@ -158,33 +160,48 @@ def _register_functions() -> None:
         ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + backend, partial(mask_or_rule, stock))
 
 
-def _replace_forward(module: nn.Module, function: Callable[..., Any]) -> None:
-    """Puts one of our functions in the place of a module's forward.
+def _replace(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    """Puts one of our functions in the place of a module's method.
 
-    Not a hook: `module.forward(...)`, as PEFT and compiled code call it, goes past hooks.
+    `forward` has no hook instead: `module.forward(...)`, as PEFT and compiled code call it, goes
+    past hooks.
+
+    Args:
+        module: the model, or its base model.
+        name: of the method.
+        function: is called with the module, what stood on the module itself in place of the
+            method of its class (None for nothing), and the arguments of the call.
     """
-    # accelerate puts its own function there, too.
-    inner = module.__dict__.get("forward")
+    # accelerate puts its own forward there, and a model with a custom_generate its own generate.
+    inner = module.__dict__.get(name)
     ours = partial(function, module, inner)
     # generate and pipelines read off the signature what a model takes. Without annotations, which
     # not every pickle can hold.
-    signature = inspect.signature(inner or partial(type(module).forward, module))
+    signature = inspect.signature(_method(module, name, inner))
     bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     ours.__dict__["__signature__"] = inspect.Signature(bare)
-    module.__dict__["forward"] = ours
+    module.__dict__[name] = ours
 
 
-def _restore_forward(module: nn.Module) -> None:
-    """Takes back what `_replace_forward` did, also where accelerate has wrapped it since."""
-    for name in ("forward", "_old_forward"):
+def _restore(module: nn.Module) -> None:
+    """Takes back what `_replace` did, also where accelerate has wrapped it since."""
+    for name in ("forward", "_old_forward", "generate"):
         ours: Any = module.__dict__.get(name)
-        if getattr(ours, "func", None) not in (_forward_of_base, _forward_of_head):
+        if getattr(ours, "func", None) not in (_forward_of_base, _forward_of_head, _generate):
             continue
         inner = ours.args[1]
-        if name == "forward" and inner is None:
+        if name == "_old_forward":
+            module.__dict__[name] = _method(module, "forward", inner)
+        elif inner is None:
             del module.__dict__[name]
         else:
-            module.__dict__[name] = inner or partial(type(module).forward, module)
+            module.__dict__[name] = inner
+
+
+def _method(module: nn.Module, name: str, inner: Callable[..., Any] | None) -> Callable[..., Any]:
+    """What one of our functions calls: what it replaced, or the method of the module's class."""
+    # Not a bound method: pickle would look that up by its name, and find our function.
+    return inner or partial(getattr(type(module), name), module)
 
 
 def _hook_layers(base: nn.Module, layers: Any, attentions: list[nn.Module | None]) -> None:
@@ -241,7 +258,7 @@ def _forward_of_head(
         inner: what was the model's own forward; None for the one of its class.
         args, kwargs: of the call.
     """
-    forward = inner or partial(type(model).forward, model)
+    forward = _method(model, "forward", inner)
     cache = _cache_in(model, args, kwargs)
     kwargs = renamed(kwargs, cache_name(model))
     if cache is None:
@@ -289,7 +306,7 @@ def _forward_of_base(
         inner: what was the model's own forward; None for the one of its class.
         args, kwargs: of the call.
     """
-    forward = inner or partial(type(base).forward, base)
+    forward = _method(base, "forward", inner)
     cache = _cache_in(base, args, kwargs)
     kwargs = renamed(kwargs, cache_name(base))
     if cache is None:
@@ -469,21 +486,28 @@ _HOOKS = (
 # What an attached model does instead of its class's methods.
 
 
-def _generate(model: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
+def _generate(
+    model: Any,
+    inner: Callable[..., Any] | None,
+    *args: Any,
+    cache: Any = None,
+    **kwargs: Any,
+) -> Any:
     """`generate` whose cache may be a `ComposedCache`, or a callable that makes one.
 
     It is called `cache` or `past_key_values`, whatever this release of transformers says. A
     callable is called once for each `generate`, which is what a pipeline needs: it hands the
     same arguments to every prompt.
     """
+    generate = _method(model, "generate", inner)
     name = generate_cache_name()
     kwargs = renamed(kwargs if cache is None else {**kwargs, "cache": cache}, name)
     given = kwargs.pop(name, None)
     if given is None:
-        return type(model).generate(model, *args, **kwargs)
+        return generate(*args, **kwargs)
     held = _given_cache(given)
     if not isinstance(held, ComposedCache):
-        return type(model).generate(model, *args, **kwargs, **{name: held})
+        return generate(*args, **kwargs, **{name: held})
     base = base_of(model)
     attachment = base.__dict__.get("_kvprune")
     if attachment is None:
@@ -495,9 +519,10 @@ def _generate(model: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
     if mask is not None:
         kwargs["attention_mask"] = mask
     _check_prompt(held, *args, **kwargs)
-    held.enter_generate(custom=kwargs.get("custom_generate") is not None)
+    # In a function of the user's there may be another generate with the same cache.
+    held.enter_generate(custom=inner is not None or kwargs.get("custom_generate") is not None)
     try:
-        return type(model).generate(model, *args, **kwargs, **{name: held})
+        return generate(*args, **kwargs, **{name: held})
     finally:
         held.leave_generate()
 
@@ -694,7 +719,6 @@ def _generate_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 _METHODS = {
-    "generate": _generate,
     "generate_batch": _generate_batch,
     "_prepare_cache_for_generation": _prepare_cache_for_generation,
     "_get_stopping_criteria": _get_stopping_criteria,

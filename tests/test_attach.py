@@ -788,6 +788,27 @@ def test_forward_that_accelerate_wrapped_before_or_after():
         assert torch.equal(model(prompt(1, 20)).logits, plain) and counts.calls == 2
 
 
+def test_a_generate_of_the_models_own_stays():
+    """As a model folder with a custom_generate has it, which transformers puts on the model."""
+    calls = []
+
+    def custom(model, *args, **kwargs):
+        calls.append(sorted(kwargs))
+        return type(model).generate(model, *args, **kwargs)
+
+    model, whole = fresh_model(), tiny_model()
+    model.generate = partial(custom, model=model)
+    kvprune.attach(kvprune.attach(model))
+    options = {"input_ids": prompt(1, 12), "max_new_tokens": 5}
+    got = model.generate(cache=ComposedCache([H2O(4, 4)]), **options)
+    assert torch.equal(got, whole.generate(cache=ComposedCache([H2O(4, 4)]), **options))
+    model.generate(**options)
+    kvprune.detach(model)
+    model.generate(**options)
+    assert len(calls) == 3 and ("past_key_values" in calls[0] or "cache" in calls[0])
+    assert model.__dict__["generate"].func is custom
+
+
 # What an attached model's caches know of it.
 
 
