@@ -3,8 +3,8 @@
     python -m bench.releases oldest newest
     python -m bench.releases all --record
 
-"oldest" is the oldest supported release, "newest" the newest that the package registry has, "all"
-those of `kvprune.releases.TESTED`. `--record` writes what was run to bench/results/releases.json,
+"oldest" and "newest" are the ends of `kvprune.releases.TESTED`, and "all" is all of it. "latest" is
+the newest release that the package registry has, whether anybody has tried it or not. `--record` writes what was run to bench/results/releases.json,
 of which `python -m bench.families` makes a table in docs/families.md.
 
 An environment, build/releases/VERSION, holds one transformers release with the packages that this
@@ -36,19 +36,19 @@ def environment(release: str) -> Path:
     """The Python of an environment with a transformers release; made if it is not there.
 
     Args:
-        release: a version, or "newest".
+        release: a version, or "latest".
     """
     folder = ENVIRONMENTS / release
     python = folder / "bin" / "python"
-    # The newest one of today may be newer than that of an earlier run.
-    if release != "newest" and (folder / "ready").exists():
+    # The latest one of today may be newer than that of an earlier run.
+    if release != "latest" and (folder / "ready").exists():
         return python
     venv.create(folder, clear=True, with_pip=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     lines = [f"import site; site.addsitedir({path!r})" for path in site.getsitepackages()]
     (packages / "seen.pth").write_text("\n".join(lines) + "\n")
     # The packages of the other environment count as installed. An upgrade goes into this one.
-    wanted = "transformers" if release == "newest" else f"transformers=={release}"
+    wanted = "transformers" if release == "latest" else f"transformers=={release}"
     pip = ("-m", "pip", "install", "-q", "--disable-pip-version-check", "--upgrade", wanted)
     subprocess.run([python, *pip], check=True)
     (folder / "ready").touch()
@@ -73,7 +73,9 @@ def run_core(python: Path, names: tuple[str, ...], workers: int) -> dict[str, di
         raise SystemExit(f"{python}: pytest ended without a report")
     found = {name: {"passed": 0, "failed": 0, "skipped": 0} for name in names}
     for case in ElementTree.parse(report).iter("testcase"):
-        name = case.attrib["classname"].split(".")[1].removeprefix("test_")
+        # A file that cannot be collected is a case without a class.
+        name = (case.attrib["classname"] or case.attrib["name"]).split(".")[1]
+        name = name.removeprefix("test_")
         kinds = {part.tag for part in case}
         outcome = "failed" if kinds & {"failure", "error"} else "passed"
         found[name]["skipped" if "skipped" in kinds else outcome] += 1
@@ -108,11 +110,13 @@ def _key(release: str) -> tuple[int, ...]:
 def main() -> int:
     """Runs what was asked for; not 0 where a test failed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("releases", nargs="+", help='versions, "oldest", "newest" or "all"')
+    parser.add_argument(
+        "releases", nargs="+", help='versions, "oldest", "newest", "latest" or "all"'
+    )
     parser.add_argument("--record", action="store_true", help=f"write {RESULTS.name}")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    meant = {"oldest": (TESTED[0],), "all": TESTED}
+    meant = {"oldest": (TESTED[0],), "newest": (TESTED[-1],), "all": TESTED}
     asked = [r for name in options.releases for r in meant.get(name, (name,))]
     results, failed = {}, 0
     for asked_release in dict.fromkeys(asked):

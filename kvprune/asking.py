@@ -73,7 +73,7 @@ def _answer_outside(policy: TokenPolicy, hook: str, view: TokenView | SlotView) 
     except RuntimeError as error:
         if "Inplace update to inference tensor" not in str(error):
             raise
-        raise _wrote(policy, view, "something of it") from error
+        raise _wrote(policy, view, "one of its tensors") from error
 
 
 def _wrote(policy: TokenPolicy, view: TokenView | SlotView, what: str) -> KVPruneError:

@@ -52,6 +52,7 @@ from .releases import (
     ALL_ATTENTION_FUNCTIONS,
     ALL_MASK_ATTENTION_FUNCTIONS,
     CACHE_ARGUMENTS,
+    GenerationMode,
     cache_name,
     check_model,
     check_release,
@@ -123,10 +124,11 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         _replace(model, "forward", _forward_of_head)
     if hasattr(type(model), "generate"):
         _replace(model, "generate", _generate)
-    for name, method in _METHODS.items():
-        if hasattr(type(model), name):
-            # Not a bound method: pickle would look that up by its name, on the class.
-            model.__dict__[name] = partial(method, model)
+    for part in {id(model): model, id(base): base}.values():
+        for name, method in _METHODS.items():
+            if hasattr(type(part), name):
+                # Not a bound method: pickle would look that up by its name, on the class.
+                part.__dict__[name] = partial(method, part)
     return given
 
 
@@ -137,9 +139,9 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         _remove_hooks(module)
         _restore(module)
         module.__dict__.pop("_kvprune", None)
-    for name in _METHODS:
-        if getattr(model.__dict__.get(name), "func", None) is _METHODS[name]:
-            del model.__dict__[name]
+        for name, method in _METHODS.items():
+            if getattr(module.__dict__.get(name), "func", None) is method:
+                del module.__dict__[name]
     for config in _configs(model):
         if str(config._attn_implementation).startswith(PREFIX):
             config._attn_implementation = backend_of(config)
@@ -187,6 +189,8 @@ def _restore(module: nn.Module) -> None:
     """Takes back what `_replace` did, also where accelerate has wrapped it since."""
     for name in ("forward", "_old_forward", "generate"):
         ours: Any = module.__dict__.get(name)
+        # What the user compiled in place of the method stands around ours.
+        ours = getattr(ours, "_torchdynamo_orig_callable", ours)
         if getattr(ours, "func", None) not in (_forward_of_base, _forward_of_head, _generate):
             continue
         inner = ours.args[1]
@@ -235,7 +239,7 @@ def _cache_in(
 ) -> ComposedCache | None:
     """The cache of this call, if it is one of ours."""
     for name in CACHE_ARGUMENTS:
-        # No module has both; models that are used without a cache of ours come here, too.
+        # A module has only one of these names. Calls without a cache of ours come here, too.
         if name in kwargs:
             return kwargs[name] if isinstance(kwargs[name], ComposedCache) else None
     for name in CACHE_ARGUMENTS:
@@ -259,8 +263,8 @@ def _forward_of_head(
         args, kwargs: of the call.
     """
     forward = _method(model, "forward", inner)
-    cache = _cache_in(model, args, kwargs)
     kwargs = renamed(kwargs, cache_name(model))
+    cache = _cache_in(model, args, kwargs)
     if cache is None:
         return forward(*args, **kwargs)
     _check_head(model, cache, args, kwargs)
@@ -307,13 +311,17 @@ def _forward_of_base(
         args, kwargs: of the call.
     """
     forward = _method(base, "forward", inner)
-    cache = _cache_in(base, args, kwargs)
     kwargs = renamed(kwargs, cache_name(base))
+    cache = _cache_in(base, args, kwargs)
     if cache is None:
         return forward(*args, **kwargs)
-    _open_step(cache, base, args, kwargs)
+    tokens, asks_probabilities = _open_step(cache, base, args, kwargs)
     done = False
     try:
+        if tokens.dim() == 2:
+            cache.note_ids(tokens)
+        if asks_probabilities:
+            cache.step.attended = {}
         positions = cache.step.position_ids
         if positions is not None and takes(base, "position_ids"):
             args, kwargs = with_argument(base, args, kwargs, "position_ids", positions)
@@ -326,7 +334,8 @@ def _forward_of_base(
 
 def _open_step(
     cache: ComposedCache, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+) -> tuple[Tensor, bool]:
+    """Begins a step; the forward's ids or embeddings, and whether it is asked for attentions."""
     _check_forward(base, args, kwargs)
     cache.bind(base._kvprune, base)
     asks_probabilities = argument(base, args, kwargs, "output_attentions")
@@ -347,10 +356,7 @@ def _open_step(
     if mask is not None and not isinstance(mask, Tensor):
         raise KVPruneError(f"attention_mask: expected a tensor, came {type(mask).__name__}")
     cache.open_step(tokens.shape[0], tokens.shape[1], mask, tokens.device)
-    if tokens.dim() == 2:
-        cache.note_ids(tokens)
-    if asks_probabilities:
-        cache.step.attended = {}
+    return tokens, bool(asks_probabilities)
 
 
 def _check_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -392,7 +398,7 @@ def _before_layer(
 def _before_attention(
     index: int, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Arguments | None:
-    """Of a decoder layer that hands no keywords on."""
+    """Pre-hook of the attention in a decoder layer that passes unknown keywords to nobody."""
     cache = _cache_in(attention, args, kwargs)
     return None if cache is None else (args, {**kwargs, "kvprune_layer": cache.hand_out(index)})
 
@@ -432,7 +438,7 @@ def _before_linear_layer(
 def _before_bare_layer(
     index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Arguments | None:
-    """Of one whose attention is handed by a hook of its own what it needs."""
+    """Pre-hook of a decoder layer whose attention has a hook of its own."""
     cache = _cache_in(layer, args, kwargs)
     return None if cache is None else _enter(cache, index, layer, args, kwargs)
 
@@ -603,9 +609,9 @@ def _prepare_cache_for_generation(
     """The place where `generate` knows the prompt's mask and mode, and has run nothing yet."""
     prepare = type(model)._prepare_cache_for_generation
     cache = model_kwargs.get(generate_cache_name())
+    # A config that is handed on, as to a function of the user's, may name those of another one.
+    watch(generation_config, None)
     if isinstance(cache, ComposedCache):
-        # A config that is handed on may name those of another `generate`.
-        watch(generation_config, None)
         _check_generation(cache, generation_config, *args, **kwargs)
         _check_chunks(
             cache, generation_config.prefill_chunk_size, model_kwargs.get("inputs_embeds")
@@ -628,7 +634,7 @@ def _check_generation(
 ) -> None:
     if generation_config.use_cache is False:
         raise KVPruneError("use_cache=False with a ComposedCache: leave out one of the two")
-    if "assisted" in str(generation_mode).lower() and cache.seen:
+    if generation_mode == GenerationMode.ASSISTED_GENERATION and cache.seen:
         raise KVPruneError(
             f"assisted and prompt-lookup decoding go wrong in transformers with a cache that is "
             f"not empty (this one has seen {cache.seen} columns): use a new ComposedCache and hand "
@@ -674,11 +680,13 @@ def _endings(
     Raises:
         KVPruneError: the prompt is padded on the right.
     """
-    mode = str(getattr(generation_mode, "value", generation_mode))
     pad = noted(generation_config, "_pad_token_tensor")
     eos = noted(generation_config, "_eos_token_tensor")
     # Beams that have ended are replaced, and drafts are of one row.
-    pads = pad is not None and mode in ("greedy_search", "sample")
+    pads = pad is not None and generation_mode in (
+        GenerationMode.GREEDY_SEARCH,
+        GenerationMode.SAMPLE,
+    )
     ended = None if mask is None else mask[:, -1] == 0
     if ended is None or not bool(ended.any()):
         return Endings(pad) if pads and eos is not None else None
@@ -718,7 +726,17 @@ def _generate_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
     )
 
 
-_METHODS = {
+def _replicate_for_data_parallel(module: Any) -> Any:
+    """A replica has the methods of its class, as ours would run the module that it was made of."""
+    replica = type(module)._replicate_for_data_parallel(module)
+    _restore(replica)
+    for name in _METHODS:
+        replica.__dict__.pop(name, None)
+    return replica
+
+
+_METHODS: dict[str, Callable[..., Any]] = {
+    "_replicate_for_data_parallel": _replicate_for_data_parallel,
     "generate_batch": _generate_batch,
     "_prepare_cache_for_generation": _prepare_cache_for_generation,
     "_get_stopping_criteria": _get_stopping_criteria,

@@ -59,8 +59,8 @@ class _Generate:
 class ComposedCache(Cache):
     """A key/value cache that holds only what its policies keep.
 
-    Pass it to an attached model (`kvprune.attach`): as `cache=` or `past_key_values=` to
-    `generate`, or as `past_key_values=` to its forward. One cache serves one batch of
+    Pass it to an attached model (`kvprune.attach`), as `cache=` or `past_key_values=`, to its
+    `generate` or to its forward. One cache serves one batch of
     sequences; `copy.deepcopy(cache)` is independent, which is how a prefix is reused.
 
     Args:
@@ -638,11 +638,16 @@ class ComposedCache(Cache):
             KVPruneError: the cache is in use or failed.
         """
         self._check_usable()
-        outer = self._generates[-1] if self._generates else None
-        if outer is not None and not (outer.custom and outer.thread == _this_thread()):
-            raise self._in_use("generate")
-        before = self.seen, self._promise, self._prompt_end, self._endings, self._recording
-        self._generates.append(_Generate(_this_thread(), custom, *before))
+        # Two threads cannot both enter.
+        self._claim()
+        try:
+            outer = self._generates[-1] if self._generates else None
+            if outer is not None and not (outer.custom and outer.thread == _this_thread()):
+                raise self._in_use("generate")
+            before = self.seen, self._promise, self._prompt_end, self._endings, self._recording
+            self._generates.append(_Generate(_this_thread(), custom, *before))
+        finally:
+            del self._open["step"]
         self._prompt_end, self._endings = 0, None
         # What was read before is not for this `generate` to take back.
         self._pending = 0
@@ -1020,9 +1025,8 @@ class ComposedCache(Cache):
 
     def _in_use(self, what: str = "forward") -> KVPruneError:
         return KVPruneError(
-            f"this cache is in the middle of a {what}: expected one {what} at a time. Use one "
-            f"cache per sequence (copy.deepcopy makes more), or cache.reset() if a {what} was "
-            f"interrupted"
+            f"this cache is in the middle of a {what}: expected one {what} at a time. Wait until "
+            f"it is over, or use one cache per sequence (copy.deepcopy makes more)"
         )
 
 

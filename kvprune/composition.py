@@ -38,7 +38,11 @@ def answer_of(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ran
 
 
 def comparable(
-    policy: TokenPolicy, ranking: Ranking, view: TokenView | SlotView, told: set[int]
+    policy: TokenPolicy,
+    ranking: Ranking,
+    columns: Tensor,
+    view: TokenView | SlotView,
+    told: set[int],
 ) -> Ranking:
     """A ranking without NaN among its scores; to look for it waits for the device.
 
@@ -49,6 +53,7 @@ def comparable(
     Args:
         policy: who answered.
         ranking: the answer.
+        columns: `[B, 1|H, S]`, what it ranked, -1 for what policies before it have dropped.
         view: what the first policy of the pipeline was shown.
         told: rows that a warning has named in this forward; those that this one names are added.
 
@@ -56,7 +61,6 @@ def comparable(
         KVPruneError: NaN in a row where all that was shown is finite.
     """
     nan = ranking.score.isnan()
-    columns = view.columns if isinstance(view, SlotView) else view.columns[:, None]
     rows = (nan & (columns >= 0)).flatten(1).any(-1)
     if not bool(rows.any()):
         return ranking
@@ -116,7 +120,7 @@ def surviving_tokens(
             continue
         columns, valid = tokens.columns[:, None], tokens.valid[:, None]
         check_ranking(policy, ranking, columns, heads=1)
-        ranking = comparable(policy, ranking, shown, told)
+        ranking = comparable(policy, ranking, columns, shown, told)
         with_asked = replace(ranking, protected=ranking.protected | asked[:, None])
         selection = Selection(with_asked, columns, valid)
         check_leaves_some(policy, tokens.layer, ranking, valid, selection.least_budget)
@@ -162,7 +166,7 @@ def surviving_slots(
             continue
         check_ranking(policy, ranking, slots.columns, heads)
         if several:
-            ranking = comparable(policy, ranking, shown, told)
+            ranking = comparable(policy, ranking, slots.columns, shown, told)
         selection = Selection(ranking, slots.columns, slots.valid)
         check_leaves_some(policy, slots.layer, ranking, slots.valid, selection.least_budget)
         if not selection.nothing_goes:
@@ -273,11 +277,14 @@ class Union(TokenPolicy):
         score = torch.zeros_like(valid, dtype=rankings[0].score.dtype)
         for part, ranking in zip(self.parts, rankings, strict=True):
             check_ranking(part, ranking, columns, heads)
-            selection = Selection(ranking, columns, valid)
+            # NaN would rank highest.
+            nan = ranking.score.isnan()
+            lowest = replace(ranking, score=ranking.score.masked_fill(nan, -torch.inf))
+            selection = Selection(lowest, columns, valid)
             check_leaves_some(part, layer, ranking, valid, selection.least_budget)
             kept = kept | selection.kept()
             # A part's NaN must still reach the engine, which looks for it.
-            score = score.masked_fill(ranking.score.isnan(), torch.nan)
+            score = score.masked_fill(nan, torch.nan)
         return Ranking(score, kept, kept.sum(-1))
 
     def __repr__(self) -> str:

@@ -268,10 +268,8 @@ class CachePositions:
             return
         home = self._home[index]
         assert home is not None
-        keys, held = (
-            rotation.turned(home, *rotation.angles(turn[:, None, None], home)),
-            placement.held,
-        )
+        held = placement.held
+        keys = rotation.turned(home, *rotation.angles(turn[:, None, None], home))
         if held is None:
             slots.rewrite_keys(keys, placement.place)
         else:

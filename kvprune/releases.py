@@ -1,4 +1,4 @@
-"""What each transformers release calls what kvprune uses, and whether a release has it.
+"""The names that transformers releases give to what kvprune uses, and a check that it is there.
 
 kvprune reaches into transformers at a few places, the *seams*. This file is the only one that
 knows how a seam is called in which release:
@@ -6,9 +6,10 @@ knows how a seam is called in which release:
 | what | its name |
 | --- | --- |
 | the cache, an argument of `generate` and of forwards | `cache`; until 5.23 `past_key_values` |
-| the cache, an argument of GPT-NeoX's decoder layers | `layer_past` |
+| the cache, in the decoder layers of BLOOM, Falcon, GPT-NeoX and others | `layer_past` |
 | whether activations are checkpointed | `is_activation_checkpointing`; until 5.22 with `gradient` |
 | what layers of a config attend to | a dict for each layer; until 5.18 one for all |
+| layers that reuse the keys and values of others | "dummy"; until 5.22 left out at the end |
 
 `attach` asks `check_release` and `check_model`, which name the first seam that is missing.
 """
@@ -26,6 +27,9 @@ from torch import nn
 from transformers import cache_utils, masking_utils, modeling_utils
 
 from .errors import KVPruneError
+
+GenerationMode: Any = getattr(transformers.generation, "GenerationMode", None)
+"""How `generate` decodes."""
 
 TESTED = ("5.18.0", "5.19.0", "5.20.2", "5.21.1", "5.22.2", "5.23.0", "5.24.0")
 """The releases that the core of the tests was run with, the oldest supported one first."""
@@ -117,10 +121,12 @@ def layer_types(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
     """By layer, what kind of cache layer transformers would make, and with which options."""
     types, options = cache_utils.get_layer_types_and_kwargs(config)
     if isinstance(options, dict):
-        # Before 5.19: one dict for all layers. Only layers that see less than everything use it.
-        each = [_options_of(kind, options) for kind in types]
-        return list(types), each
-    return list(types), list(options)
+        # Until 5.18: one dict for all layers. Only layers that see less than everything use it.
+        options = [_options_of(kind, options) for kind in types]
+    # Until 5.22: layers that reuse the keys and values of others are left out at the end.
+    reusing = getattr(config, "num_kv_shared_layers", None) or 0
+    gone = reusing if len(types) + reusing == config.num_hidden_layers else 0
+    return [*types, *["dummy"] * gone], [*options, *[{}] * gone]
 
 
 def _options_of(kind: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -172,6 +178,10 @@ def _any_of(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
+def _modes(model: Any) -> Any:
+    return GenerationMode
+
+
 def _generates(model: Any) -> bool:
     return isinstance(model, transformers.GenerationMixin)
 
@@ -197,6 +207,23 @@ SEAMS = (
         lambda model: cache_utils,
     ),
     Seam("hold the states of linear layers", "LinearAttentionLayer", lambda model: cache_utils),
+    Seam(
+        "tell a cache how long masks are",
+        "get_mask_sizes",
+        lambda model: cache_utils.Cache,
+        takes=("query_length", "layer_idx"),
+    ),
+    Seam("reorder beams", "reorder_cache", lambda model: cache_utils.Cache),
+    Seam(
+        "take drafts back",
+        "crop",
+        lambda model: cache_utils.Cache,
+        takes=("tokens_to_remove",),
+    ),
+    Seam("learn that drafts follow", "activate_past_recording", lambda model: cache_utils.Cache),
+    Seam("tell decoding modes apart", "GREEDY_SEARCH", _modes, needed=_generates),
+    Seam("tell decoding modes apart", "SAMPLE", _modes, needed=_generates),
+    Seam("tell decoding modes apart", "ASSISTED_GENERATION", _modes, needed=_generates),
     Seam("find the decoder layers", "base_model", type),
     Seam("set a model's attention function", "_can_set_attn_implementation", type),
     Seam("name its attention function", "_attn_implementation", lambda model: type(model.config)),
@@ -265,6 +292,13 @@ def check_model(base: Any, layers: Sequence[nn.Module]) -> None:
     """
     for kind in {type(module) for module in (base, *layers)}:
         missing = CALLED.missing(kind)
+        if missing and not kind.__module__.startswith("transformers."):
+            # No release would help: this is a model's own code.
+            raise KVPruneError(
+                f"attach: {kind.__name__}.forward takes none of {', '.join(CACHE_ARGUMENTS)}: "
+                f"expected a model whose code calls its cache by one of these names. This model's "
+                f"code is not supported"
+            )
         if missing:
             raise _lacks(base, missing, CALLED.used)
 

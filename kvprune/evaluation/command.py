@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # An absolute path inside an argument, as in --out=/a/b, NAME=/a/b and sdtp(heads='/a/b').
-_INSIDE = re.compile(r"(?<=[=:'\"(,\[\s])/[^\s'\"()\[\],=|]+")
+# Not the two slashes of a URL.
+_INSIDE = re.compile(r"(?<=[=:'\"(,\[\s])/(?!/)[^\s'\"()\[\],=|]+")
 
 
 def command_line(arguments: Sequence[str]) -> str:

@@ -29,8 +29,8 @@ LOCK = ".results.lock"
 IDENTITY = ("format", "digest", "seed", "dtype", "device", "versions")
 """What all results of one file have in common."""
 FORMAT = 3
-"""2: a share of the prompt was one of the whole prompt, its last token included; a policy that
-evicts where a prompt ends had evicted nothing when its bytes were counted."""
+"""Since 3, a share counts the prompt without its last token, and a policy that evicts where a
+prompt ends has evicted before its bytes are counted."""
 _BEGIN = b'{"kind": "'
 
 Outcome = SampleResult | Failure | Trace
