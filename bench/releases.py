@@ -3,9 +3,10 @@
     python -m bench.releases oldest newest
     python -m bench.releases all --record
 
-"oldest" and "newest" are the ends of `kvprune.releases.TESTED`, and "all" is all of it. "latest" is
-the newest release that the package registry has, whether anybody has tried it or not. `--record` writes what was run to bench/results/releases.json,
-of which `python -m bench.families` makes a table in docs/families.md.
+"oldest" and "newest" are the ends of `kvprune.releases.TESTED`, "all" is all of it. "latest" is the
+newest release that the package registry has, whether anybody has tried it or not. `--record` writes
+what was run to bench/results/releases.json, of which `python -m bench.families` makes a table in
+docs/families.md.
 
 An environment, build/releases/VERSION, holds one transformers release with the packages that this
 release asks for in other versions; it sees everything else in the environment that runs this.

@@ -189,8 +189,9 @@ def _restore(module: nn.Module) -> None:
     """Takes back what `_replace` did, also where accelerate has wrapped it since."""
     for name in ("forward", "_old_forward", "generate"):
         ours: Any = module.__dict__.get(name)
-        # What the user compiled in place of the method stands around ours.
-        ours = getattr(ours, "_torchdynamo_orig_callable", ours)
+        if hasattr(ours, "_torchdynamo_orig_callable"):
+            # What the user compiled in place of the method stands around ours.
+            ours = inspect.unwrap(ours)
         if getattr(ours, "func", None) not in (_forward_of_base, _forward_of_head, _generate):
             continue
         inner = ours.args[1]

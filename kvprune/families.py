@@ -203,6 +203,7 @@ def check_family(model: PreTrainedModel) -> None:
     Raises:
         KVPruneError: see above.
     """
+    check_kind(model)
     config: Any = model.config
     base: Any = base_of(model)
     if config.is_encoder_decoder:

@@ -809,6 +809,52 @@ def test_a_generate_of_the_models_own_stays():
     assert model.__dict__["generate"].func is custom
 
 
+def test_a_replica_runs_by_itself():
+    """`nn.DataParallel` runs copies of a module's attributes, which must not run the original."""
+    model: Any = kvprune.attach(fresh_model())
+    for module in (model, model.model):
+        replica = module._replicate_for_data_parallel()
+        assert not {"forward", "generate", "_get_stopping_criteria"} & set(replica.__dict__)
+        assert replica.forward.__func__ is type(module).forward
+    assert works(model)
+
+
+def test_a_forward_that_the_user_compiled_is_taken_back():
+    """`model.forward = torch.compile(model.forward)` hides ours within."""
+    model: Any = kvprune.attach(fresh_model())
+    model.model.forward = torch.compile(model.model.forward, backend="eager")
+    kvprune.attach(model)
+    assert works(model)
+    model.forward = torch.compile(model.forward, backend="eager")
+    kvprune.detach(model)
+    assert "forward" not in model.__dict__ and "forward" not in model.model.__dict__
+
+
+def test_an_interrupt_as_a_forward_begins_leaves_a_cache_that_can_be_reset(monkeypatch):
+    """Whatever is done between the beginning of a step and the model itself."""
+    model, cache = tiny_model(), ComposedCache([H2O(4, 4)])
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ComposedCache, "note_ids", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model(prompt(1, 9), past_key_values=cache)
+    monkeypatch.undo()
+    cache.reset()
+    model(prompt(1, 9), past_key_values=cache)
+    assert cache.seen == 9
+
+
+def test_none_by_one_name_beside_a_cache_by_the_other():
+    """Wrappers hand on all names that they know."""
+    model, caches = tiny_model(), [ComposedCache(pipeline()) for _ in range(2)]
+    ids = prompt(1, 20)
+    expected = model(ids, past_key_values=caches[0], logits_to_keep=6).logits
+    got = model(ids, cache=None, past_key_values=caches[1], logits_to_keep=6).logits
+    assert torch.equal(got, expected)
+
+
 # What an attached model's caches know of it.
 
 

@@ -149,3 +149,43 @@ def test_keys_that_are_never_finite_are_named_as_the_reason():
     cache = kvprune.ComposedCache([StreamingLLM(2, 4, positions="cache")])
     with pytest.raises(kvprune.KVPruneError, match="keys are not finite"):
         kvprune.attach(model)(prompt(1, 9), past_key_values=cache)
+
+
+class NanWhereNothingIs(kvprune.TokenPolicy):
+    """Leaves NaN at slots that are not valid, as a mean over none of them does."""
+
+    def rank_slots(self, slots):
+        """The newest are best."""
+        score = slots.columns.double().masked_fill(~slots.valid, torch.nan)
+        budget = torch.full((score.shape[0],), 4)
+        return kvprune.Ranking(score, torch.zeros_like(score, dtype=torch.bool), budget)
+
+
+def test_nan_at_what_an_earlier_policy_dropped_is_nobodys_fault():
+    """The second policy of a pipeline sees these slots as empty."""
+    model = tiny_model()
+    _, cache = read(model, [H2O(4, 4), NanWhereNothingIs()], states_of(model, {}))
+    assert cache.columns(0).shape[-1] == 4
+
+
+@pytest.mark.filterwarnings("ignore:the model's activations are not finite")
+def test_nan_ranks_lowest_in_a_union_too():
+    """A row of which some slots have no score: the union with itself keeps the same."""
+    model = tiny_model()
+    states = states_of(model, {5: torch.nan})
+
+    class ByKeys(kvprune.TokenPolicy):
+        """Small keys stay."""
+
+        def rank_slots(self, slots):
+            score = -slots.keys.norm(dim=-1)
+            budget = torch.full((score.shape[0],), 4)
+            return kvprune.Ranking(score, torch.zeros_like(score, dtype=torch.bool), budget)
+
+    columns = []
+    for policies in ([ByKeys(layers=[0])], [ByKeys(layers=[0]) | ByKeys(layers=[0])]):
+        cache = kvprune.ComposedCache(policies)
+        with torch.no_grad():
+            model(inputs_embeds=states[:, :14], past_key_values=cache)
+        columns.append(cache.columns(0).tolist())
+    assert columns[0] == columns[1] and 5 not in columns[0][BAD][0]

@@ -104,4 +104,4 @@ def failed(cell: Cell, error: BaseException) -> Failure:
     """What is written of an error: its kind, what it says, and where it came up."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({without_places(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
-    return Failure(cell, f"{type(error).__name__}: {error}{where}")
+    return Failure(cell, without_places(f"{type(error).__name__}: {error}") + where)
