@@ -113,8 +113,8 @@ def _token(base: Any, device: torch.device) -> dict[str, Tensor]:
     embeddings = base.get_input_embeddings()
     if takes(base, "per_layer_inputs"):
         # What such a model knows of a token in each layer goes by its id. Padding may be all zero.
-        token = 2 if embeddings.padding_idx == 1 else 1
-        return {"input_ids": torch.full((2, 1), token, device=device)}
+        known = 2 if embeddings.padding_idx == 1 else 1
+        return {"input_ids": torch.full((2, 1), known, device=device)}
     weight = embeddings.weight
     token = torch.randn(weight.shape[-1], generator=torch.Generator().manual_seed(0))
     return {"inputs_embeds": token.to(device, weight.dtype).expand(2, 1, -1)}

@@ -112,7 +112,7 @@ SMALL: dict[str, Any] = {
 """What is set of a config that has it; also of configs inside it."""
 
 CONV = {"layer_types": ["conv", "full_attention"] * 2}
-GEMMA4 = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
+GEMMA4: dict[str, Any] = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
 GEMMA4 |= {"layer_types": EVERY_OTHER, "head_dim": 8, "global_head_dim": 12}
 
 QSA = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8}
@@ -275,7 +275,8 @@ def _try(model_type: str, outcome: Outcome) -> None:
 
 def _checks(subject: Subject, prunes: bool) -> dict[str, Callable[[], str]]:
     """What is tried of a family that is accepted, by column."""
-    checks = {ROOMY: partial(_roomy, subject, prunes), ALONE: partial(_alone, subject, prunes)}
+    checks: dict[str, Callable[[], str]] = {}
+    checks |= {ROOMY: partial(_roomy, subject, prunes), ALONE: partial(_alone, subject, prunes)}
     return checks | {cell: partial(_cell, subject, cell, prunes) for cell in CELLS}
 
 
