@@ -275,8 +275,8 @@ def _try(model_type: str, outcome: Outcome) -> None:
 
 def _checks(subject: Subject, prunes: bool) -> dict[str, Callable[[], str]]:
     """What is tried of a family that is accepted, by column."""
-    checks: dict[str, Callable[[], str]]
-    checks = {ROOMY: partial(_roomy, subject, prunes), ALONE: partial(_alone, subject, prunes)}
+    checks: dict[str, Callable[[], str]] = {}
+    checks |= {ROOMY: partial(_roomy, subject, prunes), ALONE: partial(_alone, subject, prunes)}
     return checks | {cell: partial(_cell, subject, cell, prunes) for cell in CELLS}
 
 

@@ -155,7 +155,7 @@ def family_config(family: str, **more: Any) -> Any:
 
 def unfilled(weight: torch.Tensor) -> bool:
     """Whether a family leaves a weight as it was in memory, or zero."""
-    return bool(not weight.isfinite().all() or weight.abs().max() > 10 or not weight.any())
+    return not bool(weight.isfinite().all()) or not 0 < float(weight.abs().max()) <= 10
 
 
 def family_model(family: str, backend: str | None = None, **more: Any) -> PreTrainedModel:
