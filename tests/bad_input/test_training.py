@@ -18,6 +18,7 @@ from kvprune.files import write_text, write_whole
 from kvprune.policies import H2O, SDTP, SDTPHeads
 from kvprune.policies.sdtp import Example, Training, train, untrained
 from kvprune.policies.sdtp.trainer import CHECKPOINT
+from kvprune.policies.sdtp.training import LOCK
 
 from ..models import fresh_model, prompt
 from .checks import INF, NAN
@@ -293,7 +294,7 @@ def test_a_model_of_nan(phase, tmp_path):
     only = {"marking_epochs": 0} if phase == "pruning" else {"pruning_epochs": 0}
     with pytest.raises(KVPruneError, match=r"NaN|nan|not finite"):
         attempt(tmp_path, model=model, **only)
-    assert {p.name for p in tmp_path.iterdir()} <= {"marks", ".training.lock"}
+    assert {p.name for p in tmp_path.iterdir()} <= {"marks", LOCK}
 
 
 def test_marks_of_nan_are_not_kept(tmp_path):
