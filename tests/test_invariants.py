@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvprune
@@ -38,6 +38,8 @@ from .strategies import (
 
 FAMILIES = st.sampled_from(["llama", "qwen3", "mistral-window", "gpt_neox"])
 LLAMA = st.just("llama")
+# Of tests that run for each policy, or for each of several invariants.
+FEWER = settings(max_examples=settings().max_examples // 3)
 
 
 def made(chosen) -> list[kvprune.TokenPolicy]:
@@ -193,6 +195,7 @@ def test_rows_keep_their_numbers_when_they_move(policy, budget, case, beams):
         invariants.reset_is_as_new,
     ],
 )
+@FEWER
 @given(chosen=pipelines(), case=cases(LLAMA))
 def test_a_cache_is_whole_after(invariant, chosen, case):
     """Eviction, copies, files, taking back, drafts and reset."""
@@ -300,6 +303,7 @@ def test_an_error_inside_a_forward_makes_the_cache_refuse_until_reset(layer, hoo
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
+@FEWER
 @given(budget=budgets, case=cases(FAMILIES))
 def test_promises_are_kept(policy, budget, case):
     """What is promised is so, and makes no difference to what is kept."""
@@ -314,6 +318,7 @@ def test_promises_are_kept(policy, budget, case):
         invariants.layers_restrict,
     ],
 )
+@FEWER
 @given(policy=listed, budget=budgets, case=cases(LLAMA))
 def test_what_every_policy_heeds(invariant, policy, budget, case):
     """Views are for reading, slots have no order, and `layers` restricts."""
