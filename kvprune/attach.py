@@ -682,7 +682,6 @@ def _endings(
         KVPruneError: the prompt is padded on the right.
     """
     pad = noted(generation_config, "_pad_token_tensor")
-    eos = noted(generation_config, "_eos_token_tensor")
     # Beams that have ended are replaced, and drafts are of one row.
     pads = pad is not None and generation_mode in (
         GenerationMode.GREEDY_SEARCH,
@@ -690,7 +689,7 @@ def _endings(
     )
     ended = None if mask is None else mask[:, -1] == 0
     if ended is None or not bool(ended.any()):
-        return Endings(pad) if pads and eos is not None else None
+        return Endings(pad) if pads else None
     assert mask is not None
     # A row of which nothing is asked had ended before: all that is new in it is padding.
     asked = mask[:, cache.seen :].any(-1)
@@ -708,7 +707,13 @@ def _get_stopping_criteria(model: Any, generation_config: Any, *args: Any, **kwa
     """What says which rows have ended is also noted."""
     criteria = type(model)._get_stopping_criteria(model, generation_config, *args, **kwargs)
     endings = watching(generation_config)
-    return criteria if endings is None else WatchedCriteria(criteria, endings)
+    if endings is None:
+        return criteria
+    # What generate itself asks: an eos may also be that of a criterion of the user's.
+    endings.appended = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+    # Where nothing is appended, rows go on with tokens of their own.
+    noted_at_all = endings.appended or endings.before is not None
+    return WatchedCriteria(criteria, endings) if noted_at_all else criteria
 
 
 def _get_logits_processor(model: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:

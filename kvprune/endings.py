@@ -25,12 +25,15 @@ class Endings:
             None for none.
 
     Attributes:
+        appended: whether `generate` appends padding to rows that its stopping criteria end. Without
+            an eos it does not: such rows go on with tokens of their own.
         padded: `[B]` bool, the rows whose newest token is padding; None as long as no row has
             ended.
     """
 
     def __init__(self, pad: Tensor, before: Tensor | None = None) -> None:
         self.pad, self.before = pad, before
+        self.appended = True
         self.padded: Tensor | None = None
         self._ended: Tensor | None = None
 
@@ -48,6 +51,9 @@ class Endings:
             return done
         if self.before is not None:
             done = done | self.before.to(done.device)
+        if not self.appended:
+            self.padded = self.before
+            return done
         if self._ended is None:
             # A host read, where `generate` itself is about to ask whether all rows have ended.
             # It is the last one: rows that have ended do not come back.

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers import (
+    DynamicCache,
+    EosTokenCriteria,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+)
 
 import kvprune
 from kvprune.policies import H2O, SDTP, StreamingLLM
@@ -61,6 +67,10 @@ HOW: dict[str, dict[str, Any]] = {
     "chunks": {"prefill_chunk_size": 7},
     "pad is eos": {"pad_token_id": EOS},
     "a word": {"stopping_criteria": [AtWord(5)]},
+    "a criterion's eos": {
+        "eos_token_id": None,
+        "stopping_criteria": [EosTokenCriteria(EOS)],
+    },
 }
 
 
@@ -222,6 +232,22 @@ def test_a_row_of_which_nothing_is_asked_says_padding_and_stays(policies):
     expected = turn(model, single, torch.ones_like(single), alone)
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine[:1], theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_beside_a_row_that_rests_a_row_without_eos_goes_on():
+    """A criterion ends it; `generate` appends nothing then, and a 0 that it says is a token."""
+    model, cache = tiny_model(eos_token_id=EOS), kvprune.ComposedCache()
+    # A third row goes on to the end, as the second would.
+    ids, answer, more = (t[[0, 1, 1]] for t in conversation(EOS))
+    all_rows = said(model, ids, answer, cache)
+    second, mask = torch.cat([all_rows, more], 1), torch.ones(3, START + TURN + 6, dtype=torch.long)
+    second[0, START + TURN :], mask[0, START + 4 :] = PAD, 0
+    more[1, :4] = torch.tensor([5, PAD, 9, PAD])
+    more[2, :4] = 9
+    words = LogitsProcessorList([Say(more, second.shape[1])])
+    how: dict[str, Any] = {"max_new_tokens": 5, "logits_processor": words, "eos_token_id": None}
+    model.generate(second, attention_mask=mask, cache=cache, stopping_criteria=[AtWord(5)], **how)
+    assert kept(cache, 1, []) == [[list(range(cache.seen))]] * LAYERS
 
 
 @pytest.mark.parametrize("masked", [True, False])
