@@ -171,7 +171,12 @@ def _replace_forward(module: nn.Module, function: Callable[..., Any]) -> None:
     signature = inspect.signature(inner or partial(type(module).forward, module))
     bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     ours.__dict__["__signature__"] = inspect.Signature(bare)
+    # The name and the docstring of what it stands for; `partial` has none of its own.
+    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+        if hasattr(inner or type(module).forward, name):
+            ours.__dict__[name] = getattr(inner or type(module).forward, name)
     module.__dict__["forward"] = ours
+    module.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
 
 def _restore_forward(module: nn.Module) -> None:
@@ -231,16 +236,40 @@ def _cache_in(
 # The forwards of the model and of its base model.
 
 
+def _before_forward(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Arguments | None:
+    """Tells our forward in a shallow copy of a module (a replica of DataParallel) its module.
+
+    The copy took over the forward of the module that it was copied from, which would compute with
+    that module's weights.
+    """
+    ours: Any = module.__dict__.get("forward")
+    if getattr(ours, "func", None) not in (_forward_of_base, _forward_of_head):
+        return None
+    of, inner = ours.args
+    # What others had put there is bound to the module that was copied, with kvprune and without.
+    if of is module or inner is not None:
+        return None
+    return args, {**kwargs, "kvprune_module": module}
+
+
 def _forward_of_head(
-    model: nn.Module, inner: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    model: nn.Module,
+    inner: Callable[..., Any] | None,
+    *args: Any,
+    kvprune_module: nn.Module | None = None,
+    **kwargs: Any,
 ) -> Any:
     """The forward of a model with a head: says which logits are asked for, before the base runs.
 
     Args:
-        model: the model.
+        model: the model that was attached.
         inner: what was the model's own forward; None for the one of its class.
         args, kwargs: of the call.
+        kvprune_module: the model that is called, where that is a copy; see `_before_forward`.
     """
+    model = model if kvprune_module is None else kvprune_module
     forward = inner or partial(type(model).forward, model)
     cache = _cache_in(model, args, kwargs)
     kwargs = renamed(kwargs, cache_name(model))
@@ -280,15 +309,21 @@ def _check_head(
 
 
 def _forward_of_base(
-    base: nn.Module, inner: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    base: nn.Module,
+    inner: Callable[..., Any] | None,
+    *args: Any,
+    kvprune_module: nn.Module | None = None,
+    **kwargs: Any,
 ) -> Any:
     """The forward of the model that has the decoder layers: one step of the cache.
 
     Args:
-        base: the model.
+        base: the model that was attached.
         inner: what was the model's own forward; None for the one of its class.
         args, kwargs: of the call.
+        kvprune_module: the model that is called, where that is a copy; see `_before_forward`.
     """
+    base = base if kvprune_module is None else kvprune_module
     forward = inner or partial(type(base).forward, base)
     cache = _cache_in(base, args, kwargs)
     kwargs = renamed(kwargs, cache_name(base))
@@ -456,6 +491,7 @@ def _after_last_layer(
 
 
 _HOOKS = (
+    _before_forward,
     _before_layer,
     _before_linear_layer,
     _before_bare_layer,
