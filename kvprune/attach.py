@@ -182,6 +182,11 @@ def _replace(module: nn.Module, name: str, function: Callable[..., Any]) -> None
     signature = inspect.signature(_method(module, name, inner))
     bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     ours.__dict__["__signature__"] = inspect.Signature(bare)
+    # A partial has no name and no docstring of its own.
+    replaced = inner or getattr(type(module), name)
+    for said in ("__module__", "__name__", "__qualname__", "__doc__"):
+        if hasattr(replaced, said):
+            ours.__dict__[said] = getattr(replaced, said)
     module.__dict__[name] = ours
 
 

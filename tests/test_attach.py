@@ -759,6 +759,38 @@ def test_the_signature_of_forward_stays():
     assert "forward" not in model.__dict__ and "forward" not in model.base_model.__dict__
 
 
+def test_the_name_and_the_docstring_of_forward_stay():
+    """Libraries that wrap or document a model read them off."""
+    model, plain = kvprune.attach(fresh_model()), fresh_model()
+    for mine, stock in ((model, plain), (model.base_model, plain.base_model)):
+        for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+            assert getattr(mine.forward, name) == getattr(stock.forward, name)
+
+
+def replica(model: Any, other: Any) -> Any:
+    """A copy with the parameters of another model, as `torch.nn.DataParallel` makes them."""
+    copies = {name: m._replicate_for_data_parallel() for name, m in model.named_modules()}
+    for name, module in copies.items():
+        for child in module._modules:
+            module._modules[child] = copies[f"{name}.{child}".lstrip(".")]
+        module._parameters.update(other.get_submodule(name)._parameters)
+        module._buffers.update(other.get_submodule(name)._buffers)
+    return copies[""]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_replica_computes_with_its_own_weights(family):
+    """On a GPU of its own, say."""
+    other = fresh_model(family)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    ids = prompt(2, 9)
+    expected = other(ids).logits
+    copied = replica(kvprune.attach(fresh_model(family)), other)
+    torch.testing.assert_close(copied(ids).logits, expected, rtol=1e-9, atol=1e-10)
+
+
 def test_forward_that_accelerate_wrapped_before_or_after():
     """Its hooks stay, and detaching leaves them in place."""
     hooks = pytest.importorskip("accelerate.hooks")
