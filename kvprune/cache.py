@@ -602,8 +602,8 @@ class ComposedCache(Cache):
         if self._attachment is not None:
             raise KVPruneError(
                 f"this cache belongs to another model ({self._attachment.name}): expected the "
-                f"object it was first used with, came another ({attachment.name}). Make a new "
-                f"ComposedCache for each model"
+                f"object it was first used with, got another ({attachment.name}), or the same one "
+                f"after it was detached or its layers were changed. Make a new ComposedCache"
             )
         check_works(self.policies, attachment)
         working = checked([policy.for_model(model) for policy in self.policies])
