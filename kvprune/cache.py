@@ -955,6 +955,7 @@ class ComposedCache(Cache):
                 self._failure = ""
         finally:
             del self._open["step"]
+            step.let_go()
 
     def _take_over(self, step: Step) -> None:
         """What a forward that reached its end leaves."""

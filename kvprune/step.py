@@ -435,6 +435,15 @@ class Step:
         if gone is not None:
             slots.free(gone, by)
 
+    def let_go(self) -> None:
+        """Forgets the layers, which know their step in turn.
+
+        What knows each other is freed by the garbage collector alone, and with it the keys and
+        values of a cache that nobody has any more would wait for it.
+        """
+        self._at.clear()
+        self._due.clear()
+
     def finish(self, before: Sequence[Together]) -> list[Together]:
         """Evicts, after the last layer, what layers that are alike give up at once.
 

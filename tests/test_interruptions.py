@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -281,3 +283,25 @@ def test_what_is_assisted_inside_leaves_no_drafts_outside():
     ids = prompt(1, 5).repeat(1, 3)
     got = model.generate(ids, cache=cache, max_new_tokens=4, custom_generate=inside)
     assert torch.equal(got, model.generate(ids, cache=ComposedCache([H2O(3, 4)]), max_new_tokens=4))
+
+
+# What is left behind.
+
+
+@pytest.mark.parametrize("eos", [None, 3])
+@pytest.mark.parametrize("policies", [[], [H2O(3, 3)], [H2O(3, 3, positions="cache")]], ids=repr)
+def test_a_cache_that_nobody_has_frees_its_memory_at_once(policies, eos):
+    """Keys and values do not wait for the garbage collector, as those of DynamicCache do not."""
+    gc.collect()
+    gc.disable()
+    try:
+        cache = ComposedCache(policies)
+        options = {"max_new_tokens": 4, "eos_token_id": eos, "pad_token_id": 0}
+        tiny_model().generate(prompt(2, 12), cache=cache, **options)
+        held = [weakref.ref(layer.keys.untyped_storage()) for layer in cache.layers]
+        held += [weakref.ref(layer) for layer in cache.layers] + [weakref.ref(cache)]
+        assert all(reference() is not None for reference in held[-5:])
+        del cache
+        assert not [reference() for reference in held if reference() is not None]
+    finally:
+        gc.enable()
