@@ -167,13 +167,14 @@ class ComposedCache(Cache):
         Raises:
             KVPruneError: the last forward was not asked for attentions, or its backend has none.
         """
-        if layer not in self._attended:
+        at = layer % len(self) if -len(self) <= layer < len(self) else layer
+        if at not in self._attended:
             raise KVPruneError(
                 f"attended({layer!r}): the last forward gave no attentions of this layer: expected "
                 f"output_attentions=True in a forward of a model with attn_implementation='eager', "
                 f"and a layer of 0 to {len(self) - 1} with attention"
             )
-        return self._attended[layer].clone()
+        return self._attended[at].clone()
 
     @property
     def nbytes(self) -> int:

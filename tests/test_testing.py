@@ -212,6 +212,32 @@ def test_what_is_no_policy_is_refused(wrong):
         check(wrong)
 
 
+class NumberForABudget(TokenPolicy):
+    """Answers with an int, as a beginner may."""
+
+    def rank_slots(self, slots):
+        score = slots.columns.double()
+        return Ranking(score, torch.zeros_like(score, dtype=torch.bool), 4)
+
+
+class FlatScore(TokenPolicy):
+    """Answers without the axis of heads."""
+
+    def rank_slots(self, slots):
+        score = slots.columns[:, 0].double()
+        budget = torch.full((score.shape[0],), 4)
+        return Ranking(score, torch.zeros_like(score, dtype=torch.bool), budget)
+
+
+@pytest.mark.parametrize("policy", [NumberForABudget(), FlatScore()], ids=repr)
+def test_an_answer_that_no_cache_takes_is_refused_in_its_words(policy):
+    """Not in those of an invariant, which wraps the policy in one of its own."""
+    with pytest.raises(
+        KVPruneError, match=rf"^{type(policy).__name__}\(\): expected .* (got|came) "
+    ):
+        check(policy, examples=1)
+
+
 def test_it_needs_neither_pytest_nor_hypothesis():
     """And `import kvprune` does not import it; it is there as an attribute all the same."""
     code = """

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from ..binding import checked
+from ..errors import KVPruneError
 from ..policy import TokenPolicy
 from . import invariants
-from .runs import Case
+from .runs import Case, feed
 
 FAMILIES = ("llama", "qwen3", "mistral-window", "gpt_neox")
 
@@ -71,9 +72,18 @@ def check(
     Raises:
         AssertionError: an invariant does not hold: which, on what input, what was expected and what
             was got.
-        KVPruneError: not a policy, or one that no cache would take.
+        KVPruneError: not a policy, or one whose answers no cache would take.
     """
     pipeline = _pipeline(policy)
+    # First as it is, so that what a cache refuses is said in the words that a user would read.
+    (case,) = _cases(FAMILIES[:1], 1, f"{seed} plain")
+    try:
+        feed(case.run(pipeline), case.ids, case.mask, case.steps)
+    except KVPruneError:
+        raise
+    except Exception:
+        # An error of the policy's own: the invariants say on what input it comes.
+        pass
     for invariant, (title, families) in INVARIANTS.items():
         for case in _cases(families, examples, f"{seed} {title}"):
             more = {"bound": bound} if invariant is invariants.holds_no_more_than_its_budget else {}
