@@ -119,6 +119,8 @@ QSA = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8}
 QSA |= {"indexer_budget": 8, "indexer_compress_ratio": 4}
 
 MORE: dict[str, dict[str, Any]] = {
+    "codegen": {"rotary_dim": 4},
+    "gptj": {"rotary_dim": 4},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     },
@@ -262,6 +264,10 @@ def _try(model_type: str, outcome: Outcome) -> None:
         subject = subject_of(model_type)
     except kvprune.KVPruneError as error:
         outcome.reason = _reason(error)
+        return
+    except Exception as error:
+        # The model itself fails, before kvprune has a part in it.
+        outcome.built, outcome.reason = False, _line(error)
         return
     outcome.accepted = True
     outcome.note = base_of(subject.attached).__dict__["_kvprune"].cannot_prune
