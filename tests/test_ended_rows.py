@@ -119,7 +119,11 @@ def kept(cache: kvprune.ComposedCache, row: int, hidden: list[int]) -> list[list
 
 
 @each_policy
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "how",
+    # The others are made of the same.
+    [pytest.param(h, marks=[pytest.mark.slow] * (h in ("sampling", "a word"))) for h in HOW],
+)
 @pytest.mark.parametrize("new_ids_alone", [False, True])
 def test_a_row_that_ended_early_is_as_alone(policies, how, new_ids_alone):
     """Behind its eos `generate` appends padding, which is none of its tokens."""

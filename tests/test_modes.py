@@ -97,8 +97,13 @@ def model(request: Any) -> Any:
     return made
 
 
+QUICK = ("h2o-inside", "sdtp+h2o")
+
+
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in POLICIES]
+)
 def test_modes_may_follow_each_other(name, order, model):
     """The logits of one mode alone, and the gradients of what was computed with gradients.
 
