@@ -32,7 +32,7 @@ GenerationMode: Any = getattr(transformers.generation, "GenerationMode", None)
 """How `generate` decodes."""
 
 TESTED = ("5.18.0", "5.24.0")
-"""The releases that the core of the tests was run with: the oldest supported one, and the newest."""
+"""The releases that the core of the tests was run with, from the oldest that is supported on."""
 
 CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 """What modules call the cache, the newest name first."""
