@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from kvprune.families import argument, decoder_layers, with_argument
 from kvprune.masks import biased_mask
+from kvprune.releases import with_cache
 
 from .saliency import contribution, layer_inputs
 
@@ -49,7 +50,8 @@ def removal(
     last, lowest = size - 1, min(layers)
     cache.crop(last - ids.shape[1])
     with torch.enable_grad(), biased(model, lowest, cache.get_seq_length() + 1) as biases:
-        logits = model(ids[:, last:], past_key_values=cache, use_cache=True).logits[0, :-1]
+        output = model(ids[:, last:], use_cache=True, **with_cache(model, cache))
+        logits = output.logits[0, :-1]
         odds = _log_odds(logits.float(), ids[0, size:]).sum()
         slopes = torch.stack(torch.autograd.grad(odds, biases))
     layer: Any
@@ -98,7 +100,7 @@ def hidden_states(
     # With a cache in any case, so that it is the same to the last bit.
     cache = DynamicCache() if cache is None else cache
     with layer_inputs(model, layers) as entered:
-        model.base_model(ids, past_key_values=cache, use_cache=True)
+        model.base_model(ids, use_cache=True, **with_cache(model.base_model, cache))
     return [entered[i] for i in layers]
 
 
