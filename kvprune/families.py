@@ -47,6 +47,8 @@ REFUSED = {
     "gemma3n_text": "its layers share keys and values, and hand on several hidden states per "
     "token, with an input per layer beside them",
     "diffllama": "its heads are paired in attention, while each keeps slots of its own",
+    "dory": "its layers run several times in a forward, and store keys and values the last time "
+    "alone",
     "doge": "its attention computes a mask of its own",
     "recurrent_gemma": "its recurrent layers cannot leave tokens out",
 }
