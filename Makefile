@@ -20,8 +20,8 @@ demo: $(READY) ## the quick look: a small model, with and without pruning
 test: lint ## lint and the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2
 
-test-all: lint $(LM_EVAL) ## lint and all tests
-	$(BIN)/python -m pytest -n 2 -m ""
+test-all: lint $(LM_EVAL) ## lint and all tests, with more examples each
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -n 2 -m ""
 
 test-releases: $(READY) ## the core of the tests on the oldest and the newest transformers release
 	$(BIN)/python -m bench.releases oldest newest

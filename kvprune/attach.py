@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
@@ -63,6 +64,7 @@ from .releases import (
     noted,
     renamed,
 )
+from .step import Step
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -417,9 +419,18 @@ def _enter(
     kwargs: dict[str, Any],
 ) -> Arguments:
     """A layer's arguments, gathered to the tokens that enter it."""
-    step = cache.step
-    if not step.prunes:
+    if not cache.step.prunes:
         return args, kwargs
+    if torch.compiler.is_compiling():
+        # What is asked there breaks the graph. Behind a break inside a hook, compiled code goes on
+        # with the arguments that the hook was handed, not with those that it returns.
+        return torch.compiler.disable(_gather)(cache.step, index, layer, args, kwargs)
+    return _gather(cache.step, index, layer, args, kwargs)
+
+
+def _gather(
+    step: Step, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Arguments:
     hidden = step.enter(index, argument(layer, args, kwargs, "hidden_states"))
     args, kwargs = with_argument(layer, args, kwargs, "hidden_states", hidden)
     for name, value in arguments_given(layer, args, kwargs).items():

@@ -13,7 +13,7 @@ from .models import tiny_model
 torch.set_num_threads(1)
 
 _LOOSE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-settings.register_profile("dev", max_examples=15, deadline=None, suppress_health_check=_LOOSE)
+settings.register_profile("dev", max_examples=10, deadline=None, suppress_health_check=_LOOSE)
 settings.register_profile(
     "ci", max_examples=40, deadline=None, suppress_health_check=_LOOSE, derandomize=True
 )

@@ -63,7 +63,9 @@ def continued(policies, inputs, new, **options):
     return tokens, cache
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [w if w == "prompt lookup" else pytest.param(w, marks=pytest.mark.slow) for w in WAYS]
+)
 @given(pipelines(), st.integers(1, 30), st.integers(0, 6), seeds)
 def test_drafts_change_no_token(way, chosen, length, padding, seed):
     """The tokens, kept sets and statistics of plain greedy decoding, whoever drafts."""

@@ -186,6 +186,7 @@ def test_a_config_of_another_backend_still_cannot_ask():
         model.config.output_attentions = True
 
 
+@pytest.mark.slow
 def test_eager_models_compile_as_before():
     """The name is followed by compiled code: one graph of a decode step."""
     model: Any = kvprune.attach(eager_model())

@@ -150,6 +150,7 @@ def test_a_model_object_is_as_it_was(folder):
 # Stopped and started again.
 
 
+@pytest.mark.slow
 def test_more_may_be_asked_for(folder, tmp_path, monkeypatch):
     """Of everything; what is there is not run again, and stays as it is."""
     small(folder, out=tmp_path)

@@ -104,6 +104,7 @@ def machine(monkeypatch, tmp_path, folder, no_report) -> Iterator[Any]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_or_failed_goes_on(machine, tmp_path, capsys, monkeypatch):
     """On either side; nothing is measured twice, and the page comes last."""
     given, count, score = list(sys.argv), [0], Asked.score
@@ -160,6 +161,7 @@ def check_written(place: Path) -> None:
 ASKED = ("squad", 20)
 
 
+@pytest.mark.slow
 def test_presses_alone_are_joined_to_what_is_there(machine, tmp_path):
     """In the place of the same cells; the other rows and our side's report stay."""
     given = list(sys.argv)

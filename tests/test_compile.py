@@ -17,7 +17,13 @@ from .strategies import POLICIES
 from .test_host import FIXED
 
 
-@pytest.mark.parametrize("policies", FIXED.values(), ids=FIXED)
+@pytest.mark.parametrize(
+    "policies",
+    [
+        pytest.param(policies, marks=() if name == "H2O" else pytest.mark.slow, id=name)
+        for name, policies in FIXED.items()
+    ],
+)
 def test_a_decode_step_is_one_graph(policies):
     """Bit for bit, and compiled no more than twice: behind the prompt, and at a full budget."""
     model, ids, counter = kvprune.attach(fresh_model()), prompt(1, 28), CompileCounter()

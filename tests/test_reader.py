@@ -77,7 +77,7 @@ def test_the_first_token_is_told_from_what_is_left():
     assert len(set(likely.values())) == 3
 
 
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(
     pipelines(),
     st.integers(2, 40),
@@ -186,7 +186,7 @@ def test_what_evicts_at_a_prompts_end_is_shown_with_what_it_holds(budget):
 
 
 @given(st.integers(1, 60), st.integers(1, 1000))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_a_share_is_of_all_but_the_last_token(length, thousandths):
     """Of the whole prompt it would be the same, or one slot more."""
     share = thousandths / 1000

@@ -230,4 +230,6 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCache = CacheMachine.TestCase
-TestCache.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+TestCache.settings = settings(
+    max_examples=10 * settings().max_examples // 2, stateful_step_count=25, deadline=None
+)
