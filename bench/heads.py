@@ -4,7 +4,7 @@
     python -m bench.heads --row "paper's head" --out build/heads/paper
 
 Questions about SQuAD articles and HotpotQA paragraphs of the splits to train on (see
-`kvprune.evaluation.questions`), asked in several ways, with the gold answer as completion;
+`kvprune.evaluation.data.questions`), asked in several ways, with the gold answer as completion;
 questions about made-up facts that were put into the articles; and stretches of the articles with
 their next 64 tokens. Stopped, it goes on where it was.
 """
@@ -25,8 +25,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvprune.evaluation.assets import demo_model
-from kvprune.evaluation.questions import ASK_OTHERWISE, LongQuestion, hidden_facts, hotpotqa, squad
+from kvprune.evaluation.data.assets import demo_model
+from kvprune.evaluation.data.questions import (
+    ASK_OTHERWISE,
+    LongQuestion,
+    hidden_facts,
+    hotpotqa,
+    squad,
+)
 from kvprune.policies import SDTP, SDTPHeads
 from kvprune.policies.sdtp import Example, Training, read_examples, sharing, train, untrained
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from kvprune.evaluation.assets import ruler_data
-from kvprune.evaluation.questions import LongQuestion, hotpotqa, squad
+from kvprune.evaluation.data.assets import ruler_data
+from kvprune.evaluation.data.questions import LongQuestion, hotpotqa, squad
 
 LENGTHS = (1000, 1500)
 QUESTIONS = ("squad", "hotpotqa")

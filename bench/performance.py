@@ -23,14 +23,14 @@ HEAD = """# Performance
 Each candidate against the dense model in the same process, in turns. Ratios are medians over the
 turns, each to the dense run of its own turn; in brackets the least and the most of them, of ten or
 more the middle half. *FLOPs to dense* is what prefill could come down to, counted alike for all
-(`kvprune/evaluation/flops.py`); *counted TFLOP* is what torch's counter says of the same run, which
-leaves out what H2O's blocks do not compute. *Live MB* is the most that tensors beyond the weights
-held at once while the prompt was read, counted with H2O's blocks one after the other (each thread
-beyond the first adds the scores of one block), *peak MB* what the process grew by. SDTP has random
-heads here, of the shape of those that ship. Policies with a budget keep an eighth of a prompt
-unless something else is said. This page is made by `python -m bench.performance` from
-`bench/results/speed-*.json`, which `make speed` measures. The same of kvpress, beside this, is
-on [a page of its own](peers.md).
+(`kvprune/evaluation/measure/flops.py`); *counted TFLOP* is what torch's counter says of the same
+run, which leaves out what H2O's blocks do not compute. *Live MB* is the most that tensors beyond
+the weights held at once while the prompt was read, counted with H2O's blocks one after the other
+(each thread beyond the first adds the scores of one block), *peak MB* what the process grew by.
+SDTP has random heads here, of the shape of those that ship. Policies with a budget keep an eighth
+of a prompt unless something else is said. This page is made by `python -m bench.performance` from
+`bench/results/speed-*.json`, which `make speed` measures. The same of kvpress, beside this, is on
+[a page of its own](peers.md).
 """
 NOTHING = "\nNothing has been measured with this version yet.\n"
 

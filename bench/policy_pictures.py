@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvprune
-from kvprune.evaluation.assets import demo_model
+from kvprune.evaluation.data.assets import demo_model
 from kvprune.files import write_text
 from kvprune.policies import H2O, SDTP, StreamingLLM
 

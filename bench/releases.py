@@ -3,10 +3,10 @@
     python -m bench.releases oldest newest
     python -m bench.releases all --record
 
-"oldest" and "newest" are the ends of `kvprune.releases.TESTED`, "all" is all of it. "latest" is the
-newest release that the package registry has, whether anybody has tried it or not. `--record` writes
-what was run to bench/results/releases.json, of which `python -m bench.families` makes a table in
-docs/families.md.
+"oldest" and "newest" are the ends of `kvprune.models.releases.TESTED`, "all" is all of it. "latest"
+is the newest release that the package registry has, whether anybody has tried it or not. `--record`
+writes what was run to bench/results/releases.json, of which `python -m bench.families` makes a
+table in docs/families.md.
 
 An environment, build/releases/VERSION, holds one transformers release with the packages that this
 release asks for in other versions; it sees everything else in the environment that runs this.
@@ -24,7 +24,7 @@ import venv
 from pathlib import Path
 from xml.etree import ElementTree
 
-from kvprune.releases import TESTED
+from kvprune.models.releases import TESTED
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENTS = ROOT / "build" / "releases"

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import kvprune
-from kvprune.evaluation.assets import demo_model
+from kvprune.evaluation.data.assets import demo_model
 from kvprune.policies import H2O, SDTP
 
 from .about import write

@@ -4,12 +4,13 @@
     python -m bench.sdtp --tasks squad --questions 20            # a look
 
 Questions about contexts of 1,000 to 1,500 tokens from splits that nothing was trained on or chosen
-by (see `kvprune.evaluation.questions`; `--split choose` is for choosing), by the teacher-forced
-negative log-likelihood of the gold answer's tokens; needles, by whether the number is repeated;
-and plain text, by the likelihood of its next 128 tokens, which hardly notices what was dropped.
-All rows run on the same items (the oracles, which cost a backward, on the first of them); shares
-and differences are paired, with bootstrap intervals. These resample questions, not articles: what
-they say is of these articles (SQuAD's final split has seven). Random scores are drawn three times.
+by (see `kvprune.evaluation.data.questions`; `--split choose` is for choosing), by the
+teacher-forced negative log-likelihood of the gold answer's tokens; needles, by whether the number
+is repeated; and plain text, by the likelihood of its next 128 tokens, which hardly notices what was
+dropped. All rows run on the same items (the oracles, which cost a backward, on the first of them);
+shares and differences are paired, with bootstrap intervals. These resample questions, not articles:
+what they say is of these articles (SQuAD's final split has seven). Random scores are drawn three
+times.
 
 Each result is appended to `OUT.jsonl` as it comes: a run that was stopped goes on where it was.
 `OUT.json` is the summary, `OUT.md` a table of it.
@@ -35,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvprune
-from kvprune.evaluation.assets import demo_model
+from kvprune.evaluation.data.assets import demo_model
 from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
 from kvprune.policies.sdtp import saliency
 
@@ -139,7 +140,7 @@ class Bench:
             setting = self.setting(split, r["row"])
             if {name: r.get(name) for name in setting} != setting:
                 raise kvprune.KVPruneError(
-                    f"{out}: expected results of {setting}, came {r}; name another file with --out"
+                    f"{out}: expected results of {setting}, got {r}; name another file with --out"
                 )
         done = {(r["task"], r["number"], r["row"]) for r in found}
         measure = self.found if task.startswith("needle") else self.nll

@@ -78,7 +78,7 @@ def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
         parser.error("--stream: expected at least 2048; --new, --threads, --repeats: at least 1")
     names = {name for part in planned(asked, everything=True) for name in (part.name, part.group)}
     if unknown := sorted(set(asked.parts or ()) - names):
-        parser.error(f"--parts: expected some of {', '.join(sorted(names))}, came {unknown}")
+        parser.error(f"--parts: expected some of {', '.join(sorted(names))}, got {unknown}")
 
 
 def planned(asked: argparse.Namespace, everything: bool = False) -> list[Part]:

@@ -30,8 +30,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 
 import kvprune
-from kvprune.evaluation.assets import demo_model
 from kvprune.evaluation.command import command_line
+from kvprune.evaluation.data.assets import demo_model
 from kvprune.policies import H2O, StreamingLLM
 
 SLOTS, CHUNK, SINKS = 1024, 64, 4

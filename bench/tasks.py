@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvprune.evaluation.assets import demo_model
-from kvprune.evaluation.statistics import interval
+from kvprune.evaluation.data.assets import demo_model
+from kvprune.evaluation.report.statistics import interval
 from kvprune.evaluation.tasks import TASKS, task
 from kvprune.evaluation.tasks.base import Task
 

@@ -10,14 +10,15 @@ model.generate(**inputs, cache=cache, max_new_tokens=128)
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .attach import attach, detach
-from .cache import ComposedCache
+from .cache.composed import ComposedCache
 from .errors import KVPruneError
-from .policy import Ranking, TokenPolicy
+from .policy.base import TokenPolicy
+from .policy.selection import Ranking
+from .wiring.attach import attach, detach
 
 if TYPE_CHECKING:
     from . import testing
-    from .evaluation.compare import compare
+    from .evaluation.compare.compare import compare
 
 __all__ = [
     "ComposedCache",
@@ -36,7 +37,7 @@ def __getattr__(name: str) -> Any:
     if name == "testing":
         return importlib.import_module(".testing", __name__)
     if name == "compare":
-        from .evaluation.compare import compare
+        from .evaluation.compare.compare import compare
 
         return compare
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -72,7 +72,7 @@ def train_sdtp(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Trains SDTP's heads for a model. Stopped, it goes on where it was when called again."""
-    from .evaluation.loading import loaded as load
+    from .evaluation.data.loading import loaded as load
     from .files import check_folder
     from .policies import SDTP
     from .policies.sdtp import Training, read_examples, train, untrained
@@ -129,13 +129,13 @@ def explain_text(
     """Shows which tokens of a text survive to which layer under SDTP."""
     from rich.console import Console
 
-    from .attach import attach
-    from .evaluation.assets import demo_model
+    from .evaluation.compare.progress import stage
+    from .evaluation.data.assets import demo_model
+    from .evaluation.data.loading import loaded as load
     from .evaluation.explain import as_page, as_terminal, explain
-    from .evaluation.loading import loaded as load
-    from .evaluation.progress import stage
     from .files import check_file, write_text
     from .policies import SDTP, SDTPHeads
+    from .wiring.attach import attach
 
     read = _text(text)
     if html is not None:
@@ -235,12 +235,12 @@ def compare_policies(
     Ends with 1 if a cell failed (the others are run), with 2 if something was asked for that
     cannot be, and with 130 if it was stopped.
     """
-    from .evaluation.assets import demo_model
-    from .evaluation.compare import Run, measured
-    from .evaluation.plan import Plan
-    from .evaluation.progress import described, stage
+    from .evaluation.compare.compare import Run, measured
+    from .evaluation.compare.plan import Plan
+    from .evaluation.compare.progress import described, stage
+    from .evaluation.data.assets import demo_model
     from .evaluation.report import write_report
-    from .evaluation.tables import show
+    from .evaluation.report.console import show
 
     _see_current_folder()
     plan = Plan(policies, tasks, context, budgets, samples, seed)

@@ -82,7 +82,7 @@ def _reach_the_disk(path: Path) -> None:
 
 
 def _umask() -> int:
-    """What new files may not be; a scratch file is for its owner alone."""
+    """The permissions that new files do not get; a scratch file is for its owner alone."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -12,14 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kvprune.errors import KVPruneError
-from kvprune.policy import (
-    Budget,
-    Ranking,
-    SlotView,
-    TokenPolicy,
-    check_positions,
-    split_share,
-)
+from kvprune.policy import Budget, Ranking, SlotView, TokenPolicy, check_positions, split_share
 
 
 @dataclass(frozen=True, repr=False)

@@ -20,7 +20,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import kvprune
-from kvprune.families import CACHE_ARGUMENTS, base_of, local_layers
+from kvprune.models.families import local_layers
+from kvprune.models.releases import CACHE_ARGUMENTS
+from kvprune.models.structure import base_of
 from kvprune.policies import H2O, StreamingLLM
 
 from .family_cells import (

@@ -34,7 +34,7 @@ class Echo(Task):
     def samples(self, tokenizer: Any, context: int, count: int, seed: int) -> Sequence[Sample]:
         """Prompts of `context` tokens and less."""
         if context < 8:
-            raise KVPruneError(f"echo: expected a context of at least 8 tokens, came {context}")
+            raise KVPruneError(f"echo: expected a context of at least 8 tokens, got {context}")
         found = []
         for number in range(count):
             chance = random.Random(f"{self.salt} {seed} {number}")

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.families import argument, attention_of, base_of, decoder_layers, with_argument
+from kvprune.models.families import attention_of
+from kvprune.models.structure import argument, base_of, decoder_layers, with_argument
 from kvprune.policies import SDTP
 
 from .masked_dense import MaskedDense

@@ -98,5 +98,5 @@ class FlashStandIn:
                      "_flash_with_kvcache_fn", "_unpad_fn", "_process_flash_kwargs_fn",
                      "_process_with_kvcache_kwargs_fn"):  # fmt: skip
             monkeypatch.setattr(stock, name, None)
-        monkeypatch.setattr("kvprune.mass.on_gpu", lambda tensor: True)
-        monkeypatch.setattr("kvprune.flash.HALF", self.dtypes)
+        monkeypatch.setattr("kvprune.attention.received.on_gpu", lambda tensor: True)
+        monkeypatch.setattr("kvprune.attention.flash.HALF", self.dtypes)

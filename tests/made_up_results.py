@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from kvprune.evaluation.results import Cell, Cost, Results, SampleResult, Trace
-from kvprune.evaluation.traces import packed
+from kvprune.evaluation.ledger.results import Cell, Cost, Results, SampleResult, Trace
+from kvprune.evaluation.measure.traces import packed
 
 LAYERS, BYTES = 30, 46_080
 POLICIES = {

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.families import attention_of, decoder_layers
+from kvprune.models.families import attention_of
+from kvprune.models.structure import decoder_layers
 from kvprune.policies import SDTP, SDTPHeads
 
 from .models import positions
@@ -24,7 +25,7 @@ from .oracles import budget_oracle
 class MaskedDense:
     """One batch of sequences under SDTP; all shapes `[B, columns]` over everything read.
 
-    `alive` says by layer who reached it, `entered` what hidden states `[B, columns, C]` came to
+    `alive` says by layer who reached it, `entered` what hidden states `[B, columns, C]` got to
     it in the last forward.
     """
 

@@ -31,7 +31,7 @@ def either(one: Rule, other: Rule) -> Rule:
 class NaiveHead:
     """One row's one key/value head: a dict from a column to its key, value and score.
 
-    With frequencies, keys are turned from the position that they came with, which `arrived`
+    With frequencies, keys are turned from the position that they got with, which `arrived`
     says, to their place among the slots.
     """
 

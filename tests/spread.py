@@ -10,7 +10,7 @@ from accelerate import dispatch_model
 from torch import nn
 
 import kvprune
-from kvprune.families import base_of, decoder_layers
+from kvprune.models.structure import base_of, decoder_layers
 
 from .two_devices import ONE, ZERO, place
 

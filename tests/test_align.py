@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvprune.rows import rows_after
-from kvprune.step import Arrival, Step
+from kvprune.engine.arrival import Arrival
+from kvprune.engine.step import Step
+from kvprune.storage.rows import rows_after
 
 from .strategies import sdtp_pruner
 

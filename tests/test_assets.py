@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from kvprune.errors import KVPruneError
-from kvprune.evaluation import assets
+from kvprune.evaluation.data import assets
 
 
 class Words:

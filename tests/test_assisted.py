@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import kvprune
 from kvprune.policies import H2O, StreamingLLM
+from kvprune.storage.buffers import SLACK
 
 from .models import LAYERS, fresh_model, left_padded, plain_model, prompt, tiny_model
 from .strategies import POLICIES, budgets, pipelines, sdtp_pruner, seeds
@@ -51,7 +52,7 @@ class Held:
         statistics = [s.gather(-1, order).masked_fill(empty, 0) for s in layer.statistics.values()]
         place = order[..., None].expand(*order.shape, layer.keys.shape[-1])
         # Keys at positions inside the cache are turned back together at one time or another.
-        turned = self.cache._positions is not None
+        turned = self.cache.state.positions is not None
         states = [t.gather(2, place) for t in (layer.keys, layer.values)[turned:]]
         return [*(t.masked_fill(empty[..., None], 0) for t in states), *statistics]
 
@@ -201,7 +202,7 @@ def test_recording_ends_with_generate():
     ids = prompt(1, 20).repeat(1, 2)
     cache = kvprune.ComposedCache([StreamingLLM(2, 6)])
     tiny_model().generate(ids, cache=cache, max_new_tokens=9, **WAYS["prompt lookup"]())
-    assert all(layer.capacity <= 8 + kvprune.slots.SLACK for layer in cache.layers)
+    assert all(layer.capacity <= 8 + SLACK for layer in cache.layers)
     with torch.no_grad():
         tiny_model()(prompt(1, 3), past_key_values=cache)
     with pytest.raises(kvprune.KVPruneError, match="at most the 0 columns"):

@@ -137,7 +137,7 @@ def changed_by(statements: str) -> str:
 
 def test_importing_changes_nothing():
     """Neither in torch nor in transformers nor in the environment."""
-    imports = "import kvprune, kvprune.policies, kvprune.attach, kvprune.policies.sdtp"
+    imports = "import kvprune, kvprune.policies, kvprune.wiring.attach, kvprune.policies.sdtp"
     assert changed_by(imports) == "changed: []"
 
 
@@ -865,6 +865,16 @@ def test_a_forward_that_the_user_compiled_is_taken_back():
     model.forward = torch.compile(model.forward, backend="eager")
     kvprune.detach(model)
     assert "forward" not in model.__dict__ and "forward" not in model.model.__dict__
+
+
+def test_attention_that_runs_twice_is_refused():
+    """It would observe and evict twice, with the step of one layer."""
+    model: Any = kvprune.attach(fresh_model())
+    attention = model.model.layers[1].self_attn
+    once = attention.forward
+    attention.forward = lambda *args, **kwargs: (once(*args, **kwargs), once(*args, **kwargs))[0]
+    with pytest.raises(KVPruneError, match="was not handed the keyword"):
+        model(prompt(1, 9), past_key_values=ComposedCache([StreamingLLM(1, 4)]))
 
 
 def test_an_interrupt_as_a_forward_begins_leaves_a_cache_that_can_be_reset(monkeypatch):

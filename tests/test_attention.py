@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import kvprune
-from kvprune.blocks import BLOCK
+from kvprune.attention.blockwise import BLOCK
 from kvprune.policies import H2O, StreamingLLM
 
 from .driver import Driver
@@ -22,7 +22,7 @@ LONG = 3 * BLOCK + 7
 @pytest.mark.parametrize("padding", [0, 70])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def testblock_by_block_equals_the_dense_model(padding, heads, backend):
+def test_block_by_block_equals_the_dense_model(padding, heads, backend):
     """Several blocks of queries, then a second turn, over MHA, GQA and MQA."""
     options = {"heads": heads[0], "kv_heads": heads[1]}
     ids = prompt(2, LONG + 80)

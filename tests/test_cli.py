@@ -14,7 +14,7 @@ from rich.console import Console
 
 from kvprune import KVPruneError
 from kvprune.cli import main
-from kvprune.evaluation import progress
+from kvprune.evaluation.compare import progress
 from kvprune.files import check_file, check_folder
 from kvprune.policies import SDTPHeads
 from kvprune.policies.sdtp import trainer, training
@@ -39,7 +39,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: Any, *given: object) -> str
 @pytest.fixture
 def no_loading(monkeypatch):
     """Loading a model takes minutes: what can be refused is refused before."""
-    monkeypatch.setattr("kvprune.evaluation.loading.loaded", _bomb(0))
+    monkeypatch.setattr("kvprune.evaluation.data.loading.loaded", _bomb(0))
 
 
 @pytest.mark.usefixtures("no_loading")
@@ -145,7 +145,7 @@ def interrupt(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     ("where", "heads"),
     [
-        ("kvprune.evaluation.loading.loaded", False),
+        ("kvprune.evaluation.data.loading.loaded", False),
         ("kvprune.policies.sdtp.trainer.Trainer._step", False),
         ("kvprune.policies.sdtp.trainer.Trainer._agreement", True),
     ],

@@ -14,8 +14,8 @@ import torch
 
 from bench import about
 from kvprune.evaluation.command import command_line, without_places
-from kvprune.evaluation.results import Cell
-from kvprune.evaluation.worker import failed
+from kvprune.evaluation.compare.worker import failed
+from kvprune.evaluation.ledger.results import Cell
 
 ROOT = Path(__file__).parent.parent
 ON_A_MACHINE = re.compile(r"(?<![\w.])/(?:tmp|root|home|work)/[A-Za-z]")

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 import kvprune
 from kvprune import KVPruneError
 from kvprune.evaluation import tasks
-from kvprune.evaluation.compare import Comparison
+from kvprune.evaluation.compare.compare import Comparison
+from kvprune.evaluation.compare.worker import texts_of
+from kvprune.evaluation.data.loading import loaded
 from kvprune.evaluation.explain import pieces
-from kvprune.evaluation.ledger import LOCK, NAME, read
-from kvprune.evaluation.loading import loaded
-from kvprune.evaluation.traces import levels
-from kvprune.evaluation.worker import texts_of
+from kvprune.evaluation.ledger.ledger import LOCK, NAME, read
+from kvprune.evaluation.measure.traces import levels
 from kvprune.policies import H2O, SDTP
 
 from . import fake_tasks
@@ -156,7 +156,7 @@ def test_more_may_be_asked_for(folder, tmp_path, monkeypatch):
     small(folder, out=tmp_path)
     before = (tmp_path / NAME).read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("kvprune.evaluation.worker.CacheReader", lambda *_: 1 / 0)
+        patch.setattr("kvprune.evaluation.compare.worker.CacheReader", lambda *_: 1 / 0)
         assert not small(folder, out=tmp_path).failures
     assert (tmp_path / NAME).read_bytes() == before
     more: dict[str, Any] = {
@@ -260,7 +260,7 @@ def test_a_cell_that_fails_stops_no_other_and_is_tried_again(folder, tmp_path, m
 
 def test_a_cell_that_fails_at_once_has_a_row(folder, monkeypatch):
     """With nothing but its error."""
-    monkeypatch.setattr("kvprune.evaluation.worker.own_prefill_flops", lambda *_: 1 / 0)
+    monkeypatch.setattr("kvprune.evaluation.compare.worker.own_prefill_flops", lambda *_: 1 / 0)
     rows = small(folder).rows
     assert len(rows) == 4 and all("ZeroDivisionError" in row["error"] for row in rows)
     assert {row["score"] for row in rows} == {None} and {row["samples"] for row in rows} == {0}
@@ -268,7 +268,7 @@ def test_a_cell_that_fails_at_once_has_a_row(folder, monkeypatch):
 
 def test_a_full_disk_loses_nothing(folder, whole, tmp_path, monkeypatch):
     """Half a line is no line."""
-    from kvprune.evaluation import ledger
+    from kvprune.evaluation.ledger import ledger
 
     write, count = ledger._all_of, [0]
 
@@ -324,7 +324,7 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("--context 0: ", {"contexts": [0]}),
     ("--context ", {"contexts": []}),
     ("--context 513: expected at most the 512", {"contexts": [20, 513]}),
-    ("context of at least 8 tokens, came 4", {"contexts": [20, 4], "policies": ["h2o"]}),
+    ("context of at least 8 tokens, got 4", {"contexts": [20, 4], "policies": ["h2o"]}),
     ("--samples 0", {"samples": 0}),
     ("--seed -1", {"seed": -1}),
     ("--dtype 'int8': expected one of auto", {"dtype": "int8"}),
@@ -332,15 +332,15 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("--executor 'slurm': expected one of local, shared, ray", {"executor": "slurm"}),
     ("at least one task", {"tasks": []}),
     ("echo comes twice", {"tasks": [Echo(), Echo("other")]}),
-    ("policies: expected specs .*came <class", {"policies": [H2O]}),
-    ("policies: expected specs .*came None", {"policies": [None]}),
+    ("policies: expected specs .*got <class", {"policies": [H2O]}),
+    ("policies: expected specs .*got None", {"policies": [None]}),
     ("policies: expected specs .*ComposedCache", {"policies": [kvprune.ComposedCache([H2O()])]}),
-    ("policies: expected a list .*came H2O", {"policies": H2O()}),
-    ("contexts: expected a list .*came 20", {"contexts": 20}),
-    ("budgets: expected a list .*came 0.5", {"budgets": 0.5}),
-    ("budgets: expected a list .*came None", {"budgets": None}),
-    ("tasks: expected a list .*came Echo", {"tasks": Echo()}),
-    ("tasks: expected names, .*came 3", {"tasks": [3]}),
+    ("policies: expected a list .*got H2O", {"policies": H2O()}),
+    ("contexts: expected a list .*got 20", {"contexts": 20}),
+    ("budgets: expected a list .*got 0.5", {"budgets": 0.5}),
+    ("budgets: expected a list .*got None", {"budgets": None}),
+    ("tasks: expected a list .*got Echo", {"tasks": Echo()}),
+    ("tasks: expected names, .*got 3", {"tasks": [3]}),
     ("the same at a budget of 0.5", {"policies": ["h2o", "h2o(2, 2)"], "budgets": [0.5]}),
     ("--device ''", {"device": ""}),
     ("tokenizer: expected none .*brings its own", {"tokenizer": object()}),
@@ -361,7 +361,7 @@ def test_no_model_and_no_folder(folder, tmp_path, monkeypatch):
     """Each by its name."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused(str(tmp_path / "none"), "--model .*none")
-    refused(3, "a name, a folder or a model, came 3")
+    refused(3, "a name, a folder or a model, got 3")
     (tmp_path / "file").touch()
     with pytest.raises(KVPruneError, match="folder that can be written"):
         small(folder, out=tmp_path / "file" / "out")
@@ -392,7 +392,7 @@ def test_a_file_of_another_run_is_refused(folder, tmp_path, monkeypatch):
     refused(folder, "dtype 'float32', not 'float64'", out=tmp_path, dtype="float64")
     refused(folder, "number 0 of echo at 20 tokens was another", out=tmp_path, tasks=[Echo("x")])
     with monkeypatch.context() as patch:
-        patch.setattr("kvprune.evaluation.compare.version", lambda _: "9.9")
+        patch.setattr("kvprune.evaluation.compare.compare.version", lambda _: "9.9")
         refused(folder, "versions .*not .*9.9", out=tmp_path)
     small(folder, out=tmp_path)
 
@@ -465,8 +465,8 @@ def test_pruned_tokens_are_counted_by_layer(folder, tmp_path):
     assert rows[spec]["pruned"] == [0.0, 31.0, 31.0, 47.0]
     assert rows[spec]["share_kept"] == (64 + 33 + 33 + 17) / 4 / 64
     _, model = loaded(str(folder))
-    from kvprune.evaluation.flops import Flops
-    from kvprune.evaluation.reader import own_prefill_flops
+    from kvprune.evaluation.measure.flops import Flops
+    from kvprune.evaluation.measure.reader import own_prefill_flops
 
     flops = Flops.measured(kvprune.attach(model))
     read = flops.of_prompt(63, (63, 32, 32, 16))

@@ -28,8 +28,8 @@ from bench.peers.rows import DENSE, OURS, THEIRS
 from bench.peers.worker import work
 from kvprune import KVPruneError
 from kvprune.evaluation import tasks
-from kvprune.evaluation.ledger import FORMAT
-from kvprune.evaluation.loading import loaded
+from kvprune.evaluation.data.loading import loaded
+from kvprune.evaluation.ledger.ledger import FORMAT
 from kvprune.evaluation.tasks.base import Reader, Sample, Score
 from kvprune.evaluation.tasks.scoring import likelihood
 from kvprune.policies import StreamingLLM

@@ -16,8 +16,8 @@ from transformers import Cache, DynamicCache
 import kvprune
 from bench.costs.count import entering
 from bench.live import LiveBytes
-from kvprune.blocks import BLOCK
-from kvprune.evaluation.flops import Flops, counting, own_flops
+from kvprune.attention.blockwise import BLOCK
+from kvprune.evaluation.measure.flops import Flops, counting, own_flops
 from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
 
 from .models import LAYERS, VOCAB, fresh_model, plain_model, prompt, tiny_model

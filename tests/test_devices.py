@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kvprune
 from kvprune import KVPruneError
-from kvprune.evaluation.likelihood import read
-from kvprune.evaluation.reader import CacheReader, Reading
-from kvprune.evaluation.watch import Watch
+from kvprune.evaluation.measure.likelihood import read
+from kvprune.evaluation.measure.reader import CacheReader, Reading
+from kvprune.evaluation.measure.watch import Watch
 from kvprune.policies import H2O, SDTP, StreamingLLM
 from kvprune.policies.sdtp import saliency
 
@@ -56,7 +56,8 @@ def one_kernel():
 def devices(monkeypatch):
     """They exist while a test runs; their weights can be read."""
     monkeypatch.setattr(
-        "kvprune.saving._is_plain", lambda weight: isinstance(weight, nn.Parameter | Placed)
+        "kvprune.models.fingerprint._is_plain",
+        lambda weight: isinstance(weight, nn.Parameter | Placed),
     )
     with Devices() as here:
         yield here

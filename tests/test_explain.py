@@ -18,8 +18,8 @@ import kvprune
 from kvprune import KVPruneError
 from kvprune.cli import app, main
 from kvprune.evaluation.explain import Explanation, as_page, as_terminal, explain
-from kvprune.evaluation.reading import read_prompt
-from kvprune.families import linear_layers
+from kvprune.evaluation.measure.reading import read_prompt
+from kvprune.models.families import linear_layers
 from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
 
 from .family_models import attached_family

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import kvprune
 from kvprune import KVPruneError
-from kvprune.flash import attention as flash_attention
-from kvprune.masks import LazyMask
+from kvprune.attention.flash import attention as flash_attention
+from kvprune.attention.masks import LazyMask
 from kvprune.policies import H2O, StreamingLLM
 
 from .flash_stand_in import FlashStandIn
@@ -137,8 +137,7 @@ def test_dropout_reaches_the_output_but_not_the_statistic(flash):
 
 
 def test_what_the_package_has_no_argument_for_is_left(flash):
-    """Whatever else holds: asked without a layer, it is not looked at."""
-    states = [torch.zeros(1, 2, 3, 4, dtype=torch.float64)] * 3
+    """Whatever else holds: asked without inputs, these are not looked at."""
     for more in (
         {"s_aux": torch.zeros(2)},
         {"position_bias": torch.zeros(1, 2, 3, 3)},
@@ -146,7 +145,7 @@ def test_what_the_package_has_no_argument_for_is_left(flash):
         {"dropout": 0.5, "with_lse": True},
     ):
         nothing: Any = None
-        assert flash_attention(nothing, *states, nothing, **more) is None
+        assert flash_attention(nothing, **more) is None
     assert not flash.calls
 
 
@@ -229,10 +228,10 @@ def test_the_rule_is_handed_on_as_with_other_backends(flash, monkeypatch):
     """Not the 2-D mask or None of the stock function."""
     masks = []
 
-    def noted(layer: Any, query: Any, key: Any, value: Any, mask: Any, **more: Any) -> None:
-        masks.append(mask)
+    def noted(inputs: Any, **more: Any) -> None:
+        masks.append(inputs.mask)
 
-    monkeypatch.setattr("kvprune.flash.attention", noted)
+    monkeypatch.setattr("kvprune.attention.flash.attention", noted)
     inputs = left_padded(prompt(2, 12), [0, 4])
     with torch.no_grad():
         flash_model()(**inputs, past_key_values=kvprune.ComposedCache([]))

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import kvprune
-from kvprune import attention, fused, mass
+from kvprune.attention import dispatch as attention
+from kvprune.attention import fused
+from kvprune.attention import received as in_torch
 from kvprune.policies import H2O
 
 from .models import fresh_model, prompt, tiny_model
@@ -19,7 +21,7 @@ from .turns import POLICIES, STEPS, assert_same, follow, on_the_cpu
 @pytest.fixture
 def as_on_a_gpu(monkeypatch) -> None:
     """Attention takes the way that it takes on CUDA."""
-    monkeypatch.setattr(mass, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(in_torch, "on_gpu", lambda tensor: True)
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_drafts_are_attended_to_one_by_one(as_on_a_gpu, no_blocks):
     assert torch.equal(*tokens)
 
 
-def test_chunks_sinks_and_soft_caps_goblock_by_block(as_on_a_gpu):
+def test_chunks_sinks_and_soft_caps_go_block_by_block(as_on_a_gpu):
     """What no kernel of ours knows; the numbers are the CPU's, bit for bit."""
     for family, options in (
         ("llama4_text", {"attention_chunk_size": 9, "head_dim": 8, "num_local_experts": 2}),
@@ -86,7 +88,7 @@ def test_gradients_reach_the_output_and_not_the_statistic(as_on_a_gpu, no_blocks
 def test_nothing_n_by_n_of_ours(padding, as_on_a_gpu, no_blocks, monkeypatch):
     """Masks and scores are as large as they may be. (sdpa's own are its kernel's affair.)"""
     monkeypatch.setattr(fused, "MASKED", 1 << 16)
-    monkeypatch.setattr(mass, "SCORES", 1 << 16)
+    monkeypatch.setattr(in_torch, "SCORES", 1 << 16)
     with OpCount() as ops:
         follow(tiny_model(dtype=torch.float32), [H2O(99, 99)], [500], [0, padding])
     assert ops.big("bitwise_and") <= 1 << 16 and ops.big("mul") <= 1 << 16

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 import kvprune
+from kvprune.models.releases import chunks_begin_anew
 from kvprune.policies import H2O, StreamingLLM
-from kvprune.releases import chunks_begin_anew
 
 from .models import LAYERS, VOCAB, fresh_model, left_padded, plain_model, prompt, tiny_model
 from .strategies import POLICIES, evicting, seeds

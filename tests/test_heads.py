@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import kvprune
-from kvprune import families
-from kvprune.heads import as_before, neighbours
+from kvprune.models import families
+from kvprune.models.heads import as_before, neighbours
 from kvprune.policies import H2O, StreamingLLM
 
 from .family_cells import close

@@ -37,11 +37,17 @@ class Breaks(kvprune.TokenPolicy):
             raise error
 
 
+def attributes(cache: ComposedCache) -> dict[str, Any]:
+    """All that a cache knows, and its parts."""
+    parts = ("state", "session", "guard")
+    return vars(cache) | {part: vars(getattr(cache, part)) for part in parts}
+
+
 def as_new(cache: ComposedCache) -> None:
     """After a reset it holds what a new one holds, to the last attribute, and works."""
     cache.reset()
     new = ComposedCache(cache.policies)
-    assert vars(cache) == vars(new) and repr(cache) == repr(new)
+    assert attributes(cache) == attributes(new) and repr(cache) == repr(new)
     generate: Any = tiny_model().generate
     for each in (cache, new):
         generate(prompt(1, 9), cache=each, max_new_tokens=3)
@@ -183,7 +189,7 @@ def test_a_failed_cache_says_so_whatever_it_is_handed():
     cache = ComposedCache([Breaks(Broken(), 3)])
     with pytest.raises(Broken):
         tiny_model()(prompt(1, 9), past_key_values=cache)
-    cache.seen = 9
+    cache.state.seen = 9
     ids = prompt(1, 4)
     for use in (
         lambda: tiny_model().generate(ids, cache=cache, max_new_tokens=2),
@@ -246,7 +252,7 @@ def test_a_custom_generate_may_use_its_cache_as_it_likes(name, policies, tmp_pat
         assert torch.equal(got, said)
         held = [[c.columns(i).tolist() for i in range(4)] for c in (cache, expected)]
         assert held[0] == held[1]
-    assert not cache._in_generate and cache._prompt_end == 0
+    assert not cache.session.in_generate and cache.session.prompt_end == 0
     tiny = torch.cat([got, prompt(1, 3)], 1)
     assert model.generate(tiny, cache=cache, max_new_tokens=2).shape[1] == tiny.shape[1] + 2
 
@@ -276,7 +282,7 @@ def test_what_is_assisted_inside_leaves_no_drafts_outside():
             input_ids, past_key_values=cache, max_new_tokens=4, prompt_lookup_num_tokens=2
         )
         assert isinstance(cache, ComposedCache)
-        assert cache._in_generate and not cache._recording
+        assert cache.session.in_generate and not cache.session.recording
         return said
 
     model, cache = tiny_model(), ComposedCache([H2O(3, 4)])

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from kvprune import KVPruneError
-from kvprune.evaluation import statistics
-from kvprune.evaluation.statistics import interval, paired
+from kvprune.evaluation.report import statistics
+from kvprune.evaluation.report.statistics import interval, paired
 
 
 def test_the_interval_of_few_values_is_that_of_all_their_resamples():

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-from kvprune import mass
+from kvprune.attention import received as in_torch
 
-from .mass_cases import CASES, case
+from .received_cases import CASES, case
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,14 +35,14 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="needs Triton without TRITON_I
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernels_equal_the_oracle(name, dtype):
     """Several blocks; to a few float32 roundings."""
-    from kvprune import kernels
+    from kvprune.attention import kernels
 
     this = case(**CASES[name]).to(dtype)
-    expected = mass.log_sum_exp_in_torch(*this.arguments())
+    expected = in_torch.log_sum_exp_in_torch(*this.arguments())
     lse = kernels.log_sum_exp(*this.arguments())
     torch.testing.assert_close(lse, expected, rtol=2e-6, atol=2e-6)
-    expected = mass.attention_mass_in_torch(*this.with_lse(lse))
-    received = kernels.attention_mass(*this.with_lse(lse))
+    expected = in_torch.attention_received_in_torch(*this.with_lse(lse))
+    received = kernels.attention_received(*this.with_lse(lse))
     torch.testing.assert_close(received, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -50,11 +50,11 @@ def test_the_kernels_equal_the_oracle(name, dtype):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_the_kernels_go_by_strides():
     """Views as attention holds them: buffers with room to spare, heads behind tokens, cuts."""
-    from kvprune import kernels
+    from kvprune.attention import kernels
 
     this = case(old=0).to(torch.float32)
     lse = kernels.log_sum_exp(*this.arguments())
-    received = kernels.attention_mass(*this.with_lse(lse))
+    received = kernels.attention_received(*this.with_lse(lse))
     spare = torch.full((2, 2, 90, 24), torch.nan)
     spare[:, :, :70] = this.key
     query = this.query.transpose(1, 2).contiguous().transpose(1, 2)
@@ -64,7 +64,7 @@ def test_the_kernels_go_by_strides():
     for key in (spare[:, :, :70], backwards):
         arguments = (query, key, this.query_columns, columns[..., :70], 0.3)
         assert torch.equal(kernels.log_sum_exp(*arguments), lse)
-        later = kernels.attention_mass(query, key, lse, *arguments[2:])
+        later = kernels.attention_received(query, key, lse, *arguments[2:])
         assert torch.equal(later, received)
 
 
@@ -91,7 +91,7 @@ def test_the_kernels_compile_for_cuda(kernel, size, dtype, tmp_path, monkeypatch
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kvprune import kernels
+    from kvprune.attention import kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     key = torch.empty(1, 1, 1, size, dtype=torch.float32 if dtype == "fp32" else torch.float16)

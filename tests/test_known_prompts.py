@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import kvprune
-from kvprune import KVPruneError, saving
+from kvprune import KVPruneError
+from kvprune.cache import saving
 from kvprune.policies import H2O, StreamingLLM
 
 from .models import left_padded, prompt, tiny_model
+from .test_saving import contents_of
 
 LENGTH = 12
 ANOTHER = "the prompt is not the one that this cache has read"
@@ -169,7 +171,7 @@ def test_a_reset_cache_takes_any_prompt():
 def test_a_file_of_an_earlier_release_is_taken(tmp_path: Path):
     """It does not say what was read: nothing is compared."""
     cache, ids = read(how="forward")
-    saving.write(tmp_path / "cache", without_ids(saving.contents_of(cache)))
+    saving.write(tmp_path / "cache", without_ids(contents_of(cache)))
     assert "rows.prompt_ids" not in load_file(tmp_path / "cache")
     loaded = kvprune.ComposedCache.load(tmp_path / "cache", [StreamingLLM(2, 6)], tiny_model())
     taken(loaded, other(ids, 0, 3))
@@ -196,14 +198,14 @@ def test_drafts_are_no_prompt():
     cache, ids = kvprune.ComposedCache([H2O(4, 4)]), prompt(1, 6).repeat(1, 4)
     said = taken(cache, ids, prompt_lookup_num_tokens=3)
     assert said.shape[1] == 26
-    known = cache._read
+    known = cache.state.read
     assert known is not None and known.ids.tolist() == ids.tolist()
 
 
 def test_no_step_of_decoding_reads_or_keeps_ids():
     """They are looked at once for each prompt."""
     cache, _ = read()
-    known = cache._read
+    known = cache.state.read
     with torch.no_grad():
         tiny_model()(prompt(1, 1), past_key_values=cache)
-    assert cache._read is known and known is not None and known.ids.dtype == torch.int32
+    assert cache.state.read is known and known is not None and known.ids.dtype == torch.int32

@@ -18,14 +18,14 @@ from peft import LoraConfig
 from torch import nn
 
 from kvprune import KVPruneError
-from kvprune.evaluation.identity import code_digest, model_digest
-from kvprune.evaluation.ledger import FORMAT, NAME, opened, read
-from kvprune.evaluation.plan import Plan, digest_of
+from kvprune.evaluation.compare.plan import Plan, digest_of
+from kvprune.evaluation.ledger.identity import code_digest
+from kvprune.evaluation.ledger.ledger import FORMAT, NAME, opened, read
+from kvprune.evaluation.report.console import show
+from kvprune.evaluation.report.rows import rows_of
 from kvprune.evaluation.report.summary import labels, tables
-from kvprune.evaluation.rows import rows_of
-from kvprune.evaluation.tables import show
+from kvprune.models.fingerprint import describe, model_digest
 from kvprune.policies import H2O
-from kvprune.saving import describe
 
 from . import fake_tasks
 from .fake_tasks import Echo
@@ -56,7 +56,7 @@ def test_results_scored_in_another_way_are_refused(folder, tmp_path):
     asked: dict[str, Any] = {"tasks": [path], "contexts": [200], "samples": 2}
     refused(folder, "scored as before, by recall", out=tmp_path / "own", **asked)
     small(folder, out=tmp_path / "echo")
-    refused(folder, "a floor of 0.25, came .* 0.5", out=tmp_path / "echo", tasks=[Floored()])
+    refused(folder, "a floor of 0.25, got .* 0.5", out=tmp_path / "echo", tasks=[Floored()])
     (sample,) = Plan([], [Echo()], [20], [], 1, 0).drawn(_Spelled())["echo", 20]
     assert digest_of(sample, "recall") != digest_of(sample, "nats a token")
 
@@ -177,7 +177,7 @@ def test_another_spelling_is_the_same_cell(folder, tmp_path):
 
 @pytest.mark.parametrize("what", ["a weight", "the head", "eos"])
 def test_results_of_another_model_are_refused(folder, tmp_path, what):
-    """Whatever differs: `saving.describe` looks at some weights of each parameter alone."""
+    """Whatever differs: `fingerprint.describe` looks at some weights of each parameter alone."""
     small(folder, out=tmp_path / "out")
     other = shutil.copytree(folder, tmp_path / "other")
     model: Any = fresh_model(vocab_size=SIZE, dtype=torch.float32)
@@ -318,7 +318,7 @@ def test_files_of_another_format_are_refused(whole, tmp_path):
     found = lines(whole)
     found[0]["format"] = FORMAT - 1
     (tmp_path / NAME).write_text("".join(json.dumps(line) + "\n" for line in found))
-    with pytest.raises(KVPruneError, match=r"jsonl: expected results of format 3, came 2"):
+    with pytest.raises(KVPruneError, match=r"jsonl: expected results of format 3, got 2"):
         read(tmp_path)
 
 
@@ -357,7 +357,7 @@ def test_a_path_is_no_markup(folder, tmp_path, monkeypatch, name):
 def test_the_model_is_named_by_its_folder(folder, tmp_path, monkeypatch):
     """Also where that is the current one; an empty name is none."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("kvprune.evaluation.assets.demo_model", lambda **_: folder)
+    monkeypatch.setattr("kvprune.evaluation.data.assets.demo_model", lambda **_: folder)
     found = small(".", samples=1)
     assert found.results.run["model"] == folder.name
     done = run("compare", "--model", "", "--policies", "h2o", "--out", tmp_path)
@@ -411,4 +411,4 @@ def test_a_loaded_model_without_a_name_needs_its_tokenizer():
     """What would mend it is said."""
     model = fresh_model(vocab_size=SIZE, dtype=torch.float32)
     refused(model, "name_or_path, which is ''.*give tokenizer= as well")
-    refused(model, "tokenizer: expected that of the model, loaded, came 'm'", tokenizer="m")
+    refused(model, "tokenizer: expected that of the model, loaded, got 'm'", tokenizer="m")

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from kvprune import ComposedCache
-from kvprune.evaluation import harness
-from kvprune.evaluation.flops import Flops, counting
-from kvprune.evaluation.likelihood import read
-from kvprune.evaluation.watch import Watch
+from kvprune.evaluation.harness import __main__ as harness
+from kvprune.evaluation.measure.flops import Flops, counting
+from kvprune.evaluation.measure.likelihood import read
+from kvprune.evaluation.measure.watch import Watch
 from kvprune.policies import H2O, StreamingLLM
 
 from .fake_tasks import AtTheEnd

@@ -31,8 +31,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from kvprune.evaluation.harness_results import read_outputs, results_of
-from kvprune.evaluation.lm_eval import KVPruneLM
+from kvprune.evaluation.harness.lm_eval import KVPruneLM
+from kvprune.evaluation.harness.results import read_outputs, results_of
 from kvprune.evaluation.report import write_report
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ import torch
 
 import kvprune
 from kvprune.policies import H2O
-from kvprune.slots import SLACK
+from kvprune.storage.buffers import SLACK
 
 from .family_models import WINDOW, StaysDouble, attached_family, local_of
 from .models import LAYERS, left_padded, prompt

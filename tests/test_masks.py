@@ -15,7 +15,7 @@ from transformers.masking_utils import (
 )
 
 import kvprune
-from kvprune.masks import GivenMask, LazyMask, additive
+from kvprune.attention.masks import GivenMask, LazyMask, additive
 from kvprune.policies import H2O
 
 from .models import left_padded, plain_model, prompt, tiny_model

@@ -83,7 +83,7 @@ def cut_off(cache: kvprune.ComposedCache) -> None:
             layer._keys, layer._values = (
                 None if held is None else held.detach() for held in (layer._keys, layer._values)
             )
-    inside: Any = cache._positions
+    inside: Any = cache.state.positions
     if hasattr(inside, "_home"):
         inside._home = [None if home is None else home.detach() for home in inside._home]
 

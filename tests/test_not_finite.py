@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import kvprune
 from kvprune.policies import H2O, StreamingLLM
-from kvprune.rotations import rotations_of
+from kvprune.positions.rotary import rotations_of
 
 from .models import fresh_model, prompt, tiny_model
 from .strategies import POLICIES, sdtp_pruner
@@ -117,7 +117,7 @@ class NanOfItsOwn(kvprune.TokenPolicy):
 def test_a_policy_that_makes_nan_by_itself_is_told(policies):
     """With its layer and rows; the row whose input is not finite is not held against it."""
     model = tiny_model()
-    match = "expected scores that can be compared, came NaN scores at layer 0 in rows [2]"
+    match = "expected scores that can be compared, got NaN scores at layer 0 in rows [2]"
     for bad in ({}, {3: torch.nan}):
         with pytest.raises(kvprune.KVPruneError) as error:
             read(model, policies, states_of(model, bad))

@@ -13,10 +13,10 @@ import torch
 
 import kvprune
 from kvprune import KVPruneError
-from kvprune.devices import device_of, devices_of, is_offloaded
+from kvprune.models.devices import device_of, devices_of, is_offloaded
+from kvprune.models.fingerprint import describe
 from kvprune.policies import H2O, StreamingLLM
 from kvprune.policies.sdtp import fingerprint, saliency, train
-from kvprune.saving import describe
 
 from .models import LAYERS, fresh_model, plain_model, prompt, tiny_model
 from .strategies import sdtp_pruner
@@ -102,6 +102,6 @@ def test_saliency(tmp_path):
 
 
 def test_training_is_refused(tmp_path):
-    match = "train: expected a model with all of its weights on one device, came one on cpu, or off"
+    match = "train: expected a model with all of its weights on one device, got one on cpu, or off"
     with pytest.raises(KVPruneError, match=match):
         train(MADE["half on disk"](tmp_path), [], tmp_path / "out")

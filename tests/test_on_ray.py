@@ -11,11 +11,11 @@ import pytest
 
 import kvprune
 from kvprune import KVPruneError
-from kvprune.evaluation.executors import Source, attempted
-from kvprune.evaluation.loading import loaded
-from kvprune.evaluation.on_ray import run_job
-from kvprune.evaluation.plan import Plan
-from kvprune.evaluation.worker import Job, Worker
+from kvprune.evaluation.compare.executors import Source, attempted
+from kvprune.evaluation.compare.on_ray import run_job
+from kvprune.evaluation.compare.plan import Plan
+from kvprune.evaluation.compare.worker import Job, Worker
+from kvprune.evaluation.data.loading import loaded
 
 from .fake_tasks import Echo, Killed, saved_model
 from .test_compare import FAILING, no_report, said, small

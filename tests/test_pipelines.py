@@ -91,7 +91,7 @@ def test_a_callable_may_hand_out_copies_of_a_prefix():
 
 
 @pytest.mark.parametrize(
-    ("given", "came"),
+    ("given", "got"),
     [
         ("dynamic", "str"),
         (H2O(2, 2), "H2O"),
@@ -101,7 +101,7 @@ def test_a_callable_may_hand_out_copies_of_a_prefix():
         (ComposedCache, "type"),
     ],
 )
-def test_anything_else_is_refused(given, came):
+def test_anything_else_is_refused(given, got):
     """With what was expected, what came and how to mend it."""
-    with pytest.raises(KVPruneError, match=rf"cache=lambda: ComposedCache.*{came}"):
+    with pytest.raises(KVPruneError, match=rf"cache=lambda: ComposedCache.*{got}"):
         tiny_model().generate(prompt(1, 5), cache=given, max_new_tokens=2)

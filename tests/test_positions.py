@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 import kvprune
 from kvprune.policies import H2O, StreamingLLM
-from kvprune.rotations import rotations_of
+from kvprune.positions.rotary import rotations_of
 
 from .all_families import model_of as any_model
 from .family_models import StaysDouble, attached_family, family_model
@@ -140,7 +140,7 @@ def test_it_is_what_the_paper_computes(sinks, window, chunks, seed):
     cache = kvprune.ComposedCache([policy])
     got = our_logits(kvprune.attach(model_of("llama")), cache, ids, steps)
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
-    assert int(cache._positions._offset) > 0 or cache.seen < 3 * (sinks + window) + 40
+    assert int(cache.state.positions._offset) > 0 or cache.seen < 3 * (sinks + window) + 40
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt_neox", "phi"])
@@ -224,8 +224,8 @@ def test_it_is_the_same_at_column_four_million():
     model = kvprune.attach(model_of("llama", dtype=torch.float32))
     cache = kvprune.ComposedCache([policy])
     near = our_logits(model, cache, ids[:, :250], [100, *[1] * 150])
-    inside: Any = cache._positions
-    cache.seen += far
+    inside: Any = cache.state.positions
+    cache.state.seen += far
     inside._offset = inside._offset + far
     for layer in cache.layers:
         layer._columns = torch.where(layer._columns >= 4, layer._columns + far, layer._columns)
@@ -308,7 +308,7 @@ def test_copies_rows_and_crops_stay_right(before):
     policies = [*before, StreamingLLM(2, 5, positions="cache")]
     model, ids = kvprune.attach(model_of("llama")), prompt(2, 90)
     _, cache = tokens_and_state(policies, ids, model=model)
-    assert int(cache._positions._offset.min()) > 0
+    assert int(cache.state.positions._offset.min()) > 0
     twin, picked, drafted = (copy.deepcopy(cache) for _ in range(3))
     expected = our_logits(model, cache, ids[:, 60:], [1] * 30)
     torch.testing.assert_close(our_logits(model, twin, ids[:, 60:], [1] * 30), expected)
@@ -364,8 +364,8 @@ def test_layers_that_hold_other_columns_are_arranged_by_themselves(family):
     for share in (True, False):
         cache = kvprune.ComposedCache([StreamingLLM(2, 16, positions="cache")])
         for start, stop in [(0, 20), *((i, i + 1) for i in range(20, 60))]:
-            if not share and cache._positions is not None:
-                cache._positions._placement = _alone(cache._positions)  # type: ignore[method-assign]
+            if not share and cache.state.positions is not None:
+                cache.state.positions._placement = _alone(cache.state.positions)  # type: ignore[method-assign]
             with torch.no_grad(), StaysDouble():
                 new = ids[:, start:stop]
                 out = attached_family(family)(new, past_key_values=cache)

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from kvprune.evaluation import questions
-from kvprune.evaluation.questions import ASK, ASK_OTHERWISE, hidden_facts, hotpotqa, squad
+from kvprune.evaluation.data import questions
+from kvprune.evaluation.data.questions import ASK, ASK_OTHERWISE, hidden_facts, hotpotqa, squad
 
 
 class Words:

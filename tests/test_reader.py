@@ -13,9 +13,9 @@ from torch import Tensor
 
 import kvprune
 from kvprune import KVPruneError, Ranking
-from kvprune.evaluation.flops import Flops, counting
-from kvprune.evaluation.reader import CacheReader, Reading, own_prefill_flops
-from kvprune.evaluation.reading import read_lead, read_prompt
+from kvprune.evaluation.measure.flops import Flops, counting
+from kvprune.evaluation.measure.reader import CacheReader, Reading, own_prefill_flops
+from kvprune.evaluation.measure.reading import read_lead, read_prompt
 from kvprune.policies import H2O, SDTP, StreamingLLM
 
 from .fake_tasks import AtTheEnd
@@ -97,7 +97,7 @@ def test_a_text_is_as_likely_as_token_by_token(chosen, length, count, family, pi
             logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
     asked = reader(made(chosen), ids, model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvprune.evaluation.reader.PIECE", piece)
+        patch.setattr("kvprune.evaluation.measure.reader.PIECE", piece)
         said = asked.log_likelihood(Letters().decode(text, True) if count % 2 else text)
     assert said == pytest.approx(found, abs=1e-9)
     assert asked.cost(Flops.measured(model), 0.0).decode_tokens_per_second is None
@@ -284,6 +284,9 @@ def test_what_a_policy_computes_is_counted_and_an_error_leaves_nothing():
     model, ids = tiny_model(), prompt(1, 20)[0].tolist()
     # Of the prompt in each layer, of its last token once for all of them.
     assert own_prefill_flops(model, ids, [Multiplies()]) == 120 * (LAYERS + 1)
+    # Each part of a union counts once.
+    both = Multiplies() | Multiplies(recent=3)
+    assert own_prefill_flops(model, ids, [both]) == 2 * 120 * 2 * LAYERS
     with pytest.raises(RuntimeError, match="no"):
         own_prefill_flops(model, ids, [Fails()])
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack

@@ -17,9 +17,10 @@ import transformers
 from transformers import DynamicCache
 
 import kvprune
-from kvprune import ComposedCache, KVPruneError, releases
+from kvprune import ComposedCache, KVPruneError
+from kvprune.models import releases
+from kvprune.models.releases import CALLED, SEAMS, TESTED, Seam, generate_cache_name
 from kvprune.policies import H2O
-from kvprune.releases import CALLED, SEAMS, TESTED, Seam, generate_cache_name
 
 from .models import fresh_model, prompt, tiny_model
 from .strategies import sdtp_pruner
@@ -192,7 +193,7 @@ def test_a_cache_by_an_unknown_name_is_named(monkeypatch, part):
 def test_a_note_that_generate_no_longer_makes_is_named(monkeypatch, name):
     """Read before anything is: the cache can be used afterwards."""
     model, cache = tiny_model(), ComposedCache([H2O(4, 4)])
-    original = kvprune.attach.__globals__["_prepare_cache_for_generation"]
+    original = kvprune.attach.__globals__["prepare_cache_for_generation"]
 
     def prepare(model, generation_config, *args, **kwargs):
         del generation_config.__dict__[name]

@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprune import KVPruneError
+from kvprune.evaluation.ledger.results import Cell, Failure, Results, SampleResult
+from kvprune.evaluation.measure.traces import levels
 from kvprune.evaluation.report import figures, kept_text, numbers, write_report
 from kvprune.evaluation.report.palette import GROUND, SERIES, dark_rules, styles
 from kvprune.evaluation.report.pareto import front
 from kvprune.evaluation.report.plots import BINS, binned
+from kvprune.evaluation.report.rows import rows_of
 from kvprune.evaluation.report.summary import tables
-from kvprune.evaluation.results import Cell, Failure, Results, SampleResult
-from kvprune.evaluation.rows import rows_of
-from kvprune.evaluation.traces import levels
 
 from .made_up_results import BUDGETS, POLICIES, RUN, TASKS, made_up
 

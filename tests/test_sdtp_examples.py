@@ -161,7 +161,7 @@ def test_a_dataset_that_cannot_be_loaded(monkeypatch):
         raise RuntimeError("no such split")
 
     fake_datasets(monkeypatch, load)
-    with pytest.raises(KVPruneError, match=r"a dataset, came 'someone/texts': no such split"):
+    with pytest.raises(KVPruneError, match=r"a dataset, got 'someone/texts': no such split"):
         read("someone/texts")
 
 
@@ -176,7 +176,7 @@ def test_a_line_that_is_not_json(tmp_path):
     """The error names the file and the line, empty ones counted."""
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(PAIR) + '\n\n{"text": \n', encoding="utf-8")
-    with pytest.raises(KVPruneError, match=r"data\.jsonl:3: expected JSON, came "):
+    with pytest.raises(KVPruneError, match=r"data\.jsonl:3: expected JSON, got "):
         read(path)
 
 

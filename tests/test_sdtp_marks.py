@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import kvprune
 from kvprune import KVPruneError
-from kvprune.families import decoder_layers
+from kvprune.models.structure import decoder_layers
 from kvprune.policies.sdtp import Example, saliency, sharing
 from kvprune.policies.sdtp.marks import Marks, standardised
 from kvprune.policies.sdtp.shipped import weights_digest
@@ -266,7 +266,7 @@ def test_a_mark_that_is_cut_off(share, tmp_path):
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(KVPruneError, match=rf"{path.name}: expected a mark, came .*; remove it"):
+    with pytest.raises(KVPruneError, match=rf"{path.name}: expected a mark, got .*; remove it"):
         marks("llama", tmp_path).of(EXAMPLE)
 
 

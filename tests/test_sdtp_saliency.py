@@ -9,7 +9,7 @@ import torch
 
 import kvprune
 from kvprune import KVPruneError
-from kvprune.families import decoder_layers
+from kvprune.models.structure import decoder_layers
 from kvprune.policies.sdtp import saliency
 
 from .models import LAYERS, fresh_model, left_padded, plain_model, prompt, tiny_model

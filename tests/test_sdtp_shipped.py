@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import kvprune
 from kvprune import KVPruneError
-from kvprune.evaluation.assets import demo_model
+from kvprune.evaluation.data.assets import demo_model
 from kvprune.policies import SDTP, SDTPHeads
 from kvprune.policies.sdtp import fingerprint, shipped, untrained
 from kvprune.policies.sdtp.shipped import same_model

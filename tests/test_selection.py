@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprune import Ranking
-from kvprune.selection import select
+from kvprune.policy.selection import select
 
 from .naive import naive_select
 

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+import kvprune
 from kvprune import ComposedCache, KVPruneError
-from kvprune.evaluation.sharing import grouped
-from kvprune.evaluation.worker import Job
+from kvprune.evaluation.compare.sharing import grouped
+from kvprune.evaluation.compare.worker import Job
 from kvprune.policies import H2O, StreamingLLM
 
 from . import fake_tasks
 from .fake_tasks import FAILING as FAILS
 from .fake_tasks import Echo, Likely, saved_model
 from .family_models import attached_family
-from .models import LAYERS, prompt, tiny_model
+from .models import LAYERS, fresh_model, prompt, tiny_model
 from .strategies import sdtp_heads, sdtp_pruner
 from .test_compare import FAILING, hears_ctrl_c, no_report, said, small
 
@@ -170,6 +171,18 @@ def test_what_cannot_have_other_policies():
         read["dense"].with_policies([], model)
 
 
+def test_a_file_says_by_which_weights_it_was_read(tmp_path):
+    """Not by those that the model has by the time it gets other policies."""
+    model: Any = kvprune.attach(fresh_model())
+    cache = ComposedCache()
+    with torch.no_grad():
+        model(prompt(1, 20), past_key_values=cache)
+        next(model.parameters()).add_(1.0)
+    cache.with_policies([StreamingLLM(1, 5)], model).save(tmp_path / "cache")
+    with pytest.raises(KVPruneError, match="expected a cache of this model"):
+        ComposedCache.load(tmp_path / "cache", [StreamingLLM(1, 5)], model)
+
+
 def specs(tmp_path: Path) -> list[str]:
     """All kinds: alone, pruned before, a union, and what cannot share."""
     sdtp_heads(keep=0.7).float().save_pretrained(tmp_path / "x")
@@ -214,7 +227,7 @@ def untimed(result: Any) -> str:
 
 def test_a_prompt_is_read_once_for_all(folder, tmp_path, monkeypatch):
     """A forward of a whole prompt for each group and sample, beside each cell's first."""
-    from kvprune.evaluation import reader
+    from kvprune.evaluation.measure import reader
 
     read, lengths = reader.read_lead, list[int]()
 
@@ -267,7 +280,7 @@ def test_a_cell_that_fails_stops_no_other(folder, tmp_path, monkeypatch):
     found = small(folder, **options, contexts=[24])
     assert {row["label"]: row["samples"] for row in found.rows}[FAILING] == 0
     assert len(found.failures) == 1
-    monkeypatch.setattr("kvprune.evaluation.sharing._lead", lambda *_: 1 / 0)
+    monkeypatch.setattr("kvprune.evaluation.compare.sharing._lead", lambda *_: 1 / 0)
     found = small(folder, **options | {"policies": ["h2o"]})
     assert {f.cell.label for f in found.failures} == {"dense", "h2o"}
     assert {row["label"]: row["samples"] for row in found.rows}["no context"] == 4
@@ -275,7 +288,7 @@ def test_a_cell_that_fails_stops_no_other(folder, tmp_path, monkeypatch):
 
 def test_groups():
     """By what is read."""
-    from kvprune.evaluation.plan import Plan
+    from kvprune.evaluation.compare.plan import Plan
 
     plan = Plan(["h2o", "streaming", "h2o(layers=[0])"], [Echo()], [20, 30], [0.5, 0.2], 1, 0)
     groups, others = grouped([Job(cell, task, ()) for cell, task in plan.cells()], LAYERS)

@@ -7,7 +7,8 @@ import torch
 
 import kvprune
 from kvprune.policies import H2O, StreamingLLM
-from kvprune.slots import SLACK, SlotLayer
+from kvprune.storage.buffers import SLACK
+from kvprune.storage.layer import SlotLayer
 
 from .driver import D, Driver
 from .models import fresh_model, prompt
@@ -67,7 +68,7 @@ def test_a_fused_projection_is_not_kept_alive():
     fused = torch.randn(1, 2, 30, 3 * D)
     keys, values = fused[..., :D], fused[..., D : 2 * D]
     layer = SlotLayer()
-    layer.append(keys, values, torch.arange(30)[None, None], complete=True, in_hole=False)
+    layer.append(keys, values, torch.arange(30)[None, None], complete=True, in_free_slot=False)
     assert sum(t.untyped_storage().nbytes() for t in layer.tensors()) == 2 * 2 * 30 * D * 4 + 30 * 8
 
 
@@ -91,12 +92,12 @@ def test_layers_that_share_columns_part_ways_when_one_drops_a_slot():
     layers = [SlotLayer(), SlotLayer(), SlotLayer()]
     for layer in layers:
         new = torch.randn(1, 2, 6, D)
-        layer.append(new, new, columns, complete=True, in_hole=False)
+        layer.append(new, new, columns, complete=True, in_free_slot=False)
     layers[0].free(torch.tensor([[[2]]]))
     layers[1].keep(torch.tensor([[[True, False, True, True, True, True]]]))
     for layer, hole in zip(layers[:2], (2, 1), strict=True):
         new = torch.randn(1, 2, 1, D)
-        layer.append(new, new, torch.tensor([[[6]]]), complete=True, in_hole=True)
+        layer.append(new, new, torch.tensor([[[6]]]), complete=True, in_free_slot=True)
         assert layer.columns[0, 0, hole] == 6
     assert torch.equal(layers[2].columns[0, 0], torch.arange(6))
 

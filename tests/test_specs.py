@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import kvprune
 from kvprune import KVPruneError
-from kvprune.composition import Union
 from kvprune.evaluation.specs import canonical, parse
 from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
+from kvprune.policy.composition import Union
 
 from .models import prompt, tiny_model
 from .strategies import sdtp_heads
@@ -104,10 +104,10 @@ REFUSED = {
     "h2o(heavy=open('x'))": "expected a number, a text in quotes, None or a list",
     "h2o(heavy=x)": "expected a number",
     "h2o h2o": "no 'h2o' here",
-    "h2o+": "came 'the end'",
-    "": "came 'the end'",
+    "h2o+": "got 'the end'",
+    "": "got 'the end'",
     "h2o+dense": "dense to stand alone",
-    "(h2o)": r"came '\('",
+    "(h2o)": r"got '\('",
     "os:getcwd": "subclass of kvprune.TokenPolicy",
     "no_such_module:Class": "No module named 'no_such_module'",
     "sdtpheads": "no policy 'sdtpheads'",

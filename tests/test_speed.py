@@ -31,7 +31,7 @@ from bench.costs.clock import Clock, turns
 from bench.costs.count import counted
 from bench.costs.models import LAYER, Models, paired
 from bench.costs.plan import Sizes
-from kvprune.evaluation.flops import Flops
+from kvprune.evaluation.measure.flops import Flops
 from kvprune.policies.sdtp import SDTPHeads
 
 from .models import fresh_model, prompt

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import kvprune
-from kvprune.composition import leaves
 from kvprune.policies import H2O, StreamingLLM
-from kvprune.slots import SLACK
+from kvprune.policy.composition import leaves
+from kvprune.storage.buffers import SLACK
 
 from .driver import Driver
 from .naive_cache import NaiveCache, Rule, either, heavy_hitters, sinks_and_window

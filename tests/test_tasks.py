@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from kvprune import KVPruneError
-from kvprune.evaluation import questions
+from kvprune.evaluation.data import questions
 from kvprune.evaluation.tasks import TASKS, articles, kv, task, texts
 from kvprune.evaluation.tasks import words as words_task
 from kvprune.evaluation.tasks.base import Sample

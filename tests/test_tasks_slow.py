@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.tasks import measured
-from kvprune.evaluation.assets import demo_model
+from kvprune.evaluation.data.assets import demo_model
 from kvprune.evaluation.tasks import TASKS, task
 
 

@@ -233,7 +233,7 @@ class FlatScore(TokenPolicy):
 def test_an_answer_that_no_cache_takes_is_refused_in_its_words(policy):
     """Not in those of an invariant, which wraps the policy in one of its own."""
     with pytest.raises(
-        KVPruneError, match=rf"^{type(policy).__name__}\(\): expected .* (got|came) "
+        KVPruneError, match=rf"^{type(policy).__name__}\(\): expected .* (got|got) "
     ):
         check(policy, examples=1)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kvprune
-from kvprune import blocks
+from kvprune.attention import blockwise as blocks
 from kvprune.policies import H2O
 from kvprune.threads import in_threads
 

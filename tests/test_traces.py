@@ -14,8 +14,8 @@ from hypothesis.extra import numpy as arrays
 
 import kvprune
 from kvprune import KVPruneError
-from kvprune.evaluation.results import Cell, Trace
-from kvprune.evaluation.traces import MOST, held, levels, packed, trace_of
+from kvprune.evaluation.ledger.results import Cell, Trace
+from kvprune.evaluation.measure.traces import MOST, held, levels, packed, trace_of
 from kvprune.policies import H2O, SDTP, StreamingLLM
 
 from .models import LAYERS, prompt, tiny_model
@@ -66,7 +66,7 @@ def test_levels_come_back(values):
 
 def test_fewer_than_half_of_the_heads_are_told_apart():
     """None, a third, two thirds, all."""
-    from kvprune.evaluation.traces import _levels
+    from kvprune.evaluation.measure.traces import _levels
 
     columns = torch.tensor([[[0, 1, 2], [-1, 0, 1], [-1, -1, 0]]])
     assert _levels(columns, 4).tolist() == [MOST, 2, 1, 0]

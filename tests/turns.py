@@ -26,7 +26,7 @@ STEPS = [40, 1, 1, 12, 1, 1]
 def on_the_cpu(family: str, policies: list[Any], *more: Any, **options: Any) -> Any:
     """What `follow` gives without any of this."""
     with pytest.MonkeyPatch.context() as here:
-        here.setattr("kvprune.mass.on_gpu", lambda tensor: False)
+        here.setattr("kvprune.attention.received.on_gpu", lambda tensor: False)
         return follow(tiny_model(family, **options), policies, *more)
 
 

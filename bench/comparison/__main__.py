@@ -16,7 +16,7 @@ import torch
 
 from bench.command import run
 from bench.peers.environment import ROOT, peers_python
-from kvprune.evaluation.assets import demo_model
+from kvprune.evaluation.data.assets import demo_model
 
 from . import ours, theirs
 from .settings import CONTEXTS, PRESSES, SAMPLES, SHARED, stages

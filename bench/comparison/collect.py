@@ -11,11 +11,11 @@ from typing import Any
 
 from bench.peers import jobs
 from bench.peers.rows import DENSE, OURS, THEIRS
-from kvprune.evaluation import ledger
+from kvprune.evaluation.ledger import ledger
+from kvprune.evaluation.ledger.results import Results
 from kvprune.evaluation.report import write_report
-from kvprune.evaluation.results import Results
-from kvprune.evaluation.rows import rows_of
-from kvprune.evaluation.statistics import interval, paired
+from kvprune.evaluation.report.rows import rows_of
+from kvprune.evaluation.report.statistics import interval, paired
 from kvprune.files import write_text
 
 from . import theirs

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers.rows import DENSE, OURS, THEIRS
+from kvprune.evaluation.compare.worker import NO_CONTEXT
 from kvprune.evaluation.report.figures import canvas, finished, look
 from kvprune.evaluation.report.palette import INK, styles
-from kvprune.evaluation.worker import NO_CONTEXT
 
 ROOT = Path(__file__).parents[2]
 NAME, FIGURES = "comparison.json", "comparison"

@@ -20,7 +20,7 @@ from bench.peers.jobs import Job
 from bench.peers.process import run_job
 from bench.peers.protocol import Question
 from bench.peers.rows import DENSE, THEIRS
-from kvprune.evaluation.plan import Plan
+from kvprune.evaluation.compare.plan import Plan
 from kvprune.files import write_text
 
 from .settings import PRESSES, SHARED

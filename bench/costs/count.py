@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvprune.evaluation.flops import Flops, counting, layers_of, own_flops
+from kvprune.evaluation.measure.flops import Flops, counting, layers_of, own_flops
 
 from ..live import LiveBytes
 from .candidates import Make, held
@@ -20,8 +20,8 @@ def counted(model: Any, ids: Tensor, make: Make, flops: Flops, clock: Clock) -> 
 
     live: the most bytes of tensors at once, beyond what was there before. peak: what the process
     (or the GPU's allocator) came to beyond what it held before, None where nobody knows. held:
-    bytes of the cache afterwards. flops: by `kvprune.evaluation.flops`. counted_flops: by torch's
-    counter, which sees that H2O's blocks leave out what a query cannot see.
+    bytes of the cache afterwards. flops: by `kvprune.evaluation.measure.flops`. counted_flops: by
+    torch's counter, which sees that H2O's blocks leave out what a query cannot see.
     """
     cache, before = make(), clock.begin_peak()
     with LiveBytes() as live, counting() as counter, entering(model) as entered:

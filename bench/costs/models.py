@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import kvprune
-from kvprune.evaluation.assets import demo_model
+from kvprune.evaluation.data.assets import demo_model
 
 REAL, LAYER = "SmolLM2-135M", "two layers of a 7B model"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.evaluation.flops import Flops
+from kvprune.evaluation.measure.flops import Flops
 
 from .candidates import Make, candidates, random_prompt
 from .clock import Clock, Tick, tidy, turns

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.command import run
-from kvprune.evaluation.assets import demo_model
 from kvprune.evaluation.command import command_line
+from kvprune.evaluation.data.assets import demo_model
 from kvprune.files import write_text
 
 from . import jobs, table

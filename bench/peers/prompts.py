@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from kvprune.evaluation.assets import ruler_data
-from kvprune.evaluation.questions import LongQuestion, squad
+from kvprune.evaluation.data.assets import ruler_data
+from kvprune.evaluation.data.questions import LongQuestion, squad
 from kvprune.files import write_text
 
 from .protocol import Question

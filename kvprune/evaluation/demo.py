@@ -21,9 +21,9 @@ from transformers import (
 )
 
 import kvprune
-from kvprune.policies import H2O, SDTP, StreamingLLM
 
-from .assets import (
+from ..policies import H2O, SDTP, StreamingLLM
+from .data.assets import (
     DEMO_ARTICLE,
     DEMO_LEAD,
     DEMO_QUESTION,

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from rich.text import Text
 
-from kvprune.cache import ComposedCache
-from kvprune.devices import device_of
-from kvprune.errors import KVPruneError
-from kvprune.policy import TokenPolicy
-
-from .reading import longest_of, read_prompt
+from ..cache.composed import ComposedCache
+from ..errors import KVPruneError
+from ..models.devices import device_of
+from ..policy.base import TokenPolicy
+from .measure.reading import longest_of, read_prompt
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from importlib.metadata import entry_points
 from operator import attrgetter
 from typing import Any, NoReturn
 
-from kvprune.composition import Union, leaves
-from kvprune.errors import KVPruneError
-from kvprune.policy import TokenPolicy
+from ..errors import KVPruneError
+from ..policy.base import TokenPolicy
+from ..policy.composition import Union, leaves
 
 GROUP = "kvprune.policies"
 DENSE = "dense"
@@ -48,7 +48,7 @@ def parse(text: str) -> list[TokenPolicy]:
             refuses.
     """
     if not isinstance(text, str):
-        raise KVPruneError(f"policy {text!r}: expected a spec as 'h2o(heavy=256)', came no text")
+        raise KVPruneError(f"policy {text!r}: expected a spec as 'h2o(heavy=256)', got no text")
     return _Reader(text).spec()
 
 
@@ -169,8 +169,8 @@ class _Reader:
 
     def _expect(self, text: str) -> None:
         if not self._next(text):
-            came = self._tokens[self._at].text if self._at < len(self._tokens) else "the end"
-            self._fail(f"expected {text!r}, came {came!r}")
+            got = self._tokens[self._at].text if self._at < len(self._tokens) else "the end"
+            self._fail(f"expected {text!r}, got {got!r}")
 
     def spec(self) -> list[TokenPolicy]:
         """All of the text."""
@@ -233,8 +233,8 @@ class _Reader:
             self._at += 1
         name = "".join(t.text for t in self._tokens[begin : self._at])
         if not re.fullmatch(r"\w+|[\w.]+:[\w.]+", name):
-            came = name or (self._tokens[begin].text if begin < len(self._tokens) else "the end")
-            self._fail(f"expected the name of a policy, or module:Class, came {came!r}")
+            got = name or (self._tokens[begin].text if begin < len(self._tokens) else "the end")
+            self._fail(f"expected the name of a policy, or module:Class, got {got!r}")
         return name
 
     def _class(self, name: str) -> type[TokenPolicy]:
@@ -249,7 +249,7 @@ class _Reader:
             hint = _meant(name.lower(), [*known, DENSE])
             self._fail(f"there is no policy {name!r}{hint}")
         if not (isinstance(kind, type) and issubclass(kind, TokenPolicy)):
-            self._fail(f"expected {name} to be a subclass of kvprune.TokenPolicy, came {kind!r}")
+            self._fail(f"expected {name} to be a subclass of kvprune.TokenPolicy, got {kind!r}")
         return kind
 
     def _imported(self, name: str) -> Any:
@@ -306,7 +306,7 @@ class _Reader:
         try:
             return ast.literal_eval(said)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            self._fail(f"expected a number, a text in quotes, None or a list, came {said!r}")
+            self._fail(f"expected a number, a text in quotes, None or a list, got {said!r}")
 
 
 def _meant(name: str, known: Iterable[str]) -> str:

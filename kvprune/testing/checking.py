@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..binding import checked
 from ..errors import KVPruneError
-from ..policy import TokenPolicy
+from ..policy.base import TokenPolicy
+from ..policy.checks import checked
 from . import invariants
 from .runs import Case, feed
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import BloomConfig
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-from ..attention import slot_attention
-from ..binding import Attachment
-from ..cache import ComposedCache
-from ..masks import LazyMask
-from ..policy import TokenPolicy
-from ..rotations import Rotation
+from ..attention.masks import LazyMask
+from ..cache.composed import ComposedCache
+from ..models.attachment import Attachment
+from ..policy.base import TokenPolicy
+from ..positions.rotary import Rotation
+from ..wiring.attention import slot_attention
 
 D = 8
 
@@ -100,7 +100,7 @@ class Driver:
             new[row, :pad] = 0
         self.mask = torch.cat([self.mask, new], 1)
         self.cache.open_step(self.rows, count, self.mask, torch.device("cpu"))
-        handle = self.cache.hand_out(0)
+        handle = self.cache.at_layer(0)
         keys, values = self.cache.update(tokens.k, tokens.v, 0)
         output, _ = slot_attention(
             "sdpa", self.module, tokens.q, keys, values, self._rule(), kvprune_layer=handle,

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import ComposedCache
+from ..cache.composed import ComposedCache
 from ..errors import KVPruneError
-from ..policy import SlotView, TokenPolicy
-from ..slots import SLACK, SlotLayer
+from ..policy.base import TokenPolicy
+from ..policy.views import SlotView
+from ..storage.buffers import SLACK
+from ..storage.layer import SlotLayer
 from .models import LAYERS, left_padded, prompt
 from .runs import Case, Run, feed
 from .stand_ins import ByHand, Fails, Watched
@@ -225,7 +227,7 @@ def values_belong_to_their_columns(policies: Policies, case: Case) -> None:
     """What layer 0 holds at a column is what it computed there, untouched since."""
     run, dense = case.fed(policies), case.fed([])
     slots, whole = run.cache.layers[0], dense.cache.layers[0]
-    for name in ("values",) if run.cache._positions is not None else ("values", "keys"):
+    for name in ("values",) if run.cache.state.positions is not None else ("values", "keys"):
         for row in range(2):
             for head in range(slots.keys.shape[1]):
                 columns = slots.columns[row, min(head, slots.columns.shape[1] - 1)]
@@ -354,10 +356,15 @@ def bytes_are_of_kept_slots(policies: Policies, case: Case) -> None:
         entries = slots.keys[:, :, 0].numel() + slots.values[:, :, 0].numel()
         least += kept * entries * slots.keys.element_size()
         most += (kept + slack) * _bytes_of_a_slot(slots)
-        most += 0 if slots.hole is None else slots.hole.nbytes
-    others = [t for part in (run.cache._rows, run.cache._positions) if part for t in part.tensors()]
-    if run.cache._padding is not None:
-        others.append(run.cache._padding)
+        most += 0 if slots.free_slot is None else slots.free_slot.nbytes
+    others = [
+        t
+        for part in (run.cache.state.rows, run.cache.state.positions)
+        if part
+        for t in part.tensors()
+    ]
+    if run.cache.state.padding is not None:
+        others.append(run.cache.state.padding)
     most += sum(t.nbytes for t in others)
     got = run.cache.nbytes
     expect(least < got <= most, "bytes held", f"more than {least}, at most {most}", got)

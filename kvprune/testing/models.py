@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..attach import attach
+from ..wiring.attach import attach
 
 VOCAB = 61
 LAYERS = 4

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..policy import Ranking
+from ..policy.selection import Ranking
 
 
 def naive_select(ranking: Ranking, columns: Tensor, asked: Tensor | None = None) -> Tensor:
-    """`kvprune.selection.select`, one entry at a time.
+    """`kvprune.policy.selection.select`, one entry at a time.
 
     columns `[B, 1|H, S]`, -1 where not valid; asked `[B, 1, S]` is protected on top. Returns
     `[B, H, S]` bool.

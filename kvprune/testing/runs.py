@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import ComposedCache
-from ..policy import TokenPolicy
+from ..cache.composed import ComposedCache
+from ..policy.base import TokenPolicy
 from .models import left_padded, plain_model, positions, prompt, tiny_model
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..asking import shown_by
-from ..composition import leaves
-from ..policy import Ranking, SlotView, TokenPolicy, TokenView, _Statistics
+from ..policy.asking import shown_by
+from ..policy.base import TokenPolicy
+from ..policy.composition import leaves
+from ..policy.selection import Ranking
+from ..policy.views import SlotView, Statistics, TokenView
 from .naive import naive_select
 
 
@@ -106,7 +108,7 @@ def _turned(slots: SlotView) -> SlotView:
         valid=slots.valid.flip(-1),
         keys=slots.keys.flip(2),
         values=slots.values.flip(2),
-        statistic=_Statistics(received),
+        statistic=Statistics(received),
     )
 
 

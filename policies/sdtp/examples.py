@@ -125,11 +125,11 @@ def _name(source: Any) -> str:
 def _records(source: Any) -> Iterator[Any]:
     if not isinstance(source, str | Path):
         if not isinstance(source, Iterable):
-            raise KVPruneError(f"examples: expected a path or records, came {source!r}")
+            raise KVPruneError(f"examples: expected a path or records, got {source!r}")
         yield from source
         return
     if not str(source):
-        raise KVPruneError("examples: expected the name of a file, a folder or a dataset, came ''")
+        raise KVPruneError("examples: expected the name of a file, a folder or a dataset, got ''")
     path = Path(source)
     try:
         folder, file = path.is_dir(), path.is_file()
@@ -148,7 +148,7 @@ def _file(path: Path) -> Iterator[Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise KVPruneError(f"{path}: expected a text in UTF-8, came {error}") from error
+        raise KVPruneError(f"{path}: expected a text in UTF-8, got {error}") from error
     if path.suffix != ".jsonl":
         yield text
         return
@@ -157,7 +157,7 @@ def _file(path: Path) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise KVPruneError(f"{path}:{number}: expected JSON, came {error}") from error
+                raise KVPruneError(f"{path}:{number}: expected JSON, got {error}") from error
 
 
 def _dataset(name: str) -> Iterator[Any]:
@@ -172,7 +172,7 @@ def _dataset(name: str) -> Iterator[Any]:
         yield from datasets.load_dataset(name, split="train")
     except Exception as error:
         raise KVPruneError(
-            f"examples: expected a file, a folder or a dataset, came {name!r}: {error}"
+            f"examples: expected a file, a folder or a dataset, got {name!r}: {error}"
         ) from error
 
 
@@ -195,14 +195,14 @@ def _examples(
     except Exception as error:
         raise KVPruneError(
             f"examples: record {number}: expected a text, or a mapping with `text`, `prompt` and "
-            f"`completion`, or `messages`, came {str(record)[:80]!r} ({error!r})"
+            f"`completion`, or `messages`, got {str(record)[:80]!r} ({error!r})"
         ) from error
 
 
 def _ids(tokenizer: Any, text: Any) -> tuple[int, ...]:
     """As the tokenizer begins a text by itself."""
     if not isinstance(text, str):
-        raise TypeError(f"expected a text, came {type(text).__name__}")
+        raise TypeError(f"expected a text, got {type(text).__name__}")
     return tuple(tokenizer(text)["input_ids"])
 
 
@@ -220,7 +220,7 @@ def _stretches(
 def _conversation(before: list[dict[str, str]], after: Any, tokenizer: Any) -> Example:
     (last,) = after
     if last["role"] != "assistant":
-        raise ValueError(f"expected a completion by the assistant, came one by {last['role']!r}")
+        raise ValueError(f"expected a completion by the assistant, got one by {last['role']!r}")
     text = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
     ids = tokenizer.encode(text, add_special_tokens=False)
     return _pair(tuple(ids), last["content"], tokenizer)
@@ -228,5 +228,5 @@ def _conversation(before: list[dict[str, str]], after: Any, tokenizer: Any) -> E
 
 def _pair(prompt: tuple[int, ...], completion: Any, tokenizer: Any) -> Example:
     if not isinstance(completion, str):
-        raise TypeError(f"expected a text as completion, came {type(completion).__name__}")
+        raise TypeError(f"expected a text as completion, got {type(completion).__name__}")
     return Example(prompt, tuple(tokenizer.encode(completion, add_special_tokens=False)))

@@ -179,7 +179,7 @@ def _read(path: Path, wanted: str) -> dict[str, Tensor]:
     try:
         kept = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise KVPruneError(f"{path}: expected a mark, came {error}; remove it") from error
+        raise KVPruneError(f"{path}: expected a mark, got {error}; remove it") from error
     if wanted not in kept:
-        raise KVPruneError(f"{path}: expected a mark, came {sorted(kept)}; remove it")
+        raise KVPruneError(f"{path}: expected a mark, got {sorted(kept)}; remove it")
     return kept

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprune.devices import device_of, devices_of
 from kvprune.errors import KVPruneError
+from kvprune.models.devices import device_of, devices_of
 from kvprune.policy import Budget, Ranking, TokenPolicy, TokenView
 
 from .heads import SDTPHeads, check_keep
@@ -60,7 +60,7 @@ class SDTP(TokenPolicy):
         if not isinstance(self.heads, SDTPHeads | str | None):
             raise KVPruneError(
                 f"SDTP: heads: expected SDTPHeads, as SDTPHeads.from_pretrained(folder), such a "
-                f"folder's name, or None for those that ship with kvprune, came {self.heads!r}"
+                f"folder's name, or None for those that ship with kvprune, got {self.heads!r}"
             )
         if self.keep is not None:
             check_keep(self.keep, "SDTP")
@@ -99,7 +99,7 @@ class SDTP(TokenPolicy):
         of_heads = {name: heads.configuration[name] for name in of_model}
         if of_heads != of_model:
             raise KVPruneError(
-                f"SDTP: the heads are for another model: expected {of_model}, came {of_heads}. "
+                f"SDTP: the heads are for another model: expected {of_model}, got {of_heads}. "
                 f"Load the heads that were trained for this model"
             )
         if self.stages is not None and self.stages > len(heads.stages):

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvprune.devices import device_of
 from kvprune.errors import KVPruneError
-from kvprune.families import argument, check_family, decoder_layers, with_argument
+from kvprune.models.devices import device_of
+from kvprune.models.families import check_family
+from kvprune.models.structure import argument, decoder_layers, with_argument
 
 
 def saliency(

@@ -11,8 +11,8 @@ import torch
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from torch import Tensor
 
-from kvprune.devices import device_of, named_weights
 from kvprune.errors import KVPruneError
+from kvprune.models.devices import device_of, named_weights
 
 from .heads import SDTPHeads
 

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvprune.families import argument, decoder_layers, with_argument
-from kvprune.masks import biased_mask
-from kvprune.policy import Lengths, TokenView, _Statistics
-from kvprune.selection import select
+from kvprune.attention.masks import biased_mask
+from kvprune.models.structure import argument, decoder_layers, with_argument
+from kvprune.policy import Lengths, TokenView
+from kvprune.policy.selection import select
+from kvprune.policy.views import Statistics
 
 from .heads import SDTPHeads
 from .policy import SDTP
@@ -98,7 +99,7 @@ class PruningPass:
             valid=columns >= 0,
             first=columns.new_zeros(1),
             lengths=Lengths(columns.new_full((1,), self.prompt)),
-            statistic=_Statistics({}),
+            statistic=Statistics({}),
         )
 
     def _noise(self, score: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from kvprune.families import argument, decoder_layers, with_argument
-from kvprune.masks import biased_mask
-from kvprune.releases import with_cache
+from kvprune.attention.masks import biased_mask
+from kvprune.models.releases import with_cache
+from kvprune.models.structure import argument, decoder_layers, with_argument
 
 from .saliency import contribution, layer_inputs
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from kvprune.cache import ComposedCache
+from kvprune.cache.composed import ComposedCache
 from kvprune.errors import KVPruneError
-from kvprune.families import decoder_layers
 from kvprune.files import write_text, write_whole
+from kvprune.models.structure import decoder_layers
 
 from .examples import Example
 from .heads import SDTPHeads
@@ -393,12 +393,12 @@ class Trainer:
             other = [name for name, value in self._identity.items() if value != theirs.get(name)]
         except Exception as error:
             raise KVPruneError(
-                f"{path}: expected a checkpoint of a training, came something else "
+                f"{path}: expected a checkpoint of a training, got something else "
                 f"({type(error).__name__}); remove it, or name another folder for the output"
             ) from error
         if other:
             raise KVPruneError(
-                f"{path}: expected a checkpoint of this training, came one with another "
+                f"{path}: expected a checkpoint of this training, got one with another "
                 f"{' and '.join(other)}. Name another folder for the output, or remove the file"
             )
         self.heads.load_state_dict(state["heads"])

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from kvprune.attach import attach, detach
-from kvprune.devices import devices_of, is_offloaded
 from kvprune.errors import KVPruneError
-from kvprune.families import check_family
+from kvprune.models.devices import devices_of, is_offloaded
+from kvprune.models.families import check_family
+from kvprune.wiring.attach import attach, detach
 
 from .examples import Example
 from .heads import SDTPHeads
@@ -158,14 +158,14 @@ def _check_model(model: Any) -> None:
     devices = devices_of(model)
     if len(devices) > 1 or is_offloaded(model):
         raise KVPruneError(
-            f"train: expected a model with all of its weights on one device, came one on "
+            f"train: expected a model with all of its weights on one device, got one on "
             f"{', '.join(sorted(map(str, devices)))}, or offloaded. Load it with "
             f"device_map={{'': 0}}"
         )
     head = model.get_output_embeddings()
     if head is None:
         raise KVPruneError(
-            f"train: expected a model with a language-model head, came {type(model).__name__}: "
+            f"train: expected a model with a language-model head, got {type(model).__name__}: "
             f"load it with AutoModelForCausalLM"
         )
 
@@ -174,7 +174,7 @@ def _as_json(note: dict[str, Any]) -> dict[str, Any]:
     try:
         same: dict[str, Any] = json.loads(json.dumps(note))
     except (TypeError, ValueError) as error:
-        raise KVPruneError(f"train: note: expected what JSON can hold, came {note!r}") from error
+        raise KVPruneError(f"train: note: expected what JSON can hold, got {note!r}") from error
     return same
 
 
@@ -182,7 +182,7 @@ def _prepared(policy: SDTP, model: Any) -> SDTP:
     """With a copy of its heads, ready to be trained for the model."""
     if not isinstance(policy, SDTP) or not isinstance(policy.heads, SDTPHeads):
         raise KVPruneError(
-            f"train: expected a policy with heads: SDTP(untrained(model)), came {policy!r}"
+            f"train: expected a policy with heads: SDTP(untrained(model)), got {policy!r}"
         )
     if not any(policy.applies(layer) for layer in policy.heads.layers[: policy.stages]):
         raise KVPruneError(
@@ -235,7 +235,7 @@ def _split(
     parts = [[e for e in different if (_text(e) in texts) is there] for there in (False, True)]
     if not all(parts):
         raise KVPruneError(
-            f"train: expected at least 2 different examples and validation below 1.0, came "
+            f"train: expected at least 2 different examples and validation below 1.0, got "
             f"{len(different)} and validation={options.validation}"
         )
     return parts[0], parts[1]
@@ -252,7 +252,7 @@ def _apart(
     both = set(examples) & set(held_out)
     if not examples or not held_out or both:
         raise KVPruneError(
-            f"train: expected examples and others that are held out, came {len(examples)} and "
+            f"train: expected examples and others that are held out, got {len(examples)} and "
             f"{len(held_out)}, with {len(both)} in both"
         )
     return examples, held_out
@@ -264,14 +264,14 @@ def _check_examples(examples: Sequence[Example], policy: SDTP, vocabulary: int) 
     if short:
         raise KVPruneError(
             f"train: expected prompts of at least {least} tokens (shorter ones are never pruned) "
-            f"with a completion, came {len(short)} of {len(examples)} without, the first one of "
+            f"with a completion, got {len(short)} of {len(examples)} without, the first one of "
             f"{len(short[0].prompt)} + {len(short[0].completion)} tokens"
         )
 
     strange = [t for e in examples for t in (*e.prompt, *e.completion) if not 0 <= t < vocabulary]
     if strange:
         raise KVPruneError(
-            f"train: expected tokens of 0 to {vocabulary - 1}, came {strange[0]}: the examples "
+            f"train: expected tokens of 0 to {vocabulary - 1}, got {strange[0]}: the examples "
             f"were made with the tokenizer of another model"
         )
 

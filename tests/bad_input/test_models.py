@@ -13,7 +13,7 @@ from torch import nn
 
 import kvprune
 from kvprune import ComposedCache, KVPruneError
-from kvprune.masks import LazyMask
+from kvprune.attention.masks import LazyMask
 from kvprune.policies import StreamingLLM
 
 from ..models import (
@@ -134,8 +134,8 @@ def test_attention_implementation_that_is_refused():
 @pytest.mark.parametrize("wrong", [nn.Linear(2, 2), nn.ModuleList(), None, "gpt2", tf.GPT2Model])
 def test_model_that_is_none_of_transformers(wrong):
     """A plain module, or no module at all."""
-    came = type(wrong).__name__
-    with pytest.raises(KVPruneError, match=f"expected a transformers PreTrainedModel, got {came}"):
+    got = type(wrong).__name__
+    with pytest.raises(KVPruneError, match=f"expected a transformers PreTrainedModel, got {got}"):
         kvprune.attach(wrong)
 
 
@@ -189,10 +189,13 @@ def test_labels_without_pruned_hidden_states_are_fine():
         ("deepseek_v3", "sdpa", "expanded after they were stored"),
     ],
 )
-def test_drafts(family, backend, reason):
+@pytest.mark.parametrize("how", ["evicts", "observes"])
+def test_drafts(family, backend, reason, how):
     """Where they cannot be read one by one, or not be taken back."""
     model: Any = tiny_model(family, backend=backend, dtype=torch.float32)
     ids, cache = prompt(1, 9), ComposedCache([h2o()])
+    if how == "observes":
+        cache = ComposedCache(observe=("attention",))
     with torch.no_grad():
         model(ids, past_key_values=cache)
     cache.activate_past_recording()

@@ -98,7 +98,7 @@ def test_cache_switched_off(cache):
 @pytest.mark.parametrize("wrong", [3, None, "h2o", H2O, tf.DynamicCache()])
 def test_union_with_something_else(wrong):
     """`a | b` takes two policies."""
-    with pytest.raises(KVPruneError, match=r"a \| b: expected two policies, came"):
+    with pytest.raises(KVPruneError, match=r"a \| b: expected two policies, got"):
         h2o() | wrong
 
 
@@ -290,10 +290,10 @@ def _with(name: str, change: Callable[[Tensor], Any]) -> Callable[[Ranking], Ran
 
 
 FAULTS: list[tuple[Callable[[Ranking], Any], str]] = [
-    (lambda r: "all of them", "a kvprune.Ranking or None, came str"),
-    (lambda r: (r.score, r.protected, r.budget), "a kvprune.Ranking or None, came tuple"),
-    (lambda r: r.score, "a kvprune.Ranking or None, came Tensor"),
-    (lambda r: True, "a kvprune.Ranking or None, came bool"),
+    (lambda r: "all of them", "a kvprune.Ranking or None, got str"),
+    (lambda r: (r.score, r.protected, r.budget), "a kvprune.Ranking or None, got tuple"),
+    (lambda r: r.score, "a kvprune.Ranking or None, got Tensor"),
+    (lambda r: True, "a kvprune.Ranking or None, got bool"),
     (_with("score", lambda t: t[..., 1:]), "score as a float tensor"),
     (_with("score", lambda t: t[:1]), "score as a float tensor"),
     (_with("score", lambda t: t[:, 0]), "score as a float tensor"),
@@ -302,15 +302,15 @@ FAULTS: list[tuple[Callable[[Ranking], Any], str]] = [
     (_with("score", lambda t: t > 0), "score as a float tensor"),
     (_with("score", lambda t: t + 1j), "score as a float tensor"),
     (_with("score", lambda t: t.tolist()), "score as a float tensor"),
-    (_with("score", lambda t: t.where(t < t.max(), NAN)), "scores that can be compared, came NaN"),
+    (_with("score", lambda t: t.where(t < t.max(), NAN)), "scores that can be compared, got NaN"),
     (_with("protected", lambda t: t[..., 1:]), "protected as a bool tensor"),
     (_with("protected", lambda t: t[:, 0]), "protected as a bool tensor"),
     (_with("protected", lambda t: t.long()), "protected as a bool tensor"),
     (_with("protected", lambda t: t.double()), "protected as a bool tensor"),
     (_with("protected", lambda t: None), "protected as a bool tensor"),
     (_with("score", lambda t: t.to(torch.float8_e4m3fn)), "score as a float tensor"),
-    (_with("score", lambda t: t.to("meta")), "score on cpu, where its view is, came meta"),
-    (_with("budget", lambda t: t.to("meta")), "budget on cpu, where its view is, came meta"),
+    (_with("score", lambda t: t.to("meta")), "score on cpu, where its view is, got meta"),
+    (_with("budget", lambda t: t.to("meta")), "budget on cpu, where its view is, got meta"),
     (_with("budget", lambda t: t.to(torch.uint16)), "budget as a int tensor"),
     (_with("budget", lambda t: t.double()), "budget as a int tensor"),
     (_with("budget", lambda t: t > 0), "budget as a int tensor"),

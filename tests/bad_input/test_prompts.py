@@ -77,7 +77,7 @@ def test_mask_of_a_wrong_length_for_an_empty_cache(columns, padded):
     mask = masks(1, columns)[padded]
     assert_refused(
         cache,
-        f"attention_mask: expected .*came .*{columns}",
+        f"attention_mask: expected .*got .*{columns}",
         lambda: model(ids, attention_mask=mask, past_key_values=cache),
         lambda: model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=2),
     )
@@ -91,7 +91,7 @@ def test_mask_of_a_wrong_length_for_a_filled_cache(columns, padded):
     mask = masks(1, columns)[padded]
     assert_refused(
         cache,
-        rf"attention_mask: expected .*(\b13\b|10 \+ 3).*came .*{columns}",
+        rf"attention_mask: expected .*(\b13\b|10 \+ 3).*got .*{columns}",
         lambda: model(ids, attention_mask=mask, past_key_values=cache),
         lambda: model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=2),
     )
@@ -102,7 +102,7 @@ def test_mask_of_earlier_turns_for_a_forward(padded):
     """`generate` extends it, as it makes masks of its own; a forward is taken at its word."""
     model, ids, cache = tiny_model(), prompt(1, 3), filled(h2o())
     mask = masks(1, LENGTH)[padded]
-    match = r"attention_mask: expected .*\b13\b.*came .*10"
+    match = r"attention_mask: expected .*\b13\b.*got .*10"
     assert_refused(cache, match, lambda: model(ids, attention_mask=mask, past_key_values=cache))
 
 
@@ -113,7 +113,7 @@ def test_mask_of_other_rows(padded):
     mask = masks(2, LENGTH)[padded]
     assert_refused(
         cache,
-        r"attention_mask: expected .*came",
+        r"attention_mask: expected .*got",
         lambda: model(ids, attention_mask=mask, past_key_values=cache),
         lambda: model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=2),
     )
@@ -131,7 +131,7 @@ def test_mask_of_a_wrong_shape(shape):
     mask = torch.ones(shape, dtype=torch.bool)
     assert_refused(
         cache,
-        "attention_mask: expected .*came",
+        "attention_mask: expected .*got",
         lambda: model(ids, attention_mask=mask, past_key_values=cache),
     )
 
@@ -142,7 +142,7 @@ def test_batch_size_that_changes():
     options: Any = {"cache": cache, "max_new_tokens": 2}
     assert_refused(
         cache,
-        "expected 1 rows as before, came 2. Use a new cache, or batch_repeat_interleave",
+        "expected 1 rows as before, got 2. Use a new cache, or batch_repeat_interleave",
         lambda: model(ids, past_key_values=cache),
         lambda: model(ids[:, :1], past_key_values=cache),
         lambda: model.generate(ids, **options),

@@ -152,7 +152,7 @@ def test_nothing_to_learn_from(options):
 @pytest.mark.parametrize("examples", [[], EXAMPLES[:1], EXAMPLES[:1] * 9])
 def test_too_few_examples(examples, tmp_path):
     """One is held out, so two different ones it takes."""
-    with pytest.raises(KVPruneError, match=r"at least 2 different examples .*came [01] and"):
+    with pytest.raises(KVPruneError, match=r"at least 2 different examples .*got [01] and"):
         attempt(tmp_path, examples)
 
 
@@ -164,7 +164,7 @@ def test_held_out_examples_that_measure_nothing(held_out, said, tmp_path):
     """None at all, or ones that are trained on."""
     model = model_of()
     policy = SDTP(untrained(model, first_layer=1), min_tokens=6)
-    with pytest.raises(KVPruneError, match=f"others that are held out, came {said}"):
+    with pytest.raises(KVPruneError, match=f"others that are held out, got {said}"):
         train(model, EXAMPLES, tmp_path, None, policy, held_out=held_out, progress=False)
 
 
@@ -180,14 +180,14 @@ def test_a_split_that_leaves_nothing_to_train_on(validation, tmp_path):
 )
 def test_prompts_that_are_never_pruned(policy, least, tmp_path):
     """Shorter than `min_tokens`, or nothing but sinks."""
-    match = rf"prompts of at least {least} tokens.*came 5 of 5 without, the first one of 20 \+ 3"
+    match = rf"prompts of at least {least} tokens.*got 5 of 5 without, the first one of 20 \+ 3"
     with pytest.raises(KVPruneError, match=match):
         attempt(tmp_path, policy=policy)
 
 
 def test_an_example_without_a_completion(tmp_path):
     """There is nothing that the loss could be over."""
-    with pytest.raises(KVPruneError, match=r"came 1 of 6 without, the first one of 20 \+ 0"):
+    with pytest.raises(KVPruneError, match=r"got 1 of 6 without, the first one of 20 \+ 0"):
         attempt(tmp_path, [*EXAMPLES, Example(EXAMPLES[0].prompt, ())])
 
 
@@ -195,7 +195,7 @@ def test_an_example_without_a_completion(tmp_path):
 def test_tokens_of_another_tokenizer(token, tmp_path):
     """Refused before the model looks them up."""
     strange = Example((*EXAMPLES[0].prompt[:-1], token), EXAMPLES[0].completion)
-    with pytest.raises(KVPruneError, match=f"expected tokens of 0 to .*, came {token}"):
+    with pytest.raises(KVPruneError, match=f"expected tokens of 0 to .*, got {token}"):
         attempt(tmp_path, [*EXAMPLES, strange])
 
 

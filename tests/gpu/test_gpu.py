@@ -13,11 +13,13 @@ import pytest
 import torch
 
 import kvprune
-from kvprune import attention, flash, mass
+from kvprune.attention import dispatch as attention
+from kvprune.attention import received as in_torch
+from kvprune.models.backends import FLASH
 from kvprune.policies import H2O, StreamingLLM
 
-from ..mass_cases import CASES, case
 from ..models import fresh_model, left_padded, prompt, tiny_model
+from ..received_cases import CASES, case
 from ..turns import POLICIES, STEPS, follow
 
 pytestmark = [
@@ -41,16 +43,16 @@ def no_blocks(monkeypatch) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernels_equal_the_oracle(name, size, dtype):
     """And are the same in every run."""
-    from kvprune import kernels
+    from kvprune.attention import kernels
 
     this = case(**{**CASES[name], "size": size}).to(dtype).to("cuda")
-    expected = mass.log_sum_exp_in_torch(*this.arguments())
+    expected = in_torch.log_sum_exp_in_torch(*this.arguments())
     lse = kernels.log_sum_exp(*this.arguments())
     torch.testing.assert_close(lse, expected, rtol=1e-5, atol=1e-5)
-    expected = mass.attention_mass_in_torch(*this.with_lse(lse))
-    received = kernels.attention_mass(*this.with_lse(lse))
+    expected = in_torch.attention_received_in_torch(*this.with_lse(lse))
+    received = kernels.attention_received(*this.with_lse(lse))
     torch.testing.assert_close(received, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(kernels.attention_mass(*this.with_lse(lse)), received)
+    assert torch.equal(kernels.attention_received(*this.with_lse(lse)), received)
     assert torch.equal(kernels.log_sum_exp(*this.arguments()), lse)
 
 
@@ -91,7 +93,7 @@ def half_model(dtype: torch.dtype, backend: str) -> Any:
     return kvprune.attach(model)
 
 
-BACKENDS = ["sdpa", pytest.param(flash.NAME, marks=needs_flash)]
+BACKENDS = ["sdpa", pytest.param(FLASH, marks=needs_flash)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -113,7 +115,7 @@ def test_flash_attn_says_what_sdpa_says(name, dtype):
     """With budgets that are never reached, since half precision may break ties otherwise."""
     policies = [] if name == "dense" else [H2O(99, 99)]
     results = [follow(half_model(dtype, b), policies, STEPS, [0, 0])[0].float()
-               for b in (flash.NAME, "sdpa")]  # fmt: skip
+               for b in (FLASH, "sdpa")]  # fmt: skip
     error = (results[0] - results[1]).abs().mean() / results[1].std()
     assert error < 0.05
 

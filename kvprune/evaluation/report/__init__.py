@@ -9,10 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvprune.errors import KVPruneError
-from kvprune.files import write_text, write_whole
-
-from ..results import Results
+from ...errors import KVPruneError
+from ...files import write_text, write_whole
+from ..ledger.results import Results
 from . import view
 from .figures import Plot, need_matplotlib
 from .kept_text import SHADES, shown

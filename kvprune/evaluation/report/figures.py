@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvprune.errors import KVPruneError
-
+from ...errors import KVPruneError
 from .palette import GRID, GROUND, INK, MUTED, PAPER, dark_rules
 
 if TYPE_CHECKING:

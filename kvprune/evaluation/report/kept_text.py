@@ -8,8 +8,8 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from ..results import Trace
-from ..traces import held
+from ..ledger.results import Trace
+from ..measure.traces import held
 from .summary import DENSE, LOWER
 
 SHADES = ("under 25 %", "25–50 %", "50–75 %", "75 % and more", "all")

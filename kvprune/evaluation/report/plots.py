@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..results import Trace
-from ..traces import MOST, levels
+from ..ledger.results import Trace
+from ..measure.traces import MOST, levels
 from .figures import LONGEST_TITLE, Plot, canvas, finished, look, shortened
 from .numbers import Scale, flops_scale, share
 from .palette import INK, MUTED, PAPER, Style

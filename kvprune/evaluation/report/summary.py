@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
 
-from ..results import Cell, Cost, Failure, Results, SampleResult
-from ..statistics import interval, paired
+from ..ledger.results import Cell, Cost, Failure, Results, SampleResult
 from .pareto import front
+from .statistics import interval, paired
 
 DENSE = "dense"
 LOWER = "no context"

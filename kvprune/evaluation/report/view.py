@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
-from ..results import Results, Trace
+from ..ledger.results import Results, Trace
 from .figures import Plot
 from .kept_text import left_out, text_runs
 from .numbers import NONE, digits, flops_scale, number, percent, ratio, runs, share

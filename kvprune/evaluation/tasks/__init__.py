@@ -6,8 +6,7 @@ import difflib
 import os
 from collections.abc import Callable
 
-from kvprune.errors import KVPruneError
-
+from ...errors import KVPruneError
 from .articles import HotpotQA, Squad
 from .base import Task
 from .kv import KeyValue

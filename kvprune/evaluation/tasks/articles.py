@@ -6,7 +6,7 @@ answer freely: F1 0.13 for SmolLM2-135M on SQuAD, so that exact match would meas
 (Rajpurkar et al., arXiv 1606.05250) needs one paragraph of an article, HotpotQA (Yang et al., arXiv
 1809.09600) sentences of two. Both as RULER has them (arXiv 2404.06654, section 3: question
 answering), with paragraphs that say nothing about it. The questions are the "final" split of
-`kvprune.evaluation.questions`, which the heads that ship have not been trained on.
+`kvprune.evaluation.data.questions`, which the heads that ship have not been trained on.
 
 Where the article, or the entry, has less text than the context has room, whole paragraphs of other
 final questions are put around it. A prompt is shorter than the context by less than a paragraph,
@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
-from kvprune.evaluation.questions import ASK, LongQuestion, hotpotqa, squad
-
+from ..data.questions import ASK, LongQuestion, hotpotqa, squad
 from .base import Reader, Sample, Score, Task
 from .prompts import Ask, refuse_few, seeded
 from .scoring import LIKELIHOOD, answer_tokens, likelihood

@@ -16,8 +16,7 @@ import random
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from kvprune.errors import KVPruneError
-
+from ...errors import KVPruneError
 from .base import Reader, Sample, Score
 from .prompts import Ask, Filled, Plan
 from .scoring import RECALL, recall

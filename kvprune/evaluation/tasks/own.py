@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvprune.errors import KVPruneError
-
+from ...errors import KVPruneError
 from .base import Reader, Sample, Score, Task
 from .prompts import Ask, refuse_few
 from .scoring import LIKELIHOOD, RECALL, answer_tokens, likelihood, recall

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from kvprune.errors import KVPruneError
-
+from ...errors import KVPruneError
 from .base import Reader, Sample, Score, Task
 from .prompts import opening, refuse_short, seeded
 from .scoring import LIKELIHOOD, mean

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvprune.errors import KVPruneError
-
+from ...errors import KVPruneError
 from .base import Sample, Task
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from functools import cache
 
-from kvprune.evaluation.assets import ruler_data
+from ..data.assets import ruler_data
 
 ESSAYS = "PaulGrahamEssays.json"
 SENTENCE_ENDS = (".", "?", "!")

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from kvprune.errors import KVPruneError
-
+from ...errors import KVPruneError
 from .base import Reader, Sample, Score
 from .prompts import Ask, Filled, Plan
 from .scoring import RECALL, recall

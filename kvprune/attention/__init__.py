@@ -1,0 +1,1 @@
+"""Attention over slots: tensors in, tensors out."""

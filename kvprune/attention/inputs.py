@@ -1,0 +1,91 @@
+"""The inputs of attention: tensors, and the columns that they belong to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models.structure import Local
+from .masks import Mask
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The queries of one forward at one layer, and the slots that they attend to.
+
+    query: `[B, Hq, Q, D]`.
+    key: `[B, Hkv, S, D]`.
+    value: `[B, Hkv, S, Dv]`.
+    mask: the model's rule.
+    query_columns: `[B, Q]` int64, -1 for padding.
+    held_columns: `[B, 1|Hkv, n]` int64, n at least S, -1 for an empty slot; what is behind the
+        first S belongs to no slot. Slots come in no order, but those of several new tokens are the
+        last ones, in order.
+    no_padding: it is known that no query is padding.
+    no_gaps: it is known that no slot is empty.
+    count: the tokens of this forward, also those that were pruned before this layer.
+    local: what the layer's queries can see; None for everything.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Mask
+    query_columns: Tensor
+    held_columns: Tensor
+    no_padding: bool
+    no_gaps: bool
+    count: int
+    local: Local | None
+
+    @property
+    def slot_columns(self) -> Tensor:
+        """`[B, 1|Hkv, S]` int64; the very `held_columns` where all of them belong to slots."""
+        size = self.key.shape[2]
+        held = self.held_columns
+        return held if held.shape[-1] == size else held[..., :size]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The steps between products of query and key, and outputs.
+
+    scaling: what products are multiplied by.
+    softcap: scores become `softcap * tanh(score / softcap)`; None for no such cap.
+    sinks: `[Hq]`, attention sinks, which take their share of each query; None for none.
+    dropout: the share of probabilities that are left out of outputs.
+    """
+
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+    dropout: float
+
+    def probabilities(self, scores: Tensor, sinks: Tensor | None, out: Tensor | None) -> Tensor:
+        """Softmax over the slots; `sinks` `[..., 1]` take their share and are left out.
+
+        `out` may be the scores themselves.
+        """
+        if sinks is None:
+            return torch.softmax(scores, -1, out=out)
+        return torch.cat([scores, sinks.expand_as(scores[..., :1])], -1).softmax(-1)[..., :-1]
+
+    def capped(self, scores: Tensor) -> Tensor:
+        """Scores after soft-capping."""
+        return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
+
+    def dropped(self, probabilities: Tensor, dtype: torch.dtype) -> Tensor:
+        """Probabilities of a dtype after dropout."""
+        probabilities = probabilities.to(dtype)
+        if not self.dropout:
+            return probabilities
+        return torch.nn.functional.dropout(probabilities, self.dropout)
+
+
+def hide(scores: Tensor, mask: Tensor) -> Tensor:
+    """Applies a mask in place; what it hides stays finite (see `masks.additive`)."""
+    if mask.dtype == torch.bool:
+        return scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    return scores.add_(mask)

@@ -1,0 +1,1 @@
+"""The cache: what it holds, what `generate` tells it, and its file."""

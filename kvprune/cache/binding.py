@@ -1,0 +1,112 @@
+"""A cache and its model: whether the policies work on it, and the layers that the cache gets."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import KVPruneError
+from ..models.attachment import Attachment
+from ..models.fingerprint import described
+from ..models.releases import LinearAttentionLayer
+from ..models.structure import base_of, unwrapped
+from ..policy.base import TokenPolicy
+from ..policy.checks import checked
+from ..policy.composition import leaves, wanted_at
+from ..positions.inside import positions_for
+from ..storage.layer import SlotLayer
+from .state import CacheState
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The model that a cache is tied to.
+
+    attachment: the model, as caches know it.
+    policies: what the cache's policies are on the model; see `TokenPolicy.for_model`.
+    model: what the model was when the cache was tied to it, for files; see
+        `models.fingerprint.described`.
+    """
+
+    attachment: Attachment
+    policies: tuple[TokenPolicy, ...]
+    model: dict[str, str]
+
+
+def bind(
+    policies: Sequence[TokenPolicy],
+    observe: tuple[str, ...],
+    attachment: Attachment,
+    base: torch.nn.Module,
+) -> tuple[Binding, CacheState]:
+    """Ties a cache to a model, and makes its empty layers.
+
+    Args:
+        policies: of the cache.
+        observe: statistics that are wanted beside those of the policies.
+        attachment: the model's.
+        base: the model that has the decoder layers.
+
+    Raises:
+        KVPruneError: a policy cannot work on the model.
+    """
+    for policy in leaves(policies):
+        _check_layers(policy, attachment)
+        _check_prunes(policy, attachment)
+    working = checked([policy.for_model(base) for policy in policies])
+    positions = positions_for(working, base, attachment.memory)
+    layers: list[SlotLayer | LinearAttentionLayer] = []
+    for index in range(attachment.num_layers):
+        if attachment.states and attachment.states[index]:
+            layers.append(LinearAttentionLayer(number_of_states=attachment.states[index]))
+            continue
+        local = attachment.local[index] if attachment.local else None
+        names = tuple(dict.fromkeys(wanted_at(working, index) + observe))
+        arrivals = positions is not None and positions.keeps_arrivals(index)
+        layers.append(SlotLayer(names, local, arrivals))
+    model = described(base, attachment.memory)
+    return Binding(attachment, working, model), CacheState(layers, positions)
+
+
+def attached(model: torch.nn.Module, what: str) -> tuple[Attachment, Any]:
+    """The attachment of a model, and its base model.
+
+    Args:
+        model: any model.
+        what: who asks, for the error.
+
+    Raises:
+        KVPruneError: kvprune is not attached to it.
+    """
+    inner = unwrapped(model)
+    base: Any = base_of(inner) if hasattr(inner, "base_model") else inner
+    attachment = getattr(base, "__dict__", {}).get("_kvprune")
+    if attachment is None:
+        raise KVPruneError(
+            f"{what}: expected a model that kvprune is attached to, got "
+            f"{type(model).__name__}: call kvprune.attach(model) first"
+        )
+    return attachment, base
+
+
+def _check_prunes(policy: TokenPolicy, attachment: Attachment) -> None:
+    if attachment.cannot_prune and "rank_hidden" in policy.hooks:
+        raise KVPruneError(
+            f"{policy!r} prunes hidden states, which {attachment.name} does not support: "
+            f"{attachment.cannot_prune}. Use policies that evict slots"
+        )
+
+
+def _check_layers(policy: TokenPolicy, attachment: Attachment) -> None:
+    wanted = policy.layers
+    if wanted is None:
+        return
+    known, several = range(attachment.num_layers), isinstance(wanted, Collection)
+    if not several or not all(type(i) is int and i in known for i in wanted):
+        raise KVPruneError(
+            f"{policy!r}: layers={wanted!r}: expected layers of 0 to {len(known) - 1} of "
+            f"{attachment.name}"
+        )

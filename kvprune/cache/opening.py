@@ -1,0 +1,157 @@
+"""The beginning of a forward: what it brings is checked against what the cache holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..engine.arrival import Arrival, asked_tokens, new_columns, padding_so_far
+from ..engine.step import Step
+from ..errors import KVPruneError
+from ..policy.base import TokenPolicy
+from ..policy.composition import evicts
+from ..storage.rows import rows_after
+from .binding import Binding
+from .session import Session
+from .state import CacheState
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A cache as a forward finds it.
+
+    policies: as they were handed to the cache.
+    observes: whether statistics are observed that no policy wants.
+    binding: the cache's model.
+    state: what the cache holds.
+    session: what `generate` has told it.
+    """
+
+    policies: tuple[TokenPolicy, ...]
+    observes: bool
+    binding: Binding
+    state: CacheState
+    session: Session
+
+    def step(
+        self,
+        rows: int,
+        count: int,
+        mask: Tensor | None,
+        device: torch.device,
+        logits_to_keep: int | Tensor,
+    ) -> Step:
+        """A forward of `[rows, count]` tokens; see `WiredCache.open_step`."""
+        state, session, attachment = self.state, self.session, self.binding.attachment
+        self._check_size(rows, count)
+        state.follow(device)
+        new = self._arrival(rows, count, mask, device)
+        drafts = session.drafts(state.seen, count)
+        drops = drops_slots(self.policies, state)
+        self._check_drafts(drafts, drops or self.observes)
+        if state.positions is not None:
+            state.positions.check(state.rows, new.rows, state.seen)
+        # Of a prompt with drafts behind it, what it would be asked for without them.
+        keep = 1 if drafts else logits_to_keep
+        lead = None if new.complete else new.columns[:, : count - drafts]
+        asked = asked_tokens(keep, rows, count - drafts, device, lead)
+        state.settle()
+        position_ids = None
+        if state.positions is not None:
+            layers = [layer for _, layer in state.slot_layers()]
+            position_ids = state.positions.open(layers, new.columns, new.padding, new.rows)
+        step = Step(
+            self.binding.policies,
+            len(state.layers),
+            state.seen,
+            new,
+            asked,
+            drafts,
+            one_by_one=drafts > 0 and (drops or self.observes),
+            group=attachment.group,
+            cache_positions=state.positions,
+            position_ids=position_ids,
+        )
+        step.read = state.read
+        return step
+
+    def _check_size(self, rows: int, count: int) -> None:
+        if self.state.rows is not None and self.state.batch_size != rows:
+            raise KVPruneError(
+                f"the batch size changed: expected {self.state.batch_size} rows as before, got "
+                f"{rows}. Use a new cache, or batch_repeat_interleave / batch_select_indices"
+            )
+        if count == 0:
+            raise KVPruneError("a forward of no tokens: expected at least one new token")
+
+    def _arrival(self, rows: int, count: int, mask: Tensor | None, device: torch.device) -> Arrival:
+        """The arrival of `[rows, count]` tokens; refuses a mask that does not fit."""
+        state, session = self.state, self.session
+        seen = state.seen
+        if session.past_prompt(seen) and (mask is None or mask.dim() == 2):
+            # It goes on with ones.
+            mask = session.mask_of_ended(rows, count, seen, device)
+        heads = self.binding.attachment.num_heads
+        # Whoever pads a first prompt on the right reads the logits of padding next. Later on, a
+        # row may pause, and the chunks of an announced prompt, which were looked at, may end so.
+        may_end_in_padding = seen > 0 or session.prompt_end > 0
+        columns = new_columns(rows, count, seen, mask, heads, may_end_in_padding, device)
+        complete = mask is None or mask.dim() == 4 or bool((columns >= 0).all())
+        padding = padding_so_far(state.padding, columns, seen, mask)
+        if state.is_hybrid:
+            self._check_states(columns, complete, padding)
+        # What counts as prompt: what `generate` promised, or any forward of several tokens.
+        # Not what may be taken back.
+        counts = count > 1 and not session.prompt_end and not session.recording
+        added = (columns >= 0).sum(-1) if counts else session.promise
+        same = padding is state.padding
+        numbers = rows_after(state.rows, columns, added, padding, same)
+        return Arrival(columns, complete, padding, numbers, numbers is state.rows)
+
+    def _check_drafts(self, drafts: int, one_by_one: bool) -> None:
+        """Refuses drafts on a model that cannot take them back."""
+        attachment = self.binding.attachment
+        if drafts and attachment.cannot_record and (one_by_one or self.state.is_hybrid):
+            raise KVPruneError(
+                f"assisted decoding and recording with {self.policies!r} on "
+                f"{attachment.name} are refused: {attachment.cannot_record}; leave out "
+                f"assistant_model and prompt_lookup_num_tokens"
+            )
+
+    def _check_states(self, columns: Tensor, complete: bool, padding: Tensor | None) -> None:
+        """Refuses what layers that keep a state cannot do, with new tokens `[B, Q]`."""
+        state = self.state
+        rows, count = columns.shape
+        pruners = [p for p in self.policies if "rank_hidden" in p.hooks]
+        if pruners and rows > 1 and count > 1 and state.seen:
+            raise KVPruneError(
+                f"{pruners[0]!r}: a later forward of several tokens in {rows} rows. Rows lose "
+                f"different numbers of tokens, which the states of this model's linear-attention "
+                f"layers cannot follow then. Use one row per cache, or hand in the prompt at once"
+            )
+        if padding is not state.padding and bool(state.newly_hidden(padding).any()):
+            raise KVPruneError(
+                "attention_mask hides columns that this model's linear-attention layers have "
+                "taken into their states: expected a mask that keeps what it showed before"
+            )
+        if complete or state.rows is None or count == 1:
+            return
+        here = columns >= 0
+        began = (state.rows.first < state.seen).to(here.device)
+        # Zeros that a first token follows change no state; behind one they do.
+        behind = here.any(-1) & (began & ~here.all(-1) | ~began & (here.int().diff() < 0).any(-1))
+        if bool(behind.any()):
+            raise KVPruneError(
+                f"padding beside new tokens in rows {behind.nonzero().flatten().tolist()}, which "
+                f"have tokens before: the states of this model's linear-attention layers cannot "
+                f"skip it. Expected, in a later forward, rows whose new tokens are all padding or "
+                f"all none. Use one row per cache, or a new cache for all tokens"
+            )
+
+
+def drops_slots(policies: Sequence[TokenPolicy], state: CacheState) -> bool:
+    """Whether layers drop slots that were stored: by a policy, or out of sight."""
+    return state.is_local or evicts(policies)

@@ -1,0 +1,1 @@
+"""One forward, and one layer's part of it."""

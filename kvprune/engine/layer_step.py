@@ -1,0 +1,334 @@
+"""One layer's part of a forward: its tokens are stored, attend, are observed, and slots go.
+
+Read `LayerStep.store`, which `Cache.update` calls, and then `LayerStep.attend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.dispatch import attend, attend_and_observe
+from ..attention.inputs import Inputs
+from ..attention.masks import Mask
+from ..policy.views import SlotView, Statistics
+from ..storage.group import LayerGroup
+from ..storage.layer import SlotLayer
+from ..storage.rows import RowNumbers
+from .step import Step
+from .survivors import next_to_go, surviving_slots
+
+
+def at_layer(step: Step, index: int, slots: SlotLayer) -> LayerStep:
+    """A forward at one of its layers, with the tokens that are left there."""
+    known: LayerStep | None = step.layer_steps.get(index)
+    if known is None or known.columns is not step.columns:
+        device = step.columns.device
+        positions = step.align(step.position_ids, device)
+        origin = None if step.position_ids is None else step.position_ids[:, 0]
+        known = LayerStep(
+            step=step,
+            index=index,
+            slots=slots,
+            columns=step.columns,
+            slot_columns=step.slot_columns,
+            complete=step.complete,
+            seen=step.seen + step.count,
+            before=step.seen,
+            positions=positions,
+            origin=None if origin is None else origin.to(device),
+        )
+        step.layer_steps[index] = known
+    return known
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStep:
+    """One step, or a piece of one, at one layer: what the attention function is handed.
+
+    index: the layer. columns: `[B, Q]` int64, of the queries; slot_columns: the same
+    `[B, 1, Q]`. complete: none of them is -1. seen: columns shown with these; before: without.
+    Where positions are assigned inside the cache, and None elsewhere: positions: `[B, Q]`, those
+    of the queries; origin: `[B]`, that of the first token, which may be pruned by now.
+    """
+
+    step: Step
+    index: int
+    slots: SlotLayer
+    columns: Tensor
+    slot_columns: Tensor
+    complete: bool
+    seen: int
+    before: int
+    positions: Tensor | None = None
+    origin: Tensor | None = None
+
+    def on(self, device: torch.device) -> LayerStep:
+        """The same where the layer is, if that is not where the step's tokens are."""
+        if self.columns.device == device:
+            return self
+        columns, slot_columns = self.step.columns_on(device)
+        positions, origin = (self.step.on(t, device) for t in (self.positions, self.origin))
+        return replace(
+            self, columns=columns, slot_columns=slot_columns, positions=positions, origin=origin
+        )
+
+    @property
+    def rows(self) -> RowNumbers:
+        """The rows' numbers, where the columns are."""
+        return self.step.rows.on(self.columns.device)
+
+    @property
+    def padding(self) -> Tensor | None:
+        """The step's padding, where the columns are."""
+        return self.step.padding_on(self.columns.device)
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """The notes of positions inside the cache, until the step is over."""
+        return self.step.notes
+
+    def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends new tokens `[B, Hkv, Q, D]`; returns all that the layer then holds."""
+        step, slots = self.step, self.slots
+        arrived = None if self.positions is None else self.positions[:, None]
+        in_free_slot = step.count == 1
+        held = slots.append(keys, values, self.slot_columns, self.complete, in_free_slot, arrived)
+        slots.whole = slots.whole and step.whole
+        slots.seen = self.seen
+        return (
+            held
+            if step.cache_positions is None
+            else (step.cache_positions.arrange(self), slots.values)
+        )
+
+    def attend(
+        self,
+        backend: str,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask,
+        **arguments: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention at this layer, and what follows from it for the layer's slots.
+
+        Args:
+            backend, module: see `attention.dispatch.attend`.
+            query: `[B, Hq, Q, D]`.
+            key: `[B, Hkv, S, D]`, what `ComposedCache.update` returned or the model made of it.
+            value: `[B, Hkv, S, Dv]`, likewise.
+            mask: the model's rule.
+            arguments: what else transformers passes (scaling, dropout, softcap, ...).
+
+        Returns:
+            `[B, Q, Hq, Dv]`, and the probabilities where the backend returns them; see `in_order`.
+        """
+        if not self.step.one_by_one:
+            states = (query, key, value, mask)
+            output, probabilities = self._attend(backend, module, *states, **arguments)
+            # Before slots go: they are still those that were attended to.
+            probabilities = self.in_order(probabilities)
+            self.evict()
+            return output, probabilities
+        # Drafts may be taken back: each is stored when its turn comes, and slots go after each.
+        outputs = []
+        for new, piece in self._pieces():
+            held = piece.store(key[:, :, new], value[:, :, new])
+            states = (query[:, :, new], *held, mask)
+            output, _ = piece._attend(backend, module, *states, **arguments)
+            piece.evict()
+            outputs.append(output)
+        return torch.cat(outputs, 1), None
+
+    def _attend(
+        self,
+        backend: str,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask,
+        **arguments: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention, and what slots received is added to their statistics."""
+        slots = self.slots
+        inputs = Inputs(
+            query,
+            key,
+            value,
+            mask,
+            self.columns,
+            slots.held_columns,
+            no_padding=self.complete,
+            no_gaps=slots.complete,
+            count=self.step.count,
+            local=slots.local,
+        )
+        if not slots.names:
+            return attend(backend, module, inputs, **arguments)
+        heads, dtype = slots.keys.shape[1], slots.statistics["attention"].dtype
+        output, received = attend_and_observe(backend, module, inputs, heads, dtype, **arguments)
+        slots.observe("attention", received)
+        return output, None
+
+    def observe(self, probabilities: Tensor) -> None:
+        """Adds what slots received to their statistics, for attention that was computed elsewhere.
+
+        Args:
+            probabilities: `[B, Hq, Q, S]`.
+        """
+        slots = self.slots
+        if not slots.names:
+            return
+        # Padding does not vote.
+        votes = (self.columns >= 0)[:, None, :, None]
+        dtype, heads = slots.statistics["attention"].dtype, slots.keys.shape[1]
+        received = (probabilities.detach().to(dtype) * votes).sum(2)
+        slots.observe("attention", received.unflatten(1, (heads, -1)).sum(2))
+
+    def in_order(self, probabilities: Tensor | None) -> Tensor | None:
+        """Probabilities as a user who asked for them gets them: in the order of columns.
+
+        Notes which columns these are, for `ComposedCache.attended`. Does nothing where nobody
+        asked. Called before slots go.
+
+        Args:
+            probabilities: `[B, Hq, Q, S]`, over the slots; None where the backend returns none.
+
+        Returns:
+            `[B, Hq, Q, S']`, without slots that are empty in every row and head.
+        """
+        if self.step.attended is None or probabilities is None:
+            return probabilities
+        columns, order = self.slots.columns.sort(-1)
+        most = int((columns >= 0).sum(-1).amax())
+        first = columns.shape[-1] - most
+        self.step.attended[self.index] = columns[..., first:]
+        heads = probabilities.shape[1] // order.shape[1]
+        index = order[..., first:].repeat_interleave(heads, 1)[:, :, None]
+        return probabilities.gather(-1, index.expand(*probabilities.shape[:-1], -1))
+
+    def _pieces(self) -> Iterator[tuple[slice, LayerStep]]:
+        """The tokens before the drafts together, then each draft by itself, on record."""
+        count, drafts = self.columns.shape[1], self.step.drafts
+        edges = range(count - drafts, count + 1)
+        if edges[0]:
+            yield slice(0, edges[0]), self._piece(0, edges[0])
+        self.slots.record()
+        for start, stop in pairwise(edges):
+            yield slice(start, stop), self._piece(start, stop)
+            self.slots.record()
+
+    def _piece(self, start: int, stop: int) -> LayerStep:
+        columns = self.columns[:, start:stop]
+        seen = self.seen - (self.columns.shape[1] - stop)
+        # Drafts are never pruned.
+        before = self.before if start == 0 else seen - (stop - start)
+        piece = replace(
+            self, columns=columns, slot_columns=columns[:, None], seen=seen, before=before
+        )
+        if self.positions is None:
+            return piece
+        positions = self.positions[:, start:stop]
+        return replace(
+            piece, positions=positions, origin=self.origin if start == 0 else positions[:, 0]
+        )
+
+    def evict(self) -> None:
+        """Asks the policies, after attention, and drops what none keeps."""
+        at, step, slots = self.on(self.slots.device), self.step, self.slots
+        new = at.columns.shape[1]
+        if step.prunes and at.seen <= step.seen + step.count - step.drafts:
+            step.previous = {n: s[..., -new:].clone() for n, s in slots.statistics.items()}
+        if not step.evicters and slots.local is None:
+            return
+        # Once: below a budget, where there is room for more, each is a view of its own.
+        held = slots.columns
+        columns = at._in_sight(held)
+        if slots.full_policy is not None and step.same_rows and columns is held:
+            at._evict_next(slots.full_policy)
+            return
+        view = at.view(columns, slots.statistics, at.rows)
+        left = surviving_slots(step.evicters, view, new > 1, step.not_finite)
+        # Not full any more, where a budget grew with the prompt.
+        slots.full_policy = left.by
+        if columns is not held:
+            slots.keep(_left(view.valid if left.kept is None else left.kept, left.gone))
+        elif left.gone is not None:
+            slots.free(left.gone, left.by)
+        elif left.kept is not None:
+            slots.keep(left.kept, left.by)
+
+    def _evict_next(self, by: int) -> None:
+        """One slot goes by the policy whose budget is full: now, or with other layers' slots."""
+        policy, slots = self.step.evicters[by], self.slots
+        alike = slots.alike() if policy.layers_alike and not self.step.one_by_one else None
+        if alike is not None:
+            self.step.due.setdefault(alike, []).append(self)
+            return
+        gone = next_to_go(policy, self.view(slots.columns, slots.statistics, self.rows))
+        if gone is not None:
+            slots.free(gone, by)
+
+    def view(self, columns: Tensor, statistics: dict[str, Tensor], rows: RowNumbers) -> SlotView:
+        """The view of slots with these columns and statistics."""
+        return SlotView(
+            layer=self.index,
+            num_layers=self.step.num_layers,
+            columns=columns,
+            valid=columns >= 0,
+            first=rows.first,
+            seen=self.seen,
+            lengths=rows.prompt,
+            keys=self.slots.keys.detach(),
+            values=self.slots.values.detach(),
+            statistic=Statistics(statistics),
+            group=self.step.group,
+            begin=rows.begin,
+        )
+
+    def _in_sight(self, columns: Tensor) -> Tensor:
+        """The same columns, -1 for those that no query behind these can see."""
+        local = self.slots.local
+        if local is None or self.seen < local.size:
+            return columns
+        oldest = local.oldest(self.seen, self.rows.first)
+        return columns.masked_fill(columns < oldest[:, None, None], -1)
+
+
+def evict_together(step: Step, before: Sequence[LayerGroup]) -> list[LayerGroup]:
+    """After the last layer, the slots go that layers which are alike give up at once.
+
+    Args:
+        step: the forward.
+        before: what this gave in the step before.
+    """
+    return [_evict_alike(step, due, before) for due in step.due.values()]
+
+
+def _evict_alike(step: Step, due: list[LayerStep], before: Sequence[LayerGroup]) -> LayerGroup:
+    layers = [at.slots for at in due]
+    by = layers[0].full_policy
+    assert by is not None
+    same = next((one for one in before if one.lent_to(layers)), None)
+    joint = LayerGroup(layers) if same is None else same
+    rows = due[0].rows.below(len(layers))
+    gone = next_to_go(step.evicters[by], due[0].view(joint.columns, joint.statistics, rows))
+    if gone is not None:
+        joint.free(gone, by)
+    return joint
+
+
+def _left(kept: Tensor, gone: Tensor | None) -> Tensor:
+    """The kept slots `[B, 1|Hkv, S]` without those at `gone` `[B, 1|Hkv, 1]`."""
+    if gone is None:
+        return kept
+    stay = torch.ones_like(kept[:, :1]).repeat(1, gone.shape[1], 1).scatter(-1, gone, False)
+    return kept & stay

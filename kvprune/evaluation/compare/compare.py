@@ -1,0 +1,339 @@
+"""The comparison: policies, budgets, tasks and contexts, each cell once, whatever happens.
+
+What is finished is in `results.jsonl` (see `ledger`); what is not is run, cell by cell, by an
+executor (see `executors`). Everything that can be wrong is looked at before the first cell.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import KVPruneError
+from ...models.devices import device_of
+from ...models.structure import base_of, unwrapped
+from ...policy.base import TokenPolicy
+from ...wiring.attach import attach, detach
+from ..command import command_line
+from ..data.loading import loaded
+from ..ledger.ledger import FORMAT, Key, Ledger, Outcome, key_of, opened
+from ..ledger.results import Cell, Failure, Results
+from ..report.rows import rows_of
+from ..tasks.base import Sample, Task
+from .executors import Executor, Source, in_process
+from .plan import Drawn, Plan, check_device, digest_of
+from .progress import Watch, stage
+from .worker import Job, Worker
+
+EXECUTORS = ("local", "shared", "ray")
+"""Who may run the cells.
+
+"local": this process, one by one. "shared": this process, several on one reading of each prompt.
+"ray": a Ray cluster.
+"""
+PACKAGES = ("kvprune", "torch", "transformers", "tokenizers", "numpy")
+"""Whose versions may change a result."""
+ROOM = 16 * 2**20
+LINE = 8 * 2**10
+"""Bytes that must be free: for the report and what is looked at, and for each sample."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came out.
+
+    rows: one flat dict for each cell, for `pandas.DataFrame(comparison.rows)`; see `rows_of`.
+    results: all samples. folder: where they are kept; None where they are not. asked: the cells
+    that were asked for this time.
+    """
+
+    results: Results = field(repr=False)
+    folder: Path | None = None
+    asked: frozenset[Key] = field(default=frozenset(), repr=False)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each cell, failed ones included."""
+        return rows_of(self.results)
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """The cells that were asked for and could not be run, and why."""
+        return tuple(f for f in self.results.failures if key_of(f.cell) in self.asked)
+
+
+def compare(
+    model: Any,
+    policies: Sequence[str | Sequence[TokenPolicy] | TokenPolicy],
+    *,
+    tasks: Sequence[str | os.PathLike[str] | Task] = ("needle", "squad"),
+    contexts: Sequence[int] = (1024,),
+    budgets: Sequence[float] = (),
+    samples: int = 20,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str | None = None,
+    out: str | Path | None = None,
+    executor: str = "local",
+    tokenizer: Any = None,
+    progress: bool = False,
+) -> Comparison:
+    """Runs every policy at every budget on every task at every context length.
+
+    The lines "dense" (nothing is dropped) and "no context" (what can be guessed) are always run.
+    Stopped and called again with the same `out`, it goes on where it was; more of everything may
+    then be asked for. A cell that fails is in `failures`, stops no other, and is tried again.
+
+    Args:
+        model: its name or folder, or a loaded model (attached or not; not with `executor="ray"`).
+        policies: specs (see `specs`), policies, or pipelines as for `ComposedCache`.
+        tasks: names, paths of JSON lines, or `Task` objects.
+        contexts: the most tokens of a prompt.
+        budgets: shares of the prompt that replace the budgets of policies that have one (see
+            `TokenPolicy.with_budget`); none for the policies' own.
+        samples: of each cell.
+        seed: of the samples.
+        dtype: to load the model in; "auto" for that of its file.
+        device: to run on, as "cuda"; None for the CPU, or where a loaded model is.
+        out: folder for `results.jsonl` and the report; None keeps no files.
+        executor: "local" for this process; "shared" for the same, with each prompt read once for
+            all policies and budgets that differ in what they evict alone (see `sharing`): the same
+            scores, sooner, and prefill seconds of one sample; "ray" for a cluster.
+        tokenizer: of a loaded model; None for that of its `name_or_path`. A model given by name
+            brings its own.
+        progress: whether to draw a bar, with the time left, on stderr.
+
+    Raises:
+        KVPruneError: anything that cannot be, before any cell is run; also no room on the disk,
+            with all finished samples kept.
+    """
+    plan = Plan(policies, tasks, contexts, budgets, samples, seed)
+    run = Run(model, tokenizer, dtype, device, executor)
+    keep = Path(out) if out is not None else None
+    found = measured(plan, run, keep, progress)
+    if keep is not None:
+        from ..report import write_report
+
+        with stage("writing the report", progress):
+            write_report(found.results, keep)
+    return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a plan is run on; see `compare`."""
+
+    model: Any
+    tokenizer: Any = None
+    dtype: str = "auto"
+    device: str | None = None
+    executor: str = "local"
+
+    @property
+    def source(self) -> Source:
+        """What others load the model from."""
+        return Source(str(self.model), self.dtype, "cpu" if self.device is None else self.device)
+
+
+def measured(plan: Plan, run: Run, keep: Path | None = None, progress: bool = False) -> Comparison:
+    """What `compare` does, but for the report.
+
+    Args:
+        keep: the folder for the results file; None keeps none.
+        progress: see `compare`.
+
+    Raises:
+        KVPruneError: see `compare`.
+    """
+    execute = executor_of(run.executor, loaded=not isinstance(run.model, (str, Path)))
+    check_device(run.dtype, run.source.device)
+    with ExitStack() as stack:
+        folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if keep is not None:
+            from ..report import check_folder
+
+            check_folder(keep)
+        ledger = stack.enter_context(opened(folder))
+        worker = stack.enter_context(_worker(run))
+        with stage("reading the model's weights, to tell them from others", progress):
+            about = _about(run.model, worker, plan.seed)
+        with stage("drawing the samples", progress):
+            jobs = _prepared(plan, ledger, worker, about)
+        watch = stack.enter_context(Watch.shown(jobs, progress))
+        _run(ledger, execute(jobs, worker, run.source), jobs, watch)
+        asked = frozenset(key_of(cell) for cell, _ in plan.cells())
+        return Comparison(ledger.results, keep, asked)
+
+
+@contextmanager
+def _worker(run: Run) -> Iterator[Worker]:
+    """A worker with the model, which is afterwards as it was."""
+    model, tokenizer = run.model, run.tokenizer
+    if isinstance(model, (str, Path)):
+        if tokenizer is not None:
+            raise KVPruneError(
+                f"tokenizer: expected none with the model {str(model)!r}, which brings its own. "
+                f"Leave it out, or load the model and give both"
+            )
+        tokenizer, model = loaded(run.source.model, run.dtype, run.source.device)
+        yield Worker(attach(model), tokenizer)
+        return
+    if not hasattr(model, "config"):
+        raise KVPruneError(f"model: expected a name, a folder or a model, got {model!r}")
+    if run.dtype != "auto" or run.device not in (None, str(device_of(model))):
+        raise KVPruneError(
+            f"dtype and device of a loaded model are its own: leave them out, got {run.dtype!r} "
+            f"and {run.device!r}"
+        )
+    if model.training:
+        raise KVPruneError("model: expected one that is not in training: call model.eval() first")
+    tokenizer = _own_tokenizer(model) if tokenizer is None else tokenizer
+    if not callable(getattr(tokenizer, "decode", None)):
+        raise KVPruneError(f"tokenizer: expected that of the model, loaded, got {tokenizer!r}")
+    was_attached = "_kvprune" in base_of(unwrapped(model)).__dict__
+    try:
+        yield Worker(model if was_attached else attach(model), tokenizer)
+    finally:
+        if not was_attached:
+            detach(model)
+
+
+def _own_tokenizer(model: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    name = getattr(model.config, "name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    # As in `loaded`.
+    except Exception as error:
+        raise KVPruneError(
+            f"expected the tokenizer of the model at its name_or_path, which is {name!r}, and "
+            f"found none: give tokenizer= as well ({error})"
+        ) from error
+
+
+def _about(model: Any, worker: Worker, seed: int) -> dict[str, Any]:
+    """What a results file says of where it comes from."""
+    on = device_of(worker.model)
+    name = str(model) if isinstance(model, (str, Path)) else worker.model.config.name_or_path
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if on.type == "cuda":
+        machine += f", {torch.cuda.get_device_name(on)}"
+    return {
+        "format": FORMAT,
+        # "." has no name of its own.
+        "model": Path(os.path.abspath(name)).name,
+        "digest": worker.digest,
+        "seed": seed,
+        "dtype": str(worker.model.dtype).removeprefix("torch."),
+        "device": on.type,
+        "versions": {package: _version(package) for package in PACKAGES},
+        "machine": machine,
+        "date": datetime.datetime.now().isoformat(" ", "minutes"),
+        "command": command_line([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _prepared(plan: Plan, ledger: Ledger, worker: Worker, about: dict[str, Any]) -> list[Job]:
+    """What is still to be run; everything is checked before the file is written to."""
+    ledger.check(about)
+    digests = plan.check_model(worker.model)
+    for policy, (modules, code) in digests.items():
+        ledger.check_policy(policy, modules, code)
+    for task in plan.found:
+        ledger.check_task(task.name, task.unit, task.floor)
+    drawn = plan.drawn(worker.tokenizer)
+    plan.check_room(worker.model, worker.tokenizer, drawn)
+    units = {task.name: task.unit for task in plan.found}
+    for (name, context), samples in drawn.items():
+        for sample in samples:
+            ledger.check_item(name, context, sample.number, digest_of(sample, units[name]))
+    jobs = [Job(c, task, _missing(ledger, c, drawn)) for c, task in plan.cells()]
+    jobs = [job for job in jobs if job.samples]
+    _check_room(ledger.path.parent, jobs)
+    ledger.begin(about)
+    for task in plan.found:
+        ledger.note_task(task.name, task.unit, task.floor)
+    for policy, (modules, code) in digests.items():
+        ledger.note_policy(policy, modules, code)
+    return jobs
+
+
+def _missing(ledger: Ledger, cell: Cell, drawn: Drawn) -> tuple[Sample, ...]:
+    done = ledger.done(cell)
+    return tuple(s for s in drawn[cell.task, cell.context] if s.number not in done)
+
+
+def _check_room(folder: Path, jobs: Sequence[Job]) -> None:
+    needed, free = ROOM + LINE * sum(len(j.samples) for j in jobs), shutil.disk_usage(folder).free
+    if jobs and free < needed:
+        raise KVPruneError(
+            f"{folder}: expected {needed / 2**20:.0f} MiB of room for the results, found "
+            f"{free / 2**20:.0f}: make room on the disk, or name another folder with --out"
+        )
+
+
+def _run(ledger: Ledger, outcomes: Iterable[Outcome], jobs: Sequence[Job], watch: Watch) -> None:
+    """Writes each outcome as it comes."""
+    items = {(key_of(j.cell), s.number): digest_of(s, j.task.unit) for j in jobs for s in j.samples}
+    for outcome in outcomes:
+        number = getattr(outcome, "sample", -1)
+        if (key_of(outcome.cell), number) in ledger.samples:
+            continue
+        ledger.add(outcome, items.get((key_of(outcome.cell), number), ""))
+        watch.came(outcome)
+
+
+# Not in `executors.py`, which those that are imported here import.
+
+
+def executor_of(name: str, loaded: bool) -> Executor:
+    """The executor of a name.
+
+    Args:
+        name: one of `EXECUTORS`.
+        loaded: whether the model is an object, which no other process can load.
+
+    Raises:
+        KVPruneError: no such executor, not installed, or not for a loaded model.
+    """
+    if name not in EXECUTORS:
+        raise KVPruneError(f"--executor {name!r}: expected one of {', '.join(EXECUTORS)}")
+    if name == "local":
+        return in_process
+    if name == "shared":
+        from .sharing import shared
+
+        return shared
+    if loaded:
+        raise KVPruneError(
+            f"executor={name!r} with a loaded model: expected its name or folder, which every "
+            f"worker loads by itself"
+        )
+    if importlib.util.find_spec("ray") is None:
+        raise KVPruneError(
+            "--executor ray: expected the package ray; mend it with: pip install kvprune[ray]"
+        )
+    from .on_ray import on_ray
+
+    return on_ray

@@ -1,0 +1,295 @@
+"""What is compared: every choice checked before any work, and the cells that follow from them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...cache.composed import ComposedCache
+from ...errors import KVPruneError
+from ...models.fingerprint import weights_digest
+from ...models.structure import base_of, unwrapped
+from ...policy.base import TokenPolicy
+from ...policy.composition import leaves
+from ..ledger.identity import code_digest
+from ..ledger.results import Cell
+from ..measure.reading import longest_of
+from ..specs import DENSE, canonical, parse
+from ..tasks.base import Sample, Task
+from .worker import LINES
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+Drawn = Mapping[tuple[str, int], tuple[Sample, ...]]
+"""Samples by task and context."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One policy at one budget; see `results.Cell`."""
+
+    policy: str
+    label: str
+    budget: float | None
+    policies: Sequence[TokenPolicy] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compare, as far as it can be checked without the model.
+
+    policies: specs, or pipelines as for `ComposedCache`. tasks: names, paths, or tasks.
+    contexts: tokens that a prompt has at the most. budgets: shares of the prompt, for each
+    policy that has a budget; none for the policies' own. samples: of each cell.
+
+    Raises:
+        KVPruneError: a choice that cannot be, or none.
+    """
+
+    policies: Sequence[str | Sequence[TokenPolicy] | TokenPolicy]
+    tasks: Sequence[str | os.PathLike[str] | Task]
+    contexts: Sequence[int]
+    budgets: Sequence[float]
+    samples: int
+    seed: int
+    lines: tuple[Line, ...] = field(init=False, repr=False)
+    found: tuple[Task, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        contexts = _listed("contexts", "numbers of tokens, as [1024]", self.contexts)
+        _check_counts("--context", contexts)
+        object.__setattr__(self, "contexts", tuple(dict.fromkeys(contexts)))
+        _check_counts("--samples", [self.samples])
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise KVPruneError(f"--seed {self.seed!r}: expected an int of at least 0")
+        budgets = _listed("budgets", "shares of the prompt, as [0.5, 0.25]", self.budgets)
+        _check_budgets(budgets)
+        policies = _listed("policies", "specs or policies, as ['h2o']", self.policies)
+        object.__setattr__(self, "lines", tuple(_lines(policies, budgets)))
+        self._check_fixed_budgets()
+        object.__setattr__(self, "found", tuple(_tasks(self.tasks)))
+
+    def _check_fixed_budgets(self) -> None:
+        """Refuses budgets that no prompt reaches, as that would compare dense with dense."""
+        least = min(self.contexts)
+        for line in self.lines:
+            for policy in leaves(line.policies):
+                if policy.fixed_budget > least:
+                    raise KVPruneError(
+                        f"policy {line.label!r}: a budget of {policy.fixed_budget} tokens is "
+                        f"beyond the context of {least}, so nothing would be dropped: expected "
+                        f"at most as many. Lower it, or give shares with --budgets"
+                    )
+
+    def check_model(self, model: Any) -> dict[str, tuple[str, str]]:
+        """Refuses what this attached model cannot do.
+
+        Returns:
+            by policy, digests of the learned modules that it has on this model, and of the files
+            that it stands in if it is not kvprune's; "" for none.
+
+        Raises:
+            KVPruneError: a context longer than the model's, or a policy that cannot work on it.
+        """
+        base: Any = base_of(unwrapped(model))
+        longest = longest_of(model)
+        for context in self.contexts:
+            if longest and context > longest:
+                raise KVPruneError(
+                    f"--context {context}: expected at most the {longest} tokens that the model "
+                    f"was made for"
+                )
+        return {line.policy: _digests(line, base) for line in self.lines}
+
+    def check_room(self, model: Any, tokenizer: Any, drawn: Drawn) -> None:
+        """Refuses samples that end beyond what the model was made for.
+
+        Raises:
+            KVPruneError: a prompt and what may follow it are longer.
+        """
+        longest, tasks = longest_of(model), {t.name: t for t in self.found}
+        for (name, context), samples in drawn.items():
+            for sample in samples:
+                following = tasks[name].following(sample, tokenizer)
+                if longest and len(sample.prompt) + following > longest:
+                    raise KVPruneError(
+                        f"{name} at --context {context}: a prompt of {len(sample.prompt)} tokens, "
+                        f"and {following} that may follow it: expected at most the {longest} "
+                        f"together that the model was made for. Ask for a shorter context, or for "
+                        f"a shorter answer"
+                    )
+
+    def drawn(self, tokenizer: Any) -> Drawn:
+        """The samples, by task and context.
+
+        Raises:
+            KVPruneError: a context too short for a task, or fewer samples than asked for.
+        """
+        return {
+            (task.name, context): _drawn(task, tokenizer, context, self.samples, self.seed)
+            for task in self.found
+            for context in self.contexts
+        }
+
+    def cells(self) -> Iterator[tuple[Cell, Task]]:
+        """Task by task and context by context, the two lines first."""
+        for task in self.found:
+            for context in self.contexts:
+                for line in self.lines:
+                    yield Cell(line.policy, line.label, line.budget, task.name, context), task
+
+
+def digest_of(sample: Sample, unit: str) -> str:
+    """What tells what was asked, and how it is scored, from what another sample asks."""
+    asked = repr((unit, tuple(sample.prompt), tuple(sample.bare), tuple(sample.answers)))
+    return hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _listed(name: str, of: str, given: Any) -> list[Any]:
+    """All that was given, of what is no text and no policy."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise KVPruneError(f"{name}: expected a list of {of}, got {given!r}")
+    return list(given)
+
+
+def _check_counts(name: str, counts: Any) -> None:
+    if not counts or any(type(n) is not int or n < 1 for n in counts):
+        said = " ".join(map(str, counts))
+        raise KVPruneError(f"{name} {said}: expected numbers of at least 1 (ints)")
+
+
+def _check_budgets(budgets: Any) -> None:
+    for budget in budgets:
+        if not isinstance(budget, float) or not 0.0 < budget <= 1.0:
+            raise KVPruneError(
+                f"--budgets {budget!r}: expected shares of the prompt, as 0.25: above 0.0 and up "
+                f"to 1.0. Tokens go into the policy, as h2o(heavy=128,recent=128)"
+            )
+
+
+def _lines(given: Sequence[Any], budgets: Sequence[float]) -> list[Line]:
+    """The two lines, and each policy at each budget, everything once."""
+    lines = [Line(name, name, None, ()) for name in LINES]
+    found = {(line.policy, line.budget): (line, line.policy) for line in lines}
+    for policies, label in map(_pipeline, given):
+        own = canonical(policies)
+        for line in _at_budgets(policies, label, budgets):
+            first, others = found.setdefault((line.policy, line.budget), (line, own))
+            if others != own:
+                raise KVPruneError(
+                    f"policies {first.label!r} and {label!r} are the same at a budget of "
+                    f"{line.budget}, which takes the place of their own: expected policies that "
+                    f"differ in more. Leave one of them out, or --budgets"
+                )
+    return [line for line, _ in found.values()]
+
+
+def _pipeline(given: Any) -> tuple[Sequence[TokenPolicy], str]:
+    """The policies, and what they are called."""
+    if isinstance(given, str):
+        return parse(given), " ".join(given.split())
+    pipeline = [given] if isinstance(given, TokenPolicy) else given
+    if not isinstance(pipeline, (list, tuple)):
+        raise KVPruneError(
+            f"policies: expected specs as 'h2o(heavy=256)', policies as H2O(), or lists of these, "
+            f"got {given!r}"
+        )
+    policies = ComposedCache(pipeline).policies
+    return policies, canonical(policies)
+
+
+def _at_budgets(
+    policies: Sequence[TokenPolicy], label: str, budgets: Sequence[float]
+) -> Iterator[Line]:
+    if not policies:
+        yield Line(DENSE, DENSE, None, ())
+        return
+    shared = {budget: _with_budget(policies, budget) for budget in budgets}
+    if not budgets or shared[budgets[0]] is None:
+        yield Line(canonical(policies), label, None, policies)
+        return
+    for budget, smaller in shared.items():
+        assert smaller is not None
+        yield Line(canonical(smaller), label, budget, smaller)
+
+
+def _with_budget(policies: Sequence[TokenPolicy], budget: float) -> list[TokenPolicy] | None:
+    """The pipeline with the budget in each part that has one; None where no part has."""
+    found = [policy.with_budget(budget) for policy in policies]
+    if all(policy is None for policy in found):
+        return None
+    return [new or old for new, old in zip(found, policies, strict=True)]
+
+
+def _tasks(given: Any) -> Iterator[Task]:
+    names = set[str]()
+    found = _listed("tasks", "at least one task, as ['needle']", given)
+    if not found:
+        raise KVPruneError("tasks: expected a list of at least one task, as ['needle'], got none")
+    for one in found:
+        task = one if isinstance(one, Task) else _named(one)
+        if task.name in names:
+            raise KVPruneError(f"--tasks: {task.name} comes twice: expected each task once")
+        names.add(task.name)
+        yield task
+
+
+def _named(name: Any) -> Task:
+    from ..tasks import task
+
+    if not isinstance(name, (str, os.PathLike)):
+        raise KVPruneError(
+            f"tasks: expected names, paths of JSON lines or tasks, as Needle(), got {name!r}"
+        )
+    return task(os.fspath(name))
+
+
+def _drawn(task: Task, tokenizer: Any, context: int, count: int, seed: int) -> tuple[Sample, ...]:
+    samples = tuple(task.samples(tokenizer, context, count, seed))
+    if [s.number for s in samples] != list(range(count)):
+        raise KVPruneError(
+            f"{task.name}: expected {count} samples, numbered from 0, got "
+            f"{[s.number for s in samples]}"
+        )
+    for sample in samples:
+        if not (0 < len(sample.prompt) <= context and 0 < len(sample.bare) <= context):
+            raise KVPruneError(
+                f"{task.name}: sample {sample.number} has {len(sample.prompt)} tokens, and "
+                f"{len(sample.bare)} without its context: expected 1 to {context} each"
+            )
+    return samples
+
+
+def _digests(line: Line, base: Any) -> tuple[str, str]:
+    """Of the learned modules of a line's policies on a model, and of their code."""
+    cache = ComposedCache(line.policies)
+    # Whatever else the model cannot do is refused here.
+    cache.bind(base._kvprune, base)
+    working = [p.for_model(base) for p in leaves(line.policies)]
+    modules = [m for p in working for m in vars(p).values() if isinstance(m, nn.Module)]
+    weights = " ".join(weights_digest(m)[:16] for m in modules)
+    return weights, code_digest(leaves(line.policies))
+
+
+def check_device(dtype: str, device: str) -> None:
+    """Refuses what torch does not have here.
+
+    Raises:
+        KVPruneError: no such dtype or device.
+    """
+    if dtype not in DTYPES:
+        raise KVPruneError(f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    try:
+        torch.zeros((), device=device)
+    # No such name, or none here: each backend has an error class of its own.
+    except Exception as error:
+        raise KVPruneError(
+            f"--device {device!r}: expected a device that torch has here, as cpu: {error}"
+        ) from error

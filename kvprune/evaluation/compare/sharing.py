@@ -1,0 +1,146 @@
+"""Cells that differ in nothing but what they evict, on one reading of each prompt.
+
+What is evicted at a prompt's end does not change how the prompt was read: cells of one task and
+context, whose policies prune the same and observe the same, read it once together; then each evicts
+for itself (`ComposedCache.with_policies`) and reads the last token. Scores are those of cells run
+alone, to the bit. What reading takes is then nobody's own, so that a cell's first `TIMED` samples
+are read alone, and `prefill_seconds` is of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from ...cache.composed import ComposedCache
+from ...policy.base import TokenPolicy
+from ...policy.composition import leaves, wanted_at
+from ..ledger.ledger import Outcome
+from ..ledger.results import Cell, Failure
+from ..measure.flops import counting, layers_of, own_flops
+from ..measure.reader import Reading
+from ..specs import canonical, parse
+from ..tasks.base import Sample
+from .executors import Source, attempted
+from .worker import LINES, NO_CONTEXT, Job, Worker, failed
+
+TIMED = 1
+"""Samples of each cell that are read alone, for their time and for what is looked at."""
+
+
+@dataclass
+class Group:
+    """Jobs that read the same prompts in the same way.
+
+    pruners: what they have in common. observe: the statistics that they all want, at all layers.
+    pipelines: by job, its policies. failed: jobs that are given up.
+    """
+
+    pruners: list[TokenPolicy]
+    observe: tuple[str, ...]
+    pipelines: list[tuple[Job, list[TokenPolicy]]] = field(default_factory=list)
+    failed: set[Cell] = field(default_factory=set)
+
+    def samples(self) -> list[Sample]:
+        """All that some job has still to run, in their order."""
+        found = {sample.number: sample for job, _ in self.pipelines for sample in job.samples}
+        return [found[number] for number in sorted(found)]
+
+    def wanting(self, sample: Sample) -> Iterator[tuple[Job, list[TokenPolicy]]]:
+        """The jobs that have this sample still to run."""
+        for job, policies in self.pipelines:
+            if job.cell not in self.failed and any(s.number == sample.number for s in job.samples):
+                yield job, policies
+
+
+def shared(jobs: Sequence[Job], worker: Worker, source: Source) -> Iterator[Outcome]:
+    """An executor: each job's first samples alone, then all others together, here."""
+    gone = set[Cell]()
+    for job in jobs:
+        alone = tuple(s for s in job.samples if s.number < TIMED)
+        for outcome in attempted(replace(job, samples=alone), worker) if alone else ():
+            gone |= {job.cell} if isinstance(outcome, Failure) else set()
+            yield outcome
+    left = [replace(j, samples=tuple(s for s in j.samples if s.number >= TIMED)) for j in jobs]
+    left = [job for job in left if job.samples and job.cell not in gone]
+    groups, others = grouped(left, len(layers_of(worker.model)))
+    for group in groups:
+        for sample in group.samples():
+            yield from _together(group, sample, worker)
+    for job in others:
+        yield from attempted(job, worker)
+
+
+def grouped(jobs: Sequence[Job], layers: int) -> tuple[list[Group], list[Job]]:
+    """Groups of at least one job, and the jobs that cannot share what they read.
+
+    These read something else (the lower line), or their reading depends on what is evicted:
+    positions inside the cache, one policy with both hooks. So does attention itself, bit by bit,
+    where it is observed in some layers only.
+    """
+    groups, others = dict[tuple[str, int, str, tuple[str, ...]], Group](), list[Job]()
+    for job in jobs:
+        policies = [] if job.cell.policy in LINES else parse(job.cell.policy)
+        wanted = {wanted_at(policies, layer) for layer in range(layers)}
+        if job.cell.policy == NO_CONTEXT or len(wanted) > 1 or not _separable(policies):
+            others.append(job)
+            continue
+        (names,) = wanted
+        pruners = [p for p in policies if "rank_hidden" in p.hooks]
+        key = (job.cell.task, job.cell.context, canonical(pruners), names)
+        group = groups.setdefault(key, Group(pruners, names))
+        # The very same objects, which are equal whatever their class says of that.
+        same = iter(group.pruners)
+        pipeline = [next(same) if "rank_hidden" in p.hooks else p for p in policies]
+        group.pipelines.append((job, pipeline))
+    return list(groups.values()), others
+
+
+def _separable(policies: Sequence[TokenPolicy]) -> bool:
+    """Whether no policy both prunes and evicts, or assigns positions."""
+    inside = any(p.positions_in_cache for p in leaves(policies))
+    return not inside and all(len(p.hooks) <= 1 for p in policies)
+
+
+def _together(group: Group, sample: Sample, worker: Worker) -> Iterator[Outcome]:
+    """What comes of one sample in all jobs that want it; a failure ends its job alone."""
+    wanting = list(group.wanting(sample))
+    if not wanting:
+        return
+    try:
+        lead = _lead(group, sample, worker)
+    # As in `attempted`.
+    except Exception as error:
+        for job, _ in wanting:
+            yield _given_up(group, job, error)
+        return
+    for job, policies in wanting:
+        try:
+            yield _one(lead, job, sample, policies, worker)
+        except Exception as error:
+            yield _given_up(group, job, error)
+
+
+def _given_up(group: Group, job: Job, error: Exception) -> Failure:
+    group.failed.add(job.cell)
+    return failed(job.cell, error)
+
+
+def _lead(group: Group, sample: Sample, worker: Worker) -> Reading:
+    """The prompt read for all, with what pruning it computes."""
+    cache = ComposedCache(group.pruners, group.observe)
+    with own_flops() as counted:
+        lead = Reading.of(worker.model, sample.prompt, cache)
+    return replace(lead, seconds=None, own=sum(counted))
+
+
+def _one(
+    lead: Reading, job: Job, sample: Sample, policies: list[TokenPolicy], worker: Worker
+) -> Outcome:
+    """What a job's own policies make of it."""
+    with counting() as evicting:
+        cache = lead.cache.with_policies(policies, worker.model)
+    with own_flops() as counted:
+        reader = worker.reader(replace(lead, cache=cache))
+    own = lead.own + evicting.get_total_flops() + sum(counted)
+    return worker.asked(job, sample, reader, own)

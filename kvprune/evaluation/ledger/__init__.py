@@ -1,0 +1,1 @@
+"""Results on disk: what is written, and what tells it from other results."""

@@ -1,0 +1,320 @@
+"""The results file: JSON lines, each written whole and for good, so that a run can stop anywhere.
+
+The first line, of kind "run", says what was run; more lines of kind "command" are what was run on
+the same file later. "task" and "policy" say what is to be known of these, and "sample", "failure"
+and "trace" are the dataclasses of `results`. A sample's `item` is a digest of what was asked, and
+a policy's `modules` and `code` those of the learned modules in it and of the files of a policy that
+is not kvprune's, so that results of other data, weights or code are not taken for these.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ...errors import KVPruneError
+from .fields import CELL, COST, OUTCOMES, checked
+from .results import Cell, Cost, Failure, Results, SampleResult, Trace
+
+NAME = "results.jsonl"
+LOCK = ".results.lock"
+IDENTITY = ("format", "digest", "seed", "dtype", "device", "versions")
+"""What all results of one file have in common."""
+FORMAT = 3
+"""Since 3, a share counts the prompt without its last token, and a policy that evicts where a
+prompt ends has evicted before its bytes are counted."""
+_BEGIN = b'{"kind": "'
+
+Outcome = SampleResult | Failure | Trace
+Key = tuple[str, float | None, str, int]
+
+
+def key_of(cell: Cell) -> Key:
+    """What tells cells apart, however their policies were spelled."""
+    return cell.policy, cell.budget, cell.task, cell.context
+
+
+@dataclass
+class Ledger:
+    """A results file and what it says; made by `opened`, which keeps others out.
+
+    run: its first line; empty in a new file. units, floors: by task. modules, code: by policy.
+    items: by task, context and number of a sample, the digest of what was asked.
+    cells: as they were first spelled.
+    size: bytes of its whole lines; what a killed or failed write left behind them is dropped with
+        the next one.
+    """
+
+    path: Path
+    run: dict[str, Any] = field(default_factory=dict)
+    commands: list[str] = field(default_factory=list)
+    units: dict[str, str] = field(default_factory=dict)
+    floors: dict[str, float] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
+    items: dict[tuple[str, int, int], str] = field(default_factory=dict)
+    cells: dict[Key, Cell] = field(default_factory=dict)
+    samples: dict[tuple[Key, int], SampleResult] = field(default_factory=dict)
+    failures: dict[Key, Failure] = field(default_factory=dict)
+    traces: dict[Key, Trace] = field(default_factory=dict)
+    size: int = 0
+
+    @property
+    def results(self) -> Results:
+        """All that it says."""
+        return Results(
+            {**self.run, "command": " && ".join(self.commands)} if self.run else {},
+            dict(self.units),
+            tuple(self.samples.values()),
+            tuple(self.failures.values()),
+            tuple(self.traces.values()),
+            dict(self.floors),
+        )
+
+    def check(self, run: Mapping[str, Any]) -> None:
+        """Refuses to go on with a file of another run.
+
+        Raises:
+            KVPruneError: naming what differs.
+        """
+        if not self.run:
+            return
+        differ = [name for name in IDENTITY if self.run.get(name) != run.get(name)]
+        if differ:
+            got = "; ".join(f"{n} {self.run.get(n)!r}, not {run.get(n)!r}" for n in differ)
+            raise KVPruneError(
+                f"{self.path}: expected results of this run, and these are of another: {got} "
+                f"(its model is {self.run.get('model')!r}). Name another folder with --out"
+            )
+
+    def check_item(self, task: str, context: int, number: int, digest: str) -> None:
+        """Refuses results of other data.
+
+        Raises:
+            KVPruneError: the sample of this number was another.
+        """
+        if self.items.get((task, context, number), digest) != digest:
+            raise KVPruneError(
+                f"{self.path}: expected results of the same samples, and number {number} of "
+                f"{task} at {context} tokens was another: the task's data, its code or the "
+                f"tokenizer has changed. Name another folder with --out"
+            )
+
+    def check_task(self, name: str, unit: str, floor: float | None) -> None:
+        """Refuses results that were scored in another way.
+
+        Raises:
+            KVPruneError: the task had another unit, or another floor.
+        """
+        before, now = (self.units.get(name), self.floors.get(name)), (unit, floor)
+        if name in self.units and before != now:
+            raise KVPruneError(
+                f"{self.path}: expected results of {name} that are scored as before, by "
+                f"{before[0]} with a floor of {before[1]}, got {unit} with a floor of {floor}: "
+                f"the task has changed. Name another folder with --out"
+            )
+
+    def check_policy(self, policy: str, modules: str, code: str) -> None:
+        """Refuses results of other learned modules, or of other code.
+
+        Raises:
+            KVPruneError: the policy had others.
+        """
+        if self.modules.get(policy, modules) != modules:
+            raise KVPruneError(
+                f"{self.path}: expected results of the same weights, and those of {policy} have "
+                f"changed. Name another folder with --out"
+            )
+        if self.code.get(policy, code) != code:
+            raise KVPruneError(
+                f"{self.path}: expected results of the same code, and the file that {policy} "
+                f"stands in has changed. Name another folder with --out, or delete this file"
+            )
+
+    def begin(self, run: Mapping[str, Any]) -> None:
+        """Writes what is run, unless that is what was run before."""
+        if not self.run:
+            self._write("run", run)
+        elif run["command"] not in self.commands:
+            self._write("command", {"command": run["command"], "date": run["date"]})
+
+    def note_task(self, name: str, unit: str, floor: float | None) -> None:
+        """Writes what is to be known of a task, once."""
+        if name not in self.units:
+            self._write("task", {"name": name, "unit": unit, "floor": floor})
+
+    def note_policy(self, policy: str, modules: str, code: str) -> None:
+        """Writes the digests of a policy's modules and code, once and if it has any."""
+        if (modules or code) and policy not in self.modules:
+            self._write("policy", {"policy": policy, "modules": modules, "code": code})
+
+    def add(self, outcome: Outcome, item: str = "") -> None:
+        """Writes a sample (with the digest of what was asked), a failure or a trace."""
+        if isinstance(outcome, SampleResult):
+            self._write("sample", {"item": item, **asdict(outcome)})
+        else:
+            self._write("failure" if isinstance(outcome, Failure) else "trace", asdict(outcome))
+
+    def done(self, cell: Cell) -> set[int]:
+        """The samples of a cell that are there."""
+        key = key_of(cell)
+        return {number for other, number in self.samples if other == key}
+
+    def _write(self, kind: str, content: Mapping[str, Any]) -> None:
+        """Appends a line that is on the disk when this returns."""
+        line = json.dumps({"kind": kind, **content}) + "\n"
+        try:
+            self._check_whole()
+            with self.path.open("ab", buffering=0) as file:
+                file.truncate(self.size)
+                _all_of(file, line.encode())
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise KVPruneError(
+                f"{self.path}: expected to write this file, and could not: {error}. Make room on "
+                f"the disk and start again: what is finished is kept"
+            ) from error
+        self.size += len(line)
+        self._take(json.loads(line))
+
+    def _check_whole(self) -> None:
+        """Refuses to write behind lines that are gone."""
+        there = self.path.stat().st_size if self.path.exists() else 0
+        if there < self.size:
+            raise KVPruneError(
+                f"{self.path}: expected the {self.size} bytes that were written, found {there}: it "
+                f"was deleted or cut meanwhile. Leave it alone while it is written, and start again"
+            )
+
+    def _take(self, line: dict[str, Any]) -> None:
+        """Takes in one line."""
+        kind = line.pop("kind")
+        if kind == "run":
+            if line["format"] != FORMAT:
+                raise KVPruneError(
+                    f"{self.path}: expected results of format {FORMAT}, got "
+                    f"{line['format']!r}: another version of kvprune wrote them. Read them with "
+                    f"that one, or name another folder"
+                )
+            self.run, self.commands = line, [line["command"]]
+        elif kind == "command":
+            self.commands.append(line["command"])
+        elif kind == "task":
+            self.units[line["name"]] = line["unit"]
+            self.floors |= {} if line["floor"] is None else {line["name"]: line["floor"]}
+        elif kind == "policy":
+            self.modules[line["policy"]] = line["modules"]
+            self.code[line["policy"]] = line["code"]
+        else:
+            cell = Cell(**checked(line.pop("cell"), CELL))
+            self._take_outcome(kind, line, self.cells.setdefault(key_of(cell), cell))
+
+    def _take_outcome(self, kind: str, line: dict[str, Any], cell: Cell) -> None:
+        key = key_of(cell)
+        checked(line, OUTCOMES[kind])
+        if kind == "sample":
+            cost = self._cost(checked(line.pop("cost"), COST))
+            self.items[cell.task, cell.context, line["sample"]] = line.pop("item")
+            self.samples.setdefault((key, line["sample"]), SampleResult(cell, cost=cost, **line))
+            # It was tried again since.
+            self.failures.pop(key, None)
+        elif kind == "failure":
+            self.failures[key] = Failure(cell, **line)
+        else:
+            tuples = {n: tuple(line[n]) for n in ("tokens", "kept")}
+            self.traces[key] = Trace(cell, **{**line, **tuples})
+
+    def _cost(self, given: Mapping[str, Any]) -> Cost:
+        """A sample's cost, of as many layers as the others'."""
+        tuples = {n: tuple(given[n]) for n in ("entered", "kept")}
+        cost = Cost(**{**given, **tuples})
+        first = next((r.cost for r in self.samples.values()), cost)
+        for name, layers in tuples.items():
+            if len(layers) != len(getattr(first, name)):
+                raise ValueError(f"{name!r} has {len(layers)} layers")
+        return cost
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Ledger]:
+    """The results file of a folder, which is made if need be; nobody else has it meanwhile.
+
+    Raises:
+        KVPruneError: the folder cannot be written, another process works in it, or what is there
+            is no results file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise KVPruneError(
+            f"{folder}: another `kvprune compare` writes there: expected one at a time. Wait for "
+            f"it, or name another folder with --out"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        raise KVPruneError(
+            f"{folder}: expected a folder that can be written: {error}. Name another with --out"
+        ) from error
+    try:
+        path = folder / NAME
+        # A device could be read for ever.
+        if path.exists() and not path.is_file():
+            raise KVPruneError(
+                f"{path}: expected a file, got a folder or a device. Name another folder with --out"
+            )
+        yield _parsed(path) if path.exists() else Ledger(path)
+    finally:
+        lock.release()
+
+
+def read(folder: Path) -> Results:
+    """What a folder's results file says, also while it is being written.
+
+    Raises:
+        KVPruneError: there is none, or it is damaged.
+    """
+    if not (folder / NAME).is_file():
+        raise KVPruneError(f"{folder}: expected a folder of `kvprune compare`, found no {NAME}")
+    return _parsed(folder / NAME).results
+
+
+def _parsed(path: Path) -> Ledger:
+    """What its whole lines say."""
+    ledger = Ledger(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise KVPruneError(f"{path}: expected a file that can be read: {error}") from error
+    lines = content.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and (_BEGIN.startswith(line) or line.startswith(_BEGIN)):
+            # It has no end: it was being written.
+            break
+        try:
+            found = json.loads(line)
+            if (number == 1) != (found["kind"] == "run"):
+                raise KeyError("kind")
+            ledger._take(found)
+        except KVPruneError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise KVPruneError(
+                f"{path}: line {number}: expected what `kvprune compare` writes ({error!r}): "
+                f"the file is damaged, or not one of these. Name another folder with --out"
+            ) from error
+        ledger.size += len(line) + 1
+    return ledger
+
+
+def _all_of(file: Any, data: bytes) -> None:
+    """Writes all of it, where one call may write less, as a full disk makes it."""
+    while data:
+        data = data[file.write(data) :]

@@ -1,0 +1,1 @@
+"""Readings of prompts, and what they cost."""

@@ -1,0 +1,1 @@
+"""Models of transformers: their structure, families, releases and devices."""

@@ -1,0 +1,24 @@
+"""The strategy interface: what a policy sees, and what it answers.
+
+Shapes, here and everywhere: B rows, Q tokens of this forward, S slots, Hkv key/value
+heads, D head size, C hidden size. A *column* is a token's index in its row's sequence,
+padding included; it never changes. A *slot* is a place in one layer's cache.
+"""
+
+from .base import TokenPolicy, check_positions
+from .budget import Budget, Lengths, newest, split_share
+from .selection import Ranking, select
+from .views import SlotView, TokenView
+
+__all__ = [
+    "Budget",
+    "Lengths",
+    "Ranking",
+    "SlotView",
+    "TokenPolicy",
+    "TokenView",
+    "check_positions",
+    "newest",
+    "select",
+    "split_share",
+]

@@ -1,0 +1,131 @@
+"""Policies are asked here, and held to only reading what they are shown.
+
+A view's tensors are the cache's own, or share its memory. torch counts what is written to a tensor
+(`_version`, a number on the host), for all that share memory together: two glances at the counters
+find a write without looking at the tensors. Tensors made in inference mode have no counter, but
+refuse to be written to outside of it, so there a policy is asked outside of it.
+
+The processes of a tensor parallel model agree on answers that concern all heads here, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ..errors import KVPruneError
+from .base import TokenPolicy
+from .selection import Ranking
+from .views import WITHHELD, SlotView, TokenView
+
+_FIELDS = ("hidden", "columns", "valid", "first", "keys", "values")
+
+
+def ask(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ranking | None:
+    """The answer of a policy's hook about a view.
+
+    Raises:
+        KVPruneError: it wrote into the view.
+    """
+    # Compiled code knows no counters; the prompt was read without it.
+    if torch.compiler.is_compiling():
+        return _answer(policy, hook, view)
+    shown, known = list(shown_by(view)), len(view.lengths.shared())
+    before = [_version(tensor) for _, tensor in shown]
+    outside = torch.is_inference_mode_enabled()
+    answer = (_answer_outside if outside else _answer)(policy, hook, view)
+    # Amounts that were asked for the first time are new tensors, whose counters begin at 0.
+    new = view.lengths.shared()[known:]
+    for (name, tensor), count in zip([*shown, *new], before + [0] * len(new), strict=True):
+        if _version(tensor) != count:
+            raise _wrote(policy, view, name)
+    return answer
+
+
+def _answer(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ranking | None:
+    answer: Ranking | None = getattr(policy, hook)(view)
+    return answer
+
+
+def shown_by(view: TokenView | SlotView) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a view, by the names that a policy knows them by."""
+    for name in _FIELDS:
+        value = getattr(view, name, None)
+        if value is not None and value is not WITHHELD:
+            yield name, value
+    for name, value in view.statistic.items():
+        yield f"statistic({name!r})", value
+    yield "length" if isinstance(view, TokenView) else "prompt_length", view.lengths.tensor
+    for amount, tokens in view.lengths.shared():
+        yield f"tokens({amount})", tokens
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _answer_outside(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ranking | None:
+    """The answer outside of inference mode, where torch refuses to write to what was made in it."""
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            return _answer(policy, hook, view)
+    except RuntimeError as error:
+        if "Inplace update to inference tensor" not in str(error):
+            raise
+        raise _wrote(policy, view, "one of its tensors") from error
+
+
+def _wrote(policy: TokenPolicy, view: TokenView | SlotView, what: str) -> KVPruneError:
+    return KVPruneError(
+        f"{policy!r} wrote into its view at layer {view.layer}: expected a policy that only reads, "
+        f"got one that changed {what}. Work on a copy (`.clone()`), or use operators that make a "
+        f"new tensor"
+    )
+
+
+def answer_of(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ranking | None:
+    """A policy's answer where it applies, from the statistics that it named."""
+    if not policy.applies(view.layer):
+        return None
+    shown: dict[str, Any] = {"statistic": view.statistic.only(policy.statistics)}
+    if hook == "rank_slots" and policy.layers_alike:
+        shown |= {"keys": WITHHELD, "values": WITHHELD}
+    ranking = ask(policy, hook, replace(view, **shown))
+    shared = hook == "rank_hidden" or policy.shares_heads
+    if shared and view.group is not None and isinstance(ranking, Ranking):
+        return agreed(ranking, view.group)
+    return ranking
+
+
+# In a tensor parallel model each process holds some of the heads, and their slots. What it decides
+# for a head is its own affair. What enters a layer must come out the same everywhere, or shapes
+# part ways; and a policy that keeps one set for all heads of a layer means those of all processes.
+
+
+def agreed(ranking: Ranking, group: Any) -> Ranking:
+    """The ranking that all processes of `group` go by, from each one's own.
+
+    The score is the mean over the processes (of as many heads each); what any protects is
+    protected, and the largest budget holds.
+    """
+    score = ranking.score.clone()
+    dist.all_reduce(score, group=group)
+    score /= dist.get_world_size(group)
+    protected, budget = (_largest(t, group) for t in (ranking.protected, ranking.budget))
+    return replace(ranking, score=score, protected=protected.bool(), budget=budget)
+
+
+def any_process(found: Tensor, group: Any) -> Tensor:
+    """True where some process of `group` found something; `found` is bool."""
+    return _largest(found, group).bool()
+
+
+def _largest(values: Tensor, group: Any) -> Tensor:
+    values = values.to(torch.int64, copy=True)
+    dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
+    return values

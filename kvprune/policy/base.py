@@ -1,0 +1,131 @@
+"""TokenPolicy: the base of all policies."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import KVPruneError
+from .selection import Ranking
+from .views import SlotView, TokenView
+
+if TYPE_CHECKING:
+    from .composition import Union
+
+
+HOOKS = ("rank_hidden", "rank_slots")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenPolicy:
+    """Base of all policies: override one hook or both; one left out keeps everything.
+
+    A policy with no hook, or with a misspelt one, is refused by the cache that it is handed to.
+
+    A policy only ranks. It is configuration: it holds no state and no tensors of a
+    sequence, so one object serves any number of caches and threads. Subclasses may be
+    frozen dataclasses or ordinary classes; `layers` restricts any policy to some layers
+    (counted from 0; None means all). An ordinary class with an `__init__` of its own hands
+    it on with `super().__init__(layers=layers)`.
+
+    Class attribute `statistics` names what the policy wants observed (see
+    `kvprune.statistics`). `shares_heads` says that its `rank_slots` makes one set for all heads
+    of a layer out of what differs between them (statistics, keys, values): the processes of a
+    tensor parallel model then take the mean of their scores. `positions_in_cache` asks for
+    positions inside the cache, by a slot's place among those that are left (see
+    `kvprune.positions.by_slot`), whatever other policies want; `sinks_before_window` says that what
+    the policy leaves has no gaps but one, behind that many of a row's first tokens. Where that
+    holds for all that evict, positions cost less (see `kvprune.positions.sinks`).
+    `constant_budget` promises that `rank_slots` gives the same budget in every step, as long as the
+    prompt does not grow, and protects no more than it: once a layer is full, each new token then
+    costs one slot, which the engine need not read off the device. `layers_alike` promises that
+    `rank_slots` asks nothing of keys, values and `layer`: in decoding it may then be asked once for
+    many layers, which come as more rows (see `kvprune.storage.group`).
+    """
+
+    layers: Collection[int] | None = field(default=None, kw_only=True)
+
+    statistics = ()  # type: tuple[str, ...]
+    shares_heads = False
+    positions_in_cache = False
+    sinks_before_window = None  # type: int | None
+    constant_budget = False
+    layers_alike = False
+
+    def rank_hidden(self, tokens: TokenView) -> Ranking | None:
+        """Ranks the hidden tokens before a decoder layer, in forwards of several tokens."""
+        return None
+
+    def rank_slots(self, slots: SlotView) -> Ranking | None:
+        """Ranks a layer's slots after its attention, in every forward."""
+        return None
+
+    @property
+    def hooks(self) -> frozenset[str]:
+        """The names of the hooks that this policy overrides."""
+        mine = type(self)
+        return frozenset(h for h in HOOKS if getattr(mine, h) is not getattr(TokenPolicy, h))
+
+    def with_budget(self, share: float) -> TokenPolicy | None:
+        """The policy with another budget, as comparisons at one budget need it.
+
+        Args:
+            share: of the prompt's slots, what a layer keeps in all, in (0, 1].
+
+        Returns:
+            a copy; None where the policy has no budget that could be set, as one that prunes by
+            a schedule of its own.
+
+        Raises:
+            KVPruneError: not a share.
+        """
+        return None
+
+    @property
+    def fixed_budget(self) -> int:
+        """The slots that a layer keeps whatever the prompt's length; 0 where that is a share."""
+        return 0
+
+    def for_model(self, model: torch.nn.Module) -> TokenPolicy:
+        """The policy that works on `model`: itself, or a copy with what it needs of the model.
+
+        Called once, before a cache with this policy is first used with `model`.
+
+        Raises:
+            KVPruneError: the policy cannot work on this model.
+        """
+        return self
+
+    def applies(self, layer: int) -> bool:
+        """Whether the policy ranks at this layer at all."""
+        return self.layers is None or layer in self.layers
+
+    def __or__(self, other: TokenPolicy) -> Union:
+        """`a | b` keeps what either keeps."""
+        from .composition import Union
+
+        return Union.of(self, other)
+
+    def __repr__(self) -> str:
+        own = [
+            f for f in fields(self) if f.repr and (f.name != "layers" or self.layers is not None)
+        ]
+        own.sort(key=lambda f: f.name == "layers")
+        values = (f"{f.name}={getattr(self, f.name)!r}" for f in own)
+        return f"{type(self).__name__}({', '.join(values)})"
+
+
+def check_positions(positions: str, name: str) -> None:
+    """Refuses what says neither of the two ways in which positions are assigned.
+
+    Raises:
+        KVPruneError: not "original" or "cache"; `name`, the policy's, is in the message.
+    """
+    if positions not in ("original", "cache"):
+        raise KVPruneError(
+            f"{name}: positions={positions!r}: expected 'original' (those that tokens came with) "
+            f"or 'cache' (assigned inside the cache)"
+        )

@@ -1,0 +1,110 @@
+"""Checks of policies that are handed to a cache: hooks, promises and statistics."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any
+
+from ..errors import KVPruneError
+from ..statistics import check_names
+from .base import HOOKS, TokenPolicy
+from .composition import leaves
+
+
+def checked(policies: Sequence[TokenPolicy]) -> tuple[TokenPolicy, ...]:
+    """A pipeline as it was handed in.
+
+    Raises:
+        KVPruneError: not a list of policies, or one that wants an unknown statistic, has no hook,
+            or has something that reads like a hook or a promise but is misspelt.
+    """
+    is_list = isinstance(policies, (list, tuple))
+    if not is_list or not all(isinstance(p, TokenPolicy) for p in policies):
+        raise KVPruneError(
+            f"ComposedCache: expected a list of policies, as ComposedCache([H2O()]), got "
+            f"{policies!r}"
+        )
+    for policy in leaves(policies):
+        _check_hooks(policy)
+        check_statistics(policy)
+    return tuple(policies)
+
+
+_CLOSE = 0.85
+"""The ratio of `difflib` from which on a name is taken for another one that is misspelt."""
+
+
+_ANSWERS: dict[str, tuple[type, ...]] = {
+    "statistics": (tuple, list, str),
+    "shares_heads": (bool,),
+    "positions_in_cache": (bool,),
+    "sinks_before_window": (int,),
+    "constant_budget": (bool,),
+    "layers_alike": (bool,),
+}
+"""The class attributes with which a policy speaks of itself, and their types."""
+
+
+def _check_hooks(policy: TokenPolicy) -> None:
+    """Refuses a policy that nobody would ever ask, or not for all that its author meant.
+
+    Raises:
+        KVPruneError: no hook, or a name that is nearly that of a hook or of a class attribute.
+    """
+    own = dict(_own_attributes(policy))
+    for name, value in own.items():
+        meant = _meant_by(name, value)
+        if meant:
+            raise KVPruneError(
+                f"{policy!r}: nothing asks for {type(policy).__name__}.{name}: expected {meant}, "
+                f"defined in the class. Rename it; a helper of the policy's own begins with an "
+                f"underscore"
+            )
+    # A class with `hooks` of its own may well say that there is nothing to do.
+    if not policy.hooks and type(policy).hooks is TokenPolicy.hooks:
+        defined = ", ".join(name for name in own if callable(own[name])) or "no method"
+        raise KVPruneError(
+            f"{policy!r} would keep everything: expected a policy whose class defines "
+            f"{' or '.join(HOOKS)}, got one that defines {defined}. Override a hook; "
+            f"ComposedCache([]) is dense"
+        )
+
+
+def _own_attributes(policy: TokenPolicy) -> Iterator[tuple[str, Any]]:
+    """A policy's attributes beyond `TokenPolicy`, by name; no options, no special names."""
+    kinds = [kind for kind in type(policy).__mro__ if not issubclass(TokenPolicy, kind)]
+    options = {option.name for option in fields(policy)}
+    for namespace in (*map(vars, reversed(kinds)), vars(policy)):
+        for name, value in namespace.items():
+            inherited = hasattr(TokenPolicy, name)
+            # A hook that the object alone has, `self.rank_slots = ...`, is never asked either.
+            lost = name in HOOKS and name not in policy.hooks and namespace is vars(policy)
+            if lost or not (inherited or name.startswith("__") or name in options):
+                yield name, value
+
+
+def _meant_by(name: str, value: Any) -> str:
+    """The name that was meant; empty where it is a name of the policy's own."""
+    if name.startswith("_"):
+        return ""
+    if callable(value) or isinstance(value, (classmethod, staticmethod)):
+        close = difflib.get_close_matches(name, HOOKS, n=1, cutoff=_CLOSE)
+        # `rank_layer` resembles no hook more than another, and is none.
+        all_hooks = [" or ".join(HOOKS)] if name.startswith("rank_") else []
+        return "".join((close or all_hooks)[:1])
+    close = difflib.get_close_matches(name, _ANSWERS, n=1, cutoff=_CLOSE)
+    # A value of another type could not be what is meant.
+    if close and isinstance(value, (*_ANSWERS[close[0]], property)):
+        return close[0]
+    return ""
+
+
+def check_statistics(policy: TokenPolicy) -> None:
+    """Refuses a policy that wants something that nobody observes.
+
+    Raises:
+        KVPruneError: `policy.statistics` is not a tuple of names in `OBSERVABLE`.
+    """
+    check_names(policy.statistics, f"{policy!r}: statistics")

@@ -1,0 +1,141 @@
+"""Policies together: unions, and what several policies want of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import KVPruneError
+from .asking import answer_of
+from .base import TokenPolicy
+from .budget import split_share
+from .selection import Ranking, Selection, check_leaves_some, check_ranking
+from .views import SlotView, TokenView
+
+
+def leaves(policies: Iterable[TokenPolicy]) -> Iterator[TokenPolicy]:
+    """The policies with every union opened up, each to be checked by itself."""
+    for policy in policies:
+        yield from policy.parts if isinstance(policy, Union) else (policy,)
+
+
+def evicts(policies: Iterable[TokenPolicy]) -> bool:
+    """Whether some policy drops slots."""
+    return any("rank_slots" in policy.hooks for policy in policies)
+
+
+def wanted_at(policies: Iterable[TokenPolicy], layer: int) -> tuple[str, ...]:
+    """The statistics that some policy wants of this layer.
+
+    Eviction reads its own layer's; pruning reads those of the layer before.
+    """
+    names: dict[str, None] = {}
+    for policy in policies:
+        evicts = "rank_slots" in policy.hooks and policy.applies(layer)
+        prunes = "rank_hidden" in policy.hooks and policy.applies(layer + 1)
+        if evicts or prunes:
+            names.update(dict.fromkeys(policy.statistics))
+    return tuple(names)
+
+
+@dataclass(frozen=True, repr=False)
+class Union(TokenPolicy):
+    """`a | b`: keeps what either keeps, so its capacity is the sum.
+
+    Each part ranks the same tokens; how many stay may differ per row and head. A part that
+    says nothing about a hook, or does not apply to a layer, keeps everything there, and so
+    does the union.
+
+    Raises:
+        KVPruneError: the parts share no hook, so the union would keep everything.
+    """
+
+    parts: tuple[TokenPolicy, ...] = ()
+
+    @classmethod
+    def of(cls, *parts: TokenPolicy) -> Union:
+        """The union of `parts`; unions among them are opened up."""
+        for part in parts:
+            if not isinstance(part, TokenPolicy):
+                raise KVPruneError(f"a | b: expected two policies, got {part!r}")
+        flat = [p for part in parts for p in (part.parts if isinstance(part, cls) else (part,))]
+        union = cls(tuple(flat))
+        if not union.hooks:
+            raise KVPruneError(
+                f"{union!r} would keep everything: its parts share no hook (one prunes hidden "
+                f"states, the other evicts slots). Use them as a pipeline: "
+                f"ComposedCache([{', '.join(map(repr, flat))}])"
+            )
+        return union
+
+    @property
+    def hooks(self) -> frozenset[str]:
+        """The hooks that all parts override."""
+        return frozenset.intersection(*(p.hooks for p in self.parts))
+
+    @property
+    def statistics(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The statistics that any part wants observed."""
+        return tuple(dict.fromkeys(name for p in self.parts for name in p.statistics))
+
+    def with_budget(self, share: float) -> Union | None:
+        """The share split evenly among the parts, so that they keep no more than that together.
+
+        None where a part has no budget, as that may keep anything.
+        """
+        each = split_share(share, *(1 for _ in self.parts))
+        parts = [p.with_budget(s) for p, s in zip(self.parts, each, strict=True)]
+        found = tuple(part for part in parts if part is not None)
+        return replace(self, parts=found) if len(found) == len(parts) else None
+
+    def for_model(self, model: torch.nn.Module) -> Union:
+        """The union of what its parts are on `model`."""
+        return replace(self, parts=tuple(part.for_model(model) for part in self.parts))
+
+    def rank_hidden(self, tokens: TokenView) -> Ranking | None:
+        """Protects what any part keeps."""
+        found = self._rankings("rank_hidden", tokens)
+        if found is None:
+            return None
+        columns, valid = tokens.columns[:, None], tokens.valid[:, None]
+        return self._either(found, tokens.layer, columns, valid, heads=1)
+
+    def rank_slots(self, slots: SlotView) -> Ranking | None:
+        """Protects what any part keeps."""
+        found = self._rankings("rank_slots", slots)
+        if found is None:
+            return None
+        heads = slots.keys.shape[1]
+        return self._either(found, slots.layer, slots.columns, slots.valid, heads)
+
+    def _rankings(self, hook: str, view: TokenView | SlotView) -> list[Ranking] | None:
+        found: list[Ranking] = []
+        for part in self.parts:
+            ranking = answer_of(part, hook, view)
+            if ranking is None:
+                return None
+            found.append(ranking)
+        return found
+
+    def _either(
+        self, rankings: list[Ranking], layer: int, columns: Tensor, valid: Tensor, heads: int
+    ) -> Ranking:
+        kept = torch.zeros_like(valid)
+        score = torch.zeros_like(valid, dtype=rankings[0].score.dtype)
+        for part, ranking in zip(self.parts, rankings, strict=True):
+            check_ranking(part, ranking, columns, heads)
+            # NaN would rank highest.
+            nan = ranking.score.isnan()
+            lowest = replace(ranking, score=ranking.score.masked_fill(nan, -torch.inf))
+            selection = Selection(lowest, columns, valid)
+            check_leaves_some(part, layer, ranking, valid, selection.least_budget)
+            kept = kept | selection.kept()
+            # A part's NaN must still reach the engine, which looks for it.
+            score = score.masked_fill(nan, torch.nan)
+        return Ranking(score, kept, kept.sum(-1))
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.parts))

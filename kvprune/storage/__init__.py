@@ -1,0 +1,1 @@
+"""Slots of layers, and what is known of rows."""

@@ -1,0 +1,107 @@
+"""Buffers of slots: written in place where nobody watches, and made anew where somebody does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SLACK = 8
+"""Slots that may lie empty once a budget is full, before the buffers are made anew."""
+
+
+def put(buffer: Tensor | None, slot: Tensor, new: Tensor | int) -> Tensor:
+    """Writes one slot per row and head; in place unless somebody watches.
+
+    Args:
+        buffer: `[B, H, S, ...]`.
+        slot: `[B, H, 1]` int64, or `[B, 1, 1]` where `new` has a head axis of H.
+        new: `[B, H, 1, ...]`, or one number for all.
+
+    Returns:
+        the buffer, or a new one, of the wider dtype of the two.
+    """
+    assert buffer is not None
+    if torch.is_grad_enabled():
+        # Autograd saves where something was written.
+        slot = of_this_mode(slot)
+    if not isinstance(new, Tensor):
+        return buffer.scatter(2, slot, new) if watched(buffer) else buffer.scatter_(2, slot, new)
+    index = slot.reshape(*slot.shape, *(1,) * (new.dim() - slot.dim())).expand_as(new)
+    buffer, new = of_one_dtype(buffer, new)
+    if watched(buffer, new):
+        return buffer.scatter(2, index, new)
+    return buffer.scatter_(2, index, new)
+
+
+def extended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
+    """`new` behind the first `used` slots of `buffer`, which grows geometrically.
+
+    Written in place where there is room and nobody watches.
+    """
+    if buffer is None:
+        # A copy: what a model hands in may be a slice of a fused projection, which would keep
+        # three times the bytes, or what somebody else holds too.
+        return new.clone(memory_format=torch.contiguous_format)
+    size = used + new.shape[2]
+    buffer, new = of_one_dtype(buffer, new)
+    if watched(buffer, new):
+        return torch.cat([buffer[:, :, :used], new], 2)
+    if size > buffer.shape[2]:
+        spare = max(SLACK, size // 8) if new.shape[2] == 1 else 0
+        larger = buffer.new_empty((*buffer.shape[:2], size + spare, *buffer.shape[3:]))
+        larger[:, :, :used] = buffer[:, :, :used]
+        buffer = larger
+    buffer[:, :, used:size] = new
+    return buffer
+
+
+def of_one_dtype(buffer: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider dtype, as `torch.cat` has it: autocast may be on in one forward alone."""
+    if buffer.dtype == new.dtype:
+        return buffer, new
+    wider = torch.promote_types(buffer.dtype, new.dtype)
+    return buffer.to(wider), new.to(wider)
+
+
+def of_this_mode(tensor: Tensor) -> Tensor:
+    """A tensor that autograd may save: one made in inference mode is copied."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
+
+
+def watched(*tensors: Tensor) -> bool:
+    """Whether writing in place is forbidden: autograd may have saved what would be overwritten.
+
+    Not only where keys want a gradient themselves: attention saves them for the queries'.
+    """
+    if torch.is_grad_enabled() or any(t.requires_grad for t in tensors):
+        return True
+    if torch.compiler.is_compiling():
+        # Which cannot see inference mode; it would fail where a tensor may not be written to.
+        return False
+    return not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors)
+
+
+def widened(columns: Tensor, size: int, fill: int) -> Tensor:
+    return torch.nn.functional.pad(columns, (0, size - columns.shape[-1]), value=fill)
+
+
+def roomier(buffer: Tensor, room: int, fill: int) -> Tensor:
+    """`[B, H, S, ...]` with room for more slots; the very object where there is none to add."""
+    if not room:
+        return buffer
+    more = buffer.new_full((*buffer.shape[:2], room, *buffer.shape[3:]), fill)
+    return torch.cat([buffer, more], 2)
+
+
+def gathered(buffer: Tensor, order: Tensor, spare: int) -> Tensor:
+    """The slots `order` `[B, 1|H, n]` of `buffer` `[B, H, S, ...]`, and `spare` more."""
+    index = order.reshape(*order.shape, *(1,) * (buffer.dim() - 3))
+    index = index.expand(-1, buffer.shape[1], -1, *buffer.shape[3:])
+    if not spare:
+        return buffer.gather(2, index)
+    size = order.shape[-1]
+    moved = buffer.new_zeros((*buffer.shape[:2], size + spare, *buffer.shape[3:]))
+    torch.gather(buffer, 2, index, out=moved[:, :, :size])
+    return moved

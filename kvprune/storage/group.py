@@ -1,0 +1,100 @@
+"""Decoding at a full budget: what goes next is asked once, for all layers that are alike.
+
+Each layer then loses one slot in every row and head and takes one new token. That is a dozen
+small operations, which cost more by their number than by their work. So the columns and
+statistics of such layers stand below each other, as more rows of one tensor of which each layer
+holds a view, and a policy that promises `layers_alike` ranks them all at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .buffers import put
+from .layer import SlotLayer
+
+
+class LayerGroup:
+    """Layers that are alike: of the same shapes, full for the same policy, without a free slot.
+
+    columns: `[n * B, 1|Hkv, S]`. statistics: each `[n * B, Hkv, S]`.
+    """
+
+    def __init__(self, layers: Sequence[SlotLayer]) -> None:
+        self._layers = tuple(layers)
+        each = [layer.statistics for layer in layers]
+        self.columns = torch.cat([layer.columns for layer in layers])
+        self.statistics = {name: torch.cat([one[name] for one in each]) for name in layers[0].names}
+        # The slots that went last `[n * B, 1|Hkv, 1]`, until a token takes them.
+        self._free_slots: Tensor | None = None
+        self._lend()
+
+    def lent_to(self, layers: Sequence[SlotLayer]) -> bool:
+        """Whether what these layers hold is what they were lent.
+
+        Whatever else changes a layer's slots puts other tensors in the place of these.
+        """
+        if len(layers) != len(self._layers):
+            return False
+        each = zip(layers, self._layers, self._lent, strict=True)
+        return all(layer is known and layer.borrows(*lent) for layer, known, lent in each)
+
+    def free(self, gone: Tensor, by: int) -> None:
+        """Drops one slot in every row and head; see `SlotLayer.free`.
+
+        Args:
+            gone: `[n * B, 1|Hkv, 1]` int64.
+            by: what the layers are full for; see `SlotLayer.full_policy`.
+        """
+        each = gone.chunk(len(self._layers))
+        if gone.shape[1] != self.columns.shape[1]:
+            for layer, one in zip(self._layers, each, strict=True):
+                layer.free(one, by)
+            return
+        self._put(gone, -1)
+        self._free_slots = gone
+        for layer, free_slot in zip(self._layers, each, strict=True):
+            layer.free_slot = free_slot
+
+    def write_column(self, columns: Tensor) -> None:
+        """The next token takes the slots that are free: all of it but its keys and values.
+
+        Args:
+            columns: `[B, 1, 1]` int64, the very object that the layers' `append` will get.
+        """
+        if self._free_slots is None or not self.lent_to(self._layers):
+            return
+        new = columns.repeat(len(self._layers), 1, 1).expand_as(self._free_slots)
+        self._put(self._free_slots, new, statistic=0)
+        self._free_slots = None
+        for layer in self._layers:
+            layer.column_written = columns
+
+    def _put(self, slots: Tensor, column: Tensor | int, statistic: int | None = None) -> None:
+        """Writes to one slot in every row and head."""
+        before = [self.columns, *self.statistics.values()]
+        self.columns = put(self.columns, slots, column)
+        if statistic is not None:
+            self.statistics = {
+                name: put(value, slots.expand(-1, value.shape[1], -1), statistic)
+                for name, value in self.statistics.items()
+            }
+        now = (self.columns, *self.statistics.values())
+        if any(one is not other for one, other in zip(before, now, strict=True)):
+            # Not in place, as somebody watches.
+            self._lend()
+
+    def _lend(self) -> None:
+        """Hands each layer its part."""
+        count = len(self._layers)
+        columns = self.columns.chunk(count)
+        parts = {name: value.chunk(count) for name, value in self.statistics.items()}
+        self._lent = [
+            (part, {name: each[i] for name, each in parts.items()})
+            for i, part in enumerate(columns)
+        ]
+        for layer, lent in zip(self._layers, self._lent, strict=True):
+            layer.borrow(*lent)

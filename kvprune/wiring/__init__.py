@@ -1,0 +1,1 @@
+"""The wiring of a model: forwards, hooks and generate."""
