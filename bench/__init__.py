@@ -1,1 +1,1 @@
-"""Measurements; results are kept beside the scripts as JSON."""
+"""Measurements; most results are kept as JSON in bench/results."""

@@ -1,4 +1,4 @@
-"""What every result says of where it comes from."""
+"""The facts that every result carries: its command, its versions and its machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvprune.files import write_text
 
 
 def about(model: Any) -> dict[str, Any]:
-    """The versions and the machine that give a result, and the command that asked for it."""
+    """The command that gave a result, and the versions and the machine that it ran with."""
     said = {
         "command": command(),
         "kvprune": version("kvprune"),
@@ -34,7 +34,8 @@ def about(model: Any) -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command that is run, as `python -m bench.saved --out saved.json`."""
+    """The command that is run, such as `python -m bench.saved --out saved.json`."""
+    # Only a module that is run with `python -m` has a spec.
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = Path(sys.argv[0]).name if spec is None else spec.name.removesuffix(".__main__")
     program = [name] if spec is None else ["python", "-m", name]
@@ -42,7 +43,7 @@ def command() -> str:
 
 
 def processor() -> str:
-    """Its name, as the system says it; empty where it does not."""
+    """The processor's name, as the system says it; empty where the system does not."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,10 +1,10 @@
 """Writes docs/all-families.md: every model type that transformers builds as a causal LM.
 
-    python -m bench.all_families                 # all, and the page
-    python -m bench.all_families jetmoe beam     # some, and no page
+    python -m bench.all_families                 # all types, and the page
+    python -m bench.all_families jetmoe beam     # some types, and no page
 
-Each is built tiny, with random weights in float64, and tried as `tests/all_families.py` says; what
-takes too long is stopped. Nothing on the page is written by hand.
+Each type is built tiny, with random weights in float64, and tried as `tests/all_families.py` says;
+a type that takes too long is stopped. Nothing on the page is written by hand.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ As a tiny model alone, in the words of transformers.
 
 
 def page(found: dict[str, Outcome]) -> str:
-    """The whole document."""
+    """The text of the whole page."""
     accepted = {kind: o for kind, o in found.items() if o.accepted}
     refused = {kind: o for kind, o in found.items() if o.built and not o.accepted}
     unbuilt = {kind: o for kind, o in found.items() if not o.built}
@@ -106,7 +106,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def main(kinds: list[str]) -> int:
-    """Tries them, and writes the page if all were tried; not 0 where one comes out wrong."""
+    """Tries the types, and writes the page if all were tried; returns 0, or 1 for a wrong one."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity(50)  # type: ignore[attr-defined]
     torch.set_num_threads(1)

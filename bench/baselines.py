@@ -14,33 +14,36 @@ from kvprune.policy import TokenView
 
 @dataclass(frozen=True, repr=False)
 class Newest(SDTP):
-    """The newest stay."""
+    """Scores tokens by column: the newest stay."""
 
     def score(self, tokens: TokenView, stage: int) -> Tensor:
-        """See `SDTP`."""
+        """See `SDTP.score`."""
         return tokens.columns.float()
 
 
 @dataclass(frozen=True, repr=False)
 class HiddenNorm(SDTP):
-    """The length of the hidden state."""
+    """Scores tokens by the length of their hidden state."""
 
     def score(self, tokens: TokenView, stage: int) -> Tensor:
-        """See `SDTP`."""
+        """See `SDTP.score`."""
         return tokens.hidden.float().norm(dim=-1)
 
 
 @dataclass(frozen=True, repr=False)
 class GivenScores(SDTP):
-    """Scores that are known beforehand, `[S, columns]`, as of an oracle or at random.
+    """Scores of a prompt's tokens that are known beforehand, from an oracle or at random.
 
-    Of a prompt; what is read behind it has none, as all of it is asked for.
+    Tokens behind the prompt get the score 0: the logits of all of them are asked for, so all stay.
+
+    Args:
+        scores: `[S, columns]`, by stage.
     """
 
     scores: Tensor = field(kw_only=True)
 
     def score(self, tokens: TokenView, stage: int) -> Tensor:
-        """See `SDTP`."""
+        """See `SDTP.score`."""
         scores = self.scores[stage]
         behind = tokens.columns >= len(scores)
         return scores[tokens.columns.clamp(0, len(scores) - 1)].float().masked_fill(behind, 0)
@@ -48,16 +51,18 @@ class GivenScores(SDTP):
 
 @dataclass(frozen=True, repr=False)
 class LastQueryAttention(SDTP):
-    """What the newest tokens attend to in the layer ahead, over all heads (LazyLLM, FastKV).
+    """Scores tokens by the attention of the newest in the layer ahead, all heads (LazyLLM, FastKV).
 
-    model: of the Llama family. queries: how many of the newest tokens.
+    Args:
+        model: a model of the Llama family.
+        queries: how many of the newest tokens attend.
     """
 
     model: Any = field(kw_only=True)
     queries: int = field(default=16, kw_only=True)
 
     def score(self, tokens: TokenView, stage: int) -> Tensor:
-        """See `SDTP`; one row at a time."""
+        """See `SDTP.score`; one row at a time."""
         layer = self.model.model.layers[tokens.layer]
         attention, hidden = layer.self_attn, layer.input_layernorm(tokens.hidden)
         columns = tokens.columns.clamp(min=0)
@@ -73,12 +78,12 @@ class LastQueryAttention(SDTP):
 
 
 def scheduled(kind: type[SDTP], plan: SDTP, **more: Any) -> SDTP:
-    """One of these with the schedule of another policy, whose heads are not asked."""
+    """A policy of class `kind` with the schedule of `plan`, whose heads are not asked."""
     return kind(**{f.name: getattr(plan, f.name) for f in fields(plan)}, **more)
 
 
 def _turned(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary positions: `[B, N, H, D]` by `[B, N, D]`."""
+    """The states `[B, N, H, D]`, rotated by the cosine and sine `[B, N, D]` of their positions."""
     half = states.shape[-1] // 2
     other = torch.cat([-states[..., half:], states[..., :half]], -1)
     return states * cosine[:, :, None] + other * sine[:, :, None]

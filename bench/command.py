@@ -1,4 +1,4 @@
-"""How a benchmark's command ends: what it said, and its exit code."""
+"""The end of a benchmark's command: its message and its exit code."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ FAILED, STOPPED = 1, 130
 
 
 def run(name: str, work: Callable[[], None]) -> int:
-    """The exit code of work that goes on where it was: what cannot be done ends it with one line.
+    """Runs `work`, which goes on where it was stopped, and returns the command's exit code.
 
-    Told to stop, it stops as Ctrl-C does, so that processes which it started are taken along.
+    Work that cannot be done ends the command with one line. On SIGTERM the command stops as on
+    Ctrl-C, so that processes which it started are stopped as well.
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -2,8 +2,8 @@
 
     python -m bench.families
 
-Runs `tests/test_families.py`, one test per cell, and the refusals of
-`tests/bad_input/test_models.py`; nothing in the table is written by hand but the notes.
+The command runs `tests/test_families.py`, one test per cell, and tries the refusals of
+`tests/bad_input/test_models.py`; only the notes in the table are written by hand.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ cannot follow.
 
 
 class Outcomes:
-    """A pytest plugin: what came of each cell, `found[family][column]`."""
+    """A pytest plugin that notes the outcomes of each cell, in `found[family][column]`."""
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         self._cells: dict[str, tuple[str, str]] = {}
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        """Notes which test is which cell."""
+        """Notes which test belongs to which cell."""
         for item in items:
             parameter = CELL_TESTS.get(getattr(item, "originalname", ""))
             if parameter is not None:
@@ -92,14 +92,14 @@ class Outcomes:
                 self._cells[item.nodeid] = (values["family"], column)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Notes an outcome."""
+        """Notes the outcome of a test."""
         if report.when == "call" and report.nodeid in self._cells:
             family, column = self._cells[report.nodeid]
             self.found[family][column].append(report.outcome)
 
 
 def row(family: str, found: dict[str, list[str]]) -> str:
-    """One family's line."""
+    """One family's line of the table."""
     name = type(models.plain_family(family)).__name__
     cells = [_cell(family, column, found[column]) for column in COLUMNS]
     return f"| `{family}` | {name} | {' | '.join(cells)} | {models.NOTES.get(family, '')} |"
@@ -112,7 +112,7 @@ def _cell(family: str, column: str, outcomes: list[str]) -> str:
 
 
 def reason(family: str) -> str:
-    """Why a family is refused, in the words of the error."""
+    """The reason why a family is refused, in the words of the error."""
     model = AutoModel.from_config(tiny_config(family, **REFUSED[family][1]))
     with pytest.raises(kvprune.KVPruneError) as refused:
         kvprune.attach(model)
@@ -121,7 +121,7 @@ def reason(family: str) -> str:
 
 
 def table(found: dict[str, dict[str, list[str]]]) -> str:
-    """The whole document."""
+    """The text of the whole page."""
     header = ["family", "class", *COLUMNS, "notes"]
     lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
     lines += [row(family, found[family]) for family in models.FAMILIES]
@@ -133,7 +133,7 @@ def table(found: dict[str, dict[str, list[str]]]) -> str:
 
 
 def main() -> int:
-    """Runs the cells and writes the table; not 0 where a cell fails."""
+    """Runs the tests and writes the page; the exit code is not 0 where a cell fails."""
     outcomes = Outcomes()
     torch.set_num_threads(1)
     status = pytest.main(

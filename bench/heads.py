@@ -3,10 +3,10 @@
     python -m bench.heads                                        # those that ship
     python -m bench.heads --row "paper's head" --out build/heads/paper
 
-Questions about SQuAD articles and HotpotQA paragraphs of the splits to train on (see
-`kvprune.evaluation.data.questions`), asked in several ways, with the gold answer as completion;
-questions about made-up facts that were put into the articles; and stretches of the articles with
-their next 64 tokens. Stopped, it goes on where it was.
+The examples are of three kinds: questions about SQuAD articles and HotpotQA paragraphs of the
+splits to train on (see `kvprune.evaluation.data.questions`), asked in several ways, with the gold
+answer as completion; questions about made-up facts that were put into the articles; and stretches
+of the articles with their next 64 tokens. A training that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ SHIPPED = Path(__file__).parent.parent / "policies" / "sdtp" / "pretrained" / NA
 
 STAGES = 9
 KEEP = round(0.35 ** (1 / STAGES), 4)
-"""The model has room for nine stages; this share leaves 35 % after the last."""
+"""The share that each stage keeps: nine stages, all that the model has room for, leave 35 %."""
 
 TOKENS = (350, 900)
 LIMIT = 1024
 HELD_OUT = 40
 PARTS = {"hotpotqa": 0.37, "squad": 0.5, "facts": 0.1, "texts": 0.03}
 TOGETHER = {"hotpotqa": 3, "squad": 8, "facts": 4}
-"""Questions about one context, which are marked in little more time than one."""
+"""The number of questions about one context, which are marked in little more time than one."""
 
 FULL = Training(marking_epochs=2, learning_rate=3e-3)
 PAPER = replace(FULL, listwise=0.0, ranking=1.0, mse=0.3, pairs=20000)
@@ -63,22 +63,22 @@ ROWS: dict[str, tuple[Training, dict[str, Any]]] = {
         {"query_heads": 0},
     ),
 }
-"""What is trained: options, and how the heads differ from the default. Without ranking and MSE all
-that is left is the answer's cross-entropy in the pruned model: 3 seconds an example, so ask for
-fewer with `--examples`."""
+"""The options of each row's training, and how its heads differ from the default. Without ranking
+and MSE, only the answer's cross-entropy in the pruned model is left: 3 seconds an example, so
+ask for fewer with `--examples`."""
 
 
 def examples(tokenizer: Any, count: int, seed: int, split: str = "train") -> list[Example]:
-    """`count` of them, in the shares that `PARTS` says."""
+    """About `count` examples of a split, in the shares that `PARTS` says."""
     draw, encode = random.Random(f"examples {seed}"), partial(_encoded, tokenizer)
     counts, found = {name: round(share * count) for name, share in PARTS.items()}, list[Example]()
     for name, make in (("hotpotqa", hotpotqa), ("squad", squad), ("facts", hidden_facts)):
-        # Held-out examples are few: each with a context of its own.
+        # Held-out examples are few, so each has a context of its own.
         together = TOGETHER[name] if split == "train" else 1
         asked = make(split, counts[name], TOKENS, tokenizer, seed, together)
         for _, group in groupby(asked, key=attrgetter("text")):
             questions = list(group)
-            # Not those that also ask before the context, where it is to be shared.
+            # A context is shared only if the question is not also asked before it.
             ways = [w for w in ASK_OTHERWISE if len(questions) == 1 or _asks_once(w)]
             way = draw.choice(ways)
             found += sharing([encode(q, way) for q in questions])
@@ -97,7 +97,7 @@ def _encoded(tokenizer: Any, question: LongQuestion, way: tuple[str, str]) -> Ex
 
 
 def main() -> None:
-    """See the module."""
+    """Trains the heads of a row; see the module."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -133,7 +133,7 @@ def main() -> None:
 
 
 def ship(folder: Path) -> None:
-    """Puts heads into the package, as float16; the model card there stays."""
+    """Puts heads into the package, as float16; the model card there is not changed."""
     heads = SDTPHeads.from_pretrained(folder).half()
     heads.save_pretrained(SHIPPED)
     shutil.copy(folder / "training.json", SHIPPED / "training.json")

@@ -1,4 +1,4 @@
-"""What the proof measures by: questions, needles and plain text, as prompts with their answers."""
+"""The items that `bench.sdtp` measures by: questions, needles and plain text, with answers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ _CITIES = ("Lisbon", "Oslo", "Nairobi", "Lima", "Hanoi", "Quito", "Riga", "Perth
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt `[1, n]` and the tokens to be likely after it `[1, m]`.
+    """One prompt, and the tokens that are to be likely after it.
 
-    facts: for each of the prompt's columns 1 for a supporting sentence, 0 for another one, -1 for
-    what is no sentence of the context; or None where that is not known.
+    Attributes:
+        task: the task's name.
+        number: the item's number in its task, from 0.
+        prompt: `[1, n]`.
+        answer: `[1, m]`.
+        facts: `[n]`, for each of the prompt's columns 1 for a supporting sentence, 0 for another
+            sentence, -1 outside the sentences of the context; None where that is not known.
     """
 
     task: str
@@ -36,15 +41,16 @@ class Item:
 
 @dataclass(frozen=True)
 class Items:
-    """Of each task: "squad", "hotpotqa", "needle-LENGTH" and "text".
+    """The items of each task: "squad", "hotpotqa", "needle-LENGTH" and "text".
 
-    tokenizer: of the model.
+    Args:
+        tokenizer: the model's tokenizer.
     """
 
     tokenizer: Any
 
     def of(self, task: str, count: int, split: str) -> list[Item]:
-        """The first `count` of a task; `split` is of the questions."""
+        """The first `count` items of a task, from a split of its questions or essays."""
         if task in QUESTIONS:
             make = {"squad": squad, "hotpotqa": hotpotqa}[task]
             questions = make(split, count, LENGTHS, self.tokenizer)
@@ -72,7 +78,7 @@ class Items:
         return facts
 
     def _needle(self, length: int, number: int, split: str) -> Item:
-        """One seven-digit number in essays, after RULER's template, its prefix as the lead."""
+        """One seven-digit number in essays, after RULER's template, whose lead ends the prompt."""
         draw = random.Random(f"needle {split} {length} {number}")
         words = self._essays[split]
         city = draw.choice(_CITIES)

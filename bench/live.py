@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive: counted as they come and go, not sampled."""
+"""Counts the bytes of tensors that are alive, as tensors come and go, not by sampling."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active, follows every storage that an operator makes; `peak` is the most at once.
+    """Follows, while active, every storage that operators make; `peak` is the most bytes at once.
 
-    What was there before (weights, the prompt) is not counted, nor is what an operator needs for
-    itself and gives back before it ends.
+    Storages that were there before (weights, the prompt) do not count, and neither does memory that
+    an operator takes for itself and gives back before it ends.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,8 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operator and takes note."""
+        """Runs the operator and follows the storages that it makes."""
+        # A result that is a view of an argument, or the argument itself, is no new storage.
         given = {id(t.untyped_storage()) for t in args if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):

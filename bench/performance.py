@@ -1,4 +1,4 @@
-"""docs/performance.md, from what `bench.speed` measured: no number is written by hand.
+"""Writes docs/performance.md from what `bench.speed` measured: no number is written by hand.
 
 python -m bench.performance
 """
@@ -53,7 +53,7 @@ TABLES = {
 
 
 def page(found: list[Found]) -> str:
-    """All of it; `found` as `results.read` gives it."""
+    """The text of the page; `found` is what `results.read` returns."""
     if not found:
         return HEAD + NOTHING
     told = [_bars(found), _pictures(found)]
@@ -61,7 +61,7 @@ def page(found: list[Found]) -> str:
 
 
 def _bars(found: list[Found]) -> str:
-    """What was reached; what was not measured is not left out in silence."""
+    """The section on the bars, which also names the parts that were not measured yet."""
     there = {one["part"]["name"] for one in found}
     missing = [part.name for part in Sizes().parts() if part.name not in there]
     more = f"\nNot measured yet: {', '.join(missing)}.\n" if missing else ""
@@ -80,7 +80,7 @@ def _section(found: list[Found], title: str, groups: tuple[str, ...]) -> str:
 
 
 def write(found: list[Found], place: Path) -> None:
-    """The page and its pictures, in a folder beside it; pictures of nothing go.
+    """Writes the page and, in a folder beside it, its pictures; removes pictures without results.
 
     Raises:
         KVPruneError: a file cannot be written.

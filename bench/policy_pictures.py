@@ -1,4 +1,4 @@
-"""The pictures of the policies in docs/policies: which columns each layer keeps of a short text.
+"""Draws the pictures in docs/policies: which columns each layer keeps of a short text.
 
 python -m bench.policy_pictures            # with the demo model
 python -m bench.policy_pictures --redraw   # from pictures.json, as it is
@@ -40,7 +40,7 @@ POLICIES: dict[str, tuple[kvprune.TokenPolicy, ...]] = {
     "union": (StreamingLLM(sinks=4, window=14) | H2O(heavy=14, recent=14),),
 }
 
-# Light and dark: tokens that no head, some heads, all heads keep.
+# For light and dark screens: `few` are columns that some heads keep, `all` that all heads keep.
 STYLE = """
 .word { font: 11px sans-serif; fill: #444 } .few { fill: #8fb3d9 } .all { fill: #1f5a96 }
 .frame { fill: none; stroke: #999 } .end { stroke: #b3541e; stroke-dasharray: 3 3 }
@@ -49,17 +49,18 @@ STYLE = """
   .frame { stroke: #777 } .end { stroke: #f0a070 }
 }
 """
-WIDTH, HEIGHT, LEFT, TOP = 4.6, 6, 56, 24  # of a token, of a layer; of what stands around
+WIDTH, HEIGHT, LEFT, TOP = 4.6, 6, 56, 24  # of a token, of a layer; margins left and above
 
 
 def kept(model: Any, ids: torch.Tensor, policies: tuple[kvprune.TokenPolicy, ...]) -> list[str]:
-    """For each layer, a digit for each column: how many key/value heads hold it at the end."""
+    """A digit for each column, by layer: how many key/value heads hold the column at the end."""
     cache = kvprune.ComposedCache(policies)
     tokens = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), cache=cache, **tokens)
     rows = []
     for layer in range(len(cache)):
         columns = cache.columns(layer)[0]
+        # Columns that all heads share count once for each head.
         heads = model.config.num_key_value_heads // len(columns)
         held = torch.bincount(columns[columns >= 0], minlength=cache.seen) * heads
         rows.append("".join(map(str, held.tolist())))
@@ -67,7 +68,7 @@ def kept(model: Any, ids: torch.Tensor, policies: tuple[kvprune.TokenPolicy, ...
 
 
 def found(model: Any, ids: torch.Tensor) -> dict[str, Any]:
-    """What all pictures show, `ids` being `[1, N]`."""
+    """The data of all pictures, for ids `[1, N]`."""
     return {
         "prompt": ids.shape[1],
         "heads": model.config.num_key_value_heads,
@@ -79,7 +80,7 @@ def found(model: Any, ids: torch.Tensor) -> dict[str, Any]:
 
 
 def drawn(picture: dict[str, Any], prompt: int, heads: int) -> str:
-    """An SVG: a row for each layer from the top, a column for each token."""
+    """The SVG of a picture: a row for each layer from the top, a column for each token."""
     rows, name = picture["kept"], escape(picture["policies"])
     width, height = len(rows[0]) * WIDTH, len(rows) * HEIGHT
     share = sum(map(int, "".join(rows))) / heads / len(rows) / len(rows[0])
@@ -126,7 +127,7 @@ def draw(folder: Path) -> None:
 
 
 def demo() -> dict[str, Any]:
-    """What the demo model keeps of the text, in float32 on one thread."""
+    """The data of all pictures for the demo model and the text, in float32 on one thread."""
     torch.set_num_threads(1)
     path = demo_model(report=print)
     ids = AutoTokenizer.from_pretrained(path)(TEXT, return_tensors="pt")["input_ids"]

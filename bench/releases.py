@@ -3,13 +3,14 @@
     python -m bench.releases oldest newest
     python -m bench.releases all --record
 
-"oldest" and "newest" are the ends of `kvprune.models.releases.TESTED`, "all" is all of it. "latest"
-is the newest release that the package registry has, whether anybody has tried it or not. `--record`
-writes what was run to bench/results/releases.json, of which `python -m bench.families` makes a
-table in docs/families.md.
+"oldest" and "newest" are the ends of `kvprune.models.releases.TESTED`, "all" is every release in
+it. "latest" is the newest release that the package registry has, whether or not anybody has tried
+it. `--record` writes the outcomes to bench/results/releases.json, of which
+`python -m bench.families` makes a table in docs/families.md.
 
-An environment, build/releases/VERSION, holds one transformers release with the packages that this
-release asks for in other versions; it sees everything else in the environment that runs this.
+An environment, build/releases/VERSION, holds one transformers release, and the packages of which
+this release asks for other versions; all other packages are those of the environment that runs
+this command.
 """
 
 from __future__ import annotations
@@ -34,21 +35,21 @@ CORE = ("releases", "families", "generate", "decoding", "invariants", "saving", 
 
 
 def environment(release: str) -> Path:
-    """The Python of an environment with a transformers release; made if it is not there.
+    """The Python of an environment with a transformers release; makes one that is not there.
 
     Args:
         release: a version, or "latest".
     """
     folder = ENVIRONMENTS / release
     python = folder / "bin" / "python"
-    # The latest one of today may be newer than that of an earlier run.
+    # The latest release of today may be newer than that of an earlier run.
     if release != "latest" and (folder / "ready").exists():
         return python
     venv.create(folder, clear=True, with_pip=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     lines = [f"import site; site.addsitedir({path!r})" for path in site.getsitepackages()]
     (packages / "seen.pth").write_text("\n".join(lines) + "\n")
-    # The packages of the other environment count as installed. An upgrade goes into this one.
+    # Packages of the running environment count as installed; upgrades go into the new one.
     wanted = "transformers" if release == "latest" else f"transformers=={release}"
     pip = ("-m", "pip", "install", "-q", "--disable-pip-version-check", "--upgrade", wanted)
     subprocess.run([python, *pip], check=True)
@@ -57,12 +58,12 @@ def environment(release: str) -> Path:
 
 
 def run_core(python: Path, names: tuple[str, ...], workers: int) -> dict[str, dict[str, int]]:
-    """By test file, how many tests passed, failed and were skipped.
+    """The numbers of tests that passed, failed and were skipped, by test file.
 
     Args:
-        python: of the environment.
-        names: see `CORE`.
-        workers: processes.
+        python: the Python of the environment.
+        names: the test files, see `CORE`.
+        workers: the number of processes.
     """
     report = python.parent.parent / "report.xml"
     report.unlink(missing_ok=True)
@@ -91,7 +92,7 @@ def version_of(python: Path) -> str:
 
 
 def table(results: dict[str, dict[str, dict[str, int]]]) -> str:
-    """What was run on each release, for docs/families.md."""
+    """The table of outcomes on each release, for docs/families.md."""
     lines = [f"| transformers | {' | '.join(CORE)} |", f"| ---: |{' ---: |' * len(CORE)}"]
     for release, found in sorted(results.items(), key=lambda item: _key(item[0])):
         cells = [_cell(found[name]) for name in CORE]
@@ -109,7 +110,7 @@ def _key(release: str) -> tuple[int, ...]:
 
 
 def main() -> int:
-    """Runs what was asked for; not 0 where a test failed."""
+    """Runs the tests on the releases that were asked for; returns 1 where a test failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "releases", nargs="+", help='versions, "oldest", "newest", "latest" or "all"'
@@ -128,7 +129,7 @@ def main() -> int:
         failed += sum(counts["failed"] for counts in results[release].values())
     print("\n" + table(results))
     if options.record:
-        # Those of other releases stay, so that a long run can be made in parts.
+        # Outcomes of other releases stay, so that a long run can be made in parts.
         known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         RESULTS.write_text(json.dumps(known | results, indent=1) + "\n")
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""How much memory this process holds, and held at the most, as Linux counts it."""
+"""The memory that this process holds, and held at the most, as Linux counts it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def forget_peak() -> int | None:
-    """Has the system count the peak anew; what is held now, in bytes.
+    """Has the system count the peak anew; returns the bytes held now.
 
-    None where the system does not say (not Linux).
+    Returns None where the system does not say (not Linux).
     """
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -25,7 +25,7 @@ def peak() -> int | None:
 
 
 def held(name: str) -> int | None:
-    """A line of /proc/self/status in bytes, as `VmRSS`; None where there is none."""
+    """The bytes in a line of /proc/self/status, such as `VmRSS`; None without such a line."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -34,10 +34,10 @@ def held(name: str) -> int | None:
 
 
 def give_back() -> None:
-    """Returns to the system what was freed, so that it is not taken for what is in use."""
+    """Returns freed memory to the system, so that it does not look like memory in use."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
-        # An allocator of another kind: its peaks are an upper bound.
+        # Another kind of allocator cannot be told to: its peaks are an upper bound.
         return

@@ -1,9 +1,10 @@
-"""What a saved prompt costs: bytes and seconds, reading it against loading it.
+"""Measures what a saved prompt costs: bytes, and seconds of reading it against loading it.
 
     python -m bench.saved --context 2000 --repeats 5 --out bench/results/saved-2000.json
 
-Each turn reads the prompt, saves the cache and loads it, for each policy in turn; medians and
-the ratio of each turn are reported. The file was just written, so it is read from memory.
+Each turn reads the prompt, saves the cache and loads it, for each policy one after the other. The
+report has medians, and the ratios of reading to loading. The file was just written, so the system
+reads it from memory.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ POLICIES: dict[str, list[kvprune.TokenPolicy]] = {
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Of one call."""
+    """The seconds of one call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -41,7 +42,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 @torch.no_grad()
 def turn(model: Any, ids: torch.Tensor, name: str, path: Path) -> dict[str, float]:
-    """Seconds of one prompt with one policy, and the file's bytes."""
+    """The seconds to read, save and load one prompt with one policy, and the file's bytes."""
     cache = kvprune.ComposedCache(POLICIES[name])
     return {
         "read": seconds(lambda: model(ids, past_key_values=cache, logits_to_keep=1)),
@@ -52,11 +53,12 @@ def turn(model: Any, ids: torch.Tensor, name: str, path: Path) -> dict[str, floa
 
 
 def measure(model: Any, context: int, repeats: int) -> dict[str, list[dict[str, float]]]:
-    """Every turn, by policy."""
+    """The results of every turn, by policy."""
     ids = torch.randint(5, model.config.vocab_size, (1, context))
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in POLICIES}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prompt.safetensors"
+        # A short turn warms up.
         turn(model, ids[:, :256], "dense", path)
         for _ in range(repeats):
             for name, row in rows.items():
@@ -65,7 +67,7 @@ def measure(model: Any, context: int, repeats: int) -> dict[str, list[dict[str, 
 
 
 def report(rows: dict[str, list[dict[str, float]]]) -> None:
-    """Prints medians, and the smallest and largest ratio of reading to loading."""
+    """Prints medians, and the median, least and greatest ratio of reading to loading."""
     for name, turns in rows.items():
         read, save, load, size = (
             statistics.median(t[what] for t in turns) for what in ("read", "save", "load", "bytes")

@@ -1,19 +1,24 @@
-"""What pruning hidden states loses: SDTP against everything that needs no training.
+"""Measures what pruning hidden states loses: SDTP against everything that needs no training.
 
     python -m bench.sdtp --out bench/results/sdtp                # all of it: hours
     python -m bench.sdtp --tasks squad --questions 20            # a look
 
-Questions about contexts of 1,000 to 1,500 tokens from splits that nothing was trained on or chosen
-by (see `kvprune.evaluation.data.questions`; `--split choose` is for choosing), by the
-teacher-forced negative log-likelihood of the gold answer's tokens; needles, by whether the number
-is repeated; and plain text, by the likelihood of its next 128 tokens, which hardly notices what was
-dropped. All rows run on the same items (the oracles, which cost a backward, on the first of them);
-shares and differences are paired, with bootstrap intervals. These resample questions, not articles:
-what they say is of these articles (SQuAD's final split has seven). Random scores are drawn three
-times.
+There are three kinds of items:
 
-Each result is appended to `OUT.jsonl` as it comes: a run that was stopped goes on where it was.
-`OUT.json` is the summary, `OUT.md` a table of it.
+* questions about contexts of 1,000 to 1,500 tokens, from splits that nothing was trained on or
+  chosen by (see `kvprune.evaluation.data.questions`; `--split choose` is for choosing). The figure
+  is the teacher-forced negative log-likelihood of the gold answer's tokens;
+* needles. The figure is whether the model repeats the number;
+* plain text. The figure is the likelihood of its next 128 tokens, which hardly notices dropped
+  tokens.
+
+All rows run on the same items (the oracles, which cost a backward, on the first of them); shares
+and differences are paired, with bootstrap intervals. The intervals resample questions, not
+articles: they hold for these articles (SQuAD's final split has seven). Random scores are drawn
+three times.
+
+Each result is appended to `OUT.jsonl` as soon as it is known: a run that was stopped goes on where
+it was. `OUT.json` is the summary, `OUT.md` a table of it.
 """
 
 from __future__ import annotations
@@ -49,11 +54,16 @@ from .tables import sdtp_table
 NEEDLE_LENGTHS = (1024, 2048)
 ORACLES = ("saliency oracle", "signed saliency oracle")
 DRAWS = 3
-"""Random scores per item, whose mean every share is taken of."""
+"""The number of draws of random scores per item; every share is taken of their mean."""
 
 
 class Bench:
-    """A model, and what its rows need."""
+    """The model, and the policies of all rows.
+
+    Args:
+        dtype: the dtype of the model.
+        heads: more rows: the name of each, and the folder of its heads.
+    """
 
     def __init__(self, dtype: torch.dtype, heads: dict[str, Path]) -> None:
         path = demo_model(report=lambda line: print(line, file=sys.stderr))
@@ -69,7 +79,7 @@ class Bench:
         }
 
     def rows(self, item: Item, draw: int = 0) -> dict[str, Callable[[], list[Any]]]:
-        """Policies by name, made when they are asked for; those of `random` differ by `draw`."""
+        """Makers of each row's policies, by the row's name; `random` depends on `draw`."""
         model, plan = self.model, self.default
         h2o, streaming = H2O(heavy=0.2, recent=0.2), StreamingLLM(sinks=4, window=0.4)
         generator = torch.Generator().manual_seed(item.number + 10_000 * draw)
@@ -96,9 +106,10 @@ class Bench:
 
     @torch.no_grad()
     def nll(self, item: Item, policies: list[kvprune.TokenPolicy]) -> dict[str, float]:
-        """Mean over the answer's tokens, and what was kept of the sentences at the last layer.
+        """The negative log-likelihood of the answer, as a mean over its tokens, in `value`.
 
-        The answer is one forward: what evicts does so after it.
+        Where an item has facts, also the shares of supporting and other sentences that the last
+        layer holds. The answer is read in one forward: policies evict after it.
         """
         held = kvprune.ComposedCache(policies)
         logits = self.model(item.prompt, past_key_values=held, logits_to_keep=1).logits
@@ -112,14 +123,14 @@ class Bench:
             }
         count = item.answer.shape[1] - 1
         if count:
-            # All of them asked for, so that none of them is pruned.
+            # All of these logits are asked for, so that none of these tokens is pruned.
             rest: Any = {"past_key_values": held, "logits_to_keep": count}
             logits = torch.cat([logits, self.model(item.answer[:, :-1], **rest).logits], 1)
         return {"value": float(F.cross_entropy(logits[0].float(), item.answer[0])), **said}
 
     @torch.no_grad()
     def found(self, item: Item, policies: list[kvprune.TokenPolicy]) -> dict[str, float]:
-        """1 if the tokens of the answer are generated, 0 otherwise."""
+        """The `value` 1 if the tokens of the answer are generated, 0 otherwise."""
         count = item.answer.shape[1]
         tokens: Any = self.model.generate(
             item.prompt,
@@ -134,7 +145,19 @@ class Bench:
     def run(
         self, task: str, count: int, split: str, out: Path, only: list[str], oracles: int
     ) -> None:
-        """Appends what is missing; all rows, if none is named, oracles for the first items."""
+        """Measures what is missing, and appends it to a file.
+
+        Args:
+            task: the task.
+            count: how many items of the task.
+            split: the split that they are from.
+            out: the file of results.
+            only: the names of the rows to measure; empty for all rows.
+            oracles: how many of the first items oracles are measured on.
+
+        Raises:
+            KVPruneError: the file has results of another setting.
+        """
         found = results(out)
         for r in found:
             setting = self.setting(split, r["row"])
@@ -146,6 +169,7 @@ class Bench:
         measure = self.found if task.startswith("needle") else self.nll
         for item in self.items.of(task, count, split):
             for name in self.rows(item):
+                # Oracles cost a backward: they run on the first questions alone.
                 left_out = name in ORACLES and (task not in QUESTIONS or item.number >= oracles)
                 if (only and name not in only) or (task, item.number, name) in done or left_out:
                     continue
@@ -158,7 +182,7 @@ class Bench:
                     file.write(json.dumps(result) + "\n")
 
     def setting(self, split: str, row: str) -> dict[str, Any]:
-        """What results of a row must have in common to be put together."""
+        """The facts that results of a row must have in common to be put together."""
         heads = self.others.get(row, self.default).heads
         assert isinstance(heads, SDTPHeads)
         learned = row in self.others or row.startswith("SDTP")
@@ -172,9 +196,10 @@ class Bench:
 
     @torch.no_grad()
     def heads_flops(self, tokens: int = 1024) -> dict[str, float]:
-        """Each kind of heads' FLOPs in a prefill, as a share of the dense model's.
+        """The FLOPs of each kind of heads in a prefill, as a share of the dense model's.
 
-        The rest is the same with scores that cost nothing, since the schedule is.
+        They are what a prefill takes beyond one with random scores, which cost nothing on the same
+        schedule.
         """
         ids = torch.arange(tokens)[None] + 1000
         item = Item("flops", 0, ids, ids[:, :1])
@@ -196,7 +221,7 @@ def _digest(heads: SDTPHeads) -> str:
 
 
 def main() -> None:
-    """See the module."""
+    """Measures, and writes the summary and the table; see the module."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

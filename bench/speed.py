@@ -1,14 +1,15 @@
-"""Time, FLOPs and memory of each policy against the dense model, in one process.
+"""Measures time, FLOPs and memory of each policy against the dense model, in one process.
 
     python -m bench.speed                             # all of it: 45 minutes of two slow cores
     python -m bench.speed --parts attach decode-8192  # some of it
-    python -m bench.performance                       # docs/performance.md, from what was measured
+    python -m bench.performance                       # docs/performance.md, from the results
 
-Each part is one file, `bench/results/speed-PART.json`, written when it is done: a run that was
-stopped goes on with what is missing, and `--fresh` measures what is there anew. Candidates take
-turns, each turn begins with another one, and each is compared with the dense run of its own turn:
-a machine's clock drifts more than the differences that matter. SDTP runs with random heads of
-the shape of those that ship. What is measured and how, say the modules of `bench/costs`.
+Each part is one file, `bench/results/speed-PART.json`, written when the part is done: a run that
+was stopped goes on with the parts that are missing, and `--fresh` measures all of them anew.
+Candidates take turns, each turn begins with another candidate, and each is compared with the dense
+run of its own turn: a machine's clock drifts more than the differences that matter. SDTP runs with
+random heads of the shape of the heads that ship. The modules of `bench/costs` say what is measured
+and how.
 
 `--device cuda` measures the same on a GPU, and writes to build/speed-cuda unless told otherwise;
 `python -m bench.performance --results build/speed-cuda --page build/speed-cuda/performance.md`
@@ -43,7 +44,7 @@ MEASURES = {
 
 
 def options(given: list[str]) -> argparse.Namespace:
-    """What was asked for; refuses what cannot be measured."""
+    """The options of the command line; refuses options that cannot be measured."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.speed",
         description=__doc__,
@@ -82,14 +83,14 @@ def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
 
 
 def planned(asked: argparse.Namespace, everything: bool = False) -> list[Part]:
-    """The parts that were asked for."""
+    """The parts that were asked for, or all parts."""
     sizes = Sizes(asked.contexts, asked.budgets, asked.stream, asked.new, asked.repeats)
     wanted = None if everything else asked.parts
     return [p for p in sizes.parts() if wanted is None or {p.name, p.group} & set(wanted)]
 
 
 class Progress:
-    """Says what is left of a run, guessed anew from what it took so far; at most so often."""
+    """Prints the time left of a run, by the time so far, at most every `EVERY` seconds."""
 
     EVERY = 15.0
 
@@ -99,8 +100,9 @@ class Progress:
         self._said = self._start
 
     def tick(self, part: Part, share: float) -> None:
-        """A share of a part is done."""
+        """Notes that a share of a part is done."""
         now, passed = time.monotonic(), self._passed + share * part.seconds
+        # At first there is nothing to estimate by. The end of a part is always printed.
         if passed == 0 or (share < 1 and now - self._said < self.EVERY):
             return
         self._said = now
@@ -111,12 +113,12 @@ class Progress:
 
 
 def minutes(seconds: float) -> str:
-    """For people."""
+    """A time in minutes, for people."""
     return f"{max(1, round(seconds / 60))} min" if seconds >= 1 else "0 min"
 
 
 def measure(asked: argparse.Namespace) -> None:
-    """What is missing.
+    """Measures the parts that are missing.
 
     Raises:
         KVPruneError: the model cannot be had, or a file cannot be written.
@@ -136,7 +138,7 @@ def measure(asked: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """The exit code."""
+    """Runs the command; returns its exit code."""
     asked = options(sys.argv[1:])
     return run("speed", partial(measure, asked))
 

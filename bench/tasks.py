@@ -1,7 +1,9 @@
-"""What the dense demo model reaches on each task: `python -m bench.tasks`, for `Task.floor`.
+"""Measures what the dense demo model reaches on each task, for `Task.floor`.
 
-Beside it the lower line, the same questions without their context. Ten samples at 512 and 1024
-tokens take a quarter of an hour on one core.
+    python -m bench.tasks
+
+Each row also has the lower line, the same questions without their context. Ten samples at 512 and
+1024 tokens take a quarter of an hour on one core.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class Dense:
 
     @torch.no_grad()
     def generate(self, tokens: int) -> str:
-        """See `Reader`."""
+        """See `Reader.generate`."""
         ids = torch.tensor([self.prompt])
         written = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
@@ -44,7 +46,7 @@ class Dense:
 
     @torch.no_grad()
     def log_likelihood(self, text: str | Sequence[int]) -> list[float]:
-        """See `Reader`."""
+        """See `Reader.log_likelihood`."""
         if isinstance(text, str):
             text = self.tokenizer.encode(text, add_special_tokens=False)
         ids = torch.tensor([[*self.prompt, *text]])
@@ -54,7 +56,7 @@ class Dense:
 
 
 def measured(asked: Task, context: int, count: int, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """One row: the mean with the context and its interval, and the mean without."""
+    """One row: the mean score with the context and its interval, and the mean score without."""
     samples = asked.samples(tokenizer, context, count, seed=0)
     with_it = [asked.score(s, Dense(model, tokenizer, s.prompt)).value for s in samples]
     without = [asked.score(s, Dense(model, tokenizer, s.bare)).value for s in samples]
@@ -65,7 +67,7 @@ def measured(asked: Task, context: int, count: int, model: Any, tokenizer: Any) 
 
 
 def main() -> None:
-    """Measures, and writes JSON."""
+    """Measures the tasks, and writes JSON after each of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--context", nargs="+", type=int, default=[512, 1024])

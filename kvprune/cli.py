@@ -153,12 +153,13 @@ def explain_text(
 
 
 def _text(given: str) -> str:
-    """The text itself, or that of a file.
+    """The text to explain: the argument itself, or the contents of the file that it names.
 
     Raises:
-        KVPruneError: not a text, or what can only be meant as a file and is none.
+        KVPruneError: an empty text, a file that is not UTF-8, or a name that only a file can have
+            while there is no such file.
     """
-    # As a path it would be the current folder.
+    # An empty path would mean the current folder.
     if not given:
         raise KVPruneError("explain: expected a text of at least one token, got an empty one")
     try:
@@ -170,7 +171,7 @@ def _text(given: str) -> str:
     except UnicodeError as error:
         raise KVPruneError(f"explain: expected a text in UTF-8, got {error}") from error
     except (OSError, ValueError):
-        # Too long for the name of a file.
+        # The text cannot be the name of a file, for example because it is too long.
         return given
     if missing or path.is_dir():
         raise KVPruneError(
@@ -180,24 +181,34 @@ def _text(given: str) -> str:
 
 
 class _Several(TyperCommand):
-    """Options that may be given several times also take several values: `--tasks a b`.
+    """A command whose repeatable options also take several values: `--tasks a b`.
 
-    That is sound for a command without arguments of its own: what follows a value can then only
-    be another one, up to the next option.
+    The command must have no arguments of its own. Then everything between a value and the next
+    option can only be one more value.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Puts the option's name before each further value."""
+        """Writes the option's name before each further value, then parses as usual."""
         several = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
         names = {name for p in self.params for name in p.opts}
         return super().parse_args(ctx, _repeated(args, several, names))
 
 
 def _repeated(args: list[str], several: Collection[str], names: Collection[str]) -> list[str]:
+    """The arguments, with `--tasks a b` written as `--tasks a --tasks b`.
+
+    Args:
+        args: the arguments as the user gave them.
+        several: the names of the options that take several values.
+        names: the names of all options.
+
+    Raises:
+        KVPruneError: an option is followed by another option and not by a value.
+    """
     spelled, option, has_value = list[str](), None, False
     for arg in args:
         name, equals, _ = arg.partition("=")
-        # It would be taken for the value.
+        # Otherwise the next option's name would be taken for the value.
         if option and not has_value and name in names:
             raise KVPruneError(f"{option}: expected at least one value, got {name} right behind it")
         if arg.startswith("-"):
@@ -250,7 +261,7 @@ def compare_policies(
     run = Run(path, dtype=dtype, device=device, executor=executor)
     try:
         found = measured(plan, run, out, progress=True)
-        # First, so that it is there whatever becomes of the report.
+        # The table is shown first, so that it is there even if the report fails.
         show(found.rows)
         with stage("writing the report"):
             write_report(found.results, out)
@@ -265,15 +276,15 @@ def compare_policies(
 
 
 def _see_current_folder() -> None:
-    """Has a policy `module:Class` found in the current folder, which a command does not look in."""
+    """Lets a policy `module:Class` be found in the current folder, where commands do not look."""
     here = os.getcwd()
     if here not in sys.path:
-        # Last, so that no file there hides a package.
+        # The folder goes last, so that no file in it hides a package.
         sys.path.append(here)
 
 
 def main() -> None:
-    """Runs the command; an expected error is one line, not a traceback."""
+    """Runs the command; an expected error is printed as one line, without a traceback."""
     try:
         app()
     except KVPruneError as error:

@@ -1,4 +1,4 @@
-"""The policies that ship with kvprune: one paper, one file."""
+"""The policies that ship with kvprune: one file, or one folder, for each paper."""
 
 from .h2o import H2O
 from .sdtp import SDTP, SDTPHeads

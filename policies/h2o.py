@@ -1,19 +1,20 @@
 """H2O: Heavy-Hitter Oracle (arXiv 2306.14048).
 
-Keeps the last `recent` slots and, of the rest, the `heavy` ones that have received the most
-attention: the plain sum of the softmax probabilities that all queries so far gave them, with
-no decay and no division by age. The prompt attends densely and then each layer evicts;
-afterwards there is one decision per new token.
+Each layer keeps the last `recent` slots and, of the rest, the `heavy` slots that have received
+the most attention: the plain sum of the softmax probabilities that all queries so far gave to a
+slot, with no decay and no division by age. The prompt attends densely, and then each layer
+evicts; afterwards there is one decision per new token.
 
 Where the sources differ:
 
 * The public code has two variants that disagree by one token in what counts as recent. Here
   the kept set after a step is the last `recent` slots, the new token included, and the best
   `heavy` of everything else.
-* With grouped-query attention the score of a key/value head sums over its query heads.
-* `positions="original"` keeps the positions that tokens came with. `positions="cache"` closes
-  the gaps that eviction leaves, by row and head, so that a stream may run on past the trained
-  context; each step then turns a copy of all keys, which is O(S D) a layer.
+* With grouped-query attention the score of a key/value head is the sum over its query heads.
+* With `positions="original"` each token keeps its position in the sequence. With
+  `positions="cache"` positions close the gaps that eviction leaves, by row and head, so that a
+  stream may run on past the trained context; each step then rotates a copy of all keys, which
+  costs O(S D) per layer.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ class H2O(TokenPolicy):
     """Keeps heavy hitters and the most recent slots, per key/value head.
 
     Args:
-        heavy: how many heavy hitters; tokens (int, 0 for none) or a share of the prompt
+        heavy: how many heavy hitters stay; tokens (int, 0 for none) or a share of the prompt
             (float).
-        recent: how many recent slots, at least 1; tokens or a share of the prompt.
-        positions: "original", or "cache" (models with RoPE; a `position_ids` that the user hands
-            in is not looked at).
-        layers: the layers it works on; None for all.
+        recent: how many of the newest slots stay, at least 1; tokens (int) or a share of the
+            prompt (float).
+        positions: "original", or "cache" (for models with RoPE; a `position_ids` that the user
+            hands in is then ignored).
+        layers: the layers that the policy works on; None for all.
 
     Raises:
-        KVPruneError: a budget that is negative, NaN, above 1.0 as a float, or `recent`
-            below 1; other positions.
+        KVPruneError: an amount that is negative, NaN or, as a float, above 1.0; a `recent` of 0;
+            other positions.
     """
 
     heavy: int | float = 0.1
@@ -59,16 +61,19 @@ class H2O(TokenPolicy):
         return self.positions == "cache"
 
     def with_budget(self, share: float) -> H2O:
-        """Heavy and recent in the proportion that they have; each is rounded for itself."""
+        """A copy with this budget, split in the proportion of `heavy` and `recent`.
+
+        Each part is rounded to tokens by itself.
+        """
         heavy, recent = split_share(share, self.heavy, self.recent)
         return replace(self, heavy=heavy, recent=recent)
 
     @property
     def fixed_budget(self) -> int:
-        """Heavy and recent, as far as they are tokens."""
+        """The sum of `heavy` and `recent`, of which only amounts in tokens count."""
         return sum(part for part in (self.heavy, self.recent) if isinstance(part, int))
 
     def rank_slots(self, slots: SlotView) -> Ranking:
-        """Accumulated attention ranks; the newest slots are protected."""
+        """Ranks slots by their accumulated attention; the newest slots are protected."""
         budget = slots.tokens(self.heavy) + slots.tokens(self.recent)
         return Ranking(slots.statistic("attention"), slots.newest(self.recent), budget)

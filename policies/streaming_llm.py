@@ -1,10 +1,10 @@
 """StreamingLLM: attention sinks and a window (arXiv 2309.17453).
 
-Keeps each row's first `sinks` tokens and the last `window` of the other slots present.
+Each layer keeps a row's first `sinks` tokens and the newest `window` of the other slots present.
 
 `positions="cache"` assigns positions inside the cache, as the paper does, so that a stream may
-run on past the trained context. `positions="original"`, as kvpress and others have it, keeps
-those that tokens came with.
+run on past the trained context. `positions="original"`, the way of kvpress and others, keeps each
+token's position in the sequence.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class StreamingLLM(TokenPolicy):
         sinks: how many of a row's first tokens stay for good (int, 0 for none).
         window: how many of the newest other slots stay, at least 1; tokens (int) or a share
             of the prompt (float).
-        positions: "original", or "cache" (models with RoPE; a `position_ids` that the user hands
-            in is not looked at).
-        layers: the layers it works on; None for all.
+        positions: "original", or "cache" (for models with RoPE; a `position_ids` that the user
+            hands in is then ignored).
+        layers: the layers that the policy works on; None for all.
 
     Raises:
-        KVPruneError: a number out of range.
+        KVPruneError: a number out of range; other positions.
     """
 
     sinks: int = 4
@@ -54,21 +54,21 @@ class StreamingLLM(TokenPolicy):
 
     @property
     def sinks_before_window(self) -> int:  # type: ignore[override]
-        """The sinks: behind them is the one gap that this leaves."""
+        """The number of sinks: the slots that this policy leaves have one gap, behind the sinks."""
         return self.sinks
 
     def with_budget(self, share: float) -> StreamingLLM:
-        """The window gets the share; the sinks, a few tokens whatever the prompt, come on top."""
+        """A copy whose window gets the share; the sinks, always a few tokens, come on top."""
         (window,) = split_share(share, self.window)
         return replace(self, window=window)
 
     @property
     def fixed_budget(self) -> int:
-        """Sinks and window, where the window is tokens."""
+        """The sum of sinks and window where the window is given in tokens; else 0."""
         return self.sinks + self.window if isinstance(self.window, int) else 0
 
     def rank_slots(self, slots: SlotView) -> Ranking:
-        """Columns rank; the sinks are protected and do not use up the window."""
+        """Ranks slots by column; the sinks are protected and do not use up the window."""
         sinks = slots.oldest(self.sinks)
         budget = sinks.sum(-1) + slots.tokens(self.window)[:, None]
         # float64: columns stay exact up to 2 ** 53.

@@ -1,8 +1,8 @@
 """Measures both sides, and writes the report, bench/results/comparison.json and the page.
 
-What is measured is kept as it comes, in build/comparison: a run that was stopped goes on where it
-was. What cannot be had or measured ends it with one line and exit code 1. `presses` measures
-kvpress's side alone, and joins it to the results that are there.
+Each measurement is kept as soon as it is known, in build/comparison: a run that was stopped goes
+on where it was. Something that cannot be had or measured ends the command with one line and exit
+code 1. `presses` measures kvpress's side alone, and joins it to the results that are there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PRESSES_ALONE = "presses"
 
 
 def options(given: list[str]) -> argparse.Namespace:
-    """What was asked for."""
+    """The options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.comparison", description=__doc__)
     parser.add_argument("what", nargs="*", choices=[*WHAT, PRESSES_ALONE, []], help="default: both")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="of each cell")
@@ -45,7 +45,7 @@ def options(given: list[str]) -> argparse.Namespace:
 
 
 def measure(asked: argparse.Namespace) -> None:
-    """What is not there yet: the shared task, kvpress on it, then the rest.
+    """Measures what is not there yet: the shared task, kvpress on it, then the rest.
 
     Raises:
         KVPruneError: something cannot be had, or a measurement failed.
@@ -67,7 +67,7 @@ def _presses(asked: argparse.Namespace, model: Path) -> None:
 
 
 def make(asked: argparse.Namespace) -> None:
-    """What was asked for.
+    """Measures and writes what was asked for.
 
     Raises:
         KVPruneError: something cannot be had, measured or written.
@@ -88,7 +88,7 @@ def make(asked: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """The exit code."""
+    """Runs the command; returns its exit code."""
     asked = options(sys.argv[1:])
     return run("comparison", partial(make, asked))
 

@@ -1,4 +1,4 @@
-"""What both sides found, as one compact JSON, and the report and the page that are made of it."""
+"""Collects the results of both sides in one compact JSON, and writes the report and the page."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Scores = dict[tuple[str, float | None], dict[int, dict[str, float]]]
 
 
 def collected(work: Path) -> dict[str, Any]:
-    """All of it: what it was run with, a row for each cell, and every sample's score.
+    """All results: the settings of the runs, a row for each cell, and every sample's score.
 
     Raises:
-        KVPruneError: nothing was measured yet, or it is damaged.
+        KVPruneError: nothing was measured yet, or the results are damaged.
     """
     results = ledger.read(work)
     rows, scores = list(_ours(results)), _scores(results)
@@ -42,7 +42,7 @@ def collected(work: Path) -> dict[str, Any]:
 
 
 def _add_theirs(said: dict[str, Any], work: Path) -> None:
-    """kvpress's rows and scores, in the place of those of the same cells."""
+    """Puts kvpress's rows and scores in the place of those of the same cells."""
     found = jobs.read(theirs.results(work))
     name = jobs.name({"side": THEIRS, "task": "about"})
     if name in found:
@@ -71,7 +71,7 @@ def _ours(results: Results) -> Iterator[dict[str, Any]]:
 
 
 def _scores(results: Results) -> dict[str, list[float]]:
-    """By side, task, context, policy and budget, in the order of the samples."""
+    """The scores of each cell in the order of the samples, by the cell's `_key`."""
     found: dict[str, list[float]] = {}
     for r in sorted(results.samples, key=lambda r: r.sample):
         cell = r.cell
@@ -85,7 +85,7 @@ def _key(side: str, task: str, context: int, label: str, budget: float | None) -
 
 
 def _losses(found: dict[str, Any], prompts: dict[str, Any]) -> Scores:
-    """By press and share, what was found on each question that was asked."""
+    """The results of the questions that were asked, by press and share, and by number."""
     asked = {q["number"]: jobs.digest(q) for q in prompts["questions"]}
     losses: Scores = {}
     for name, value in found.items():
@@ -121,14 +121,17 @@ def _named(losses: Scores, context: int) -> dict[str, list[float]]:
 
 
 def _short(value: Any) -> Any:
-    """No more digits than anybody looks at; None for what is no number, as one value's interval."""
+    """A number without digits that nobody looks at; None where it is not finite.
+
+    One value's interval, for example, is not finite.
+    """
     if not isinstance(value, float):
         return value
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
 def write(work: Path, results: Path, docs: Path) -> None:
-    """The JSON, and the report, the figures and the page of it.
+    """Writes the JSON, the report, the figures and the page.
 
     Raises:
         KVPruneError: nothing was measured yet, or a file cannot be written.
@@ -139,7 +142,7 @@ def write(work: Path, results: Path, docs: Path) -> None:
 
 
 def join(work: Path, results: Path, docs: Path) -> None:
-    """What kvpress was measured at, added to the results that are there; the report stays.
+    """Adds kvpress's measurements to the results that are there; the report is not changed.
 
     Raises:
         KVPruneError: a file cannot be written.
@@ -152,7 +155,7 @@ def join(work: Path, results: Path, docs: Path) -> None:
 def _write(said: dict[str, Any], results: Path, docs: Path) -> None:
     text = json.dumps(said, separators=(",", ":"), allow_nan=False)
     results.mkdir(parents=True, exist_ok=True)
-    # A line for each row and each cell's scores: a change shows.
+    # One line for each row and for each cell's scores, so that a diff shows what changed.
     write_text(results / NAME, text.replace("},{", "},\n{").replace("],", "],\n") + "\n")
     for name, svg in drawn(said).items():
         write_text(docs / FIGURES / name, svg)

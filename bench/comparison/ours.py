@@ -1,4 +1,4 @@
-"""kvprune's side: `kvprune compare`, one call for each task."""
+"""kvprune's side: `kvprune compare`, one call for each task and context."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .settings import BUDGETS, POLICIES
 
 
 def arguments(asked: Namespace, task: str, context: int, out: Path) -> list[str]:
-    """Of one call."""
+    """The arguments of one call of `kvprune compare`."""
     given = {
         "--policies": POLICIES,
         "--tasks": [task],
@@ -29,14 +29,14 @@ def arguments(asked: Namespace, task: str, context: int, out: Path) -> list[str]
 
 
 def measure(asked: Namespace, task: str, context: int, out: Path) -> None:
-    """Runs a task at a context; what is there already is not run again.
+    """Runs a task at a context; cells that are there already are not run again.
 
     Raises:
-        KVPruneError: a cell failed, or what `compare` raises.
-        KeyboardInterrupt: it was stopped.
+        KVPruneError: a cell failed, or `compare` raised it.
+        KeyboardInterrupt: the run was stopped.
     """
     given = arguments(asked, task, context, out)
-    # What the results file says that was run.
+    # The results file takes from here which command was run.
     sys.argv = ["kvprune", *given]
     print(f"kvprune {task} at {context} tokens", flush=True)
     status = app(given, standalone_mode=False)

@@ -1,4 +1,4 @@
-"""docs/comparison.md and its figures, from bench/results/comparison.json and findings.md."""
+"""Makes docs/comparison.md and its figures from bench/results/comparison.json and findings.md."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ METHOD = """## How it was measured
 
 
 def groups(said: dict[str, Any]) -> list[tuple[str, int]]:
-    """Tasks and contexts, in the order in which they were run."""
+    """The pairs of task and context, in the order in which they were run."""
     return list(dict.fromkeys((row["task"], row["context"]) for row in said["rows"]))
 
 
 def of_group(said: dict[str, Any], group: tuple[str, int]) -> list[dict[str, Any]]:
-    """Its rows: lines first, then budgets from the largest, best first."""
+    """The rows of a group: dense and no context, then budgets from the largest, best first."""
     rows = [r for r in said["rows"] if (r["task"], r["context"]) == group]
     lines = [DENSE, NO_CONTEXT]
     return sorted(
@@ -72,11 +72,11 @@ def of_group(said: dict[str, Any], group: tuple[str, int]) -> list[dict[str, Any
 
 
 def page(said: dict[str, Any], findings: str | None = None) -> str:
-    """The whole page.
+    """The text of the whole page.
 
     Args:
         said: the results.
-        findings: what they say, in a person's words; None for findings.md.
+        findings: the conclusions, in a person's words; None for findings.md.
     """
     rows = said["rows"]
     budgets = sorted({r["budget"] for r in rows if r["budget"]}, reverse=True)
@@ -115,7 +115,7 @@ def _section(said: dict[str, Any], group: tuple[str, int]) -> str:
     task, context = group
     rows, unit = of_group(said, group), said["units"][task]
     told = list(map(_line, rows))
-    # Not every task has every figure.
+    # Not every task has every figure: columns that are empty in all rows are left out.
     shown = [at for at in range(len(COLUMNS)) if any(line[at] for line in told)]
     heads = [COLUMNS, ("---", "---", *["---:"] * (len(COLUMNS) - 2))]
     lines = [[line[at] for at in shown] for line in [*heads, *told]]
@@ -168,12 +168,12 @@ def _number(value: float | None, form: str, unit: float = 1.0) -> str:
 
 
 def figure_name(group: tuple[str, int]) -> str:
-    """Of a file."""
+    """The file name of a group's figure."""
     return f"{group[0]}-{group[1]}.svg"
 
 
 def drawn(said: dict[str, Any]) -> dict[str, str]:
-    """By file name, an SVG for each task and context, which follows a dark screen."""
+    """An SVG for each task and context, by file name; on a dark screen it is dark."""
     return {figure_name(group): _figure(said, group) for group in groups(said)}
 
 
@@ -198,7 +198,7 @@ def _figure(said: dict[str, Any], group: tuple[str, int]) -> str:
 
 
 def _series(axes: Any, rows: list[dict[str, Any]], given: dict[str, Any]) -> None:
-    """A policy's budgets, joined, each with its interval."""
+    """Draws a policy's budgets as a joined line, each budget with its interval."""
     rows = sorted(rows, key=lambda r: r["held_share"])
     axes.plot([r["held_share"] for r in rows], [r["difference"] for r in rows], **given)
     for r in rows:
@@ -208,7 +208,7 @@ def _series(axes: Any, rows: list[dict[str, Any]], given: dict[str, Any]) -> Non
 
 
 def _looks(said: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """How each policy and press looks in all figures; theirs are dashed."""
+    """The look of each policy and press in all figures; presses of kvpress are dashed."""
     shown = [r for r in said["rows"] if r["label"] not in (DENSE, NO_CONTEXT)]
     shown = [r for r in shown if r["difference"] is not None]
     return {

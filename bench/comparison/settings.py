@@ -1,4 +1,4 @@
-"""What is compared. Half of it is what two cores can do in an evening."""
+"""The settings of the comparison. Half of it is what two cores can do in an evening."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ PRESSES = {
     "ExpectedAttention": BUDGETS,
     "ObservedAttention": BUDGETS,
 }
-"""kvpress's, each at these shares; the last needs eager attention, at several times the cost."""
+"""The presses of kvpress, each at these shares; the last press needs eager attention, at several
+times the cost."""
 
 
 def stages(asked: Namespace) -> list[tuple[str, int]]:
-    """Our tasks and contexts, in the order of running."""
+    """The tasks and contexts of kvprune's side, in the order of running."""
     return [(SHARED, n) for n in asked.context] + [("needle", n) for n in asked.needle]

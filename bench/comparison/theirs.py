@@ -1,7 +1,7 @@
-"""kvpress's side: how likely the answers to the shared task's questions are, press by press.
+"""kvpress's side: the likelihood of the answers to the shared task's questions, press by press.
 
-The prompts are read as kvprune reads them, all but the last token at once, and that is what is
-evicted from; but a press evicts once, and what is read after it stays.
+kvpress reads a prompt as kvprune does: all tokens but the last at once, and these are evicted from.
+But a press evicts once, and tokens that are read afterwards stay.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def questions(model: Path, context: int, samples: int) -> list[Question]:
 
 
 def plan(samples: int, threads: int, presses: Sequence[str]) -> list[Job]:
-    """Blocks of questions, every press at its shares; dense with the first."""
+    """Jobs of blocks of questions, every press at its shares; dense goes with the first ones."""
     shares: dict[tuple[float, ...], list[str]] = {}
     for press in presses:
         shares.setdefault(tuple(PRESSES[press]), []).append(press)
@@ -62,7 +62,7 @@ def plan(samples: int, threads: int, presses: Sequence[str]) -> list[Job]:
 
 
 def prompts_at(out: Path, context: int) -> dict[str, Any]:
-    """What was asked at a context: what a worker of `bench.peers` reads."""
+    """The prompts at a context, in the form that a worker of `bench.peers` reads."""
     found: dict[str, Any] = json.loads(_prompts(out, context).read_text(encoding="utf-8"))
     return found
 
@@ -72,12 +72,12 @@ def _prompts(out: Path, context: int) -> Path:
 
 
 def results(out: Path) -> Path:
-    """The file of what was found."""
+    """The file of kvpress's results."""
     return out / "kvpress.jsonl"
 
 
 def measure(asked: Namespace, model: Path, python: Path, out: Path, context: int) -> None:
-    """Runs what is not there yet.
+    """Runs the jobs whose results are not there yet.
 
     Raises:
         KVPruneError: a process failed.

@@ -1,1 +1,1 @@
-"""What `bench.speed` measures, and what `bench.performance` makes of it."""
+"""The measurements of `bench.speed`, and the tables that `bench.performance` makes of them."""

@@ -1,4 +1,4 @@
-"""What `attach` costs where no cache of ours is used."""
+"""The cost of `attach` where no cache of kvprune is used."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ WITH, WITHOUT = "attached", "not attached"
 
 @torch.no_grad()
 def measure(pair: Pair, part: Part, clock: Clock, tick: Tick) -> dict[str, Any]:
-    """Of the model with and without: `prefill`, seconds in each turn, and `step`, of every one.
+    """The seconds of the model with and without `attach`: `prefill` by turn, and each `step`.
 
-    Both have the same weights, in the same memory, and a `DynamicCache`.
+    Both models have the same weights, in the same memory, and a `DynamicCache`.
     """
     models: dict[str, Any] = {WITHOUT: pair.plain, WITH: pair.attached}
     ids = random_prompt(pair.plain, 1, part.context)

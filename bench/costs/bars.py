@@ -1,4 +1,4 @@
-"""The bars of what speed and memory have to reach, and whether the results do."""
+"""The bars that speed and memory have to reach, and whether the results reach them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ MB = 1e6
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: what it is of, what is wanted, what was found, and whether that is enough."""
+    """One bar.
+
+    Attributes:
+        what: what the bar is about.
+        wanted: the figure that is wanted, as text.
+        measured: the figure that was found, as text.
+        met: whether that is enough.
+    """
 
     what: str
     wanted: str
@@ -27,18 +34,18 @@ class Bar:
 
     @classmethod
     def at_most(cls, what: str, most: float, found: Spread, goal: float | None = None) -> Bar:
-        """Of a ratio to dense, by its median."""
+        """A bar on a ratio to dense, which is met if the median is at most `most`."""
         wanted = f"at most {most:.2f}" + (f" (goal {goal:.2f})" if goal else "")
         return cls(what, wanted, f"{found:.3f}", found.median <= most)
 
     @property
     def cells(self) -> tuple[str, str, str, str]:
-        """Of its line in a table."""
+        """The cells of the bar's line in a table."""
         return self.what, self.wanted, self.measured, "met" if self.met else "**not met**"
 
 
 def bars(found: list[Found]) -> list[Bar]:
-    """All that can be told from these results."""
+    """All bars that can be told from these results."""
     return [bar for each in (_prefill, _decode, _whole, _stream, _attach) for bar in each(found)]
 
 
@@ -49,14 +56,14 @@ def of_limit(rows: dict[str, Any], name: str) -> Spread:
 
 
 def chunked(one: Found, name: str) -> Slope:
-    """How the seconds until a stream's lengths were read grow with them: an exponent."""
+    """The exponent by which the seconds to read a stream grow with the stream's length."""
     lengths, chunks = one["found"]["lengths"], one["found"]["rows"][name]["chunk"]
     tokens = lengths[-1] // len(chunks)
     return exponent(lengths, [sum(chunks[: n // tokens]) for n in lengths])
 
 
 def flat(one: Found, name: str) -> Slope:
-    """By what share a step's seconds change per 1,000 tokens that were read before."""
+    """The share by which a step's seconds change per 1,000 tokens that were read before."""
     return growth(one["found"]["lengths"], one["found"]["rows"][name]["step"])
 
 

@@ -1,4 +1,4 @@
-"""What is compared: policies at a budget, and the dense model."""
+"""The candidates that are compared: policies at a budget, and the dense model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ Make = Callable[[], Cache]
 
 
 def policies(model: Any, budget: int) -> dict[str, list[kvprune.TokenPolicy]]:
-    """By name; `budget` slots stay in each layer, but for SDTP alone, which evicts nothing."""
+    """The policies of each candidate, by name; `budget` slots stay in each layer.
+
+    SDTP alone has no budget, and evicts nothing.
+    """
     sdtp = random_sdtp(model)
     h2o = H2O(heavy=budget // 2, recent=budget - budget // 2)
     return {
@@ -36,10 +39,10 @@ def policies(model: Any, budget: int) -> dict[str, list[kvprune.TokenPolicy]]:
 
 
 def random_sdtp(model: Any) -> SDTP:
-    """Heads of the shape of those that ship; never trained, they cost as much.
+    """SDTP with heads of the shape of those that ship; never trained, they cost as much.
 
-    The paper's schedule, every third layer from the fifth; a model of too few layers has one
-    stage, before its second layer. Both leave `LEFT` of the tokens in the end.
+    The schedule is the paper's, every third layer from the fifth; a model of too few layers has one
+    stage, before its second layer. Both leave the share `LEFT` of the tokens in the end.
     """
     size, layers = model.config.hidden_size, model.config.num_hidden_layers
     first = 4 if layers > 6 else 1
@@ -51,7 +54,7 @@ def random_sdtp(model: Any) -> SDTP:
 
 
 def candidates(model: Any, budget: int) -> dict[str, Make]:
-    """A maker of fresh caches by name, the dense one first."""
+    """Makers of fresh caches by name, the dense one first."""
     composed: dict[str, Make] = {
         name: partial(kvprune.ComposedCache, given)
         for name, given in policies(model, budget).items()
@@ -60,7 +63,7 @@ def candidates(model: Any, budget: int) -> dict[str, Make]:
 
 
 def streams(budget: int) -> dict[str, Make]:
-    """A maker of fresh caches for a text without end, by name."""
+    """Makers of fresh caches for a text without end, by name."""
     streaming = partial(StreamingLLM, sinks=4, window=budget - 4)
     h2o = partial(H2O, heavy=budget // 2, recent=budget - budget // 2)
     return {
@@ -72,7 +75,7 @@ def streams(budget: int) -> dict[str, Make]:
 
 
 def random_prompt(model: Any, rows: int, tokens: int) -> Tensor:
-    """Ids `[rows, tokens]`, the same in every run: what they say does not change the time."""
+    """Ids `[rows, tokens]`, the same in every run: the time does not depend on the ids."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
     ids = torch.randint(5, vocabulary, (rows, tokens), generator=generator)
@@ -80,7 +83,7 @@ def random_prompt(model: Any, rows: int, tokens: int) -> Tensor:
 
 
 def held(cache: Any) -> int:
-    """Bytes of all storage that a cache has allocated."""
+    """The bytes of all storage that a cache has allocated."""
     if isinstance(cache, kvprune.ComposedCache):
         return cache.nbytes
     kept = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))

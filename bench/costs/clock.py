@@ -1,4 +1,4 @@
-"""Seconds and peaks, on whatever device the model is."""
+"""Measures seconds and peaks of memory, on the device that the model is on."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from .. import resident
 
 Tick = Callable[[float], None]
-"""Told what share of a part is done, 0 to 1."""
+"""A function that is told what share of a part is done, 0 to 1."""
 
 Anything = TypeVar("Anything")
 
 
 @dataclass(frozen=True)
 class Clock:
-    """A device's: work that was only queued is waited for."""
+    """The clock of a device; it waits for work that was only queued."""
 
     device: str = "cpu"
 
@@ -30,13 +30,13 @@ class Clock:
         return self.device.startswith("cuda")
 
     def now(self) -> float:
-        """Seconds, once all that was begun is done."""
+        """The time in seconds, once all work that was begun is done."""
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def seconds(self, work: Callable[[], Any]) -> float:
-        """Of one call; what it gives is kept until the clock is read."""
+        """The seconds of one call; the result of the call is kept until the clock is read."""
         start = self.now()
         kept = work()
         passed = self.now() - start
@@ -44,7 +44,11 @@ class Clock:
         return passed
 
     def begin_peak(self) -> int | None:
-        """Frees what is unused and counts anew; the bytes held now, None where nobody knows."""
+        """Frees unused memory and counts the peak anew.
+
+        Returns:
+            the bytes held now; None where nobody knows.
+        """
         resident.give_back()
         if self.is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -52,20 +56,26 @@ class Clock:
         return resident.forget_peak()
 
     def peak_beyond(self, before: int | None) -> int | None:
-        """The most bytes since `begin_peak` beyond what was held then.
+        """The most bytes since `begin_peak`, beyond the bytes that were held then.
 
-        Of the whole process on a CPU, of torch's allocator on a GPU.
+        On a CPU the whole process counts, on a GPU torch's allocator.
+
+        Args:
+            before: what `begin_peak` returned.
+
+        Returns:
+            bytes; None where nobody knows.
         """
         most = torch.cuda.max_memory_allocated(self.device) if self.is_cuda else resident.peak()
         return None if before is None or most is None else most - before
 
 
 def turns(items: Sequence[Anything], number: int) -> list[Anything]:
-    """All of them, beginning with another one in each turn: nobody always follows the same."""
+    """All items, beginning with another one in each turn: no item always follows the same one."""
     at = number % len(items)
     return [*items[at:], *items[:at]]
 
 
 def tidy() -> None:
-    """Collects what earlier runs left, so that it is not done while one is timed."""
+    """Collects the garbage of earlier runs, so that this is not done while a run is timed."""
     gc.collect()

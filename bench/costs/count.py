@@ -1,4 +1,4 @@
-"""What is counted, not timed: bytes and FLOPs of one prefill, in a run of its own."""
+"""Counts bytes and FLOPs of one prefill, in a run of its own that is not timed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ from .clock import Clock
 
 
 def counted(model: Any, ids: Tensor, make: Make, flops: Flops, clock: Clock) -> dict[str, Any]:
-    """Of reading `ids` `[B, n]` with a fresh cache.
+    """The bytes and FLOPs of reading `ids` `[B, n]` with a fresh cache.
 
-    live: the most bytes of tensors at once, beyond what was there before. peak: what the process
-    (or the GPU's allocator) came to beyond what it held before, None where nobody knows. held:
-    bytes of the cache afterwards. flops: by `kvprune.evaluation.measure.flops`. counted_flops: by
-    torch's counter, which sees that H2O's blocks leave out what a query cannot see.
+    Returns:
+        a dict with these keys:
+
+        * `live`: the most bytes of tensors at once, beyond those that were there before.
+        * `peak`: the bytes that the process (or the GPU's allocator) held at most beyond those
+          that it held before; None where nobody knows.
+        * `held`: the bytes of the cache afterwards.
+        * `flops`: FLOPs by `kvprune.evaluation.measure.flops`.
+        * `counted_flops`: FLOPs by torch's counter, which sees that H2O's blocks leave out what a
+          query cannot see.
     """
     cache, before = make(), clock.begin_peak()
     with LiveBytes() as live, counting() as counter, entering(model) as entered:
@@ -40,7 +46,7 @@ def counted(model: Any, ids: Tensor, make: Make, flops: Flops, clock: Clock) -> 
 
 @contextmanager
 def entering(model: Any) -> Iterator[list[int]]:
-    """How many tokens of a row enter each layer, in forwards inside the context."""
+    """Counts the tokens of a row that enter each layer, in forwards inside the context."""
     entered: list[int] = []
     hooks = [
         layer.register_forward_pre_hook(lambda _, given: entered.append(given[0].shape[1]))

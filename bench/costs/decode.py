@@ -1,4 +1,4 @@
-"""Steps at a full budget after a long prompt, beside dense steps at a context of as many tokens."""
+"""Steps at a full budget after a long prompt, beside dense steps after as many tokens."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .plan import STEPS, Part
 
 BUDGETED = (STREAMING, HEAVY, BOTH)
 WARM_UP = 5
-"""Steps that are not counted, of every candidate."""
+"""Steps of every candidate that are not counted."""
 
 
 @torch.no_grad()
 def measure(pair: Pair, part: Part, clock: Clock, tick: Tick) -> dict[str, Any]:
-    """By budget and candidate: `step`, seconds of every one, and the bytes `held` after them."""
+    """The seconds of each `step`, and the bytes `held` afterwards, by budget and candidate."""
     model, reading = pair.attached, 0.7
     ids = random_prompt(model, 1, part.context)
     caches = _read(model, ids, part.budgets, lambda share: tick(reading * share))
@@ -44,7 +44,7 @@ def measure(pair: Pair, part: Part, clock: Clock, tick: Tick) -> dict[str, Any]:
 
 
 def step(model: Any, ids: Tensor, cache: Cache, clock: Clock) -> float:
-    """Seconds of one token; a dense cache has as many tokens after it as before."""
+    """The seconds to read one token, which is then taken back from a dense cache."""
     seconds = clock.seconds(lambda: model(ids[:, :1], past_key_values=cache))
     if isinstance(cache, DynamicCache):
         cache.crop(-1)
@@ -54,9 +54,10 @@ def step(model: Any, ids: Tensor, cache: Cache, clock: Clock) -> float:
 def _read(
     model: Any, ids: Tensor, budgets: tuple[int, ...], tick: Tick
 ) -> dict[int, dict[str, Cache]]:
-    """Caches by budget and candidate.
+    """The caches of each budget and candidate, after the prompt.
 
-    Each reads the prompt once, with nothing evicted; what a budget leaves of it follows.
+    Each candidate reads the prompt once, with nothing evicted; the caches of all budgets are made
+    from that reading. Dense reads as many tokens as the budget.
     """
     found: dict[int, dict[str, Cache]] = {budget: {} for budget in budgets}
     for budget in budgets:

@@ -1,4 +1,4 @@
-"""The models that are measured, each attached and as it came, on the same weights."""
+"""The models that are measured, each with and without kvprune, on the same weights."""
 
 from __future__ import annotations
 
@@ -25,12 +25,17 @@ SEVEN_B = {
     "head_dim": 128,
     "max_position_embeddings": 8192,
 }
-"""A layer of Mistral-7B, and of Llama-3-8B, which is the same."""
+"""The dimensions of a layer of Mistral-7B, and of Llama-3-8B, which are the same."""
 
 
 @dataclass
 class Pair:
-    """Two models that share their weights; what is measured on `attached` runs with kvprune."""
+    """Two models that share their weights.
+
+    Attributes:
+        plain: the model without kvprune.
+        attached: the model with kvprune.
+    """
 
     plain: Any
     attached: Any
@@ -40,7 +45,7 @@ class Models:
     """Opens a model when it is asked for, and lets go of the one before.
 
     Args:
-        path: of a model that takes the place of the demo model; None for that.
+        path: the name or path of a model in the place of the demo model; None for the demo model.
         device: a torch device.
     """
 
@@ -50,7 +55,7 @@ class Models:
         self._pair: Pair | None = None
 
     def get(self, shape: str, dtype: str) -> Pair:
-        """The pair of a shape (`REAL`, `LAYER`) in a dtype, as "float32"."""
+        """The pair of models of a shape (`REAL`, `LAYER`) in a dtype, such as "float32"."""
         if self._pair is None or self._key != (shape, dtype):
             self._pair = None
             made = seven_b(dtype) if shape == LAYER else self._real(dtype)
@@ -63,7 +68,7 @@ class Models:
 
 
 def paired(model: Any) -> Pair:
-    """A model, and its attached twin."""
+    """A model and its attached twin, which shares the weights."""
     plain = model.eval().requires_grad_(False)
     shared = {id(t): t for t in (*plain.parameters(), *plain.buffers())}
     return Pair(plain, kvprune.attach(copy.deepcopy(plain, dict(shared))))

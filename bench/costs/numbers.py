@@ -1,4 +1,4 @@
-"""What becomes of many measurements: ratios, spreads, slopes."""
+"""Figures made of many measurements: ratios, spreads, slopes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FEW = 10
-"""Below that many, a spread is from the least to the most; else it is the middle half."""
+"""A spread of fewer values than this goes from the least to the most; else it is the middle half.
+"""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A median, and where the others lie."""
+    """A median, and the range in which the other values lie."""
 
     median: float
     low: float
@@ -21,7 +22,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """The spread of at least one value."""
         if len(values) < FEW:
             return cls(statistics.median(values), min(values), max(values))
         low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -32,7 +33,7 @@ class Spread:
 
 
 def ratios(mine: Sequence[float], other: Sequence[float]) -> Spread:
-    """Turn by turn: what changes between turns, as a clock does, is in both."""
+    """The spread of ratios turn by turn: a change between turns, as of a clock, is in both."""
     return Spread.of([a / b for a, b in zip(mine, other, strict=True)])
 
 
@@ -45,15 +46,15 @@ class Slope:
 
 
 def exponent(tokens: Sequence[float], costs: Sequence[float]) -> Slope:
-    """p of cost = c * tokens ** p, fitted by least squares of the logarithms."""
+    """The p of cost = c * tokens ** p, fitted by least squares of the logarithms."""
     return _fitted([math.log(n) for n in tokens], [math.log(c) for c in costs])
 
 
 def growth(tokens: Sequence[float], turns: Sequence[Sequence[float]]) -> Slope:
-    """By what share a cost changes per 1,000 tokens.
+    """The share by which a cost changes per 1,000 tokens.
 
-    Each turn, which has a cost for each of `tokens`, is fitted for itself and over its own mean,
-    so that what changes between turns is no error; the standard error is of the turns' mean.
+    Each turn has a cost for each of `tokens`, and is fitted by itself and relative to its own mean,
+    so that a change between turns is no error; the standard error is that of the turns' mean.
     """
     found = []
     for costs in turns:

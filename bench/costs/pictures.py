@@ -22,11 +22,11 @@ AGAINST_CONTEXT: dict[str, tuple[str, str, Callable[[dict[str, Any]], float]]] =
     "live": ("Memory while reading", "live tensors, MB", lambda row: row["live"] / MB),
     "held": ("Memory afterwards", "KV cache held, MB", lambda row: row["held"] / MB),
 }
-"""By name of the file: the title, the axis, and what is drawn of a candidate's row."""
+"""The title, the axis, and the number of a candidate's row that is drawn, by file name."""
 
 
 def pictures(found: list[Found]) -> Iterator[tuple[str, str, str]]:
-    """A name, what it shows, and an SVG of each that there are results for."""
+    """The name, the description and the SVG of each picture that there are results for."""
     real = list(groups(found, "prefill"))
     if len(real) > 1:
         for name in AGAINST_CONTEXT:
@@ -49,7 +49,7 @@ def _against_context(name: str, found: list[Found]) -> tuple[str, str, str]:
 
 
 def _against_limit(found: list[Found]) -> tuple[str, str, str]:
-    """Filled: the real model; hollow: layers of a 7B model."""
+    """The picture of time against its limit: the real model filled, layers of a 7B model hollow."""
     name, title = "limit", "Time to dense against FLOPs to dense"
     with look(name):
         figure, axes = canvas(title, 2.6, _legend((PRUNED, BOTH)))

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from .models import LAYER, REAL
 
 STEPS = 10
-"""Single-token steps of each candidate in a turn, where steps are what is measured."""
+"""Single-token steps of each candidate in a turn, in parts that measure steps."""
 
 CHUNK = 512
 """Tokens of a stream that are read at once."""
 
-# For the guess of how long a run takes: dense prefills that a turn of all candidates is as long
-# as, the same of those with a budget, and seconds of a step.
+# Estimates of how long a run takes. A turn of all candidates takes `_ALL` dense prefills, a turn
+# of those with a budget takes `_BUDGETED`, and a step takes `_STEP` seconds.
 _ALL, _BUDGETED, _STEP = 4.6, 3.0, 0.08
 
 
@@ -22,9 +22,17 @@ _ALL, _BUDGETED, _STEP = 4.6, 3.0, 0.08
 class Part:
     """One file of results.
 
-    name: of the file. kind: what is measured. context: tokens of the prompt, or of the longest
-    stream. repeats: turns. seconds: about how long it takes on two slow cores. shape: the model,
-    of `models`. rows, dtype: of the batch. budgets: slots of a layer. new: generated tokens.
+    Attributes:
+        name: the name of the file.
+        kind: what is measured.
+        context: tokens of the prompt, or of the longest stream.
+        repeats: the number of turns.
+        seconds: about how long the part takes on two slow cores.
+        shape: the model, a shape of `models`.
+        dtype: the dtype of the model.
+        rows: the rows of the batch.
+        budgets: slots of a layer.
+        new: generated tokens.
     """
 
     name: str
@@ -40,17 +48,21 @@ class Part:
 
     @property
     def group(self) -> str:
-        """What `--parts` may say instead of the name."""
+        """The name that `--parts` takes for all parts of a group."""
         return self.name.rsplit("-", 1)[0]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large a run is.
+    """The sizes of a run.
 
-    contexts: of prompts; the longest one is what decoding and generating begin with, the shortest
-    one what other precisions and batches read. budgets: of decoding. stream: tokens. new:
-    generated tokens. repeats: turns of every part; None for as many as each has time for.
+    Args:
+        contexts: tokens of prompts; decoding and generating begin with the longest prompt, other
+            precisions and batches read the shortest.
+        budgets: slots of a layer, for decoding.
+        stream: tokens of the stream.
+        new: generated tokens.
+        repeats: turns of every part; None for as many as each part has time for.
     """
 
     contexts: Sequence[int] = (1024, 2048, 4096, 8192)
@@ -60,7 +72,7 @@ class Sizes:
     repeats: int | None = None
 
     def parts(self) -> list[Part]:
-        """All of them, in the order of measuring."""
+        """All parts, in the order of measuring."""
         contexts = sorted(self.contexts)
         first, last = contexts[0], contexts[-1]
         layers = [n for n in contexts if 2048 <= n <= 4096] or [first]
@@ -78,7 +90,7 @@ class Sizes:
 
 
 def dense_seconds(tokens: int, shape: str = REAL, dtype: str = "float32") -> float:
-    """About how long a dense prefill takes on two slow cores."""
+    """About how many seconds a dense prefill takes on two slow cores."""
     n = tokens / 1000
     each = 5.0 * n + 0.1 * n**2 if shape == LAYER else 1.5 * n + 0.32 * n**2
     return each * (0.7 if dtype == "bfloat16" else 1.0)
@@ -91,7 +103,7 @@ def _repeated(part: Part, repeats: int) -> Part:
 def _prefill(
     group: str, context: int, repeats: int, shape: str = REAL, dtype: str = "float32", rows: int = 1
 ) -> Part:
-    """Every candidate reads the prompt, and keeps an eighth of it if it has a budget."""
+    """A part in which every candidate reads the prompt; those with a budget keep an eighth."""
     each = _ALL * rows * dense_seconds(context, shape, dtype) + 5 * STEPS * _STEP
     budgets = (max(context // 8, 16),)
     seconds = each * (repeats + 1.1)
@@ -100,7 +112,7 @@ def _prefill(
 
 
 def _decode(context: int, budgets: tuple[int, ...]) -> Part:
-    """Steps on what policies kept of the longest prompt, beside dense steps."""
+    """A part of steps on what policies kept of the longest prompt, beside dense steps."""
     repeats = 6
     reading = _BUDGETED * dense_seconds(context) + sum(map(dense_seconds, budgets))
     seconds = reading + repeats * STEPS * 4 * len(budgets) * _STEP
@@ -108,7 +120,7 @@ def _decode(context: int, budgets: tuple[int, ...]) -> Part:
 
 
 def _whole(context: int, new: int) -> Part:
-    """A prompt and what is generated behind it."""
+    """A part with a prompt and the tokens that are generated behind it."""
     repeats, budgets = 3, (max(context // 8, 16),)
     each = 1.75 * dense_seconds(context) + new * (0.05 + 0.01 * context / 1000 + _STEP)
     return Part(
@@ -117,7 +129,7 @@ def _whole(context: int, new: int) -> Part:
 
 
 def _stream(longest: int, budget: int) -> Part:
-    """A prompt in chunks, and steps at some of its lengths."""
+    """A part with a prompt in chunks, and steps at some of its lengths."""
     repeats, lengths = 5, len(lengths_of(longest))
     reading = 4 * longest / CHUNK * 1.4 * dense_seconds(CHUNK)
     seconds = reading + repeats * STEPS * 4 * lengths * _STEP
@@ -125,14 +137,14 @@ def _stream(longest: int, budget: int) -> Part:
 
 
 def _attach(context: int) -> Part:
-    """A dense cache on the model with and without kvprune."""
+    """A part with a dense cache on the model with and without kvprune."""
     repeats = 15
     each = 2 * (dense_seconds(context) + STEPS * _STEP)
     return Part(f"attach-{context}", "attach", context, repeats, each * (repeats + 1))
 
 
 def lengths_of(longest: int) -> list[int]:
-    """Of a stream where it is looked at: doubled from two chunks on."""
+    """The lengths of a stream that are measured: two chunks, and doubled from there on."""
     lengths = [2 * CHUNK]
     while lengths[-1] * 2 <= longest:
         lengths.append(lengths[-1] * 2)

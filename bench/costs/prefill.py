@@ -1,4 +1,4 @@
-"""Reading a prompt: seconds, bytes and FLOPs of every candidate, and a step after it."""
+"""Measures reading a prompt: seconds, bytes and FLOPs of every candidate, and a step after it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ WARM_UP_STEPS = 3
 
 @torch.no_grad()
 def measure(pair: Pair, part: Part, clock: Clock, tick: Tick) -> dict[str, Any]:
-    """By candidate: `prefill` and `step`, seconds in each turn, and what `counted` says.
+    """`prefill` and `step`, seconds in each turn, and the numbers of `counted`, by candidate.
 
-    What is counted is so in a run of its own before any is timed, which warms up; a step is the
-    median of some, on what the cache holds after the prompt.
+    Counting is a run of its own, before any that is timed, and warms up. A step is the median of
+    some, on what the cache holds after the prompt.
     """
     model, (budget,) = pair.attached, part.budgets
     ids, runs = random_prompt(model, part.rows, part.context), candidates(model, budget)
@@ -44,7 +44,7 @@ def measure(pair: Pair, part: Part, clock: Clock, tick: Tick) -> dict[str, Any]:
 
 
 def timed(model: Any, ids: Tensor, make: Make, clock: Clock) -> dict[str, float]:
-    """Seconds of one prefill, and of a step after it."""
+    """The seconds of one prefill, and of a step after it."""
     tidy()
     cache = make()
     prefill = clock.seconds(lambda: model(ids, past_key_values=cache, logits_to_keep=1))

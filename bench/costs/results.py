@@ -1,4 +1,4 @@
-"""The files of results: one for each part, whole or not there."""
+"""The files of results, one for each part; a file is whole or not there."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ from .plan import Part
 START = "speed-"
 
 Found = dict[str, Any]
-"""about: see `bench.about`. part: the fields of a `Part`. found: what its `measure` gave."""
+"""The results of a part, with these keys:
+
+* about: see `bench.about`.
+* part: the fields of a `Part`.
+* found: the results that the part's `measure` gave.
+"""
 
 
 def path_of(folder: Path, part: Part) -> Path:
-    """Where a part's results are."""
+    """The file of a part's results."""
     return folder / f"{START}{part.name}.json"
 
 
 def write(folder: Path, part: Part, about: dict[str, Any], found: dict[str, Any]) -> None:
-    """Writes what was found.
+    """Writes the results of a part.
 
     Raises:
-        KVPruneError: it cannot be written.
+        KVPruneError: the file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     said = {"about": about, "part": asdict(part), "found": _rounded(found)}
@@ -41,17 +46,17 @@ def read(folder: Path) -> list[Found]:
 
 
 def groups(found: list[Found], *names: str) -> Iterator[Found]:
-    """Those of some groups."""
+    """The results of the parts of some groups."""
     return (one for one in found if Part(**one["part"]).group in names)
 
 
 def the_one(found: list[Found], name: str) -> Found | None:
-    """The longest of a group; None if it was not measured."""
+    """The results of a group's longest part; None if the group was not measured."""
     return next(reversed(list(groups(found, name))), None)
 
 
 def _rounded(value: Any) -> Any:
-    """Seconds to a tenth of a microsecond: what is below it is noise."""
+    """The value with seconds to a tenth of a microsecond: smaller differences are noise."""
     if isinstance(value, float):
         return round(value, 7)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""How costs grow with a stream that is read in chunks at a fixed budget."""
+"""Measures how costs grow with a stream that is read in chunks at a fixed budget."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .plan import CHUNK, STEPS, Part, lengths_of
 
 READ = (STREAMING, HEAVY, STREAMING_INSIDE, HEAVY_INSIDE)
 ORIGINAL = {STREAMING_INSIDE: STREAMING, HEAVY_INSIDE: HEAVY}
-"""The same policy with a token's position in the text."""
+"""The same policy with original positions, for each policy with positions inside the cache."""
 
 
 @torch.no_grad()
 def measure(pair: Pair, part: Part, clock: Clock, tick: Tick) -> dict[str, Any]:
-    """By candidate: `chunk`, seconds of each, and at some `lengths`, `step`s and bytes `held`.
+    """Seconds of each `chunk`, and at some `lengths` `step`s and bytes `held`, by candidate.
 
     One stream passes all lengths; a copy of the cache is put aside at each, and steps are taken
     on the copies in turns. `step` is by turn, a number for each length.
@@ -41,6 +41,7 @@ def measure(pair: Pair, part: Part, clock: Clock, tick: Tick) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {name: {"chunk": [], "step": []} for name in READ}
     aside: dict[str, dict[int, Cache]] = {name: {} for name in READ}
     caches = {name: runs[name]() for name in READ}
+    # A chunk each warms up.
     for name in READ:
         model(ids[:, :CHUNK], past_key_values=runs[name](), logits_to_keep=1)
     for end in range(CHUNK, lengths[-1] + 1, CHUNK):

@@ -27,18 +27,18 @@ PREFILL = (
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]], rule: str = "---:") -> str:
-    """In Markdown, all but the first column to the right."""
+    """A Markdown table, with all columns but the first to the right, or as `rule` says."""
     all_lines = [head, ("---", *[rule] * (len(head) - 1)), *lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in all_lines) + "\n"
 
 
 def of_bars(bars: Sequence[Bar]) -> str:
-    """What is wanted and what was found."""
+    """The table of the bars: the number that is wanted, and the number that was found."""
     return table(("bar", "wanted", "measured", ""), [bar.cells for bar in bars], "---")
 
 
 def of_prefill(one: Found) -> str:
-    """A line for each candidate."""
+    """The table of a prefill, with a line for each candidate."""
     rows = one["found"]
     return table(PREFILL, [_prefill(rows, name) for name in rows])
 
@@ -63,7 +63,7 @@ def _to_dense(rows: dict[str, Any], name: str, what: str) -> str:
 
 
 def of_decode(one: Found) -> str:
-    """A line for each budget and candidate."""
+    """The table of steps, with a line for each budget and candidate."""
     lines = [
         [
             f"{int(budget):,}",
@@ -79,7 +79,7 @@ def of_decode(one: Found) -> str:
 
 
 def of_whole(one: Found) -> str:
-    """A line for each candidate."""
+    """The table of whole runs, with a line for each candidate."""
     rows = one["found"]
     lines = [
         [
@@ -94,7 +94,7 @@ def of_whole(one: Found) -> str:
 
 
 def of_stream(one: Found) -> str:
-    """A line for each policy and length, and the slopes below."""
+    """The table of a stream, with a line for each policy and length, and the slopes below."""
     lengths, rows = one["found"]["lengths"], one["found"]["rows"]
     lines = [
         [name, f"{length:,}", *_at(rows, name, lengths, at)]
@@ -126,7 +126,7 @@ def _at(rows: dict[str, Any], name: str, lengths: list[int], at: int) -> list[st
 
 
 def of_attach(one: Found) -> str:
-    """A line for each model."""
+    """The table of `attach`, with a line for each model."""
     rows = one["found"]
     lines = [
         [name, *(f"{statistics.median(row[w]) * 1e3:.1f}" for w in ("prefill", "step"))]
@@ -136,7 +136,7 @@ def of_attach(one: Found) -> str:
 
 
 def title(one: Found) -> str:
-    """What a part is of, and on what."""
+    """The heading of a part, with its sizes and the machine."""
     part, about = one["part"], one["about"]
     kinds = {
         "prefill": f"Prefill of {part['context']:,} tokens",

@@ -1,4 +1,4 @@
-"""End to end: a prompt and what is generated behind it, inside `generate`."""
+"""End to end: a prompt and the tokens generated behind it, inside `generate`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WARM_UP = 256
 
 @torch.no_grad()
 def measure(pair: Pair, part: Part, clock: Clock, tick: Tick) -> dict[str, Any]:
-    """By candidate: `whole`, seconds in each turn, and the bytes `held` at the end."""
+    """The seconds of `whole` runs, by turn, and the bytes `held` at the end, by candidate."""
     model, (budget,) = pair.attached, part.budgets
     ids, runs = random_prompt(model, 1, part.context), candidates(model, budget)
     rows: dict[str, dict[str, Any]] = {name: {"whole": []} for name in (DENSE, BOTH)}
@@ -37,7 +37,7 @@ def measure(pair: Pair, part: Part, clock: Clock, tick: Tick) -> dict[str, Any]:
 
 
 def generate(model: Any, ids: Tensor, cache: Cache, new: int) -> None:
-    """Exactly so many tokens, greedily."""
+    """Generates exactly `new` tokens, greedily."""
     greedy = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
     mask = torch.ones_like(ids)
     model.generate(ids, attention_mask=mask, past_key_values=cache, pad_token_id=0, **greedy)

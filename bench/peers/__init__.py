@@ -5,7 +5,7 @@
     python -m bench.peers quality --questions 3
 
 kvpress needs an older transformers, so that it gets a virtual environment of its own
-(`environment.py`, `requirements.txt`). `protocol.py`, `lines.py`, `rows.py` and `worker.py` run in
-both and import neither library; `ours.py` and `theirs.py` are what differs; the rest runs in
-kvprune's environment.
+(`environment.py`, `requirements.txt`). `protocol.py`, `jobs.py`, `rows.py`, `worker.py` and
+`bench/resident.py` run in both environments and import neither library; `ours.py` and `theirs.py`
+are the difference between the sides; the other files run in kvprune's environment.
 """

@@ -1,8 +1,8 @@
 """Measures both sides, and writes bench/results/peers-*.json and docs/peers.md.
 
-What is measured is kept as it comes, in build/peers: a run that was stopped goes on where it was.
-After a change of code, `--fresh` measures anew. What cannot be had (kvpress, the model,
-the texts) or measured ends it with one line and exit code 1.
+Each measurement is kept as soon as it is known, in build/peers: a run that was stopped goes on
+where it was. After a change of code, `--fresh` measures anew. The command ends with one line and
+exit code 1 where something cannot be had (kvpress, the model, the texts) or measured.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TASKS = ("speed", "quality")
 
 
 def options(given: list[str]) -> argparse.Namespace:
-    """What was asked for; refuses what cannot be measured."""
+    """The options of the command line; refuses options that cannot be measured."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.peers",
         description=__doc__,
@@ -79,7 +79,7 @@ def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
 
 
 def measure(asked: argparse.Namespace) -> None:
-    """All of it.
+    """Measures both sides, and writes the results and the page.
 
     Raises:
         KVPruneError: something cannot be had or written, or a measurement failed.
@@ -120,7 +120,7 @@ def _run_all(todo: list[Job], pythons: dict[str, Path], files: list[str]) -> Non
     for number, job in enumerate(todo, 1):
         run_job(job, pythons[job.side], files)
         passed += seconds_of(job)
-        # The guess is corrected by what the run has taken so far.
+        # The estimate is corrected by the time that the run has taken so far.
         left = (expected - passed) * (time.monotonic() - start) / passed
         what = job.asked or f"{job.length} tokens"
         print(f"{number}/{len(todo)} {job.side} {job.task}, {what}: {_minutes(left)} left")
@@ -132,7 +132,7 @@ def _minutes(seconds: float) -> str:
 
 
 def main() -> int:
-    """The exit code."""
+    """Runs the command; returns its exit code."""
     asked = options(sys.argv[1:])
     return run("peers", partial(measure, asked))
 

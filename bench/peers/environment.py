@@ -1,4 +1,4 @@
-"""The virtual environment that kvpress runs in: build/peers-venv.
+"""Makes the virtual environment that kvpress runs in: build/peers-venv.
 
 python -m bench.peers.environment
 """
@@ -18,10 +18,11 @@ PLACE = ROOT / "build" / "peers-venv"
 
 
 def peers_python(place: Path = PLACE, requirements: Path = REQUIREMENTS) -> Path:
-    """The Python that has what `requirements` says; the environment is made where it is missing.
+    """The Python of the environment with `requirements`; makes the environment if it is missing.
 
-    A file in it holds the requirements that it was made for, and is there only once it is whole:
-    one that was interrupted, or is for others, is made anew.
+    The file `.ready` in it holds the requirements that the environment was made for, and is there
+    only once the environment is whole: an environment that was interrupted, or that is for other
+    requirements, is made anew.
 
     Raises:
         KVPruneError: pip cannot reach the registry, cannot find these versions, or fails.
@@ -41,7 +42,7 @@ def peers_python(place: Path = PLACE, requirements: Path = REQUIREMENTS) -> Path
 
 def _install(python: Path, requirements: Path) -> None:
     # One retry: pip's five, each with its time-out, would keep a machine without a network for
-    # minutes. All in one call: an open range would pull another torch.
+    # minutes. All packages in one call: in a second call an open range would pull another torch.
     options = ["-q", "--disable-pip-version-check", "--retries", "1", "--timeout", "60"]
     pip = [str(python), "-m", "pip", "install", *options, "-r", str(requirements)]
     done = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What one process measures, and the names of its results, by which a run goes on where it was."""
+"""The jobs of single processes, and the keys of their results, by which a stopped run goes on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ from .rows import NO_BUDGET
 class Job:
     """One process's work on one side.
 
-    task: "speed" (one turn of all rows), "memory" (one row's peak) or "quality" (questions).
-    length, budget: of speed and memory, tokens. turn: of speed.
-    asked, shares, numbers: of quality: where the question is (see `answer_loss`), what each layer
-    keeps, and which questions.
+    Attributes:
+        side: the library.
+        task: "speed" (one turn of all rows), "memory" (one row's peak) or "quality" (questions).
+        rows: the rows to measure.
+        threads: the threads of the process.
+        length: tokens of the prompt, for speed and memory.
+        budget: tokens that a row keeps of them, for speed and memory.
+        turn: the number of the turn, for speed.
+        asked: where the question is, for quality; see `answer_loss`.
+        shares: the shares that each layer keeps, for quality.
+        numbers: the numbers of the questions, for quality.
     """
 
     side: str
@@ -34,7 +41,7 @@ class Job:
 
     @classmethod
     def of(cls, text: str) -> Job:
-        """From what `text` of a job says."""
+        """The job that `Job.text` wrote as `text`."""
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in json.loads(text).items()
@@ -42,11 +49,11 @@ class Job:
         return cls(**fields)
 
     def text(self) -> str:
-        """As JSON."""
+        """The job as JSON."""
         return json.dumps(asdict(self))
 
     def keys(self, prompts: dict[str, Any]) -> list[dict[str, Any]]:
-        """What names each of its results, in the order of measuring."""
+        """The keys of the job's results, in the order of measuring."""
         said: dict[str, Any] = {"side": self.side, "task": self.task}
         if self.task == "quality":
             return [said | key for n in self.numbers for key in self._asked(n, prompts)]
@@ -63,12 +70,13 @@ class Job:
             {**said, "row": row, "share": share}
             for share in given
             for row in self.rows
+            # A row without a budget is measured once, with no share.
             if (share is None) == (row in NO_BUDGET)
         ]
 
 
 def digest(given: Any) -> str:
-    """Of what is read: a result on something else is another one."""
+    """The digest of what is read, as part of a key: other tokens give another result."""
     return hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]
 
 
@@ -78,14 +86,17 @@ def name(key: dict[str, Any]) -> str:
 
 
 def append(path: Path, results: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    """Results with their keys, at once: a turn is there with all of its rows, or not at all."""
+    """Appends results with their keys in one write.
+
+    So a turn is there with all of its rows, or not at all.
+    """
     lines = [json.dumps({"key": key, "found": found}) + "\n" for key, found in results]
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(lines))
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """By key, what was found last; a last line that a kill cut off is taken away."""
+    """The last result of each key; a last line that a kill cut off is removed from the file."""
     if not path.exists():
         return {}
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""Both sides' results as one JSON: medians, ratios to each side's own dense run, differences."""
+"""Merges both sides' results: medians, ratios to each side's own dense run, differences."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from .jobs import Job, name
 from .rows import DENSE, NO_BUDGET
 
 REFERENCE = "SDTP + H2O"
-"""Whom every row is compared with, question by question, at the same share."""
+"""The row that every row is compared with, question by question, at the same share."""
 
 Results = dict[str, dict[str, Any]]
 
 
 def merged(found: Results, jobs: list[Job], prompts: dict[str, Any], task: str) -> dict[str, Any]:
-    """What the results say of a task, "speed" or "quality": rows, and what they were found with.
+    """The results of a task, and the settings that they were found with.
 
-    jobs: the plan, whose results are taken; what is missing is left out.
+    Args:
+        found: all results by key.
+        jobs: the plan, whose results are taken; missing results are left out.
+        prompts: the token ids that were read.
+        task: "speed" or "quality".
     """
     kinds = ("speed", "memory") if task == "speed" else ("quality",)
     keys = [key for job in jobs if job.task in kinds for key in job.keys(prompts)]
@@ -58,6 +62,7 @@ def _quality(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for asked in dict.fromkeys(key[0] for key in rows):
         for share in shares:
             for (where, given, side, row), mine in rows.items():
+                # A row without a budget is the same at every share.
                 if where == asked and given == (None if row in NO_BUDGET else share):
                     said = {"asked": asked, "share": share, "side": side, "row": row}
                     yield said | _losses(rows, asked, share, side, mine)
@@ -81,7 +86,7 @@ def _losses(
 
 
 def _difference(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> list[float] | None:
-    """The mean over the questions that both have, and its 95 % interval; None below two."""
+    """The mean difference on questions that both have, and its 95 % interval; None below two."""
     others = {e["number"]: e["nll"] for e in two}
     apart = numpy.array([e["nll"] - others[e["number"]] for e in one if e["number"] in others])
     if len(apart) < 2:

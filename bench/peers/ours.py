@@ -18,7 +18,9 @@ from .rows import DENSE
 class Ours:
     """The attached model.
 
-    random_heads: SDTP's are not the trained ones; they cost the same, for any model.
+    Args:
+        path: the model's folder.
+        random_heads: whether SDTP has untrained heads; they cost the same, for any model.
     """
 
     def __init__(self, path: Path, random_heads: bool) -> None:
@@ -27,13 +29,13 @@ class Ours:
         self.sdtp = random_sdtp(model) if random_heads else SDTP()
 
     def open(self, row: str, budget: int, length: int) -> Opened:
-        """See `Side`; the dense model has transformers' own cache."""
+        """See `Side.open`; the dense model has transformers' own cache."""
         if row == DENSE:
             return Opened(self.model, DynamicCache(config=self.model.config))
         return Opened(self.model, kvprune.ComposedCache(self.policies(row, budget)))
 
     def policies(self, row: str, budget: int) -> list[kvprune.TokenPolicy]:
-        """Those of a row, which keep `budget` slots in each layer; SDTP keeps its own schedule."""
+        """The policies of a row: they keep `budget` slots in each layer; SDTP has its schedule."""
         h2o = H2O(heavy=budget // 2, recent=budget - budget // 2)
         rows: dict[str, list[kvprune.TokenPolicy]] = {
             "StreamingLLM": [StreamingLLM(sinks=4, window=budget - 4)],
@@ -44,5 +46,5 @@ class Ours:
         return rows[row]
 
     def nbytes(self, cache: Any) -> int:
-        """See `Side`; statistics and all."""
+        """See `Side.nbytes`; statistics count too."""
         return held(cache)

@@ -12,9 +12,10 @@ QUESTIONS_A_JOB = 10
 
 
 def plan(options: Namespace) -> list[Job]:
-    """Turns of the two sides alternate, so that a machine that drifts does so for both.
+    """The jobs; turns of the two sides alternate, so that a machine that drifts does so for both.
 
-    options: the driver's.
+    Args:
+        options: the options of the command line.
     """
     speed = [job for length in options.lengths for job in _speed(options, length)]
     return (speed if "speed" in options.tasks else []) + (
@@ -63,7 +64,7 @@ QUESTION_LENGTH = 1200
 
 
 def seconds_of(job: Job) -> float:
-    """A guess, from what SmolLM2-135M took on two cores (see `_prefill`)."""
+    """An estimate of a job's seconds, from what SmolLM2-135M took on two cores (see `_prefill`)."""
     if job.task == "quality":
         runs = len(job.numbers) * len(job.shares) * len(job.rows)
         return LOADING + runs * _prefill("", QUESTION_LENGTH)

@@ -1,4 +1,4 @@
-"""Runs one job as a process of its side's environment."""
+"""Runs one job as a process in the environment of its side."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .jobs import Job
 
 
 def run_job(job: Job, python: Path, files: list[str]) -> None:
-    """Runs it to its end.
+    """Runs a job to its end.
 
     Args:
-        job: what to measure.
-        python: of the environment.
+        job: the job.
+        python: the Python of the job's environment.
         files: the model's folder, the prompts and the results; see `worker`.
 
     Raises:
-        KVPruneError: it failed.
+        KVPruneError: the process failed.
     """
-    # No registry is asked for models, and nothing of this process's Python gets into the other.
+    # No registry is asked for models, and no setting of this process's Python reaches the other.
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(job.threads)}
     command = [str(python), "-m", "bench.peers.worker", job.text(), *files]

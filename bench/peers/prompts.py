@@ -1,4 +1,4 @@
-"""What both sides read, as token ids in a JSON file: a text, and questions with their answers."""
+"""The prompts of both sides, as token ids in a JSON file: a text, and questions with answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from kvprune.files import write_text
 from .protocol import Question
 
 CONTEXT = (1000, 1200)
-"""Tokens of a question's context, from SQuAD's final split, which no heads were trained on."""
+"""The least and the most tokens of a question's context, from SQuAD's final split, which no heads
+were trained on."""
 
 
 def export(path: Path, model: Path, text: int, questions: int) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def export(path: Path, model: Path, text: int, questions: int) -> dict[str, Any]
         KVPruneError: the texts cannot be had, or the file cannot be written.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    # Six characters for each token are plenty: there are between four and five to one.
+    # Six characters for each token are plenty: a token has between four and five.
     essays = ruler_data("PaulGrahamEssays.json")["text"][: 6 * text]
     found = squad("final", questions, CONTEXT, tokenizer)
     prompts = {

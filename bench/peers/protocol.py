@@ -1,8 +1,8 @@
-"""How either side is measured: the same lines, which import neither library.
+"""The lines of code that measure either side; they import neither library.
 
-A prompt is read with a fresh cache, which then holds what the row's budget allows; what follows,
-single tokens or an answer, is read on what is held, at the positions that it has in the text.
-Nothing is generated: what follows is given, so that all rows read the same tokens.
+A prompt is read with a fresh cache, which then holds what the row's budget allows. The tokens that
+follow the prompt, single tokens or an answer, are read on what is held, at their positions in the
+text. Nothing is generated: the tokens that follow are given, so that all rows read the same.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from .. import resident
 
 WARM_UP_STEPS, STEPS = 10, 20
-"""Single-token steps after a prompt. kvpress's decoding press compresses in every tenth, so that
-it does so once before and twice among the timed ones."""
+"""Single-token steps after a prompt, first those that are not timed. kvpress's decoding press
+compresses in every tenth step, so once in the first and twice in the timed ones."""
 
 WARM_UP_PROMPT = 128
 """Tokens that each row reads before anything is timed."""
@@ -36,7 +36,12 @@ Clock = Callable[[], float]
 class Opened:
     """A model, and a fresh cache for one prompt.
 
-    reading, after: entered while the prompt, and what follows it, is read.
+    Attributes:
+        model: the model.
+        cache: the cache.
+        reading: the context that is entered while the prompt is read.
+        after: the context that is entered while the tokens behind the prompt are read.
+        seen: how many tokens were read so far.
     """
 
     model: Any
@@ -46,7 +51,7 @@ class Opened:
     seen: int = 0
 
     def read(self, ids: Tensor, logits: int = 1) -> Tensor:
-        """The last `logits` tokens' logits `[1, logits, V]`, of the next tokens `[1, Q]`."""
+        """Reads the next tokens `[1, Q]`; returns logits `[1, logits, V]` of the last of them."""
         positions = torch.arange(self.seen, self.seen + ids.shape[1])[None]
         self.seen += ids.shape[1]
         given = {"past_key_values": self.cache, "position_ids": positions}
@@ -55,18 +60,25 @@ class Opened:
 
 
 class Side(Protocol):
-    """One library with the model."""
+    """One library, with the model."""
 
     def open(self, row: str, budget: int, length: int) -> Opened:
-        """For a prompt of `length` tokens, of which the row keeps `budget` in each layer."""
+        """Opens a prompt of `length` tokens, of which the row keeps `budget` in each layer."""
 
     def nbytes(self, cache: Any) -> int:
-        """Of all storage that a cache has."""
+        """The bytes of all storage that a cache has."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Token ids: a prompt that asks, its first `context` tokens, and the tokens of the answer."""
+    """The token ids of a question and its answer.
+
+    Attributes:
+        number: the question's number.
+        prompt: the prompt, which asks the question.
+        context: how many of the prompt's first tokens are the context.
+        answer: the tokens of the answer.
+    """
 
     number: int
     prompt: list[int]
@@ -75,7 +87,7 @@ class Question:
 
 
 def seconds(work: Callable[[], Any], clock: Clock) -> float:
-    """Of one call."""
+    """The seconds of one call."""
     start = clock()
     work()
     return clock() - start
@@ -85,10 +97,18 @@ def seconds(work: Callable[[], Any], clock: Clock) -> float:
 def turn(
     side: Side, rows: tuple[str, ...], ids: Tensor, budget: int, clock: Clock = time.perf_counter
 ) -> dict[str, dict[str, Any]]:
-    """Times of each row, one after the other; ids `[1, prompt + all steps]`.
+    """Times each row, one after the other.
 
-    A row's `prefill` is in seconds; `decode` in seconds a step, the mean of `STEPS`; `held` and
-    `held_after` are bytes, after the prompt and after all steps.
+    Args:
+        side: the side.
+        rows: the rows.
+        ids: `[1, prompt + all steps]`.
+        budget: the tokens that a row keeps in each layer.
+        clock: gives the time in seconds.
+
+    Returns:
+        a dict for each row: `prefill` in seconds; `decode` in seconds a step, the mean of
+        `STEPS`; `held` and `held_after`, bytes after the prompt and after all steps.
     """
     for row in rows:
         _run(side, row, ids[:, : WARM_UP_PROMPT + 1], WARM_UP_PROMPT // 2, 1, clock)
@@ -101,7 +121,7 @@ def _run(
 ) -> dict[str, Any]:
     prompt, following = ids[:, :-steps], ids[:, -steps:].split(1, 1)
     opened = side.open(row, budget, prompt.shape[1])
-    # What an earlier row left is not collected while this one is timed.
+    # The garbage of an earlier row is not to be collected while this row is timed.
     gc.collect()
     with opened.reading:
         prefill = seconds(partial(opened.read, prompt), clock)
@@ -116,9 +136,11 @@ def _run(
 def memory(side: Side, row: str, ids: Tensor, budget: int) -> dict[str, Any]:
     """The most that this process held while a prompt `[1, n]` was read, in bytes.
 
-    `peak`: of the whole process; `beyond`: what came to what it held before. In a process of its
-    own, as the allocator keeps what earlier rows freed. None where the system does not say (not
-    Linux).
+    The measurement needs a process of its own, as the allocator keeps what earlier rows freed.
+
+    Returns:
+        a dict: `peak` is of the whole process, `beyond` the part of it beyond what the process
+        held before. None where the system does not say (not Linux).
     """
     _run(side, row, ids[:, : WARM_UP_PROMPT + 1], WARM_UP_PROMPT // 2, 1, time.perf_counter)
     gc.collect()
@@ -135,14 +157,21 @@ def memory(side: Side, row: str, ids: Tensor, budget: int) -> dict[str, Any]:
 def answer_loss(
     side: Side, row: str, question: Question, asked: str, share: float | None
 ) -> dict[str, Any]:
-    """The negative log-likelihood of the answer, mean of its tokens, in `nll`; bytes `held`.
+    """The loss of an answer after a prompt: all answer tokens are told from what the cache holds.
 
-    asked: "inside": all of the prompt but its last token is read, and evicted from; "after": the
-    context alone is, and the question is read on what is held, as kvpress's own pipeline does.
-    Either way all of the answer's tokens are told from what is held.
-    share: of the tokens that are read, how many each layer keeps; None for a row without a budget.
+    Args:
+        side: the side.
+        row: the row.
+        question: the question.
+        asked: "inside": all of the prompt but its last token is read, and evicted from; "after":
+            the context alone is, and the question is read on what is held, as kvpress's own
+            pipeline does.
+        share: the share of the tokens read that each layer keeps; None for a row without a budget.
+
+    Returns:
+        `nll`, the negative log-likelihood as a mean over the answer's tokens, and `held`, bytes.
     """
-    # Presses that draw do so from the global generator.
+    # Presses that draw random numbers take them from the global generator.
     torch.manual_seed(question.number)
     length = {"inside": len(question.prompt) - 1, "after": question.context}[asked]
     budget = length if share is None else int(share * length)

@@ -1,4 +1,4 @@
-"""What is compared, by side; a name says the same of both sides where both have it."""
+"""The rows that are compared, by side; a name that both sides have means the same on both."""
 
 from __future__ import annotations
 
@@ -35,4 +35,4 @@ QUALITY = {
 }
 
 NO_BUDGET = (DENSE, "SDTP")
-"""Rows that no budget is given to: SDTP has a schedule, and evicts nothing."""
+"""Rows that get no budget: SDTP has a schedule, and evicts nothing."""

@@ -1,4 +1,4 @@
-"""docs/peers.md, from the results of both tasks.
+"""Makes docs/peers.md from the results of both tasks.
 
 python -m bench.peers.table bench/results docs/peers.md
 """
@@ -52,7 +52,7 @@ WHERE = {
 
 
 def document(results: dict[str, dict[str, Any]]) -> str:
-    """All of the text, for what is there of "speed" and "quality"."""
+    """The text of the page, for the tasks that there are results of, "speed" and "quality"."""
     parts = [INTRODUCTION, _versions(results)]
     if "speed" in results:
         rows = results["speed"]["rows"]
@@ -127,7 +127,7 @@ def _quality(rows: list[dict[str, Any]]) -> str:
 
 
 def _dense_agreement(lines: list[dict[str, Any]]) -> str:
-    """How far the two dense models are from each other: a check that both read the same."""
+    """A line on how far the two dense models are apart: a check that both read the same."""
     dense = {(e["side"], e["asked"], e["number"]): e["nll"] for e in lines if e["row"] == DENSE}
     apart = [
         abs(nll - dense[THEIRS, asked, number])
@@ -165,7 +165,7 @@ def _table(header: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
 
 
 def write(results: Path, out: Path) -> None:
-    """Of the results that lie in a folder.
+    """Writes the page from the results that lie in a folder.
 
     Raises:
         KVPruneError: the file cannot be written.

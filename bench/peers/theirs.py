@@ -22,18 +22,18 @@ PRESSES = {
     "Knorm": kvpress.KnormPress,
     "random": kvpress.RandomPress,
 }
-"""With their defaults, but for the share."""
+"""The presses by row, with their defaults but for the share."""
 
 
 class Theirs:
-    """The stock model; presses hook it while their contexts are entered."""
+    """The stock model; presses hook into it while their contexts are entered."""
 
     def __init__(self, path: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(path)
         self.model: Any = model.eval().requires_grad_(False)
 
     def open(self, row: str, budget: int, length: int) -> Opened:
-        """See `Side`; contexts as in kvpress's pipeline."""
+        """See `Side.open`; contexts as in kvpress's pipeline."""
         reading, after = self._presses(row, budget, length)
         eager = row == "ObservedAttention"
         return Opened(
@@ -44,12 +44,12 @@ class Theirs:
         )
 
     def _presses(self, row: str, budget: int, length: int) -> tuple[Any, Any]:
-        """What presses while the prompt is read, and afterwards; None for nothing."""
-        # Half a token more, as kvpress rounds down what is left of the length.
+        """The press while the prompt is read, and the press afterwards; None for no press."""
+        # Half a token more than the budget, as kvpress rounds down how many tokens are left.
         ratio = max(0.0, 1 - (budget + 0.5) / length)
         if row in PRESSES:
             return PRESSES[row](compression_ratio=ratio), None
-        # As its README shows it: every 10 steps.
+        # As kvpress's README shows it: compression every 10 steps.
         decoding = kvpress.DecodingPress(kvpress.KnormPress(), 10, target_size=budget)
         both = kvpress.PrefillDecodingPress(kvpress.SnapKVPress(ratio), decoding)
         return {
@@ -69,6 +69,6 @@ class Theirs:
             self.model.set_attn_implementation("sdpa")
 
     def nbytes(self, cache: Any) -> int:
-        """See `Side`."""
+        """See `Side.nbytes`."""
         kept = [t for layer in cache.layers for t in (layer.keys, layer.values)]
         return sum(t.untyped_storage().nbytes() for t in kept)

@@ -1,9 +1,11 @@
-"""One job, in the environment of the side that it is of; started by the driver.
+"""Runs one job, in the environment of the job's side; started by the driver.
 
 python -m bench.peers.worker JOB MODEL PROMPTS OUT
 
-The job as JSON (see `Job`), a folder with the model, a JSON file of token ids, and the file of
-results, to which is appended what was found, and what it was found with.
+* JOB: the job as JSON, see `Job`.
+* MODEL: a folder with the model.
+* PROMPTS: a JSON file of token ids.
+* OUT: the file of results, which gets the results and what they were found with.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from .rows import OURS
 
 
 def loaded(job: Job, model: Path) -> Side:
-    """The job's side with the model; imports its library."""
+    """The job's side with the model; imports the side's library."""
     if job.side == OURS:
         from .ours import Ours
 
@@ -35,14 +37,14 @@ def loaded(job: Job, model: Path) -> Side:
 
 
 def about(side: str) -> dict[str, Any]:
-    """What a side is measured with."""
+    """The versions and the machine that a side is measured with."""
     versions = {package: version(package) for package in ("torch", "transformers", side)}
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     return {"python": platform.python_version(), **versions, "machine": machine}
 
 
 def work(side: Side, job: Job, prompts: dict[str, Any], out: Path) -> None:
-    """Measures what the job names; of questions, what is not there yet."""
+    """Measures what the job names; questions that have a result are left out."""
     keys = job.keys(prompts)
     if job.task == "quality":
         done = jobs.read(out)
@@ -61,7 +63,7 @@ def work(side: Side, job: Job, prompts: dict[str, Any], out: Path) -> None:
 
 
 def main() -> None:
-    """See the module."""
+    """Runs the job of the command line; see the module."""
     given, model, prompts, out = sys.argv[1:]
     job = Job.of(given)
     torch.set_num_threads(job.threads)

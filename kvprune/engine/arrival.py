@@ -90,9 +90,11 @@ def padding_so_far(
 class Arrival:
     """The tokens that a forward brings to a cache.
 
-    columns: `[B, Q]` int64, -1 for padding. complete: it is known that none is -1.
+    columns: `[B, Q]` int64, -1 for padding.
+    complete: it is known that none is -1.
     padding: see `padding_so_far`.
-    rows: the rows' numbers, this forward included; same_rows: whether they are as before it.
+    rows: facts about the rows, this forward included.
+    same_rows: whether these are as before this forward.
     """
 
     columns: Tensor

@@ -49,12 +49,19 @@ def at_layer(step: Step, index: int, slots: SlotLayer) -> LayerStep:
 
 @dataclass(frozen=True, eq=False)
 class LayerStep:
-    """One step, or a piece of one, at one layer: what the attention function is handed.
+    """One forward, or a piece of one, at one layer.
 
-    index: the layer. columns: `[B, Q]` int64, of the queries; slot_columns: the same
-    `[B, 1, Q]`. complete: none of them is -1. seen: columns shown with these; before: without.
-    Where positions are assigned inside the cache, and None elsewhere: positions: `[B, Q]`, those
-    of the queries; origin: `[B]`, that of the first token, which may be pruned by now.
+    step: the forward.
+    index: the layer.
+    slots: the layer's slots.
+    columns: `[B, Q]` int64, of the queries.
+    slot_columns: the same `[B, 1, Q]`.
+    complete: it is known that none of these columns is -1.
+    seen: columns shown so far, these included.
+    before: columns shown so far, without these.
+    positions: `[B, Q]`, those of the queries, where positions are assigned inside the cache; else
+        None.
+    origin: `[B]`, the position of the first token, which may be pruned by now; likewise.
     """
 
     step: Step
@@ -101,11 +108,9 @@ class LayerStep:
         held = slots.append(keys, values, self.slot_columns, self.complete, in_free_slot, arrived)
         slots.whole = slots.whole and step.whole
         slots.seen = self.seen
-        return (
-            held
-            if step.cache_positions is None
-            else (step.cache_positions.arrange(self), slots.values)
-        )
+        if step.cache_positions is None:
+            return held
+        return step.cache_positions.arrange(self), slots.values
 
     def attend(
         self,
@@ -131,8 +136,8 @@ class LayerStep:
             `[B, Q, Hq, Dv]`, and the probabilities where the backend returns them; see `in_order`.
         """
         if not self.step.one_by_one:
-            states = (query, key, value, mask)
-            output, probabilities = self._attend(backend, module, *states, **arguments)
+            inputs = self._inputs(query, key, value, mask)
+            output, probabilities = self._attend(backend, module, inputs, arguments)
             # Before slots go: they are still those that were attended to.
             probabilities = self.in_order(probabilities)
             self.evict()
@@ -141,36 +146,31 @@ class LayerStep:
         outputs = []
         for new, piece in self._pieces():
             held = piece.store(key[:, :, new], value[:, :, new])
-            states = (query[:, :, new], *held, mask)
-            output, _ = piece._attend(backend, module, *states, **arguments)
+            inputs = piece._inputs(query[:, :, new], *held, mask)
+            output, _ = piece._attend(backend, module, inputs, arguments)
             piece.evict()
             outputs.append(output)
         return torch.cat(outputs, 1), None
 
-    def _attend(
-        self,
-        backend: str,
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Mask,
-        **arguments: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention, and what slots received is added to their statistics."""
-        slots = self.slots
-        inputs = Inputs(
+    def _inputs(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Inputs:
+        return Inputs(
             query,
             key,
             value,
             mask,
             self.columns,
-            slots.held_columns,
+            self.slots.held_columns,
             no_padding=self.complete,
-            no_gaps=slots.complete,
+            no_gaps=self.slots.complete,
             count=self.step.count,
-            local=slots.local,
+            local=self.slots.local,
         )
+
+    def _attend(
+        self, backend: str, module: torch.nn.Module, inputs: Inputs, arguments: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention; what slots received is added to their statistics where these are wanted."""
+        slots = self.slots
         if not slots.names:
             return attend(backend, module, inputs, **arguments)
         heads, dtype = slots.keys.shape[1], slots.statistics["attention"].dtype

@@ -26,23 +26,42 @@ from .survivors import surviving_tokens
 class Step:
     """The tokens of one forward on their way through the layers.
 
-    seen: columns that the cache had been shown before. count: tokens of this forward.
-    columns: `[B, Q]` int64 of those still on their way, -1 where a row has fewer;
-    slot_columns: the same `[B, 1, Q]`, one object for all layers, which masks go by.
-    complete: it is known that none of `columns` is -1. rows: the rows' numbers, this forward
-    included; same_rows: whether they are as before it.
-    tokens: `columns` as they were before any layer.
-    read: what will have been read as prompt once it is over.
-    states: those of linear-attention layers before it, where some of its tokens are padding.
-    padding: see `padding_so_far`. prunes: whether policies are asked before the layers.
-    drafts: how many tokens, at the end, may be taken back; they are never pruned.
-    cache_positions: how positions are assigned inside the cache; None where they are not.
-    position_ids: `[B, Q]`, the positions of all its tokens, where these are assigned inside the
-        cache; else None.
-    one_by_one: each layer treats them one by one, as something may be evicted in between.
-
     All tensors are where the model is handed its tokens. Where a layer is elsewhere, `columns_on`
-    and `padding_on` have their copies there, and `rows.on` has them of the rows' numbers.
+    and `padding_on` have their copies there, and `rows.on` has those of the rows' facts.
+
+    Args:
+        policies: as they work on the model.
+        num_layers: of the model.
+        seen: columns that the cache had been shown before.
+        new: the tokens that arrive.
+        asked: `[B, Q - drafts]` bool, tokens that logits are asked for, which are never pruned.
+        drafts: how many tokens, at the end, may be taken back; they are never pruned either.
+        one_by_one: each layer treats drafts one by one, as slots may go in between.
+        group: the processes that share the heads of a tensor parallel model; None for one alone.
+        cache_positions: how positions are assigned inside the cache; None where they are not.
+        position_ids: `[B, Q]`, the positions of all tokens, where these are assigned inside the
+            cache; else None.
+
+    Attributes:
+        count: tokens of this forward, Q.
+        columns: `[B, Q']` int64 of the tokens still on their way, -1 where a row has fewer.
+        slot_columns: the same `[B, 1, Q']`, one object for all layers, which masks go by.
+        tokens: `columns` as they were before any layer, `[B, Q]`.
+        complete: it is known that none of `columns` is -1.
+        rows: facts about the rows, this forward included.
+        same_rows: whether these are as before this forward.
+        padding: see `padding_so_far`.
+        prunes: whether policies are asked before the layers.
+        evicters: the policies that drop slots.
+        read: the ids that will have been read as prompt once the forward is over.
+        states: those of linear-attention layers before it, where some of its tokens are padding.
+        attended: by layer, the columns that were attended to; None where nobody asked.
+        attentions: how many layers have attended.
+        previous: the statistics of the tokens in the layer before, by name.
+        layer_steps: by layer, this forward there; see `layer_step.at_layer`.
+        due: layers that are alike, which give up a slot together after the last of them.
+        notes: what positions inside the cache remember until the forward is over.
+        not_finite: rows with activations that are not finite, as the user was told.
     """
 
     def __init__(
@@ -70,19 +89,13 @@ class Step:
         self._parked: Tensor | None = None
         self._aligned: dict[tuple[int, torch.device], tuple[Any, Any]] = {}
         self._copies = Copies()
-        # By layer, the columns that were attended to, `[B, 1|Hkv, S]`; None where nobody asked.
         self.attended: dict[int, Tensor] | None = None
-        # Rows whose activations are not finite, as the user was told.
         self.not_finite: set[int] = set()
-        # Attentions so far, one for each layer that was handed its part.
         self.attentions = 0
-        # What positions inside the cache remember until the step is over.
         self.notes: dict[str, Any] = {}
         self._slot_columns: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.previous: dict[str, Tensor] = {}
-        # By layer, this forward there; see `layer_step.at_layer`.
         self.layer_steps: dict[int, Any] = {}
-        # Layers that are alike, which give up a slot together after the last of them.
         self.due: dict[Hashable, list[Any]] = {}
         self.seen = seen
         self.count = columns.shape[1]

@@ -1,1 +1,1 @@
-"""What it takes to compare policies with the dense model: assets, tasks, runs, report."""
+"""Comparisons of policies with the dense model: plans, runs, measurements, tasks and reports."""

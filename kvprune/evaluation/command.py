@@ -1,4 +1,4 @@
-"""The command that gave a result, as it may be published: without the paths of a machine."""
+"""The command that gave a result, made fit to be published: without the paths of a machine."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # An absolute path inside an argument, as in --out=/a/b, NAME=/a/b and sdtp(heads='/a/b').
-# Not the two slashes of a URL.
+# The two slashes of a URL begin no path.
 _INSIDE = re.compile(r"(?<=[=:'\"(,\[\s])/(?!/)[^\s'\"()\[\],=|]+")
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """Arguments as a shell takes them, each `without_places`."""
+    """The arguments as one line for a shell, each of them after `without_places`."""
     return shlex.join(without_places(argument) for argument in arguments)
 
 
 def without_places(text: str) -> str:
-    """A text whose absolute paths say nothing of the machine that they are on.
+    """The text with its absolute paths shortened, so that they say nothing of the machine.
 
-    A path below the current folder becomes relative to it; of any other only the last name stays.
+    A path below the current folder becomes relative to that folder. Any other path keeps only its
+    last name.
     """
     if os.path.isabs(text):
         return _short(text)
@@ -29,6 +30,7 @@ def without_places(text: str) -> str:
 
 
 def _short(path: str) -> str:
+    """One absolute path, shortened as `without_places` says."""
     here, there = Path.cwd(), Path(os.path.normpath(path))
     if there.is_relative_to(here):
         return there.relative_to(here).as_posix()

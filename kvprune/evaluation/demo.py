@@ -1,4 +1,4 @@
-"""The demo: one real prompt, one question about it, and what each policy makes of them."""
+"""The demo: one real prompt with a question, and the cost and the answer of each policy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,16 @@ PLAIN_WIDTH = 140
 
 @dataclass
 class Outcome:
-    """What one run cost and said."""
+    """The cost and the answer of one run.
+
+    Attributes:
+        name: the policy, as the table names it.
+        prefill: seconds until the first new token.
+        decode: new tokens per second after the first one.
+        megabytes: the size of the cache at the end, in 10^6 bytes.
+        share: the share of all columns that a layer holds at the end, a mean over the layers.
+        text: the new tokens as text, on one line.
+    """
 
     name: str
     prefill: float
@@ -50,7 +59,7 @@ class Outcome:
 
 
 class _Clock(StoppingCriteria):
-    """Notes when each new token is there; never stops a generation."""
+    """Notes the time of each new token; never stops a generation."""
 
     def __init__(self, progress: Any, task: Any) -> None:
         self.times = [time.perf_counter()]
@@ -71,7 +80,7 @@ class _Demo:
     outcomes: list[Outcome] = field(default_factory=list)
 
     def run(self, name: str, cache: Cache) -> None:
-        """Generates once with a cache."""
+        """Generates once with this cache, and notes the outcome under this name."""
         task = self.progress.add_task(name, total=NEW_TOKENS)
         clock = _Clock(self.progress, task)
         tokens = self.model.generate(
@@ -83,6 +92,7 @@ class _Demo:
             stopping_criteria=StoppingCriteriaList([clock]),
         )
         new = tokens[0, self.inputs["input_ids"].shape[1] :]
+        # The first time is the start of prefill, and the second one its end.
         steps = [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
         text = self.tokenizer.decode(new, skip_special_tokens=True)
         rate = len(steps) / sum(steps)
@@ -91,7 +101,7 @@ class _Demo:
 
 
 def _held(cache: Any) -> tuple[float, float]:
-    """Megabytes, and the share of all columns that the layers hold on average."""
+    """The megabytes of a cache, and the share of all columns that its layers hold on average."""
     if isinstance(cache, kvprune.ComposedCache):
         kept = [cache.columns(i).shape[-1] for i in range(len(cache))]
         return cache.nbytes / 1e6, sum(kept) / len(kept) / cache.seen
@@ -99,12 +109,18 @@ def _held(cache: Any) -> tuple[float, float]:
 
 
 def run_demo(console: Console | None = None) -> list[Outcome]:
-    """Prints a table of what each policy costs and says on a real prompt of 2,000 tokens.
+    """Prints the cost and the answer of each policy on a real prompt of 2,000 tokens.
 
-    The first run fetches and converts the model (see `assets.demo_model`).
+    The first run fetches and converts the model (see `demo_model` in `data/assets.py`).
+
+    Args:
+        console: the console to print on; None for stdout.
+
+    Returns:
+        the outcomes in the order of the table, dense first.
 
     Raises:
-        KVPruneError: the model or the text cannot be had.
+        KVPruneError: the model or the text cannot be fetched.
     """
     if console is None:
         console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
@@ -119,7 +135,7 @@ def run_demo(console: Console | None = None) -> list[Outcome]:
     inputs = _prompt(tokenizer, console, report)
     with Progress(console=console, transient=True) as progress:
         demo = _Demo(model, tokenizer, inputs, progress)
-        # Once without taking the time: the first run of a process is slower.
+        # This run is not timed: the first run of a process is slower.
         model.generate(inputs["input_ids"][:, :256], max_new_tokens=2, do_sample=False)
         demo.run("dense", DynamicCache(config=model.config))
         for name, policies in _rows():

@@ -1,4 +1,4 @@
-"""Which tokens survive to which layer, to look at: coloured text in a terminal, or a page."""
+"""The number of layers in which each token survives, as coloured text or as a page."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from .measure.reading import longest_of, read_prompt
 
 @dataclass(frozen=True)
 class Explanation:
-    """What became of a prompt's tokens.
+    """The number of layers that hold each token of a prompt at the end.
 
-    tokens: their texts, n of them. layers: for each, how many layers hold it at the end, over all
-    key/value heads that hold it anywhere. num_layers: how many there are.
-    policies: what decided, as text.
+    Attributes:
+        tokens: the texts of the n tokens.
+        layers: for each token, how many layers hold it. A layer counts if any of its key/value
+            heads holds the token.
+        num_layers: how many layers of the model hold slots.
+        policies: the policies that decided, as text.
     """
 
     tokens: tuple[str, ...]
@@ -34,18 +37,18 @@ class Explanation:
 
 
 def explain(model: Any, tokenizer: Any, text: str, policies: Sequence[TokenPolicy]) -> Explanation:
-    """Reads a text (see `reading`) and says which layers still hold which of its tokens.
+    """Reads a text (see `measure/reading.py`) and counts the layers that still hold each token.
 
     Args:
-        model: attached.
-        tokenizer: of the model.
-        text: what to read, with the special tokens that the tokenizer begins with, and no chat
-            template.
-        policies: as for `ComposedCache`.
+        model: an attached model.
+        tokenizer: the model's tokenizer, a fast one.
+        text: the text to read. The special tokens with which the tokenizer begins a text are added,
+            a chat template is not.
+        policies: a pipeline as for `ComposedCache`.
 
     Raises:
-        KVPruneError: no text, one that is longer than what the model was made for, a slow
-            tokenizer, or policies that do not work on the model.
+        KVPruneError: an empty text, a text longer than the model was made for, a slow tokenizer, or
+            policies that do not work on the model.
     """
     if not tokenizer.is_fast:
         raise KVPruneError("explain: expected a fast tokenizer, which knows where tokens begin")
@@ -62,7 +65,7 @@ def explain(model: Any, tokenizer: Any, text: str, policies: Sequence[TokenPolic
     cache = ComposedCache(policies)
     read_prompt(model, cache, torch.tensor([ids], device=device_of(model)))
     held = torch.zeros(len(ids), dtype=torch.long)
-    # Without those of hybrid models that keep a state.
+    # Layers of hybrid models that keep a state hold no slots, and are left out.
     layers = [index for index, _ in cache.slot_layers()]
     for layer in layers:
         columns = cache.columns(layer).unique()
@@ -73,9 +76,14 @@ def explain(model: Any, tokenizer: Any, text: str, policies: Sequence[TokenPolic
 
 
 def pieces(text: str, spans: Sequence[tuple[int, int]]) -> tuple[str, ...]:
-    """A text cut into its tokens' texts, by where each begins and ends; joined they are the text.
+    """The texts of the tokens, cut from the whole text; joined, they are the whole text.
 
-    What lies between two tokens goes to the second; special tokens have no place in the text.
+    Characters between two tokens go to the second one. The text of a special token is empty, as it
+    has no place in the whole text.
+
+    Args:
+        text: the whole text.
+        spans: for each token, the places in the text where it begins and ends.
     """
     ends = list(accumulate((end for _, end in spans), max))
     ends[-1] = len(text)
@@ -83,18 +91,18 @@ def pieces(text: str, spans: Sequence[tuple[int, int]]) -> tuple[str, ...]:
 
 
 SHADES = 5
-"""How many steps a colour scale has: a reader tells no more apart."""
+"""The number of steps in the colour scale: a reader cannot tell more of them apart."""
 
 _TERMINAL = ("grey30", "grey50", "grey70", "bold white on dark_green", "bold black on green3")
 
 
 def _shade(held: int, num_layers: int) -> int:
-    """0 for the first to go, SHADES - 1 for what every layer holds."""
+    """The shade of a token: 0 for the first tokens to go, SHADES - 1 if every layer holds it."""
     return SHADES - 1 if held == num_layers else min(held * (SHADES - 1) // num_layers, SHADES - 2)
 
 
 def as_terminal(explained: Explanation) -> Text:
-    """For rich: dark where tokens left early, green where most or all layers keep them."""
+    """The explanation for rich: dark for tokens that left early, green if most layers hold them."""
     text = Text()
     for token, held in zip(explained.tokens, explained.layers, strict=True):
         text.append(token, style=_TERMINAL[_shade(held, explained.num_layers)])
@@ -106,6 +114,7 @@ def as_terminal(explained: Explanation) -> Text:
 
 
 def _range(shade: int, num_layers: int) -> str:
+    """The numbers of layers that a shade stands for; "-" for a shade that no token can have."""
     counts = [n for n in range(num_layers + 1) if _shade(n, num_layers) == shade]
     if not counts:
         return "-"
@@ -125,7 +134,7 @@ def _caption(explained: Explanation) -> str:
 
 
 def as_page(explained: Explanation) -> str:
-    """A self-contained HTML page; pointing at a token tells how many layers hold it."""
+    """The explanation as a self-contained HTML page; tooltips say how many layers hold a token."""
     spans = "".join(
         f'<span class="s{_shade(held, explained.num_layers)}" title="held by {held} of '
         f'{explained.num_layers} layers">{html.escape(token)}</span>'

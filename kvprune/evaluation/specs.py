@@ -1,15 +1,16 @@
-"""Policies as text: what a command line takes, and what a results file keeps.
+"""Policies as text: the specs that a command line takes and that a results file keeps.
 
     spec     = "dense" | pipeline | "[" pipeline with "," "]" | "ComposedCache(" such a list ")"
     pipeline = union ("+" union)*
     union    = policy ("|" policy)*             binds tighter than "+"
     policy   = name ["(" arguments ")"]         arguments as in Python, each a plain value
 
-So it reads what `repr` of a policy, of a list of policies and of a cache without content prints.
-Nothing is evaluated: a value is what `ast.literal_eval` reads, and `...` stands for the default.
+So the text that `repr` prints of a policy or of a list of policies is a spec. The text that it
+prints of a cache without content is one too, but for the ": empty" at its end. Nothing is
+evaluated: `ast.literal_eval` reads each value, and `...` stands for the default.
 
-A name is a class's, in any case, or an alias; `module:Class` names any policy that can be
-imported. A package adds names through the entry points of the group `kvprune.policies`:
+A policy's name is the name of its class, in any case, or an alias; `module:Class` names any policy
+that can be imported. A package adds names through the entry points of the group `kvprune.policies`:
 
     [project.entry-points."kvprune.policies"]
     mine = "my_package.my_policy:Mine"
@@ -44,8 +45,8 @@ def parse(text: str) -> list[TokenPolicy]:
     """The pipeline that a spec names; an empty list for "dense".
 
     Raises:
-        KVPruneError: not such a text, an unknown name or argument, or a value that the policy
-            refuses.
+        KVPruneError: a text that is no spec, an unknown name or argument, or a value that the
+            policy refuses.
     """
     if not isinstance(text, str):
         raise KVPruneError(f"policy {text!r}: expected a spec as 'h2o(heavy=256)', got no text")
@@ -56,7 +57,8 @@ def canonical(policies: Sequence[TokenPolicy]) -> str:
     """The spec of a pipeline with every argument named; `parse` makes equal policies of it.
 
     Raises:
-        KVPruneError: a policy that a spec cannot say, as SDTP with heads that are in no folder.
+        KVPruneError: a policy that no spec can express, such as SDTP with heads that are in no
+            folder.
     """
     return " + ".join(map(_written, policies)) or DENSE
 
@@ -77,12 +79,13 @@ def _written(policy: TokenPolicy) -> str:
             f"{said}: `...` stands for something that a spec cannot hold. Save it and name its "
             f"folder, as SDTP(heads='folder')"
         )
+    # `parse` raises an error if the repr is not a spec after all.
     parse(text)
     return text
 
 
 def _plain_layers(policy: TokenPolicy) -> TokenPolicy:
-    """With its layers as a list, as they may be a range or a set."""
+    """The policy with its layers as a sorted list, since they may be a range or a set."""
     layers = policy.layers
     if layers is None:
         return policy
@@ -96,7 +99,7 @@ def _plain_layers(policy: TokenPolicy) -> TokenPolicy:
 
 
 def _hides_arguments(kind: type[TokenPolicy]) -> bool:
-    """Whether the repr, which names fields, leaves out arguments of the class's own `__init__`."""
+    """Whether the repr, which names only fields, leaves out arguments of the class's `__init__`."""
     fields = {f for k in kind.__mro__ for f in getattr(k, "__dataclass_fields__", {})}
     return kind.__repr__ is TokenPolicy.__repr__ and not set(_arguments(kind)) <= fields
 
@@ -114,7 +117,10 @@ def _arguments(kind: type[TokenPolicy]) -> list[str]:
 
 
 def _known() -> Mapping[str, Any]:
-    """By name in lower case, what loads a policy's class: those that ship, then entry points."""
+    """The loader of each policy class, by its name in lower case.
+
+    Policies that ship with kvprune, and aliases, come before entry points of the same name.
+    """
     import kvprune.policies
 
     found: dict[str, Any] = {}
@@ -138,7 +144,7 @@ class _Token:
 
 
 class _Reader:
-    """Recursive descent over Python's own tokens."""
+    """A recursive-descent parser over the tokens of Python's own tokenizer."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -146,7 +152,7 @@ class _Reader:
         self._at = 0
 
     def _split(self, text: str) -> list[_Token]:
-        # One line, so that a token's column is its place in the text.
+        # The text is put on one line, so that a token's column is its place in the text.
         self._line = re.sub(r"[\r\n]", " ", text).strip()
         try:
             found = list(tokenize.generate_tokens(io.StringIO(self._line).readline))
@@ -162,7 +168,7 @@ class _Reader:
         )
 
     def _next(self, *texts: str) -> bool:
-        """Whether one of these comes now; then it is read."""
+        """Reads the next token if it is one of these texts; returns whether it is."""
         found = self._at < len(self._tokens) and self._tokens[self._at].text in texts
         self._at += found
         return found
@@ -173,11 +179,12 @@ class _Reader:
             self._fail(f"expected {text!r}, got {got!r}")
 
     def spec(self) -> list[TokenPolicy]:
-        """All of the text."""
+        """Reads the whole text."""
         texts = [t.text for t in self._tokens]
         if [t.lower() for t in texts] in ([DENSE], ["[", "]"]):
             return []
         wrapped = texts[:2] == ["ComposedCache", "("]
+        # Skips `ComposedCache` and its bracket.
         self._at = 2 * wrapped
         found = self._list() if self._next("[") else self._several("+")
         if wrapped:
@@ -217,14 +224,16 @@ class _Reader:
     def _made(self, make: Callable[..., TokenPolicy], *args: Any, **kwargs: Any) -> TokenPolicy:
         try:
             return make(*args, **kwargs)
-        # As in `_loaded`; those of kvprune say what is wrong by themselves.
+        # As in `_loaded`, code that is not ours may raise anything. The class of an unusual error
+        # is named; the message of a ValueError or TypeError is enough by itself.
         except Exception as error:
             kind = "" if isinstance(error, (ValueError, TypeError)) else f"{type(error).__name__}: "
             raise KVPruneError(f"policy {self._text!r}: {kind}{error}") from error
 
     def _name(self) -> str:
-        """`name`, or `package.module:Class`."""
+        """Reads a name, `name` or `package.module:Class`."""
         begin = self._at
+        # Names and separators take turns.
         while self._at < len(self._tokens) and (
             self._tokens[self._at].text in (".", ":")
             if (self._at - begin) % 2
@@ -257,14 +266,19 @@ class _Reader:
         return self._loaded(name, lambda: attrgetter(path)(importlib.import_module(module)))
 
     def _loaded(self, name: str, load: Callable[[], Any]) -> Any:
+        """The class that `load` returns.
+
+        Raises:
+            KVPruneError: `load` raises an error.
+        """
         try:
             return load()
-        # A module that is not ours may fail in any way.
+        # A module that is not ours may raise any error when it is imported.
         except Exception as error:
             self._fail(f"expected {name} to be a class that can be imported ({error})")
 
     def _call(self) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments up to the closing bracket; one that is `...` is left out."""
+        """Reads the arguments up to the closing bracket; an argument that is `...` is left out."""
         positional: list[Any] = []
         named: dict[str, Any] = {}
         seen = set[str]()
@@ -273,6 +287,7 @@ class _Reader:
             value = self._value()
             if name in seen:
                 self._fail(f"the argument {name!r} comes twice")
+            # An argument without a name must come first, and has no default to fall back on.
             if name is None and (seen or value is ...):
                 self._fail("expected arguments with their names")
             if name is None:
@@ -286,6 +301,7 @@ class _Reader:
         return positional, named
 
     def _argument_name(self) -> str | None:
+        """Reads `name=` and returns the name; None if something else comes next."""
         pair = self._tokens[self._at : self._at + 2]
         if len(pair) < 2 or pair[0].kind != tokenize.NAME or pair[1].text != "=":
             return None
@@ -293,7 +309,7 @@ class _Reader:
         return pair[0].text
 
     def _value(self) -> Any:
-        """A plain value: up to the comma or the bracket that ends it."""
+        """Reads a plain value, up to the comma or the bracket that ends it."""
         begin, depth = self._at, 0
         while self._at < len(self._tokens):
             text = self._tokens[self._at].text
@@ -310,7 +326,7 @@ class _Reader:
 
 
 def _meant(name: str, known: Iterable[str]) -> str:
-    """What a wrong name may stand for."""
+    """The known names, and the one that a wrong name may stand for, as the end of a message."""
     names = sorted(known)
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -45,8 +45,8 @@ def describe(model: nn.Module) -> dict[str, str]:
     """A description that tells a model from others, as far as keys and values go.
 
     Returns:
-        name: for people. digest: of its config and of some weights of every parameter, exactly
-            as they are; fine-tuning, another precision or an adapter change it.
+        `name`, for people, and `digest`, of its config and of some weights of every parameter,
+        exactly as they are; fine-tuning, another precision or an adapter change it.
     """
     said = hashlib.sha256(_config(model).encode())
     named = list(named_weights(model))

@@ -84,8 +84,11 @@ class _Amounts:
 class TokenView(_Amounts):
     """The hidden tokens about to enter a decoder layer; read only, and writing to it is refused.
 
-    layer, num_layers: this layer (from 0) and how many the model has.
-    hidden: `[B, Q, C]`. columns: `[B, Q]` int64, -1 where not valid. valid: `[B, Q]`.
+    layer: the decoder layer, from 0.
+    num_layers: decoder layers of the model.
+    hidden: `[B, Q, C]`, hidden states.
+    columns: `[B, Q]` int64, -1 where not valid.
+    valid: `[B, Q]` bool.
     first: `[B]`, each row's first valid column.
     length: `[B]`, each row's valid tokens in this forward before any pruning.
     tokens(amount): `[B]` int64, tokens (an int) or a share of `length` (a float) as tokens.
@@ -118,10 +121,13 @@ class TokenView(_Amounts):
 class SlotView(_Amounts):
     """One layer's slots after its attention, in no order; read only, and writing to it is refused.
 
-    layer, num_layers: this layer (from 0) and how many the model has.
-    columns: `[B, 1|Hkv, S]` int64, -1 where not valid. valid: the same shape, bool.
-    first: `[B]`, each row's first valid column. seen: columns shown so far, this forward
-        included. prompt_length: `[B]`, each row's valid prompt tokens, all turns together.
+    layer: the decoder layer, from 0.
+    num_layers: decoder layers of the model.
+    columns: `[B, 1|Hkv, S]` int64, -1 where not valid.
+    valid: `[B, 1|Hkv, S]` bool.
+    first: `[B]`, each row's first valid column.
+    seen: columns shown so far, this forward included.
+    prompt_length: `[B]`, each row's valid prompt tokens, all turns together.
     tokens(amount): `[B]` int64, tokens (an int) or a share of `prompt_length` (a float) as tokens.
     newest(amount): `[B, 1|Hkv, S]` bool, which are among the newest so many.
     oldest(count): `[B, 1|Hkv, S]` bool, which are among their row's first so many.

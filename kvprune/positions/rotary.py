@@ -28,8 +28,9 @@ PROBED = (3, 8)
 class Rotation:
     """The rotation of one layer's keys by their position.
 
-    frequencies: `[R / 2]` float64, radians per position. start: the first of the R turned
-    dimensions. interleaved: dimension 2i turns with 2i + 1, and not i with i + R / 2.
+    frequencies: `[R / 2]` float64, radians per position.
+    start: the first of the R turned dimensions.
+    interleaved: dimension 2i turns with 2i + 1, and not i with i + R / 2.
     """
 
     frequencies: Tensor

@@ -50,8 +50,9 @@ class _Placement:
 class _Held:
     """The slots to write sinks to: as many as sinks, or all if there are fewer; `[B, 1, n]`.
 
-    index: the slots, each once, as two writers of one slot would leave it undefined. there: whether
-    a slot holds a sink. sink: which one.
+    index: the slots, each once, as two writers of one slot would leave it undefined.
+    there: whether a slot holds a sink.
+    sink: which sink a slot holds.
     """
 
     index: Tensor

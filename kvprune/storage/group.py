@@ -20,7 +20,8 @@ from .layer import SlotLayer
 class LayerGroup:
     """Layers that are alike: of the same shapes, full for the same policy, without a free slot.
 
-    columns: `[n * B, 1|Hkv, S]`. statistics: each `[n * B, Hkv, S]`.
+    columns: `[n * B, 1|Hkv, S]` int64.
+    statistics: each `[n * B, Hkv, S]`.
     """
 
     def __init__(self, layers: Sequence[SlotLayer]) -> None:

@@ -96,7 +96,8 @@ def rows_after(
         before: as they were; None for an empty cache.
         columns: `[B, Q]`, -1 for padding.
         prompt: the prompt tokens that this adds, `[B]` or the same for all.
-        padding: see `padding_so_far`. same_padding: whether it is as it was before.
+        padding: see `padding_so_far`.
+        same_padding: whether `padding` is as it was before.
     """
     same_prompt = isinstance(prompt, int) and prompt == 0
     if before is not None and same_padding and same_prompt:
@@ -156,7 +157,8 @@ class PromptIds:
 
         Args:
             start: the column of the first.
-            ids: `[B, Q]`. columns: the same shape, -1 for padding; None if none is.
+            ids: `[B, Q]`.
+            columns: the same shape, -1 for padding; None if none is.
         """
         new = ids.detach().int()
         if columns is not None:

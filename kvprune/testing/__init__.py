@@ -1,4 +1,4 @@
-"""The invariants of kvprune for policies of your own, wherever they live.
+"""The invariants of kvprune, to test policies of your own in any package.
 
 ```python
 from kvprune.testing import check
@@ -7,8 +7,8 @@ def test_my_policy():
     check(MyPolicy(budget=8), roomy=MyPolicy(budget=1000))
 ```
 
-Needs nothing but kvprune itself. `Driver`, `Oracles` and `check_each_step` compare a policy with an
-oracle of yours, step by step.
+The module needs nothing but kvprune itself. `Driver`, `Oracles` and `check_each_step` compare a
+policy with an oracle of your own, step by step.
 """
 
 from .checking import check

@@ -1,4 +1,4 @@
-"""`check`: every invariant for one policy, on random models, prompts and forwards from a seed."""
+"""`check`: tries every invariant on one policy, with models, prompts and forwards from a seed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAMILIES = ("llama", "qwen3", "mistral-window", "gpt_neox")
 
 Invariant = Callable[..., None]
 
-# By the numbers of the design; the second of a pair says on which families it is tried.
+# For each invariant: its title, which begins with its number, and the families it is tried on.
 INVARIANTS: dict[Invariant, tuple[str, Sequence[str]]] = {
     invariants.equals_dense_until_something_goes: ("1, dense below the budget", FAMILIES),
     invariants.keeps_what_it_saw: ("2, kept columns", FAMILIES),
@@ -52,37 +52,37 @@ def check(
     examples: int = 3,
     seed: int = 0,
 ) -> None:
-    """Tries every invariant of kvprune on a policy, for tests of packages of their own.
+    """Tries every invariant of kvprune on a policy, for tests in any package.
 
     The models are tiny, random and in float64: 4 layers, hidden size 32, 4 query heads over 2
-    key/value heads; Llama, Qwen3, Mistral with a sliding window of 12, GPT-NeoX. They read two rows
-    of up to 24 tokens, padded on the left, in one or several forwards, and then single tokens. So
-    give the policy a budget of some 4 to 12 tokens, that there is something to evict. An example
-    takes some seconds.
+    key/value heads (GPT-NeoX: 4); Llama, Qwen3, Mistral with a sliding window of 12, GPT-NeoX.
+    They read two rows of up to 24 tokens, padded on the left, in one or several forwards, then
+    single tokens and a short second turn. So give the policy a budget of some 4 to 12 tokens, so
+    that there is something to evict. An example takes some seconds.
 
     Args:
         policy: the policy, or a pipeline of several.
-        roomy: the same with a budget that 40 tokens do not reach: it must then be dense. None
-            to try that only as far as `policy` keeps everything.
-        bound: the most slots that a layer may hold after a forward; None for what the policy itself
-            answers.
+        roomy: the same policy with a budget that 40 tokens do not reach: it must then be dense.
+            None to try that only as far as `policy` keeps everything.
+        bound: the most slots that a layer may hold after a forward; None for the budget that the
+            policy itself answers.
         examples: how many random inputs each invariant is tried on.
-        seed: of these inputs.
+        seed: the seed of these inputs.
 
     Raises:
-        AssertionError: an invariant does not hold: which, on what input, what was expected and what
-            was got.
-        KVPruneError: not a policy, or one whose answers no cache would take.
+        AssertionError: an invariant does not hold; the message says which invariant, on what
+            input, what was expected and what was got.
+        KVPruneError: not a policy, or a policy whose answers no cache would take.
     """
     pipeline = _pipeline(policy)
-    # First as it is, so that what a cache refuses is said in the words that a user would read.
+    # First a plain run, so that a policy which a cache refuses raises the error that a user reads.
     (case,) = _cases(FAMILIES[:1], 1, f"{seed} plain")
     try:
         feed(case.run(pipeline), case.ids, case.mask, case.steps)
     except KVPruneError:
         raise
     except Exception:
-        # An error of the policy's own: the invariants say on what input it comes.
+        # The policy's own error: the invariants below say on what input it is raised.
         pass
     for invariant, (title, families) in INVARIANTS.items():
         for case in _cases(families, examples, f"{seed} {title}"):
@@ -91,6 +91,7 @@ def check(
     if roomy is None:
         return
     for case in _cases(FAMILIES, examples, f"{seed} roomy"):
+        # The prompt in one forward; `generate` adds the tokens behind it.
         case = Case((sum(case.steps[:-4]),), case.padding, case.family, case.seed)
         _try(invariants.equals_dense, "1, a roomy budget is dense", _pipeline(roomy), case, {})
 
@@ -100,7 +101,7 @@ def _pipeline(policy: TokenPolicy | Sequence[TokenPolicy]) -> tuple[TokenPolicy,
 
 
 def _cases(families: Sequence[str], examples: int, seed: str) -> list[Case]:
-    """Prompts in one to three forwards, then single tokens, another turn and single tokens."""
+    """Cases: a prompt in one to three forwards, single tokens, a second turn and single tokens."""
     draw, cases = random.Random(seed), []
     for number in range(examples):
         length = draw.randint(2, 24)
@@ -123,7 +124,7 @@ def _try(
     try:
         with torch.no_grad():
             invariant(pipeline, case, **more)
-    # A policy's own errors, too: it says on what input it raised them.
+    # A policy's own errors as well: the message says on what input they were raised.
     except Exception as error:
         kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
         raise AssertionError(

@@ -1,7 +1,7 @@
 """Drives a cache as an attached model's attention modules do, but on random q, k, v.
 
-So that policies meet attention of every shape, far from what a tiny model happens to do, and
-an oracle can be handed exactly the same numbers.
+With the driver, policies meet attention of every shape, far from the shapes of a tiny model, and
+an oracle can be given exactly the same numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ D = 8
 
 
 class _Attention(nn.Module):
-    """What the sdpa backend reads off an attention module."""
+    """The attributes of an attention module that the sdpa backend reads."""
 
     is_causal = True
 
@@ -36,7 +36,7 @@ class _Attention(nn.Module):
 
 
 class _Base(nn.Module):
-    """What the engine reads off a model for positions inside the cache: that no key is turned."""
+    """The attributes of a model that positions inside the cache read: no key is to be rotated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,13 @@ class _Base(nn.Module):
 
 @dataclass
 class Tokens:
-    """One step's random projections: q `[B, Hq, Q, D]`, k and v `[B, Hkv, Q, D]`."""
+    """One step's random projections.
+
+    Attributes:
+        q: `[B, Hq, Q, D]`.
+        k: `[B, Hkv, Q, D]`.
+        v: `[B, Hkv, Q, D]`.
+    """
 
     q: Tensor
     k: Tensor
@@ -54,7 +60,19 @@ class Tokens:
 
 
 class Driver:
-    """One layer of attention over random numbers, with a cache of its own."""
+    """One layer of attention over random numbers, with a cache of its own.
+
+    Args:
+        policies: the policies of the cache.
+        rows: the number of rows, B.
+        heads: the number of query heads, Hq.
+        kv_heads: the number of key/value heads, Hkv.
+        seed: the seed of the random numbers.
+        window: the sliding window; None for none.
+        dtype: the dtype of queries, keys and values.
+        sharpness: a factor on the queries; the higher, the sharper is the attention.
+        frequencies: the rotary frequencies for positions inside the cache; None for no rotation.
+    """
 
     def __init__(
         self,
@@ -93,7 +111,11 @@ class Driver:
         return Tokens(draw(self.heads) * self.sharpness, draw(self.kv_heads), draw(self.kv_heads))
 
     def step(self, tokens: Tokens, padding: list[int] | None = None) -> Tensor:
-        """One forward; the first `padding[row]` tokens of a row are padding. `[B, Q, Hq, D]`."""
+        """Attends in one forward, in which a row's first `padding[row]` tokens are padding.
+
+        Returns:
+            the outputs, `[B, Q, Hq, D]`.
+        """
         count = tokens.q.shape[2]
         new = torch.ones(self.rows, count, dtype=torch.long)
         for row, pad in enumerate(padding or []):
@@ -128,7 +150,7 @@ class Driver:
         return [int(c) for c in mine if c >= 0]
 
     def statistic(self, row: int, head: int) -> dict[int, float]:
-        """Column to accumulated attention."""
+        """The accumulated attention of each column that a row and key/value head hold."""
         layer = self.cache.layers[0]
         columns = layer.columns[row, head if layer.columns.shape[1] > 1 else 0]
         received = layer.statistics["attention"][row, head]
@@ -136,7 +158,12 @@ class Driver:
 
 
 class Oracles:
-    """One oracle per row and key/value head, fed what the driver was fed."""
+    """One oracle per row and key/value head, which is fed the same tokens as the driver.
+
+    Args:
+        driver: the driver.
+        make: makes the oracle of a row.
+    """
 
     def __init__(self, driver: Driver, make: Callable[[int], Any]) -> None:
         self.driver, self.seen = driver, 0
@@ -144,7 +171,11 @@ class Oracles:
         self.each = {(row, head): make(row) for row in range(driver.rows) for head in heads}
 
     def step(self, tokens: Tokens, padding: list[int]) -> dict[tuple[int, int], torch.Tensor]:
-        """Runs every oracle; outputs `[G, Q - padding, D]` by row and head."""
+        """Feeds a step's tokens to every oracle.
+
+        Returns:
+            the outputs `[G, Q - padding, D]` by row and key/value head, with G query heads each.
+        """
         count, groups = tokens.q.shape[2], self.driver.heads // self.driver.kv_heads
         outputs = {}
         for (row, head), oracle in self.each.items():
@@ -164,7 +195,7 @@ class Oracles:
 
 
 def check_each_step(driver: Driver, oracles: Oracles, steps: list[int], padding: list[int]) -> None:
-    """Every step: the same outputs, kept sets and, where observed, scores."""
+    """Expects, after every step, the same outputs, kept sets and, where observed, scores."""
     groups = driver.heads // driver.kv_heads
     for count in steps:
         here = [min(p, count) for p in padding]

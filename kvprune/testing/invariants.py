@@ -1,7 +1,7 @@
-"""What holds for every policy, each as a function that raises AssertionError where it does not.
+"""The invariants: functions that raise AssertionError where a policy does not have a property.
 
-The repository's property tests draw what to try these on with Hypothesis, `kvprune.testing.check`
-from a seed. All take a pipeline of policies, and a `Case` to read.
+All functions take a pipeline of policies, and a `Case` to read. The repository's property tests
+draw the cases with Hypothesis, `kvprune.testing.check` draws them from a seed.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ Policies = Sequence[TokenPolicy]
 
 
 def expect(holds: bool, what: str, expected: object, got: object) -> None:
-    """Raises where something does not hold, with what was expected and what was got."""
+    """Raises AssertionError where `holds` is false, with the values expected and got."""
     if not holds:
         raise AssertionError(f"{what}: expected {expected}, got {got}")
 
 
 def expect_close(what: str, got: Tensor, expected: Tensor, rtol: float = 1e-9) -> None:
-    """The same numbers, within what float64 rounding explains."""
+    """Expects the same numbers, up to float64 rounding."""
     same = got.shape == expected.shape
     same = same and torch.allclose(got, expected, rtol=rtol, atol=rtol / 10)
     expect(same, what, expected, got)
 
 
 def expect_same(what: str, got: Run, expected: Run) -> None:
-    """Both caches hold the same columns, in every row and head."""
+    """Expects that both caches hold the same columns, in every row and head."""
     for layer, (mine, other) in enumerate(zip(got.kept(), expected.kept(), strict=True)):
         expect(mine == other, f"{what}: columns of layer {layer}", other, mine)
 
@@ -51,7 +51,7 @@ def expect_same(what: str, got: Run, expected: Run) -> None:
 
 
 def equals_dense(policies: Policies, case: Case, new: int = 8) -> None:
-    """Roomy policies generate the tokens of DynamicCache, with its logits."""
+    """Roomy policies generate the same tokens as DynamicCache, with the same logits."""
     inputs: Any = {"input_ids": case.ids * case.mask, "attention_mask": case.mask}
     options: Any = {"max_new_tokens": new, "do_sample": False, "output_logits": True}
     options["return_dict_in_generate"] = True
@@ -64,7 +64,7 @@ def equals_dense(policies: Policies, case: Case, new: int = 8) -> None:
 
 
 def equals_dense_until_something_goes(policies: Policies, case: Case) -> None:
-    """The logits are those of no policy, as long as every answer had room for everything."""
+    """The logits are those without policies, as long as every answer had room for everything."""
     watched = [Watched(policy) for policy in policies]
     run, dense = case.run(watched), case.run([])
     start = 0
@@ -72,7 +72,7 @@ def equals_dense_until_something_goes(policies: Policies, case: Case) -> None:
         new = slice(start, start + count)
         start += count
         mine, other = (each(case.ids[:, new], case.mask[:, new]) for each in (run, dense))
-        # What goes after attention is missed from the next forward on.
+        # Pruned tokens are missing in this forward, evicted slots only from the next forward on.
         pruned = any(n.hook == "rank_hidden" and _drops(n) for w in watched for n in w.notes)
         if pruned:
             return
@@ -82,6 +82,7 @@ def equals_dense_until_something_goes(policies: Policies, case: Case) -> None:
 
 
 def _drops(note: Any) -> bool:
+    """Whether a policy's answer allows fewer entries than there are, in some row and head."""
     valid = note.view.valid if note.view.valid.dim() == 3 else note.view.valid[:, None]
     return note.answer is not None and bool((note.allowed < valid.sum(-1)).any())
 
@@ -90,7 +91,7 @@ def _drops(note: Any) -> bool:
 
 
 def keeps_what_it_saw(policies: Policies, case: Case) -> None:
-    """Kept columns are unique, sorted, seen and no padding; what is gone never returns."""
+    """Kept columns are unique, sorted, seen and no padding; a dropped column never returns."""
     run, start = case.run(policies), 0
     gone: dict[tuple[int, int, int], set[int]] = {}
     for count in case.steps:
@@ -117,7 +118,7 @@ def keeps_what_it_saw(policies: Policies, case: Case) -> None:
 
 
 def holds_no_more_than_its_budget(policies: Policies, case: Case, bound: int | None = None) -> None:
-    """After a forward no layer holds more than any policy allowed there, nor than `bound`."""
+    """After a forward no layer holds more than each policy allowed there, nor than `bound`."""
     watched, start = [Watched(policy) for policy in policies], 0
     run = case.run(watched)
     for count in case.steps:
@@ -148,9 +149,10 @@ def _expect_no_more(run: Run, note: Any, policy: TokenPolicy) -> None:
 
 
 def rows_are_independent(policies: Policies, case: Case) -> None:
-    """A row alone, and the same row padded in a batch: the same kept tokens and outputs.
+    """A row alone and the same row padded in a batch: the kept tokens and outputs are the same.
 
-    The other row of the batch is longer, and then shorter by the case's first padding.
+    The other row of the batch is longer in a first batch; in a second one it is shorter, by the
+    case's first padding.
     """
     pad, ids, steps = case.padding[1], case.ids[:1], case.steps
     alone = case.run(policies)
@@ -173,7 +175,7 @@ def rows_are_independent(policies: Policies, case: Case) -> None:
 
 
 def moved_rows_go_on(policies: Policies, case: Case, order: Sequence[int] = (1, 0)) -> None:
-    """After a reorder, a repeat or a choice of rows, each goes on as the one it came from."""
+    """Rows that were reordered, repeated or selected go on as the rows that they were."""
     rows = torch.tensor(order)
     moves: dict[str, tuple[Any, Tensor]] = {
         f"reorder_cache({list(order)})": (lambda c: c.reorder_cache(rows), rows),
@@ -206,7 +208,10 @@ def _copied(run: Run) -> Run:
 
 
 def copies_and_files_go_on(policies: Policies, case: Case) -> None:
-    """A deep copy, and a cache that was saved and loaded, go on bit for bit; the first stays."""
+    """A deep copy, and a cache that was saved and loaded, go on as the first, bit for bit.
+
+    The first cache is not changed by this.
+    """
     run, new = case.fed(policies), prompt(2, 5, case.seed + 1)
     before, steps = run.kept(), [1, 1, 2, 1]
     copied, loaded = _copied(run), copy.copy(run)
@@ -224,23 +229,27 @@ def copies_and_files_go_on(policies: Policies, case: Case) -> None:
 
 
 def values_belong_to_their_columns(policies: Policies, case: Case) -> None:
-    """What layer 0 holds at a column is what it computed there, untouched since."""
+    """Layer 0 holds at a column the values and keys that it computed there, untouched since."""
     run, dense = case.fed(policies), case.fed([])
     slots, whole = run.cache.layers[0], dense.cache.layers[0]
+    # Positions inside the cache rotate keys anew.
     for name in ("values",) if run.cache.state.positions is not None else ("values", "keys"):
         for row in range(2):
             for head in range(slots.keys.shape[1]):
                 columns = slots.columns[row, min(head, slots.columns.shape[1] - 1)]
                 there = columns >= 0
                 mine = getattr(slots, name)[row, head][there]
-                # Of the cache without policies, which has padding too.
+                # The slots of the cache without policies, which hold padding too.
                 place = whole.columns[row, 0].argsort()[columns[there]]
                 what = f"{name} of layer 0, row {row}, head {head}"
                 expect_close(what, mine, getattr(whole, name)[row, head][place])
 
 
 def crop_takes_back_or_refuses(policies: Policies, case: Case) -> None:
-    """Where nothing evicts, as if never shown; else refused, and nothing changed."""
+    """After `crop` tokens are as if never shown; where a policy evicts, `crop` is refused.
+
+    A refused `crop` changes nothing.
+    """
     run, new = case.fed(policies), prompt(2, 4, case.seed + 1)
     seen, before = run.cache.seen, run.kept()
     if any("rank_slots" in policy.hooks for policy in policies):
@@ -262,7 +271,7 @@ def crop_takes_back_or_refuses(policies: Policies, case: Case) -> None:
 
 
 def drafts_leave_no_trace(policies: Policies, case: Case) -> None:
-    """Recorded tokens that are taken back were never read; the others as if one by one."""
+    """Drafts that are taken back leave no trace; the others are as if read one by one."""
     run = case.fed(policies)
     twin, new = _copied(run), prompt(2, 4, case.seed + 1)
     run.cache.activate_past_recording()
@@ -270,7 +279,7 @@ def drafts_leave_no_trace(policies: Policies, case: Case) -> None:
     run.cache.crop(-2)
     assert run.mask is not None
     run.mask = run.mask[:, :-2]
-    # Single tokens behind the prompt are no prompt, and neither are drafts.
+    # Neither single tokens behind the prompt nor drafts count as prompt.
     feed(twin, new[:, :2], torch.ones_like(new), [1, 1])
     expect_same("after two of four drafts were taken back", run, twin)
     one, two = run(new[:, 2:3]), twin(new[:, 2:3])
@@ -278,7 +287,7 @@ def drafts_leave_no_trace(policies: Policies, case: Case) -> None:
 
 
 def reset_is_as_new(policies: Policies, case: Case) -> None:
-    """After `reset()` the same tokens give the same again."""
+    """After `reset()` the same tokens give the same logits, and the same columns are kept."""
     run = case.run(policies)
     first = feed(run, case.ids, case.mask, case.steps)
     kept, run.mask = run.kept(), None
@@ -293,7 +302,7 @@ def reset_is_as_new(policies: Policies, case: Case) -> None:
 
 
 def pipeline_is_by_hand(policies: Policies, case: Case) -> None:
-    """A pipeline equals its policies' hooks called in turn on what the one before left."""
+    """A pipeline equals its policies' hooks called in turn, each on what the one before left."""
     expected, got = case.run([ByHand(policies)]), case.run(policies)
     logits = [feed(run, case.ids, case.mask, case.steps) for run in (got, expected)]
     expect_same("the policies by hand", got, expected)
@@ -312,7 +321,7 @@ def united_with_itself(policies: Policies, case: Case) -> None:
 
 
 def caches_share_a_policy(policies: Policies, case: Case) -> None:
-    """A policy holds no state: two caches in turns do what each does alone."""
+    """A policy holds no state: a cache that takes turns with another does the same as alone."""
     lone = case.fed(policies)
     runs, start = [case.run(policies) for _ in range(2)], 0
     other = prompt(2, sum(case.steps), case.seed + 7)
@@ -328,14 +337,14 @@ def caches_share_a_policy(policies: Policies, case: Case) -> None:
 
 
 def lengths_are_logical(policies: Policies, case: Case) -> None:
-    """`seen` counts columns, padding included, and what is held follows `columns`."""
+    """`seen` counts columns, padding included; a layer has few slots beyond its `columns`."""
     run, total = case.fed(policies), sum(case.steps)
     for name, got in (("seen", run.cache.seen), ("get_seq_length()", run.cache.get_seq_length())):
         expect(got == total, name, total, got)
     expect(len(run.cache) == LAYERS, "len(cache)", LAYERS, len(run.cache))
     for layer, slots in run.cache.slot_layers():
         over = slots.keys.shape[2] - run.cache.columns(layer).shape[-1]
-        # Padding of both rows lies in slots, too, as long as nothing was evicted.
+        # Columns that are padding in both rows have slots too, as long as nothing was evicted.
         most = SLACK + min(case.padding)
         expect(0 <= over <= most, f"empty slots of layer {layer}", f"0 to {most}", over)
 
@@ -344,7 +353,7 @@ def lengths_are_logical(policies: Policies, case: Case) -> None:
 
 
 def bytes_are_of_kept_slots(policies: Policies, case: Case) -> None:
-    """Each layer's storage is that of what it holds, with a slack of a few slots."""
+    """A cache's bytes are those of the slots that it holds, with a slack of a few slots."""
     run = case.fed(policies)
     least = most = 0
     for layer, slots in run.cache.slot_layers():
@@ -371,7 +380,7 @@ def bytes_are_of_kept_slots(policies: Policies, case: Case) -> None:
 
 
 def _bytes_of_a_slot(slots: SlotLayer) -> int:
-    """Of one slot in every row and head: key, value, column, statistics and arrival."""
+    """The bytes of one slot in every row and head: key, value, column, statistics and arrival."""
     parts: list[Tensor] = [slots.keys, slots.values, slots.columns[..., None]]
     parts += [number[..., None] for number in slots._numbers.values()]
     return sum(part[:, :, 0].numel() * part.element_size() for part in parts)
@@ -383,7 +392,7 @@ def _bytes_of_a_slot(slots: SlotLayer) -> int:
 def error_needs_a_reset(
     policies: Policies, case: Case, layer: int = 1, hook: str = "rank_slots", column: int = 0
 ) -> None:
-    """Closed, said so, never half-updated and silently used; after reset as good as new."""
+    """After an error in a forward a cache refuses all use; after `reset()` it is as good as new."""
     run = case.run([Fails(layer, column, hook, policies), *policies])
     try:
         feed(run, case.ids, case.mask, case.steps)
@@ -410,11 +419,11 @@ def error_needs_a_reset(
         expect_close("logits after an error and reset()", mine, other)
 
 
-# 12. What a policy promises, and the contract that it need not promise.
+# 12. The promises of policies, and the contract that holds for each without a promise.
 
 
 def promises_are_kept(policies: Policies, case: Case) -> None:
-    """Each policy by itself: it keeps what it would keep without its promises, and they are so."""
+    """Each policy, by itself, keeps the same without its promises, and its promises are true."""
     for policy in policies:
         watched = Watched(policy)
         run, plain, start = case.run([policy]), case.run([watched]), 0
@@ -427,19 +436,20 @@ def promises_are_kept(policies: Policies, case: Case) -> None:
             what = f"{policy!r}: at column {start}, with the promises {promised} and without"
             expect_same(what, run, plain)
             _expect_sinks_and_window(policy, run, case, start)
-        # A sliding window takes slots out of a policy's sight, whatever it promised.
+        # Layers with a sliding window are left out: a policy does not see all slots there.
         everything = {i for i, slots in plain.cache.slot_layers() if slots.local is None}
         _expect_as_promised(policy, watched, everything)
 
 
 def _expect_as_promised(policy: TokenPolicy, watched: Watched, everything: set[int]) -> None:
-    """What answers show, whether or not it made a difference to what was kept.
+    """Expects answers as promised, whether or not a broken promise changed the kept set.
 
     Args:
-        policy, watched: the policy, and the same with notes.
+        policy: the policy.
+        watched: the same policy with notes.
         everything: the layers whose queries see everything.
     """
-    # By layer that was full: the budget, and the column that it was full at.
+    # For each layer that was full: its budget, and the number of columns seen then.
     full: dict[int, tuple[Tensor, int]] = {}
     for note in watched.notes:
         if not isinstance(note.view, SlotView) or note.answer is None:
@@ -451,6 +461,7 @@ def _expect_as_promised(policy: TokenPolicy, watched: Watched, everything: set[i
             expect(heads == {1}, f"{policy!r} promises shares_heads", "one answer for all", heads)
         before, seen = full.pop(layer, (answer.budget, -1))
         constant = policy.constant_budget and layer in everything
+        # The promise counts from a full layer to the next single token.
         if constant and note.view.seen == seen + 1:
             _expect_constant(policy, note, before)
         if constant and _is_full(note):
@@ -473,7 +484,7 @@ def _expect_constant(policy: TokenPolicy, note: Any, before: Tensor) -> None:
 
 
 def _expect_sinks_and_window(policy: TokenPolicy, run: Run, case: Case, seen: int) -> None:
-    """What it leaves has one gap, behind so many of a row's first tokens."""
+    """The slots that the policy leaves have one gap, behind a row's first `sinks` tokens."""
     sinks = policy.sinks_before_window
     if sinks is None or "rank_slots" not in policy.hooks:
         return
@@ -488,7 +499,7 @@ def _expect_sinks_and_window(policy: TokenPolicy, run: Run, case: Case, seen: in
 
 
 def views_are_only_read(policies: Policies, case: Case) -> None:
-    """No policy writes into what it is shown, by whatever way."""
+    """No policy writes into the views that it is shown, in any way."""
     watched = [Watched(policy) for policy in policies]
     case.fed(watched)
     for each in watched:
@@ -498,7 +509,7 @@ def views_are_only_read(policies: Policies, case: Case) -> None:
 
 
 def slots_have_no_order(policies: Policies, case: Case) -> None:
-    """Each policy keeps the same columns, whatever the order in which it is shown them."""
+    """Each policy keeps the same columns in whatever order the slots are shown."""
     watched = [Watched(policy) for policy in policies]
     case.fed(watched)
     for each in watched:
@@ -508,13 +519,13 @@ def slots_have_no_order(policies: Policies, case: Case) -> None:
 
 
 def layers_restrict(policies: Policies, case: Case) -> None:
-    """At layers that `layers` leaves out everything stays; the policy is a copy with layer 1."""
+    """Layers that `layers` leaves out keep everything, for copies with `layers=[1]`."""
     for policy in policies:
         restricted = copy.copy(policy)
         object.__setattr__(restricted, "layers", [1])
         run, dense = case.fed([restricted]), case.fed([])
         prunes = "rank_hidden" in policy.hooks
-        # What is pruned before layer 1 never enters those behind it.
+        # Tokens that are pruned before layer 1 never enter the layers behind it.
         for layer in [0] if prunes else [0, 2, 3]:
             mine, other = (each.kept()[layer] for each in (run, dense))
             heads = len(mine) // len(other) or 1

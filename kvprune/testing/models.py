@@ -24,7 +24,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(family: str, heads: int = 4, kv_heads: int = 2, **more: Any) -> Any:
-    """A config of 4 layers, hidden size 32."""
+    """A config of 4 layers and hidden size 32."""
     options = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -46,8 +46,8 @@ def tiny_config(family: str, heads: int = 4, kv_heads: int = 2, **more: Any) -> 
 class ExactRMSNorm(nn.Module):
     """RMSNorm in the model's own precision.
 
-    The stock ones compute in float32 whatever the model's dtype, so that a float64 model
-    would agree with an oracle to 1e-6 only.
+    Stock modules compute in float32 whatever the model's dtype, so that a float64 model would agree
+    with an oracle to 1e-6 only.
     """
 
     def __init__(self, stock: Any) -> None:
@@ -56,12 +56,12 @@ class ExactRMSNorm(nn.Module):
         self.epsilon: float = stock.variance_epsilon
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[..., C]` to the same."""
+        """Normalises hidden states `[..., C]`."""
         return self.weight * hidden * (hidden.pow(2).mean(-1, keepdim=True) + self.epsilon).rsqrt()
 
 
 class ExactRotary(torch.nn.Module):
-    """Angles in float64, which stock modules compute in float32 whatever the model's dtype."""
+    """Rotary angles in float64; stock modules compute them in float32 whatever the dtype."""
 
     def __init__(self, stock: Any) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class ExactRotary(torch.nn.Module):
         self.scaling = stock.attention_scaling
 
     def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        """`[B, Q]` to cosine and sine `[B, Q, R]`."""
+        """The cosine and sine, `[B, Q, R]` each, of positions `[B, Q]`."""
         half = position_ids[..., None].double() * self.inv_freq
         angles = torch.cat([half, half], -1)
         return tuple((t * self.scaling).to(hidden.dtype) for t in (angles.cos(), angles.sin()))
@@ -94,12 +94,12 @@ def fresh_model(
     backend: str = "sdpa",
     **more: Any,
 ) -> PreTrainedModel:
-    """A model of its own, in eval mode, not attached; the same weights for the same arguments."""
+    """A new model in eval mode, not attached; the same arguments give the same weights."""
     config = tiny_config(family, heads, kv_heads, **more)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=backend)
-    # Not in other precisions: there a buffer of frequencies would be cast with the weights.
+    # Exact in float64 alone: otherwise a buffer of frequencies would be cast with the weights.
     return (_exact(model) if dtype == torch.float64 else model).eval().to(dtype)
 
 
@@ -122,7 +122,7 @@ def prompt(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def left_padded(ids: torch.Tensor, padding: list[int]) -> dict[str, torch.Tensor]:
-    """`ids` with each row's first `padding[row]` columns turned to padding."""
+    """Inputs for a model: `ids` with each row's first `padding[row]` columns turned to padding."""
     mask = torch.ones_like(ids)
     for row, count in enumerate(padding):
         mask[row, :count] = 0

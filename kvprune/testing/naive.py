@@ -1,4 +1,4 @@
-"""Naive versions of what the engine does fast, entry by entry."""
+"""Naive versions, entry by entry, of the functions that the engine has fast."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from ..policy.selection import Ranking
 def naive_select(ranking: Ranking, columns: Tensor, asked: Tensor | None = None) -> Tensor:
     """`kvprune.policy.selection.select`, one entry at a time.
 
-    columns `[B, 1|H, S]`, -1 where not valid; asked `[B, 1, S]` is protected on top. Returns
-    `[B, H, S]` bool.
+    Args:
+        ranking: the ranking.
+        columns: `[B, 1|H, S]`, -1 where not valid.
+        asked: `[B, 1, S]` bool, entries that are protected on top; None for none.
+
+    Returns:
+        `[B, H, S]` bool.
     """
     rows, heads, size = torch.broadcast_shapes(columns.shape, ranking.score.shape)
     budget = ranking.budget.reshape(rows, -1)

@@ -1,4 +1,4 @@
-"""Forwards of one cache on one model, and what they are fed."""
+"""Forwards of one cache on one model, and the tokens that they are fed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from .models import left_padded, plain_model, positions, prompt, tiny_model
 
 @dataclass(frozen=True)
 class Case:
-    """What a cache reads: two rows of random tokens.
+    """The input of a cache: two rows of random tokens.
 
-    steps: how many tokens each forward has. padding: how many of a row's first columns are
-    padding, fewer than the first forward has. family: of the tiny model. heads: its query heads and
-    key/value heads.
+    Attributes:
+        steps: how many tokens each forward has.
+        padding: how many of a row's first columns are padding, fewer than the first forward has.
+        family: the family of the tiny model.
+        seed: the seed of the tokens.
+        heads: the model's query heads and key/value heads.
     """
 
     steps: tuple[int, ...]
@@ -36,17 +39,17 @@ class Case:
 
     @property
     def dense(self) -> Any:
-        """The same, not attached."""
+        """The same tiny model, not attached."""
         return plain_model(self.family, heads=self.heads[0], kv_heads=self.heads[1])
 
     @property
     def ids(self) -> Tensor:
-        """`[2, total]`."""
+        """The tokens of both rows, `[2, total]`."""
         return prompt(2, sum(self.steps), self.seed)
 
     @property
     def mask(self) -> Tensor:
-        """`[2, total]`, 0 for padding."""
+        """The padding mask, `[2, total]`, 0 for padding."""
         return left_padded(self.ids, list(self.padding))["attention_mask"]
 
     def run(self, policies: Sequence[TokenPolicy]) -> Run:
@@ -68,7 +71,7 @@ class Run:
         self.mask: Tensor | None = None
 
     def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits of the last token, `[B, V]`."""
+        """Runs a forward of the tokens `[B, Q]`; returns the last token's logits, `[B, V]`."""
         mask = torch.ones_like(ids) if mask is None else mask
         self.mask = mask if self.mask is None else torch.cat([self.mask, mask], 1)
         with torch.no_grad():
@@ -82,7 +85,7 @@ class Run:
         return logits[:, -1]
 
     def kept(self) -> list[list[list[int]]]:
-        """Columns by layer and then by row and head, flattened."""
+        """The kept columns by layer, and then by row and head, flattened."""
         found = []
         for index, layer in self.cache.slot_layers():
             columns = self.cache.columns(index).expand(-1, layer.keys.shape[1], -1)
@@ -91,7 +94,7 @@ class Run:
 
 
 def feed(run: Run, ids: Tensor, mask: Tensor, steps: Sequence[int]) -> list[Tensor]:
-    """Runs forwards of the given sizes one after the other; the logits of each."""
+    """Runs forwards of the given sizes one after the other; returns the logits of each."""
     logits, start = [], 0
     for count in steps:
         new = slice(start, start + count)

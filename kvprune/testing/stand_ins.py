@@ -1,4 +1,4 @@
-"""Policies that stand for others: they take notes, promise nothing, go by hand, or fail."""
+"""Policies that stand for others: to take notes, to promise nothing, to go by hand, or to fail."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from .naive import naive_select
 
 
 def inside(policies: Iterable[TokenPolicy]) -> dict[str, Any]:
-    """What a policy that stands for others, or stands beside them, answers about positions."""
+    """The promises about positions of a policy that stands for others, or stands beside them."""
     parts = list(leaves(policies))
+    # Sinks before a window are promised only where all that evict promise the same.
     answers = {p.sinks_before_window for p in parts if "rank_slots" in p.hooks}
     return {
         "positions_in_cache": any(p.positions_in_cache for p in parts),
@@ -29,20 +30,28 @@ def inside(policies: Iterable[TokenPolicy]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Note:
-    """What a policy was asked, and what it said: its hook, the view and the answer, if any."""
+    """One question to a policy, and its answer.
+
+    Attributes:
+        hook: the name of the hook.
+        view: the view that the policy was shown.
+        answer: the policy's answer, if any.
+        written: the view's tensors that the policy wrote into, by name.
+        alike: whether the answer is the same for another layer; True without `layers_alike`.
+        unordered: whether the same slots stay when they are shown in another order; True for
+            hidden tokens.
+    """
 
     hook: str
     view: TokenView | SlotView
     answer: Ranking | None
-    # Of the view's tensors, those that the policy wrote into.
     written: tuple[str, ...]
-    # Whether it would have said the same of another layer, and of the slots in another order.
     alike: bool
     unordered: bool
 
     @property
     def allowed(self) -> Tensor | None:
-        """How many may stay, `[B, H]`: the budget, or the protected where these are more."""
+        """The number that may stay, `[B, H]`: the budget, or the protected if these are more."""
         if self.answer is None:
             return None
         valid = self.view.valid if self.view.valid.dim() == 3 else self.view.valid[:, None]
@@ -52,11 +61,11 @@ class Note:
 
 
 class Watched(TokenPolicy):
-    """A policy without its promises, of which notes are taken; else it is what `base` is.
+    """A policy without its promises, of which notes are taken; in all else it is like `base`.
 
     Args:
         base: the policy.
-        notes: where they go; a list of the caller's.
+        notes: the list that notes are added to; None for a new one.
     """
 
     def __init__(self, base: TokenPolicy, notes: list[Note] | None = None) -> None:
@@ -69,19 +78,19 @@ class Watched(TokenPolicy):
 
     @property
     def hooks(self) -> frozenset[str]:
-        """Those of the policy."""
+        """The hooks of `base`."""
         return self.base.hooks
 
     def for_model(self, model: torch.nn.Module) -> Watched:
-        """The same of what the policy is on a model."""
+        """The watched version of `base` on a model, with the same list of notes."""
         return Watched(self.base.for_model(model), self.notes)
 
     def rank_hidden(self, tokens: TokenView) -> Ranking | None:
-        """What the policy says."""
+        """The answer of `base`."""
         return self._note("rank_hidden", tokens)
 
     def rank_slots(self, slots: SlotView) -> Ranking | None:
-        """What the policy says."""
+        """The answer of `base`."""
         return self._note("rank_slots", slots)
 
     def _note(self, hook: str, view: TokenView | SlotView) -> Ranking | None:
@@ -100,7 +109,7 @@ class Watched(TokenPolicy):
 
 
 def _turned(slots: SlotView) -> SlotView:
-    """The same slots, the last one first."""
+    """The same slots in reverse order."""
     received = {name: value.flip(-1) for name, value in slots.statistic.items()}
     return replace(
         slots,
@@ -113,7 +122,7 @@ def _turned(slots: SlotView) -> SlotView:
 
 
 def _kept(answer: Ranking | None, slots: SlotView) -> list[set[int]] | None:
-    """The columns that stay, by row and head."""
+    """The columns that stay, by row and head; None without an answer."""
     if answer is None:
         return None
     kept = naive_select(answer, slots.columns)
@@ -140,17 +149,17 @@ class ByHand(TokenPolicy):
         self.__dict__.update(inside(policies))
 
     def for_model(self, model: torch.nn.Module) -> ByHand:
-        """The same of what the policies are on a model."""
+        """The same for the policies as they are on a model."""
         return ByHand([policy.for_model(model) for policy in self.policies])
 
     def rank_hidden(self, tokens: TokenView) -> Ranking | None:
-        """The last token's logits are asked for in these tests, so it is protected."""
+        """Ranks by hand; the last token, whose logits these tests ask for, is protected."""
         last = torch.zeros_like(tokens.valid)
         last[:, -1] = True
         return self._ranking("rank_hidden", tokens, last & tokens.valid)
 
     def rank_slots(self, slots: SlotView) -> Ranking | None:
-        """Nothing is protected but by the policies."""
+        """Ranks by hand; no slots are protected but by the policies."""
         return self._ranking("rank_slots", slots, None)
 
     def _ranking(self, hook: str, view: Any, asked: Tensor | None) -> Ranking:
@@ -169,7 +178,14 @@ class ByHand(TokenPolicy):
 
 
 class Fails(TokenPolicy):
-    """Raises at one layer of the forward that reaches a column; beside `others`."""
+    """Raises at one layer, as soon as a forward reaches a column.
+
+    Args:
+        layer: the layer to raise at.
+        column: the column to reach, for the hook "rank_slots"; "rank_hidden" raises at once.
+        hook: the hook that raises.
+        others: the policies beside this one, whose promises about positions it takes over.
+    """
 
     def __init__(
         self, layer: int, column: int, hook: str, others: Sequence[TokenPolicy] = ()
@@ -179,11 +195,11 @@ class Fails(TokenPolicy):
         self.__dict__.update(inside(others))
 
     def rank_hidden(self, tokens: TokenView) -> None:
-        """Raises, if it is its turn."""
+        """Raises if this is the hook and the layer to raise at."""
         if self.hook == "rank_hidden" and tokens.layer == self.at:
             raise RuntimeError("as planned")
 
     def rank_slots(self, slots: SlotView) -> None:
-        """Raises, if it is its turn."""
+        """Raises if this is the hook and the layer to raise at, and the column was reached."""
         if self.hook == "rank_slots" and slots.layer == self.at and slots.seen > self.column:
             raise RuntimeError("as planned")

@@ -1,4 +1,4 @@
-"""What SDTP's heads are trained on: prompts with their completions, read from common formats."""
+"""The examples that SDTP's heads are trained on: prompts with completions, from common formats."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ SUFFIXES = (".txt", ".md", ".jsonl")
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids: a prompt, which is pruned, and what follows it, which the loss is over.
+    """The token ids of a prompt, which is pruned, and of its completion, which the loss is over.
 
-    shared: how many of the prompt's first tokens others begin with as well, less than all of them;
-    see `sharing`.
+    Attributes:
+        prompt: ids of the tokens that may be pruned.
+        completion: ids of the tokens that follow the prompt.
+        shared: how many of the prompt's first tokens other examples begin with as well; fewer
+            than the prompt has; see `sharing`.
 
     Raises:
         KVPruneError: as many shared tokens as the prompt has, or more.
@@ -40,14 +43,14 @@ class Example:
 
 
 def sharing(group: Sequence[Example]) -> list[Example]:
-    """The same examples, each knowing how many first tokens all of them have in common.
+    """The same examples, each with the number of first tokens that all of them have in common.
 
-    Several questions about one text are marked much faster so, where hidden states are kept: the
-    model reads the text once (see `Marks`). Nothing else changes.
+    With this number, several questions about one text are marked much faster where hidden states
+    are kept: the model reads the text once (see `Marks`). Nothing else changes.
     """
     if len(group) < 2:
         return list(group)
-    # The last token of each prompt is its own: from there its completion comes.
+    # The last token of a prompt is never shared: the completion is predicted from this token.
     least = max(min(len(e.prompt) for e in group) - 1, 0)
     places = enumerate(zip(*(e.prompt for e in group), strict=False))
     common = next((i for i, tokens in places if len(set(tokens)) > 1), least)
@@ -65,26 +68,29 @@ def read_examples(
 ) -> list[Example]:
     """Reads training examples.
 
-    A record is a text, or a mapping with the keys that TRL uses: `text`; `prompt` and
-    `completion`, texts or lists of messages; or `messages`, of which the last is the completion. A
-    text is cut into
-    stretches of `tokens` tokens whose last `completion` ones are the completion. Left out are
-    what is left of a text at its end, and records whose prompt has fewer than `least` tokens or
-    that are longer than `tokens`.
+    A record is one of the following, with the keys that TRL uses:
+
+    * a text, or a mapping with `text`;
+    * a mapping with `prompt` and `completion`, which are texts or lists of messages;
+    * a mapping with `messages`, of which the last one is the completion.
+
+    A text is cut into stretches of `tokens` tokens, whose last `completion` tokens are the
+    completion. Left out are the tokens behind a text's last whole stretch, and records whose
+    prompt has fewer than `least` tokens or that are longer than `tokens`.
 
     Args:
         source: a text file, a JSON-lines file, a folder of these, the name of a dataset that
             the `datasets` library loads, or any iterable of records, such as one of its datasets.
-        tokenizer: of the model.
-        tokens: the most tokens of an example.
+        tokenizer: the model's tokenizer.
+        tokens: the most tokens of an example, prompt and completion together.
         completion: how many tokens at the end of a stretch of text are its completion.
         least: the fewest tokens of a prompt.
-        limit: stop reading at so many examples; None for all there are.
-        progress: whether to count records on stderr as they are read.
+        limit: the number of examples at which reading stops; None to read all.
+        progress: whether to count the records on stderr as they are read.
 
     Raises:
-        KVPruneError: numbers that do not fit, no such file or dataset, a record that is none
-            of the above, or nothing left to train on.
+        KVPruneError: numbers that do not fit together, no such file or dataset, a record of
+            another kind, or nothing left to train on.
     """
     if not 0 < completion <= tokens - least or least < 2:
         raise KVPruneError(
@@ -183,6 +189,7 @@ def _examples(
     try:
         if "text" in record:
             ids = _ids(tokenizer, record["text"])
+            # A token that begins every text is put before every stretch of it.
             begin = ids[:1] if ids[:1] == (getattr(tokenizer, "bos_token_id", None),) else ()
             yield from _stretches(begin, ids[len(begin) :], tokens, completion)
         elif "messages" in record:
@@ -191,7 +198,7 @@ def _examples(
             yield _conversation(record["prompt"], record["completion"], tokenizer)
         else:
             yield _pair(_ids(tokenizer, record["prompt"]), record["completion"], tokenizer)
-    # A chat template may refuse a conversation with an error of its own.
+    # A chat template that refuses a conversation may raise any error.
     except Exception as error:
         raise KVPruneError(
             f"examples: record {number}: expected a text, or a mapping with `text`, `prompt` and "
@@ -200,7 +207,7 @@ def _examples(
 
 
 def _ids(tokenizer: Any, text: Any) -> tuple[int, ...]:
-    """As the tokenizer begins a text by itself."""
+    """The ids of a text, with the special tokens that the tokenizer adds by itself."""
     if not isinstance(text, str):
         raise TypeError(f"expected a text, got {type(text).__name__}")
     return tuple(tokenizer(text)["input_ids"])
@@ -209,9 +216,9 @@ def _ids(tokenizer: Any, text: Any) -> tuple[int, ...]:
 def _stretches(
     begin: tuple[int, ...], ids: tuple[int, ...], tokens: int, completion: int
 ) -> Iterator[Example]:
-    """Each begins as a text does."""
+    """The stretches of a text's `ids`, each of which begins with `begin`, as the text does."""
     size = tokens - len(begin)
-    # A text shorter than a stretch is one of its own; what is left of a longer one is not.
+    # A text shorter than a stretch is a stretch by itself; the rest of a longer one is not.
     for start in range(0, max(len(ids) - size, 0) + 1, size):
         stretch = begin + ids[start : start + size]
         yield Example(stretch[:-completion], stretch[-completion:])

@@ -1,4 +1,4 @@
-"""The learned modules of SDTP: one small network per stage, which tells how salient a token is."""
+"""The learned modules of SDTP: one small network per stage, which scores how salient a token is."""
 
 from __future__ import annotations
 
@@ -33,30 +33,33 @@ class SDTPHeads(
 ):
     """One network per stage: LayerNorm, then an MLP with GELU, hidden -> hidden/4 -> 2.
 
-    The two outputs are the logits of keeping and of dropping a token; keep minus drop ranks
-    (paper, section 3.2; the LayerNorm is ours).
+    The two outputs are the logits of keeping and of dropping a token; the difference, keep minus
+    drop, ranks tokens (paper, section 3.2; the LayerNorm is ours).
 
-    With `query_heads` the tokens are also judged by the prompt's last tokens, which the paper's
-    head cannot do: in a causal model the hidden state of a token does not know the question that
-    follows it. Each head of this low-rank term makes a key of every token and a query of each of
-    the `query_tokens` newest, with projections that all stages share; the log-mean-exp over the
-    queries of their scaled products is one feature. A stage's score is then a weighted sum of the
-    MLP's score and these features over the `window` tokens around a token, since what answers a
-    question stands beside the words that the two have in common.
+    With `query_heads` the prompt's last tokens judge the tokens as well. The paper's head cannot
+    do this: in a causal model the hidden state of a token does not know the question that follows
+    the token. Each head of this low-rank term makes a key of every token, and a query of each of
+    the `query_tokens` newest tokens, with projections that all stages share. The scaled products
+    of a token's key with the queries give one feature per head, their log-mean-exp. A stage's
+    score is then a weighted sum, over the `window` tokens around a token, of the MLP's scores and
+    these features, since the answer to a question stands beside the words that text and question
+    have in common.
 
     Args:
-        hidden_size: C of the model that the heads are for.
+        hidden_size: the hidden size C of the model that the heads are for.
         num_layers: how many decoder layers that model has.
-        first_layer: the layer that the first stage stands before, from 0.
-        every: layers from one stage to the next.
+        first_layer: the layer that the first stage stands before, counted from 0.
+        every: the number of layers from one stage to the next.
         stages: how many stages; None for as many as the model has room for.
-        keep: the share that each stage keeps of what the one before kept, in (0, 1].
-        query_heads: heads of the low-rank term, 0 for none (the paper's module).
-        query_size: features of each of them.
+        keep: the share that each stage keeps of the tokens that the stage before it kept, in
+            (0, 1].
+        query_heads: the number of heads of the low-rank term; 0 for none (the paper's module).
+        query_size: the number of features of each of these heads.
         query_tokens: how many of the newest tokens make queries.
-        window: tokens that a score is a weighted sum over, itself in the middle, an odd number;
-            of effect with `query_heads` alone.
-        fingerprint: of the model that they were trained for, see `fingerprint`.
+        window: how many tokens a score is a weighted sum over, with the scored token in the
+            middle; an odd number; of effect with `query_heads` alone.
+        fingerprint: the fingerprint of the model that the heads were trained for; see the
+            function `fingerprint`.
 
     Raises:
         KVPruneError: a number out of range, an even window, or more stages than the model has room
@@ -106,26 +109,29 @@ class SDTPHeads(
         self._elsewhere: dict[torch.device, tuple[Any, SDTPHeads]] = {}
 
     def on(self, device: torch.device) -> SDTPHeads:
-        """These heads, or their copy on another device, made once until a weight changes."""
+        """These heads, or a copy on another device, made anew only after a weight changed."""
         if next(self.parameters()).device == device:
             return self
+        # Tensors that were made in inference mode have no version counter.
         state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()]
         if device not in self._elsewhere or self._elsewhere[device][0] != state:
+            # The copy starts without copies of its own.
             twin = copy.deepcopy(self, {id(self._elsewhere): {}})
             self._elsewhere[device] = (state, twin.to(device))
         return self._elsewhere[device][1]
 
     def forward(self, hidden: Tensor, columns: Tensor, stage: int) -> Tensor:
-        """How much a stage wants to keep each token.
+        """The scores of tokens at a stage: how much the stage wants to keep each token.
 
         Args:
-            hidden: `[B, Q, C]`, the input of the stage's layer, of any dtype; the tokens that are
-                left, in order.
+            hidden: `[B, Q, C]`, the input of the stage's layer, of any dtype, for the tokens that
+                are left, in order.
             columns: `[B, Q]` int64, unique in a row, -1 where there is no token.
-            stage: which head, from 0.
+            stage: the number of the stage, from 0.
 
         Returns:
-            `[B, Q]` in the heads' dtype: keep-minus-drop logit.
+            `[B, Q]` in the heads' dtype: the keep-minus-drop logit, or with `query_heads` the
+            weighted sum.
         """
         head: Any = self.stages[stage]
         hidden = head.norm(hidden.to(head.norm.weight.dtype))
@@ -135,6 +141,7 @@ class SDTPHeads(
         features = torch.cat(
             [score[..., None], self.asks(hidden, columns, self.query_tokens, head.scale)], -1
         )
+        # Places without a token must not reach their neighbours through the weighted sum.
         return cast(Tensor, head.smoothed(features.masked_fill((columns < 0)[..., None], 0.0)))
 
     def save_pretrained(  # type: ignore[override]
@@ -145,16 +152,16 @@ class SDTPHeads(
         repo_id: str | None = None,
         **options: Any,
     ) -> str | None:
-        """Writes weights, configuration and, where there is none yet, a model card.
+        """Writes the weights, the configuration and, if the folder has none yet, a model card.
 
         Args:
-            folder: made if it is not there.
-            push_to_hub: whether to push it afterwards.
-            repo_id: where to; by default the folder's name.
-            options: what else huggingface_hub's mixin takes.
+            folder: the folder, which is made if it is not there.
+            push_to_hub: whether to push the heads to the hub afterwards.
+            repo_id: the repository to push to; by default the folder's name.
+            options: further arguments of huggingface_hub's mixin for the push.
 
         Returns:
-            the commit on the hub, if there is one.
+            the commit on the hub; None without a push.
 
         Raises:
             KVPruneError: a file cannot be written; what was there before is unchanged.
@@ -167,7 +174,7 @@ class SDTPHeads(
                 f"SDTPHeads.save_pretrained({str(folder)!r}): expected a folder that can be "
                 f"written: {error}"
             ) from error
-        # Not the mixin's own, which begins with removing what was there.
+        # The mixin's own `save_pretrained` is not called: it first removes what was there.
         self._save_pretrained(place)
         if not push_to_hub:
             return None
@@ -190,18 +197,18 @@ class SDTPHeads(
     def from_pretrained(  # type: ignore[override]
         cls, name: str | os.PathLike[str], **options: Any
     ) -> SDTPHeads:
-        """Reads what `save_pretrained` wrote, in eval mode.
+        """Reads heads that `save_pretrained` wrote; they are in eval mode.
 
         Args:
             name: a folder, or a repository on the hub.
             options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
         Raises:
-            KVPruneError: no such folder or repository, or not one of SDTP heads.
+            KVPruneError: no such folder or repository, or one without SDTP heads.
         """
         try:
             heads: SDTPHeads = super().from_pretrained(os.fspath(name), **options)
-        # The hub, safetensors and JSON have an error class each for every way to go wrong.
+        # The hub, safetensors and JSON raise errors of many classes.
         except Exception as error:
             raise KVPruneError(
                 f"SDTPHeads.from_pretrained({str(name)!r}): expected a folder, or a repository on "
@@ -221,7 +228,7 @@ _HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
 
 class _Head(nn.Module):
-    """What a stage has for itself."""
+    """The modules of one stage that it does not share with the other stages."""
 
     def __init__(self, hidden_size: int, heads: int, size: int, window: int) -> None:
         super().__init__()
@@ -241,13 +248,16 @@ class _Head(nn.Module):
         return score
 
     def smoothed(self, features: Tensor) -> Tensor:
-        """`[B, Q, 1 + heads]` to `[B, Q]`."""
+        """The weighted sum of features over a token's window: `[B, Q, 1 + heads]` to `[B, Q]`."""
         score: Tensor = self.smooth(features.transpose(1, 2))[:, 0]
         return score
 
 
 def _start(smooth: nn.Conv1d, heads: int, window: int) -> None:
-    """The MLP's score of the token itself, and the plain mean of what the queries say."""
+    """Sets the first weights: the MLP's score of the token itself, plus the mean of all features.
+
+    The features are those of the queries; their mean is over heads and window.
+    """
     with torch.no_grad():
         smooth.weight.fill_(1.0 / heads / window)
         smooth.weight[0, 0] = 0.0
@@ -262,7 +272,7 @@ class _Asks(nn.Module):
         self.heads, self.size = heads, size
         self.key = nn.Linear(hidden_size, heads * size)
         self.query = nn.Linear(hidden_size, heads * size)
-        # Alike at first: a token asks for what resembles it.
+        # Keys and queries are alike at first: a token asks for tokens that resemble it.
         nn.init.normal_(self.key.weight, std=hidden_size**-0.5)
         with torch.no_grad():
             self.query.weight.copy_(self.key.weight)
@@ -270,7 +280,7 @@ class _Asks(nn.Module):
             self.query.bias.zero_()
 
     def forward(self, hidden: Tensor, columns: Tensor, count: int, scale: Tensor) -> Tensor:
-        """What the `count` newest of the tokens `[B, Q, C]` say of each: `[B, Q, heads]`."""
+        """The features `[B, Q, heads]` of tokens `[B, Q, C]` that their `count` newest give."""
         newest = columns.topk(min(count, columns.shape[1]), dim=-1)
         there = newest.values >= 0
         asking = hidden.gather(1, newest.indices[..., None].expand(-1, -1, hidden.shape[-1]))
@@ -287,7 +297,7 @@ def _read(path: Path) -> SDTPHeads:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if header.get("format") != FORMAT:
         raise KVPruneError(f"its header says format={header.get('format')!r}")
-    # Not initialised: that would draw from the user's random numbers.
+    # On the meta device nothing is initialised, which would draw from the user's random numbers.
     with torch.device("meta"):
         heads = SDTPHeads(**json.loads(header["configuration"]))
     heads.load_state_dict(tensors, assign=True)
@@ -295,7 +305,15 @@ def _read(path: Path) -> SDTPHeads:
 
 
 def check_keep(keep: Any, who: str) -> None:
-    """Refuses what is not a share."""
+    """Refuses a `keep` that is not a share.
+
+    Args:
+        keep: a share, a float in (0, 1].
+        who: the class that was given it, for the error.
+
+    Raises:
+        KVPruneError: not a share.
+    """
     if not isinstance(keep, float) or not 0.0 < keep <= 1.0:
         raise KVPruneError(f"{who}: keep={keep!r}: expected a share (a float in (0, 1])")
 

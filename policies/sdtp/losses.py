@@ -1,6 +1,6 @@
-"""What scores of tokens are to learn: the paper's ranking loss (section 3.3), and one by mass.
+"""The losses of token scores: the paper's ranking loss (section 3.3), and a listwise loss.
 
-The ranking loss counts each pair alike, whatever hangs on it; most pairs are of tokens that hardly
+The ranking loss counts every pair of tokens alike, although most pairs are of tokens that hardly
 matter. The listwise loss weighs tokens by their saliency.
 """
 
@@ -21,18 +21,18 @@ def ranking_loss(
     pairs: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """How badly scores order the tokens, on average over the pairs of tokens.
+    """The ranking loss: how badly scores order the tokens, as a mean over the pairs of tokens.
 
-    `mean over i < j of log(1 + exp(-(s_i - s_j) * sign(t_i - t_j)))`: L_r of the paper, divided
-    by the number of pairs so that it does not grow with the length. A pair that ties in
+    `mean over i < j of log(1 + exp(-(s_i - s_j) * sign(t_i - t_j)))`: this is L_r of the paper,
+    divided by the number of pairs so that it does not grow with the length. A pair that ties in
     `target` costs log 2 and has no gradient.
 
     Args:
-        score: `[N]` float, N at least 2; gets the gradient.
-        target: `[N]`, the true saliency; gets none.
-        pairs: how many pairs to draw instead (uniformly, with replacement; the estimate is
-            unbiased); None for all of them, in blocks, in O(N) memory.
-        generator: to draw with.
+        score: `[N]` float; gets the gradient.
+        target: `[N]`, the true saliency; gets no gradient.
+        pairs: how many pairs to draw, and to take the mean over (uniformly, with replacement; the
+            estimate is unbiased); None for all pairs, in blocks, in O(N) memory.
+        generator: the random generator that draws the pairs.
 
     Returns:
         a scalar, 0 where N is below 2.
@@ -48,16 +48,16 @@ def ranking_loss(
 
 
 def listwise_loss(score: Tensor, target: Tensor) -> Tensor:
-    """How far the scores' softmax is from the share of the saliency that each token has.
+    """The listwise loss: how far the scores' softmax is from each token's share of the saliency.
 
-    `sum over i of p_i * log(p_i / softmax(s)_i)` with `p = t / sum(t)`: the listwise loss of
-    ListNet (Cao et al., 2007, section 4.2, its top-one probability), less its least value. What is
-    learned is the logarithm of a token's expected share, so that a token that is rarely of great
-    use comes before one that is always of a little.
+    `sum over i of p_i * log(p_i / softmax(s)_i)` with `p = t / sum(t)`: this is the listwise loss
+    of ListNet (Cao et al., 2007, section 4.2, its top-one probability), less its least value. A
+    head learns the logarithm of a token's expected share, so that a token that is rarely of great
+    use comes before a token that is always of a little use.
 
     Args:
         score: `[N]` float; gets the gradient.
-        target: `[N]`, the true saliency, not negative; gets none.
+        target: `[N]`, the true saliency, not negative; gets no gradient.
 
     Returns:
         a scalar, 0 where nothing is salient.
@@ -70,14 +70,17 @@ def listwise_loss(score: Tensor, target: Tensor) -> Tensor:
 def _drawn(
     size: int, pairs: int, generator: torch.Generator | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Two different tokens per pair."""
+    """The indices of two different tokens for each of `pairs` random pairs, `[pairs]` each."""
     one = torch.randint(size, (pairs,), generator=generator)
     gap = torch.randint(1, size, (pairs,), generator=generator)
     return one.to(device), ((one + gap) % size).to(device)
 
 
 class _AllPairs(torch.autograd.Function):
-    """All ordered pairs, twice what is wanted; the gradient is made on the way."""
+    """The ranking loss over all ordered pairs, which counts each pair twice.
+
+    The forward makes the gradient as well.
+    """
 
     @staticmethod
     def forward(ctx: Any, score: Tensor, target: Tensor) -> Tensor:
@@ -89,7 +92,7 @@ class _AllPairs(torch.autograd.Function):
             margin = (score[rows, None] - score[None]) * order
             total = total + F.softplus(-margin).sum()
             gradient[rows] = -(torch.sigmoid(-margin) * order).sum(-1)
-        # Each token with itself is no pair; it has added log 2 and no gradient.
+        # A token with itself is no pair; it has added log 2 to the total and no gradient.
         itself = F.softplus(score.new_zeros(())) * size
         count = size * (size - 1)
         ctx.save_for_backward(gradient * (2 / count))

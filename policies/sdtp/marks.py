@@ -1,4 +1,4 @@
-"""The marking pass: what the dense model says of each example's tokens, kept on disk."""
+"""The marking pass: hidden states and saliency of examples in the dense model, kept on disk."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from .targets import TARGETS, can_continue, hidden_states
 
 @dataclass(frozen=True)
 class Mark:
-    """One example's marking pass, its prompt's n tokens alone.
+    """The marking pass of one example, for the n tokens of its prompt alone.
 
-    hidden: `[S, n, C]`, the stages' inputs in the dense model, in its dtype.
-    saliency: `[S, n]` float32; see `Marks`.
+    Attributes:
+        hidden: `[S, n, C]`, the stages' inputs in the dense model, in its dtype.
+        saliency: `[S, n]` float32; see `Marks`.
     """
 
     hidden: Tensor
@@ -37,16 +38,19 @@ class Mark:
 
 @dataclass(frozen=True)
 class Marks:
-    """What heads are to learn of a model's examples; each is computed once.
+    """The marks of a model's examples, which heads learn from; each mark is computed once.
 
-    model: attached. layers: the stages'. folder: where saliency is kept (4 bytes per token and
-    stage).
-    target: what saliency is, see `TARGETS`.
-    keep_hidden: whether to keep hidden states there as well (C times as much), which spares each
-    further epoch, and each further training on the same examples, a forward of the model. What
-    examples share is kept once; with the target "removal" it is also read once, if they are
-    marked one after the other.
-    precision: what else the numbers depend on: the autocast that the forwards run under.
+    Args:
+        model: the attached model.
+        layers: the layers that the stages stand before.
+        folder: the folder that saliency is kept in (4 bytes per token and stage).
+        target: the kind of saliency, see `TARGETS`.
+        keep_hidden: whether hidden states are kept there as well (C times as much), which spares
+            each further epoch, and each further training on the same examples, a forward of the
+            model. Where the target can be computed after a cache (see `can_continue`), the tokens
+            that examples share are kept once, and are also read once if these examples are marked
+            one after the other.
+        precision: the autocast that the forwards run under, which the numbers depend on.
     """
 
     model: Any
@@ -57,7 +61,7 @@ class Marks:
     precision: str = "no"
 
     def of(self, example: Example) -> Mark:
-        """The mark of an example; what of it is on disk is read from there."""
+        """The mark of an example; the parts of it that are on disk are read from there."""
         known = self._known(example)
         if "hidden" not in known:
             known |= self._made(example, known)
@@ -67,18 +71,21 @@ class Marks:
         return Mark(known["hidden"].to(device), known["saliency"].to(device))
 
     def ensure(self, example: Example) -> None:
-        """Marks it, if it is not on disk as it is to be."""
+        """Marks an example, unless everything that is to be kept of its mark is on disk."""
         known = self._known(example)
         if not known or (self.keep_hidden and "hidden" not in known):
             self.of(example)
 
     def saliency(self, example: Example) -> Tensor:
-        """The mark's saliency alone: without a forward, if it is on disk."""
+        """The saliency of an example's mark; needs no forward if the saliency is on disk."""
         known = self._known(example)
         return known["saliency"].to(self.model.device) if known else self.of(example).saliency
 
     def _made(self, example: Example, known: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`hidden`, of what is not shared if that is kept apart, and `saliency` if not known."""
+        """Computes `hidden`, and `saliency` if it is not known yet.
+
+        `hidden` lacks the shared beginning where that is kept in a file of its own.
+        """
         size = len(example.prompt)
         whole = example.prompt + example.completion
         ids = torch.tensor([whole], device=self.model.device)
@@ -88,6 +95,7 @@ class Marks:
             inputs, saliency = hidden_states(self.model, self.layers, ids), known["saliency"]
         else:
             inputs, saliency = TARGETS[self.target](self.model, self.layers, ids, size, None)
+        # The completion's tokens at the end are cut off: a mark is of the prompt alone.
         hidden = torch.stack([x.detach()[0, : size - len(whole) + x.shape[1]] for x in inputs])
         return {"hidden": hidden} if known else {"hidden": hidden, "saliency": saliency}
 
@@ -96,7 +104,10 @@ class Marks:
         return self._whole(example, _read(path, "saliency")) if path.exists() else {}
 
     def _whole(self, example: Example, mark: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With the hidden states of a beginning that is kept apart; without any, if it is gone."""
+        """Puts the hidden states of a beginning that has a file of its own in front of the others.
+
+        The mark is left without any hidden states if that file is gone.
+        """
         apart = len(example.prompt) - mark["hidden"].shape[1] if "hidden" in mark else 0
         if not apart:
             return mark
@@ -108,6 +119,7 @@ class Marks:
     def _keep(self, example: Example, mark: dict[str, Tensor]) -> None:
         path = self._path(example)
         kept = {n: t.cpu() for n, t in mark.items() if n == "saliency" or self.keep_hidden}
+        # Saliency that is on disk already is not written again.
         if self.keep_hidden or not path.exists():
             _check_finite(mark["saliency"])
             write_whole(path, lambda scratch: save_file(kept, scratch))
@@ -125,10 +137,10 @@ class Marks:
         return weights_digest(self.model), repr(sorted(config.items())), self.precision
 
     def _continued(self, example: Example, ids: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What the target makes of an example, given what it makes of the shared beginning."""
+        """The target's result for an example, computed after a cache of its shared beginning."""
         shared, rest = example.shared, len(example.prompt) - example.shared
         beginning = example.prompt[:shared]
-        # Taken out while it is longer, so that an error leaves no such cache behind.
+        # Taken out while it also holds the example, so that an error leaves no such cache behind.
         cache = self._last.pop(beginning, None) or self._begun(beginning)
         made = TARGETS[self.target](self.model, self.layers, ids[:, shared:], rest, cache)
         cache.crop(shared - ids.shape[1])
@@ -137,32 +149,34 @@ class Marks:
         return made
 
     def _begun(self, beginning: tuple[int, ...]) -> DynamicCache:
-        """The stock cache of a shared beginning, whose hidden states are kept."""
+        """A stock cache of a shared beginning, whose hidden states are written to disk."""
         cache, ids = DynamicCache(), torch.tensor([beginning], device=self.model.device)
         hidden = torch.stack([x[0] for x in hidden_states(self.model, self.layers, ids, cache)])
         kept = {"hidden": hidden.detach().cpu()}
         write_whole(self._named(beginning), lambda scratch: save_file(kept, scratch))
         return cache
 
-    # The cache of the beginning that was read last.
+    # The cache of the beginning that was read last, by the ids of that beginning.
     @cached_property
     def _last(self) -> dict[tuple[int, ...], DynamicCache]:
         return {}
 
 
 def standardised(saliency: Tensor, sinks: int, signed: bool) -> Tensor:
-    """What heads are trained to give: zero mean and unit variance per stage, without the sinks.
+    """The values that heads are trained to give: zero mean and unit variance per stage.
 
     Args:
-        saliency: `[S, n]`. sinks: how many first tokens to leave out, since they are always kept
-            and dwarf all others. signed: as it is, instead of the logarithm of its magnitude.
+        saliency: `[S, n]`.
+        sinks: how many first tokens to leave out, since they are always kept and dwarf all others.
+        signed: whether the values are the saliency as it is, and not the logarithm of its
+            magnitude.
 
     Returns:
         `[S, n - sinks]`.
     """
     rest = saliency[:, sinks:]
     size = rest.abs()
-    # Many are exactly 0; what is a hundredth of the mean is as good as that.
+    # Many are exactly 0, without a logarithm; a hundredth of the mean is as good as 0.
     values = rest if signed else (size + size.mean(1, keepdim=True) / 100 + 1e-30).log()
     return (values - values.mean(1, keepdim=True)) / values.std(1, keepdim=True).clamp(min=1e-6)
 

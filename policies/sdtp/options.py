@@ -1,4 +1,4 @@
-"""How SDTP's heads are trained: the options, and the two phases that they make."""
+"""The options of a training of SDTP's heads, and the two phases that follow from them."""
 
 from __future__ import annotations
 
@@ -12,36 +12,39 @@ from .targets import TARGETS
 
 @dataclass(frozen=True)
 class Training:
-    """How heads are trained; a weight of 0 switches a term off (paper, table 4).
+    """Options of a training; a weight of 0 switches a term off (paper, table 4).
 
     Args:
         marking_epochs: passes over the examples in the first phase, through the dense model.
-        pruning_epochs: passes in the second, through the pruned model.
-        listwise: weight of the listwise loss, see `losses`; the paper has none.
-        ranking: weight of the pairwise ranking loss (paper: 1).
-        mse: weight of the squared error against the standardised saliency (paper: 1).
-        pruning_marks: what these three weigh in the second phase, against 1 in the first.
-        cross_entropy: weight of the completion's cross-entropy in the pruned model.
-        distillation: weight of the completion's KL divergence from the dense model.
-        pairs: pairs that the ranking loss draws per stage; None for all.
-        target: what saliency is, "removal" or the paper's "gradient"; see `targets`.
-        signed: rank, and err by, the signed gradient instead of its magnitude; without the
-            listwise loss, which is of what is not negative.
-        temperature: of the Gumbel noise on the scores, and of the relaxation.
-        learning_rate: AdamW's, at its highest, in the first phase.
-        pruning_learning_rate: likewise in the second.
-        weight_decay: AdamW's.
-        batch: examples per step, one after the other.
+        pruning_epochs: passes in the second phase, through the pruned model.
+        listwise: the weight of the listwise loss, see `losses`; the paper has no such loss.
+        ranking: the weight of the pairwise ranking loss (paper: 1).
+        mse: the weight of the squared error against the standardised saliency (paper: 1).
+        pruning_marks: the factor on these three weights in the second phase; 1 in the first.
+        cross_entropy: the weight of the completion's cross-entropy in the pruned model.
+        distillation: the weight of the completion's KL divergence from the dense model.
+        pairs: how many pairs the ranking loss draws per stage; None for all.
+        target: the kind of saliency, "removal" or the paper's "gradient"; see `targets`.
+        signed: whether ranking loss and squared error are against the signed gradient instead of
+            its magnitude. Needs `target="gradient"` and `listwise=0`, since the listwise loss
+            takes no negative numbers.
+        temperature: the temperature of the Gumbel noise on the scores, and of the relaxation.
+        learning_rate: the highest learning rate of AdamW in the first phase.
+        pruning_learning_rate: the highest learning rate in the second phase.
+        weight_decay: the weight decay of AdamW.
+        batch: examples per step, computed one after the other.
         validation: the share of the examples that is held out, the last ones, at least one.
-        seed: of the order, the initial weights and the noise.
+        seed: the seed of the order, the initial weights and the noise.
         evaluate_every: steps from one measurement on held-out examples to the next, besides
             those at the end of each epoch; None for no others.
         checkpoint_every: steps from one checkpoint to the next.
-        mixed_precision: "no" or "bf16", through accelerate; None for what that is set up for. The
-            heads are in float32 all the same. (The gradient of a gate is too large for float16.)
+        mixed_precision: "no" or "bf16", through accelerate; None for what accelerate is set up
+            for. The heads are in float32 all the same. (The gradient of a gate is too large for
+            float16.)
 
     Raises:
-        KVPruneError: a number out of range, or nothing to learn from.
+        KVPruneError: a number out of range, options that exclude each other, or nothing to learn
+            from.
     """
 
     marking_epochs: int = 3
@@ -126,6 +129,8 @@ _COUNTS = (
 
 @dataclass(frozen=True)
 class Phase:
+    """One phase of a training; `through_model` says whether it runs the pruned model."""
+
     name: str
     epochs: int
     learning_rate: float
@@ -133,6 +138,7 @@ class Phase:
 
 
 def phases(options: Training) -> list[Phase]:
+    """The two phases; a phase in which nothing has a weight has 0 epochs."""
     marks = max(options.listwise, options.ranking, options.mse) > 0
     model = options.cross_entropy > 0 or options.distillation > 0
     model = model or (marks and options.pruning_marks > 0)

@@ -1,12 +1,12 @@
 """SDTP: prunes hidden states during prefill by learned saliency (arXiv 2504.04514v2).
 
 Stage s (from 1) stands before decoder layer `first_layer + every * (s - 1)` of its heads and
-keeps `keep ** s` of the row's tokens; the rest never enter that layer or any deeper one. A
-row's first tokens and the local share always stay, and so do the tokens whose logits are asked
-for.
+keeps `keep ** s` of the row's tokens; the other tokens enter neither that layer nor any deeper
+one. A row's first tokens and its newest tokens, the local share, always stay, and so do the tokens
+whose logits are asked for.
 
-Where the paper is silent: keep-minus-drop logit ranks; kept tokens keep their positions;
-counts are per row, from the row's own valid tokens; layers count from 0.
+Where the paper is silent: tokens are ranked by the keep-minus-drop logit; kept tokens keep their
+positions; counts are per row, from the row's own valid tokens; layers count from 0.
 """
 
 from __future__ import annotations
@@ -30,23 +30,24 @@ class SDTP(TokenPolicy):
     """Learned pruning of hidden states, in stages.
 
     Args:
-        heads: the learned modules (`SDTPHeads.from_pretrained(folder)`); None for those that
-            ship with kvprune, where there are any for the model. A folder's name is read on first
-            use, in float32 and onto the model's device, as what ships is.
-        keep: the share that each stage keeps of what the stage before it kept; None for what
-            the heads were trained for.
+        heads: the learned modules (`SDTPHeads.from_pretrained(folder)`), or the name of their
+            folder; None for the heads that ship with kvprune, if there are any for the model. A
+            folder, like heads that ship, is read on first use, in float32 and onto the model's
+            device.
+        keep: the share that each stage keeps of the tokens that the stage before it kept; None
+            for the share that the heads were trained for.
         stages: how many of the heads' stages to use, the first ones; None for all. The paper's
             SDTP-low is `stages=5`.
         sinks: how many of a row's first tokens always stay.
-        local: how many of the newest always stay; tokens (int, 0 for none) or a share of
+        local: how many of the newest tokens always stay; tokens (int, 0 for none) or a share of
             the row's tokens in this forward (float).
         min_tokens: rows with fewer tokens in a forward are left alone.
-        layers: the layers it works on; None for all of its stages.
+        layers: the layers that the policy works on; None for all of its stages.
 
     Raises:
-        KVPruneError: a number out of range; on first use with a model also no heads for that
-            model, heads of another model, or heads on no device of the model's. (On a model over
-            several devices they follow the tokens.)
+        KVPruneError: a number out of range. On first use with a model also: no heads for that
+            model, heads of another model, or heads on a device that the model is not on. (On a
+            model over several devices the heads follow the tokens.)
     """
 
     heads: SDTPHeads | str | None = None
@@ -72,7 +73,7 @@ class SDTP(TokenPolicy):
                 raise KVPruneError(f"SDTP: {name}={value!r}: expected an int of at least {least}")
 
     def for_model(self, model: torch.nn.Module) -> SDTP:
-        """With heads; refuses heads of another model, and more stages than they have."""
+        """The policy with its heads; refuses heads of another model or with too few stages."""
         policy = self
         if self.heads is None:
             policy = replace(self, heads=heads_for(model))
@@ -92,8 +93,8 @@ class SDTP(TokenPolicy):
             )
         of_model = {
             "hidden_size": config.hidden_size,
-            # Of a decoder that was a part of an encoder-decoder model, the usual name is the
-            # encoder's.
+            # The config of a decoder that was part of an encoder-decoder model has the encoder's
+            # number of layers under the usual name.
             "num_layers": getattr(config, "decoder_layers", config.num_hidden_layers),
         }
         of_heads = {name: heads.configuration[name] for name in of_model}
@@ -108,30 +109,31 @@ class SDTP(TokenPolicy):
             )
 
     def rank_hidden(self, tokens: TokenView) -> Ranking | None:
-        """Ranks before each stage's layer; rows with few tokens keep everything."""
+        """Ranks tokens before each stage's layer; rows with few tokens keep everything."""
         stage = self.stage_of(tokens.layer)
         if stage is None or int(tokens.length.max()) < self.min_tokens:
             return None
         return self.ranking(tokens, stage, self.score(tokens, stage))
 
     def stage_of(self, layer: int) -> int | None:
-        """Which stage stands before a layer, from 0; None if there is none."""
+        """The number of the stage that stands before a layer, from 0; None if there is no stage."""
         layers = self._with_heads().layers[: self.stages]
         return layers.index(layer) if layer in layers else None
 
     @torch.no_grad()
     def score(self, tokens: TokenView, stage: int) -> Tensor:
-        """What the heads say of a stage's tokens: `[B, Q]`, higher stays.
+        """The heads' scores of a stage's tokens, `[B, Q]`; higher stays.
 
-        A subclass with another score has SDTP's stages, budgets and protected tokens.
+        A subclass that overrides this method has SDTP's stages, budgets and protected tokens.
         """
         heads = self._with_heads().on(tokens.hidden.device)
         scores: Tensor = heads(tokens.hidden, tokens.columns, stage)
         return scores
 
     def ranking(self, tokens: TokenView, stage: int, score: Tensor) -> Ranking:
-        """What SDTP's schedule makes of any scores `[B, Q]` for a stage's tokens."""
+        """The ranking of a stage's tokens by any scores `[B, Q]`, on SDTP's schedule."""
         budget = tokens.tokens(self.share ** (stage + 1))
+        # Rows with few tokens keep everything.
         budget = torch.where(tokens.length < self.min_tokens, tokens.length, budget)
         sinks = tokens.oldest(self.sinks)
         protected = tokens.newest(self.local) | sinks
@@ -139,7 +141,7 @@ class SDTP(TokenPolicy):
 
     @property
     def share(self) -> float:
-        """What each stage keeps of what the one before kept."""
+        """The share that each stage keeps of the tokens that the stage before it kept."""
         return self._with_heads().keep if self.keep is None else self.keep
 
     def _with_heads(self) -> SDTPHeads:
@@ -148,6 +150,7 @@ class SDTP(TokenPolicy):
         return self.heads
 
     def __repr__(self) -> str:
+        """The policy as a call, with `...` in the place of heads, whose repr is long."""
         return (
             super().__repr__().replace(repr(self.heads), "...", 1)
             if isinstance(self.heads, SDTPHeads)

@@ -1,4 +1,4 @@
-"""The marking pass of SDTP: how salient each token is at each stage, by gradient times input."""
+"""The paper's saliency: how salient each token is at each stage, by gradient times input."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def saliency(
     attention_mask: Tensor | None = None,
     signed: bool = False,
 ) -> Tensor:
-    """How much each token's hidden state contributes to what the model says.
+    """The saliency of tokens: how much each token's hidden state contributes to the model's logits.
 
     `s_i = | sum over features of dT/dx_i * x_i |` (paper, section 3.2), where `x` is the input
     of a decoder layer and `T` the sum over all positions of the largest logit, of the dense
-    model on all tokens. The paper leaves `T` open; this one worked best for us.
+    model on all tokens. The paper leaves `T` open; this choice worked best for us.
 
     Args:
         model: a transformers model with a language-model head, attached or not; its weights
             and their gradients are not touched.
         input_ids: `[B, N]`.
-        layers: the decoder layers to look at, from 0; None for all.
+        layers: the decoder layers to look at, counted from 0; None for all.
         attention_mask: `[B, N]`, 0 for padding.
-        signed: leave out the absolute value.
+        signed: whether to leave out the absolute value.
 
     Returns:
-        float32 `[B, len(layers), N]` on the model's device (the logits' one), 0 for padding.
+        float32 `[B, len(layers), N]` on the device of the model's logits, 0 for padding.
 
     Raises:
         KVPruneError: the family is not supported, or a layer that the model does not have.
@@ -55,7 +55,7 @@ def saliency(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode; afterwards each module as it was."""
+    """Puts the model into eval mode; afterwards each module is in the mode that it was in."""
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
@@ -69,7 +69,8 @@ def contribution(logits: Tensor, inputs: list[Tensor], mask: Tensor | None = Non
     """Gradient times input, signed: `[B, S, N]` float32.
 
     Args:
-        logits: `[B, N, V]`. inputs: S of `[B, N, C]`, which the logits were computed from.
+        logits: `[B, N, V]`.
+        inputs: S tensors `[B, N, C]`, which the logits were computed from.
         mask: `[B, N]`, 0 for padding, which counts neither in T nor in the result.
     """
     largest = logits.amax(-1).float()
@@ -84,9 +85,9 @@ def contribution(logits: Tensor, inputs: list[Tensor], mask: Tensor | None = Non
 
 @contextmanager
 def layer_inputs(model: Any, wanted: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """While open, a forward leaves here what enters the decoder layers `wanted`, with gradients.
+    """Collects the inputs of the decoder layers `wanted`, by layer, in forwards inside the context.
 
-    The graph begins at the first of them.
+    The inputs have gradients; the graph begins at the first of them.
     """
     layers, entered = decoder_layers(model.base_model), dict[int, Tensor]()
     handles = [
@@ -108,6 +109,7 @@ def _note(
     kwargs: dict[str, Any],
 ) -> Any:
     hidden = argument(layer, args, kwargs, "hidden_states")
+    # The graph begins at the first layer that is wanted; without gradients, at each of them.
     if not entered or not hidden.requires_grad:
         hidden = hidden.detach().requires_grad_()
     entered[index] = hidden

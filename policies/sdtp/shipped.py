@@ -1,4 +1,4 @@
-"""Heads that ship with kvprune, found by what a model is and not by what it is called."""
+"""Heads that ship with kvprune, found by a model's architecture and weights, not by its name."""
 
 from __future__ import annotations
 
@@ -32,12 +32,15 @@ ALIKE = 0.98
 
 
 def fingerprint(model: Any) -> dict[str, Any]:
-    """What tells a model from all others, whatever it was loaded as.
+    """The fingerprint that tells a model from all others, in whatever precision it was loaded.
 
     Returns:
-        `architecture`: named fields of its config. `vectors` and `matrices`: by name, a few
-        weights of the first, middle and last parameter of one dimension and of two, rounded to
-        bfloat16.
+        a dict with three keys:
+
+        * `architecture`: fields of the model's config, by name.
+        * `vectors`: a few weights of the first, middle and last parameter of one dimension, by
+          the parameter's name, rounded to bfloat16.
+        * `matrices`: the same of parameters of two dimensions.
     """
     config = model.config.get_text_config(decoder=True)
     named = [(n, p) for n, p in named_weights(model.base_model) if p.numel() > SAMPLES]
@@ -49,9 +52,9 @@ def fingerprint(model: Any) -> dict[str, Any]:
 
 
 def weights_digest(module: torch.nn.Module) -> str:
-    """What tells a module's parameters and buffers from all others, bit for bit.
+    """The digest that tells a module's parameters and buffers from all others, bit for bit.
 
-    Where a fingerprint looks at a few weights, this reads all of them.
+    A fingerprint looks at a few weights; this digest reads all of the module's `state_dict`.
     """
     said = hashlib.sha256()
     for name, weight in module.state_dict().items():
@@ -64,8 +67,8 @@ def same_model(one: dict[str, Any], two: dict[str, Any]) -> bool:
     """Whether two fingerprints are of one checkpoint.
 
     Vectors (norms, biases) must agree within a bfloat16 unit: float16 and bfloat16 round
-    differently, and no format quantises them. Matrices must correlate: 4-bit quantisation
-    moves them by some percent.
+    differently, and no format quantises vectors. Matrices must correlate: 4-bit quantisation
+    moves their weights by some percent.
     """
     if one["architecture"] != two["architecture"]:
         return False
@@ -80,7 +83,7 @@ def heads_for(model: torch.nn.Module) -> SDTPHeads:
     """The heads that ship for a model, in float32 on its device; the same object every time.
 
     Raises:
-        KVPruneError: there are none for this model.
+        KVPruneError: no heads ship for this model.
     """
     mine = fingerprint(model)
     folders = sorted(path.parent for path in FOLDER.glob("*/model.safetensors"))
@@ -97,10 +100,10 @@ def heads_for(model: torch.nn.Module) -> SDTPHeads:
 
 
 def heads_in(folder: str, model: torch.nn.Module) -> SDTPHeads:
-    """The heads in a folder, in float32 on the model's device; read again where they changed.
+    """The heads in a folder, in float32 on the model's device; read again after their file changed.
 
     Raises:
-        KVPruneError: there are none.
+        KVPruneError: the folder has no heads.
     """
     file = Path(folder, SAFETENSORS_SINGLE_FILE)
     written = file.stat().st_mtime_ns if file.is_file() else 0
@@ -114,6 +117,7 @@ def _loaded(folder: Path | str, device: str, written: int = 0) -> SDTPHeads:
 
 
 def _some(parameters: list[tuple[str, Tensor]]) -> dict[str, list[float]]:
+    """Sampled weights of the first, middle and last of some parameters, by name."""
     if not parameters:
         return {}
     chosen = dict([parameters[0], parameters[len(parameters) // 2], parameters[-1]])
@@ -121,7 +125,7 @@ def _some(parameters: list[tuple[str, Tensor]]) -> dict[str, list[float]]:
 
 
 def _sampled(weight: Tensor) -> list[float]:
-    """`SAMPLES` of a parameter's weights, evenly spread."""
+    """`SAMPLES` weights of a parameter, evenly spread."""
     step = weight.numel() // SAMPLES
     places = torch.arange(SAMPLES, device=weight.device) * step + step // 2
     values: list[float] = weight.detach().flatten()[places].to(torch.bfloat16).tolist()

@@ -1,8 +1,8 @@
-"""The pruning pass of SDTP's training: what pruning would do, by attention masks, with gradients.
+"""The pruning pass of SDTP's training: simulates pruning by attention masks, with gradients.
 
-Nothing leaves the model, so shapes stay; from the stage on that drops a token, nobody attends
-to it (paper, section 3.3, as DynamicViT does). Which tokens those are is decided as in
-inference, by the policy's schedule and the engine's selection, on scores with Gumbel noise. The
+No token leaves the model, so shapes stay; from the stage on that drops a token, no query attends
+to that token (paper, section 3.3, as DynamicViT does). The policy's schedule and the engine's
+selection decide which tokens are dropped, as in inference, but on scores with Gumbel noise. The
 backward pass takes each decision for its straight-through relaxation, so that a head learns
 from the tokens that it dropped as well as from those that it kept.
 """
@@ -28,9 +28,9 @@ from .heads import SDTPHeads
 from .policy import SDTP
 
 LEAK = 1e-5
-"""What a dropped token still weighs in attention, so that its gate has a gradient.
+"""The weight that a dropped token still has in attention, so that its gate has a gradient.
 
-It bounds that gradient, by its inverse: at 1e-8 single tokens drowned all others.
+The inverse of this weight bounds that gradient: at 1e-8 single tokens drowned all others.
 """
 
 
@@ -38,12 +38,20 @@ It bounds that gradient, by its inverse: at 1e-8 single tokens drowned all other
 class PruningPass:
     """One row's way through the stages.
 
-    policy: with heads, which get the gradients. prompt: how many tokens can be pruned, the
-    first ones; those behind them always stay. temperature: of the noise and of the relaxation;
-    0 for no noise, as in inference.
-    stages: those that were met. columns: for each, the `[n]` tokens that came to it.
-    scores: theirs, with gradients.
-    free: `[n]` bool, which of them could have gone. kept: `[n]` bool, which of them went on.
+    Args:
+        policy: the policy, with heads, which get the gradients.
+        prompt: how many tokens can be pruned, the first ones; tokens behind them always stay.
+        temperature: the temperature of the noise and of the relaxation; 0 for no noise, as in
+            inference.
+        generator: the random generator of the noise.
+
+    Attributes:
+        stages: the stages that were met.
+        columns: for each stage, the `[n]` columns of the tokens that came to it.
+        scores: for each stage, the scores of these tokens, with gradients.
+        free: for each stage, `[n]` bool, which of these tokens could have been dropped.
+        kept: for each stage, `[n]` bool, which of these tokens went on.
+        gate: `[prompt]`, 1 for tokens that were kept so far, 0 for others; None before any stage.
     """
 
     policy: SDTP
@@ -59,12 +67,12 @@ class PruningPass:
     _masks: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
 
     def enter(self, layer: int, num_layers: int, hidden: Tensor) -> None:
-        """Decides before a stage's layer, given its input `[1, N, C]`."""
+        """Decides which tokens go on, if a stage stands before `layer`; `hidden` is `[1, N, C]`."""
         stage = self.policy.stage_of(layer)
         if stage is None or not self.policy.applies(layer):
             return
         tokens = self._view(layer, num_layers, hidden.detach())
-        # As in inference, where nothing is under autocast.
+        # Heads are not under autocast, as they are not in inference.
         with torch.autocast(hidden.device.type, enabled=False):
             self._decide(stage, tokens)
 
@@ -73,7 +81,7 @@ class PruningPass:
         score = self.policy.heads(tokens.hidden, tokens.columns, stage)
         noisy = score + self._noise(score)
         ranking = self.policy.ranking(tokens, stage, noisy.detach())
-        # The logits of the prompt's last token are asked for.
+        # The logits of the prompt's last token are asked for, so it is protected.
         asked = tokens.columns[:, None] == self.prompt - 1
         ranking = replace(ranking, protected=ranking.protected | asked)
         kept = select(ranking, tokens.columns[:, None], tokens.valid[:, None])[0, 0]
@@ -86,7 +94,7 @@ class PruningPass:
         self.kept.append(kept)
 
     def _view(self, layer: int, num_layers: int, hidden: Tensor) -> TokenView:
-        """The tokens that are left."""
+        """The view of the prompt's tokens that are left."""
         columns = torch.arange(self.prompt, device=hidden.device)
         if self.kept:
             columns = self.columns[-1][self.kept[-1]]
@@ -103,23 +111,30 @@ class PruningPass:
         )
 
     def _noise(self, score: Tensor) -> Tensor:
-        """The temperature times the difference of two Gumbel variables, to keep and to drop."""
+        """The noise on scores: the temperature times the difference of two Gumbel variables.
+
+        One variable is of keeping a token, the other of dropping it.
+        """
         if self.temperature == 0:
             return torch.zeros_like(score)
+        # The logit of a uniform variable has the distribution of that difference.
         uniform = torch.rand(score.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6)
         return self.temperature * uniform.logit().to(score)
 
     def _close(self, columns: Tensor, gate: Tensor) -> None:
-        """Multiplies the gates of tokens; what was dropped before stays so, with its gradient."""
+        """Multiplies `gate` into the gates of the tokens at `columns`.
+
+        A token that was dropped before stays dropped, with its gradient.
+        """
         self._masks = {}
         before = gate.new_ones(self.prompt) if self.gate is None else self.gate
         self.gate = before * torch.ones_like(before).index_copy(0, columns, gate)
 
     def mask(self, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
-        """A layer's own mask with the dropped tokens hidden; as it is before the first stage."""
+        """A layer's own mask with dropped tokens hidden; unchanged before the first stage."""
         if self.gate is None:
             return mask
-        # The layers of a stage share masks: one for each that the model made.
+        # The layers behind a stage share masks: one for each mask that the model made.
         if id(mask) not in self._masks:
             self._masks[id(mask)] = (mask, self._gated(hidden, mask))
         return self._masks[id(mask)][1]
@@ -130,11 +145,12 @@ class PruningPass:
 
 
 def _gate(noisy: Tensor, kept: Tensor, protected: Tensor, temperature: float) -> Tensor:
-    """1 for kept and 0 for dropped tokens `[n]`; its gradient is that of the Gumbel-softmax."""
+    """Gates `[n]`, 1 for kept and 0 for dropped tokens; their gradient is the Gumbel-softmax's."""
     chosen = kept & ~protected
+    # No token stayed for its score, or none was dropped: there is no decision to learn from.
     if not bool(chosen.any()) or bool(kept.all()):
         return kept.to(noisy.dtype)
-    # Where the schedule cuts: the least score that stayed.
+    # The schedule cuts at the least score that stayed.
     edge = noisy.detach()[chosen].min()
     soft = torch.sigmoid((noisy - edge) / (temperature or 1.0))
     return torch.where(protected, 1.0, kept.to(noisy.dtype) + soft - soft.detach())
@@ -142,7 +158,7 @@ def _gate(noisy: Tensor, kept: Tensor, protected: Tensor, temperature: float) ->
 
 @contextmanager
 def simulated(model: Any, run: PruningPass) -> Iterator[PruningPass]:
-    """While open, one forward of `model` with one row and no cache is pruned by `run`."""
+    """Prunes, by `run`, one forward of `model` inside the context, with one row and no cache."""
     layers = decoder_layers(model.base_model)
     handles = [
         layer.register_forward_pre_hook(

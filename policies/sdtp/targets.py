@@ -1,4 +1,4 @@
-"""What heads are to learn of an example: how salient each of its prompt's tokens is, by stage."""
+"""The targets of heads: how salient each token of an example's prompt is, by stage."""
 
 from __future__ import annotations
 
@@ -20,10 +20,17 @@ from .saliency import contribution, layer_inputs
 Target = Callable[
     [Any, Sequence[int], Tensor, int, DynamicCache | None], tuple[list[Tensor], Tensor]
 ]
-"""Takes a model, the stages' layers, ids `[1, m]`, how many of them are of the prompt, and a cache
-of what is before them; the rest of the ids is the completion. Returns what enters those layers,
-`[1, m, C]` each, and the saliency of the prompt's tokens, those in the cache included,
-`[S, n]` float32. The cache then holds all ids."""
+"""A target takes, in this order:
+
+* a model;
+* the layers that the stages stand before;
+* ids `[1, m]`, those of the prompt first, then those of the completion;
+* how many of these ids are of the prompt;
+* a cache of the tokens before these ids, or None.
+
+The target returns the inputs of the layers, `[1, m, C]` each, and the saliency of the prompt's
+tokens, tokens in the cache included, `[S, n]` float32. The cache then holds all ids.
+"""
 
 
 def removal(
@@ -33,21 +40,23 @@ def removal(
     size: int,
     cache: DynamicCache | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """What the completion loses when it cannot attend to a token from a stage on.
+    """The loss of the completion when it cannot attend to a token from a stage on.
 
-    By how much the log odds of the completion's tokens fall, to first order, when what they come
-    from no longer attends to the token in the stage's layer and all deeper ones; 0 where they rise.
-    That is the derivative with respect to a gate on the token's attention weights, or to a bias on
-    its scores (for whole heads: Michel et al., 2019, section 4): `sum of a_i (v_i - o) . dT/do`
-    over those layers, their heads and those queries, with `o` what a head gives, and `T` the sum of
-    the log odds, whose gradient does not vanish where the model is sure. Not counted is what
-    reaches the completion by way of other tokens, and a head that attends to one token alone counts
-    for less than it loses. It costs a forward and, of the completion alone, one more with its
+    The saliency of a token is, to first order, how much the log odds of the completion's tokens
+    fall when the tokens that predict them no longer attend to it in the stage's layer and all
+    deeper ones; 0 where the log odds rise. This is the derivative with respect to a gate on the
+    token's attention weights, or to a bias on its scores (for whole heads: Michel et al., 2019,
+    section 4): `sum of a_i (v_i - o) . dT/do` over those layers, their heads and those queries,
+    with `o` the output of a head, and `T` the sum of the log odds, whose gradient does not vanish
+    where the model is sure. Two effects are missed: effects on the completion by way of other
+    tokens are not counted, and a head that attends to one token alone counts for less than it
+    loses. The target costs a forward and, for the completion alone, a second one with its
     backward.
     """
     cache = DynamicCache() if cache is None else cache
     inputs = hidden_states(model, layers, ids, cache)
     last, lowest = size - 1, min(layers)
+    # The prompt's last token is read again: the completion's first token is predicted from it.
     cache.crop(last - ids.shape[1])
     with torch.enable_grad(), biased(model, lowest, cache.get_seq_length() + 1) as biases:
         output = model(ids[:, last:], use_cache=True, **with_cache(model, cache))
@@ -56,7 +65,7 @@ def removal(
         slopes = torch.stack(torch.autograd.grad(odds, biases))
     layer: Any
     for layer in cache.layers:
-        # Or the cache would keep the graph.
+        # Keys and values that are not detached would keep the graph.
         layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
     return inputs, torch.stack([slopes[i - lowest :].sum(0).clamp(min=0) for i in layers])
 
@@ -68,7 +77,7 @@ def gradient(
     size: int,
     cache: DynamicCache | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """The paper's, gradient times input, signed; see `saliency`. Without a cache alone."""
+    """The paper's target: gradient times input, signed; see `saliency`. Takes no cache."""
     assert cache is None
     with torch.enable_grad(), layer_inputs(model, layers) as entered:
         logits = model(ids, use_cache=False).logits
@@ -81,9 +90,10 @@ TARGETS: dict[str, Target] = {"removal": removal, "gradient": gradient}
 
 
 def can_continue(model: Any, target: str) -> bool:
-    """Whether it is the same after a cache of what is before.
+    """Whether a target is the same when it is computed after a cache of the tokens before.
 
-    It is not where rotary frequencies depend on how long the whole is.
+    The target "gradient" takes no cache; and nothing is the same where rotary frequencies depend
+    on the length of the whole sequence.
     """
     config = model.config.get_text_config(decoder=True)
     scaling = getattr(config, "rope_parameters", None) or {}
@@ -96,8 +106,8 @@ def can_continue(model: Any, target: str) -> bool:
 def hidden_states(
     model: Any, layers: Sequence[int], ids: Tensor, cache: DynamicCache | None = None
 ) -> list[Tensor]:
-    """What enters the layers, `[1, m, C]` each, of tokens `[1, m]` that follow those in a cache."""
-    # With a cache in any case, so that it is the same to the last bit.
+    """The inputs of the layers, `[1, m, C]` each, for tokens `[1, m]` that follow a cache's."""
+    # Always with a cache, so that results are the same to the last bit.
     cache = DynamicCache() if cache is None else cache
     with layer_inputs(model, layers) as entered:
         model.base_model(ids, use_cache=True, **with_cache(model.base_model, cache))
@@ -105,7 +115,7 @@ def hidden_states(
 
 
 def _log_odds(logits: Tensor, truth: Tensor) -> Tensor:
-    """Of each of the tokens `[m]` against all others, by logits `[m, V]`."""
+    """The log odds of each of the tokens `[m]` against all others, from logits `[m, V]`."""
     index = truth[:, None]
     others = logits.scatter(1, index, -torch.inf).logsumexp(1)
     return logits.gather(1, index)[:, 0] - others
@@ -113,15 +123,15 @@ def _log_odds(logits: Tensor, truth: Tensor) -> Tensor:
 
 @contextmanager
 def biased(model: Any, lowest: int, count: int) -> Iterator[list[Tensor]]:
-    """While open, forwards of one row have a bias of 0 on their attention scores.
+    """Adds a bias of 0 to attention scores, in forwards of one row inside the context.
 
     Args:
-        model: of a family that pruning works for.
-        lowest: the first layer to have one.
-        count: how many tokens have one, the first ones, those in a cache included.
+        model: a model of a family that pruning works for.
+        lowest: the first layer that has a bias.
+        count: how many tokens have a bias, the first ones, those in a cache included.
 
     Yields:
-        by layer, from `lowest` on, `[count]` float32, to differentiate by.
+        the biases by layer, from `lowest` on, `[count]` float32 each, to differentiate by.
     """
     layers = decoder_layers(model.base_model)[lowest:]
     biases = [torch.zeros(count, device=model.device, requires_grad=True) for _ in layers]

@@ -1,4 +1,4 @@
-"""The loop that trains SDTP's heads, and goes on after being killed; see `training`."""
+"""The loop that trains SDTP's heads, and that goes on after it was killed; see `training`."""
 
 from __future__ import annotations
 
@@ -41,14 +41,22 @@ CLIP = 1.0
 WARM_UP = 20
 
 _Scored = tuple[int, Tensor, Tensor]
-"""A stage, the columns of tokens `[n]`, and their scores."""
+"""A stage, the columns `[n]` of its tokens, and their scores."""
 
 
 class Trainer:
     """One training.
 
-    model: attached and frozen. policy: with the heads that are trained. training, held_out:
-    examples. accelerator: accelerate's.
+    Args:
+        model: the model, attached and frozen.
+        policy: the policy with the heads that are trained.
+        training: the examples to train on.
+        held_out: the examples to measure by.
+        marks: the marks of all these examples.
+        options: the options of the training.
+        out: the folder for heads, account and checkpoint.
+        accelerator: accelerate's accelerator.
+        progress: whether to draw bars.
     """
 
     def __init__(
@@ -73,10 +81,10 @@ class Trainer:
         self.metrics: list[dict[str, Any]] = []
 
     def run(self, note: dict[str, Any]) -> None:
-        """All phases, from the checkpoint on.
+        """Runs all phases, from the checkpoint on.
 
         The heads are written when the last step is done. Measuring them may take minutes, and
-        whoever stops it then has heads all the same.
+        a user who stops the training then has heads all the same.
         """
         at, state = self._resumed()
         if self.marks.keep_hidden and not state:
@@ -93,7 +101,7 @@ class Trainer:
         self._write_account(note, complete=True)
 
     def _write_heads(self, note: dict[str, Any], measured: bool) -> None:
-        """The trained heads; if they are still to be measured, the account says so."""
+        """Writes the trained heads; if they are still to be measured, the account says so."""
         self.heads.eval()
         self.heads.save_pretrained(self.out)
         self._write_account(note, complete=measured)
@@ -105,7 +113,7 @@ class Trainer:
         write_text(self.out / ACCOUNT, json.dumps(said, indent=2) + "\n")
 
     def _mark_all(self) -> None:
-        """Ahead of all, since those that share a beginning are to follow each other."""
+        """Marks all examples before training, those that share a beginning one after another."""
         examples = sorted(self.training + self.held_out, key=lambda e: e.prompt[: e.shared])
         for example in tqdm(examples, desc="marks", disable=not self.progress):
             with self.accelerator.autocast():
@@ -119,7 +127,7 @@ class Trainer:
         return math.ceil(len(self.training) / self.options.batch)
 
     def _run_phase(self, number: int, phase: Phase, state: dict[str, Any]) -> Any:
-        """All steps of a phase that are left, measured along the way but not at the end.
+        """Runs the steps of a phase that are left, and measures along the way but not at the end.
 
         Returns:
             the optimizer, as the last step left it.
@@ -136,7 +144,7 @@ class Trainer:
         bar = tqdm(total=steps, initial=done, desc=phase.name, disable=not self.progress)
         with bar:
             for step in range(done, steps):
-                # Also after a checkpoint: it may have been stopped while this was measured.
+                # Also right after a checkpoint: the training may have been stopped while measuring.
                 if self._is_due(step, steps):
                     self._measure(number, phase, step, optimizer)
                 self._set_rate(optimizer, phase.learning_rate, step, steps)
@@ -144,18 +152,18 @@ class Trainer:
                 bar.set_postfix(self._step(optimizer, number, phase, *place))
                 bar.update()
                 so_far = step + 1
-                # Before it is measured, so that nothing has to be trained again.
+                # The checkpoint comes before the measurement, so that no step has to be run again.
                 if so_far % self.options.checkpoint_every == 0 or self._is_due(so_far, steps):
                     self._checkpoint(number, so_far, optimizer)
         return optimizer
 
     def _is_due(self, step: int, steps: int) -> bool:
-        """Whether heads are measured after so many of a phase's steps."""
+        """Whether heads are measured after the first `step` of a phase's `steps` steps."""
         every = self.options.evaluate_every or steps
         return step > 0 and (step % self._per_epoch == 0 or step % every == 0)
 
     def _measure(self, number: int, phase: Phase, step: int, optimizer: Any) -> None:
-        """Adds what the heads are worth after so many of a phase's steps, if that is not known."""
+        """Measures the heads after so many of a phase's steps, unless the figures are known."""
         if not self._is_measured(phase, step):
             self.metrics.append({"phase": phase.name, "step": step, **self._measured()})
             self._checkpoint(number, step, optimizer)
@@ -164,7 +172,7 @@ class Trainer:
         return any((m["phase"], m["step"]) == (phase.name, step) for m in self.metrics)
 
     def _set_rate(self, optimizer: Any, highest: float, step: int, steps: int) -> None:
-        """A short warm-up, then a cosine down to a fiftieth."""
+        """Sets the learning rate: a short warm-up, then a cosine down to a fiftieth."""
         rising = min(1.0, (step + 1) / min(WARM_UP, steps))
         falling = 0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
@@ -174,7 +182,7 @@ class Trainer:
         self, optimizer: Any, number: int, phase: Phase, epoch: int, place: int
     ) -> dict[str, float]:
         order = list(self.training)
-        # A function of where it stands, so that nothing of it needs to be kept to go on.
+        # The order follows from seed, phase and epoch, so that no checkpoint needs to hold it.
         random.Random(f"{self.options.seed} {number} {epoch}").shuffle(order)
         batch = order[place * self.options.batch :][: self.options.batch]
         said: dict[str, float] = {}
@@ -201,7 +209,7 @@ class Trainer:
         return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
     def _terms(self, phase: Phase, example: Example) -> dict[str, Tensor]:
-        """The losses that have a weight, by the names of those."""
+        """The losses that have a weight, each by the name of its weight."""
         if not phase.through_model:
             mark = self._marked(example)
             return self._against_marks(self._coming(mark), mark.saliency)
@@ -219,9 +227,10 @@ class Trainer:
             return self.marks.of(example)
 
     def _coming(self, mark: Mark) -> PruningPass:
-        """The tokens that come to each head, as the dense model hands them, and their scores.
+        """The tokens that come to each stage, as the dense model computes them, and their scores.
 
-        Which these are the heads before say: each is to tell apart what those leave.
+        The stages before decide which tokens come: a head is to tell apart the tokens that those
+        leave.
         """
         run = PruningPass(self.policy, mark.hidden.shape[1], temperature=0.0)
         count = len(decoder_layers(self.model.base_model))
@@ -230,9 +239,9 @@ class Trainer:
         return run
 
     def _against_marks(self, run: PruningPass, saliency: Tensor) -> dict[str, Tensor]:
-        """By how much the tokens that came to each stage are scored otherwise than marked.
+        """The losses of the scores of the tokens that came to each stage against their marks.
 
-        What is protected stays whatever its score, so nothing is learned of it.
+        A protected token stays whatever its score, so nothing is learned of it.
         """
         options, sinks = self.options, self.policy.sinks
         targets = standardised(saliency, sinks, options.signed)
@@ -250,6 +259,7 @@ class Trainer:
             ],
             "mse": [F.mse_loss(s, t) for s, _, t in scored if options.mse],
         }
+        # A zero that has a graph, for examples whose stages have nothing to order.
         nothing = torch.stack([score.sum() for score in run.scores]).sum() * 0.0
         return {
             name: torch.stack(each).mean() if each else nothing
@@ -258,6 +268,7 @@ class Trainer:
         }
 
     def _through_model(self, example: Example) -> tuple[PruningPass, dict[str, Tensor]]:
+        """The example's way through the pruned model, and the losses of its completion."""
         options = self.options
         run = PruningPass(self.policy, len(example.prompt), options.temperature, self.generator)
         logits = self._logits(example, run)
@@ -277,7 +288,7 @@ class Trainer:
         return run, terms
 
     def _logits(self, example: Example, run: PruningPass | None = None) -> Tensor:
-        """Logits of the completion's tokens, `[m, V]` float32, in the dense or pruned model."""
+        """Logits of the completion, `[m, V]` float32, of the dense model or as `run` prunes it."""
         ids = torch.tensor([example.prompt + example.completion], device=self.model.device)
         asked = len(example.completion) + 1
         with (
@@ -289,7 +300,7 @@ class Trainer:
 
     @torch.no_grad()
     def _measured(self) -> dict[str, Any]:
-        """On the held-out examples: how well saliency is predicted, and the pruned loss."""
+        """Figures of the held-out examples: how well saliency is predicted, and the pruned loss."""
         self.heads.eval()
         found, losses = list[dict[str, list[float]]](), list[float]()
         for example in tqdm(
@@ -305,7 +316,7 @@ class Trainer:
         return {**means, "pruned_nll": round(sum(losses) / len(losses), 4)}
 
     def _pruned_nll(self, example: Example) -> float:
-        """Of the completion's tokens, in the model as the policy prunes it."""
+        """The mean loss of the completion's tokens, in the model as the policy prunes it."""
         cache = ComposedCache([self.policy])
         ids = torch.tensor([example.prompt + example.completion[:-1]], device=self.model.device)
         size, count = len(example.prompt), len(example.completion)
@@ -317,10 +328,11 @@ class Trainer:
         return float(F.cross_entropy(torch.cat(logits, 1)[0].float(), truth))
 
     def _agreement(self, mark: Mark) -> dict[str, list[float]]:
-        """Per stage, the sinks left out: rank correlations among the tokens that come to it.
+        """The agreement of scores with saliency, by stage, with the sinks left out.
 
-        And the recall: of the most salient of all tokens, as many as the stage keeps, or as there
-        are of any saliency, the share that it does keep.
+        "spearman" and "kendall" are rank correlations among the tokens that come to the stage.
+        "recall" takes the most salient of all tokens, as many as the stage keeps, or as there are
+        of any saliency: the share of them that the stage does keep.
         """
         from scipy.stats import kendalltau, spearmanr
 
@@ -336,7 +348,7 @@ class Trainer:
             top = target.topk(min(len(kept), salient)).indices
             for name, correlation in (("spearman", spearmanr), ("kendall", kendalltau)):
                 value = float(correlation(score, target[there]).statistic)
-                # Too few tokens to have an order.
+                # NaN: too few tokens to have an order.
                 said[name].append(0.0 if math.isnan(value) else value)
             said["recall"].append(float(torch.isin(top, kept).float().mean()))
         return said
@@ -349,11 +361,11 @@ class Trainer:
                 f"checkpoint in {self.out} is from before"
             )
 
-    # Going on after being killed.
+    # Going on after the training was killed.
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a training to go on, as JSON gives it back."""
+        """The facts that must be the same for a training to go on, as JSON gives them back."""
         policy = {f.name: getattr(self.policy, f.name) for f in dataclasses.fields(self.policy)}
         del policy["heads"]
         policy["layers"] = None if self.policy.layers is None else sorted(self.policy.layers)
@@ -383,7 +395,7 @@ class Trainer:
         write_whole(self.out / CHECKPOINT, lambda scratch: torch.save(state, scratch))
 
     def _resumed(self) -> tuple[int, dict[str, Any]]:
-        """The phase that the checkpoint is of, and its state; at the start without one."""
+        """The phase and the state of the checkpoint; phase 0 and nothing without a checkpoint."""
         path = self.out / CHECKPOINT
         if not path.exists():
             return 0, {}

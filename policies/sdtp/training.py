@@ -1,9 +1,9 @@
 """Trains SDTP's heads for a frozen model (paper, section 3.3).
 
-Two phases. In the first, heads learn the saliency of the marking pass from what the dense model's
-layers are handed, each on the tokens that the heads before it leave. In the second, the model runs
-pruned by the heads (see `simulation`), and the loss of the answer reaches them too. It is off by
-default: as it stands it made heads worse.
+There are two phases. In the first, heads learn the saliency of the marking pass from the inputs of
+the dense model's layers, each on the tokens that the heads before it leave. In the second, the
+model runs pruned by the heads (see `simulation`), and the loss of the completion reaches them too.
+The second phase is off by default: as it stands it made heads worse.
 """
 
 from __future__ import annotations
@@ -52,33 +52,34 @@ def train(
 ) -> SDTPHeads:
     """Trains heads for a model, which stays as it is, bit for bit.
 
-    Can be killed at any moment and called again with the same arguments: it goes on from the last
-    checkpoint in `out`, to the same weights; what it lacks of the figures is measured then.
+    A training can be killed at any moment. Called again with the same arguments, it goes on from
+    the last checkpoint in `out`, to the same weights; figures that are missing are measured then.
 
     Args:
         model: a transformers model with a language-model head, of a family that can be pruned.
-        examples: see `read_examples`.
+        examples: the examples to train on; see `read_examples`.
         out: a folder for the heads (`SDTPHeads.from_pretrained(out)`), `training.json` (what was
             done and measured; `complete` is false in it while the last figures are missing) and
             the checkpoint. The heads are there before they are measured.
-        options: how.
-        policy: the schedule to train for, with the heads to begin with, which stay as they are;
-            None for the paper's, with untrained heads that have a low-rank term.
+        options: the options of the training; None for the defaults.
+        policy: the schedule to train for, with the heads to begin with, which are not changed;
+            None for the paper's schedule, with untrained heads that have a low-rank term.
         held_out: examples to measure by; None for a share of `examples`, `options.validation`.
         marks: a folder for marked examples that outlives this training; None for one in `out`.
-        keep_hidden: keep what enters the stages' layers there as well, on which the first phase
-            trains: stages times prompt tokens times C numbers per example; see `Marks`.
+        keep_hidden: whether to keep the inputs of the stages' layers there as well, which the
+            first phase trains on: stages times prompt tokens times C numbers per example; see
+            `Marks`.
         progress: whether to draw a bar with the losses.
-        note: what else `training.json` should say, such as where the data comes from.
+        note: further facts for `training.json`, such as where the data is from.
 
     Returns:
         the trained heads, on the model's device.
 
     Raises:
         KVPruneError: accelerate or scipy is missing, the family is not supported, the model is
-            spread over several devices or offloaded, too few examples or ones whose prompts are
-            too short, another training that works in `out`, a checkpoint of another one, a loss
-            that is not finite, or a file that cannot be written.
+            spread over several devices or offloaded, too few examples or examples whose prompts
+            are too short, another training that works in `out`, a checkpoint of another training,
+            a loss that is not finite, or a file that cannot be written.
     """
     check_family(model)
     _require("accelerate", "scipy")
@@ -112,10 +113,10 @@ def train(
 
 
 def standing(out: Path) -> str:
-    """How far the training in a folder is, for whoever has stopped it."""
+    """A sentence that tells the user who stopped the training in a folder how far it got."""
     try:
         account = json.loads((out / ACCOUNT).read_text(encoding="utf-8"))
-    # There is none yet.
+    # There is no account yet.
     except (OSError, ValueError):
         account = {}
     if account.get("complete") is False:
@@ -131,7 +132,7 @@ def _alone(out: Path) -> Iterator[None]:
     """Keeps other trainings out of a folder.
 
     Raises:
-        KVPruneError: another one works there, or the folder cannot be written.
+        KVPruneError: another training works there, or the folder cannot be written.
     """
     lock = FileLock(out / LOCK)
     try:
@@ -179,7 +180,7 @@ def _as_json(note: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prepared(policy: SDTP, model: Any) -> SDTP:
-    """With a copy of its heads, ready to be trained for the model."""
+    """The policy with a copy of its heads, ready to be trained for the model."""
     if not isinstance(policy, SDTP) or not isinstance(policy.heads, SDTPHeads):
         raise KVPruneError(
             f"train: expected a policy with heads: SDTP(untrained(model)), got {policy!r}"
@@ -196,7 +197,13 @@ def _prepared(policy: SDTP, model: Any) -> SDTP:
 
 
 def untrained(model: Any, seed: int = 0, **options: Any) -> SDTPHeads:
-    """Heads for a model with random weights; `options` as for `SDTPHeads`."""
+    """Heads with random weights for a model.
+
+    Args:
+        model: the model.
+        seed: the seed of the weights.
+        options: as for `SDTPHeads`; `query_heads` is 4 by default.
+    """
     config = model.config.get_text_config(decoder=True)
     options.setdefault("query_heads", 4)
     with torch.random.fork_rng(devices=[]):
@@ -210,7 +217,7 @@ def _accelerator(mixed_precision: str | None) -> Any:
 
     try:
         accelerator = Accelerator(mixed_precision=mixed_precision)
-    # Not a known one; or this process has used accelerate with another.
+    # An unknown precision; or this process has used accelerate with another one.
     except ValueError as error:
         raise KVPruneError(f"train: mixed_precision={mixed_precision!r}: {error}") from error
     if accelerator.mixed_precision not in ("no", "bf16"):
@@ -225,12 +232,13 @@ def _accelerator(mixed_precision: str | None) -> Any:
 def _split(
     examples: Sequence[Example], apart: Sequence[Example] | None, options: Training
 ) -> tuple[Sequence[Example], Sequence[Example]]:
-    """What is trained on, and what is held out."""
+    """The examples to train on, and the examples to hold out."""
     different = list(dict.fromkeys(examples))
     if apart is not None:
         return _apart(different, list(dict.fromkeys(apart)))
-    # The last ones, and not any: neighbours are of one text.
+    # The last examples, and not any: neighbours are of one text.
     held_out = different[-max(1, round(options.validation * len(different))) :]
+    # All examples about a text that is held out are held out with it.
     texts = {_text(e) for e in held_out}
     parts = [[e for e in different if (_text(e) in texts) is there] for there in (False, True)]
     if not all(parts):
@@ -242,7 +250,7 @@ def _split(
 
 
 def _text(example: Example) -> tuple[int, ...]:
-    """What it is about: the tokens that it shares, or else its prompt."""
+    """The text that an example is about: the tokens that it shares, or else its prompt."""
     return example.prompt[: example.shared or None]
 
 
@@ -294,7 +302,7 @@ def _require(*packages: str) -> None:
 
 @contextmanager
 def _frozen(model: Any) -> Iterator[None]:
-    """Attached, in eval mode and without gradients; afterwards as it was, and where it was."""
+    """Attaches the model and freezes it, in eval mode; afterwards undoes this and moves it back."""
     attached = "_kvprune" in model.base_model.__dict__
     device = model.device
     wanted = [p for p in model.parameters() if p.requires_grad]

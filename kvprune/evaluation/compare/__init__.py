@@ -1,1 +1,1 @@
-"""A comparison: what is planned, who runs the cells, and what one cell does."""
+"""A comparison: its plan, the executors that run its cells, and the work on one cell."""

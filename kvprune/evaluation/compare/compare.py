@@ -1,7 +1,8 @@
-"""The comparison: policies, budgets, tasks and contexts, each cell once, whatever happens.
+"""The comparison: each policy at each budget on each task and context, every cell run once.
 
-What is finished is in `results.jsonl` (see `ledger`); what is not is run, cell by cell, by an
-executor (see `executors`). Everything that can be wrong is looked at before the first cell.
+Finished samples are in `results.jsonl` (see `ledger/ledger.py`). An executor (see `executors.py`)
+runs the samples that are missing, cell by cell. Everything that can be wrong is checked before the
+first cell.
 """
 
 from __future__ import annotations
@@ -39,25 +40,27 @@ from .progress import Watch, stage
 from .worker import Job, Worker
 
 EXECUTORS = ("local", "shared", "ray")
-"""Who may run the cells.
+"""The executors that may run the cells.
 
-"local": this process, one by one. "shared": this process, several on one reading of each prompt.
+"local": this process, one cell after the other.
+"shared": this process, several cells on one reading of each prompt.
 "ray": a Ray cluster.
 """
 PACKAGES = ("kvprune", "torch", "transformers", "tokenizers", "numpy")
-"""Whose versions may change a result."""
+"""The packages whose versions may change a result."""
 ROOM = 16 * 2**20
 LINE = 8 * 2**10
-"""Bytes that must be free: for the report and what is looked at, and for each sample."""
+"""Bytes that must be free on the disk: ROOM for the report and the traces, LINE for each sample."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came out.
+    """The results of a comparison.
 
-    rows: one flat dict for each cell, for `pandas.DataFrame(comparison.rows)`; see `rows_of`.
-    results: all samples. folder: where they are kept; None where they are not. asked: the cells
-    that were asked for this time.
+    Attributes:
+        results: all samples, failures and traces.
+        folder: the folder that keeps the results; None if no folder does.
+        asked: the cells that this call asked for.
     """
 
     results: Results = field(repr=False)
@@ -66,12 +69,15 @@ class Comparison:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each cell, failed ones included."""
+        """One flat dict for each cell, failed ones included; see `rows_of` in `report/rows.py`.
+
+        `pandas.DataFrame(comparison.rows)` makes a data frame of them.
+        """
         return rows_of(self.results)
 
     @property
     def failures(self) -> tuple[Failure, ...]:
-        """The cells that were asked for and could not be run, and why."""
+        """The cells that this call asked for and that could not be run, each with its error."""
         return tuple(f for f in self.results.failures if key_of(f.cell) in self.asked)
 
 
@@ -93,32 +99,35 @@ def compare(
 ) -> Comparison:
     """Runs every policy at every budget on every task at every context length.
 
-    The lines "dense" (nothing is dropped) and "no context" (what can be guessed) are always run.
-    Stopped and called again with the same `out`, it goes on where it was; more of everything may
-    then be asked for. A cell that fails is in `failures`, stops no other, and is tried again.
+    The lines "dense" (nothing is dropped) and "no context" (the model can only guess) are always
+    run. Stopped and called again with the same `out`, the comparison goes on where it was; the new
+    call may ask for more of everything. A cell that fails is in `failures`, does not stop the other
+    cells, and is run again by the next call that asks for it.
 
     Args:
-        model: its name or folder, or a loaded model (attached or not; not with `executor="ray"`).
-        policies: specs (see `specs`), policies, or pipelines as for `ComposedCache`.
+        model: the model's name or folder, or a loaded model (attached or not; not with
+            `executor="ray"`).
+        policies: specs (see `specs.py`), policies, or pipelines as for `ComposedCache`.
         tasks: names, paths of JSON lines, or `Task` objects.
-        contexts: the most tokens of a prompt.
+        contexts: the context lengths: the most tokens of a prompt.
         budgets: shares of the prompt that replace the budgets of policies that have one (see
-            `TokenPolicy.with_budget`); none for the policies' own.
-        samples: of each cell.
-        seed: of the samples.
-        dtype: to load the model in; "auto" for that of its file.
-        device: to run on, as "cuda"; None for the CPU, or where a loaded model is.
-        out: folder for `results.jsonl` and the report; None keeps no files.
-        executor: "local" for this process; "shared" for the same, with each prompt read once for
-            all policies and budgets that differ in what they evict alone (see `sharing`): the same
-            scores, sooner, and prefill seconds of one sample; "ray" for a cluster.
-        tokenizer: of a loaded model; None for that of its `name_or_path`. A model given by name
-            brings its own.
-        progress: whether to draw a bar, with the time left, on stderr.
+            `TokenPolicy.with_budget`); empty for the policies' own budgets.
+        samples: the number of samples of each cell.
+        seed: the seed of the samples.
+        dtype: the dtype to load the model in; "auto" for the dtype of its file.
+        device: the device to run on, such as "cuda"; None for the CPU, or for the device of a
+            loaded model.
+        out: the folder for `results.jsonl` and the report; None keeps no files.
+        executor: "local" for this process. "shared" for this process too, with each prompt read
+            once for all cells that differ only in what they evict (see `sharing.py`): the same
+            scores, sooner, but prefill seconds of one sample alone. "ray" for a cluster.
+        tokenizer: the tokenizer of a loaded model; None for the one at the model's `name_or_path`.
+            A model given by name brings its own.
+        progress: whether to draw a bar on stderr, with the time left.
 
     Raises:
-        KVPruneError: anything that cannot be, before any cell is run; also no room on the disk,
-            with all finished samples kept.
+        KVPruneError: a choice that is not possible, before any cell is run; or no room on the disk,
+            while all finished samples are kept.
     """
     plan = Plan(policies, tasks, contexts, budgets, samples, seed)
     run = Run(model, tokenizer, dtype, device, executor)
@@ -134,7 +143,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Run:
-    """What a plan is run on; see `compare`."""
+    """The model that a plan is run on, and the way to run it; see the arguments of `compare`."""
 
     model: Any
     tokenizer: Any = None
@@ -144,15 +153,17 @@ class Run:
 
     @property
     def source(self) -> Source:
-        """What others load the model from."""
+        """The arguments with which other processes load the model."""
         return Source(str(self.model), self.dtype, "cpu" if self.device is None else self.device)
 
 
 def measured(plan: Plan, run: Run, keep: Path | None = None, progress: bool = False) -> Comparison:
-    """What `compare` does, but for the report.
+    """Does what `compare` does, without the report.
 
     Args:
-        keep: the folder for the results file; None keeps none.
+        plan: the choices to compare.
+        run: the model, and the way to run it.
+        keep: the folder for the results file; None keeps no file.
         progress: see `compare`.
 
     Raises:
@@ -180,7 +191,7 @@ def measured(plan: Plan, run: Run, keep: Path | None = None, progress: bool = Fa
 
 @contextmanager
 def _worker(run: Run) -> Iterator[Worker]:
-    """A worker with the model, which is afterwards as it was."""
+    """A worker with the model; a loaded model is afterwards as it was before."""
     model, tokenizer = run.model, run.tokenizer
     if isinstance(model, (str, Path)):
         if tokenizer is not None:
@@ -217,7 +228,7 @@ def _own_tokenizer(model: Any) -> Any:
     name = getattr(model.config, "name_or_path", "")
     try:
         return AutoTokenizer.from_pretrained(name)
-    # As in `loaded`.
+    # As in `data/loading.py`, each library has an error class of its own.
     except Exception as error:
         raise KVPruneError(
             f"expected the tokenizer of the model at its name_or_path, which is {name!r}, and "
@@ -226,7 +237,7 @@ def _own_tokenizer(model: Any) -> Any:
 
 
 def _about(model: Any, worker: Worker, seed: int) -> dict[str, Any]:
-    """What a results file says of where it comes from."""
+    """The settings, versions and machine that a results file names in its first line."""
     on = device_of(worker.model)
     name = str(model) if isinstance(model, (str, Path)) else worker.model.config.name_or_path
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -234,7 +245,7 @@ def _about(model: Any, worker: Worker, seed: int) -> dict[str, Any]:
         machine += f", {torch.cuda.get_device_name(on)}"
     return {
         "format": FORMAT,
-        # "." has no name of its own.
+        # A path such as "." has a name only once it is absolute.
         "model": Path(os.path.abspath(name)).name,
         "digest": worker.digest,
         "seed": seed,
@@ -255,7 +266,7 @@ def _version(package: str) -> str:
 
 
 def _prepared(plan: Plan, ledger: Ledger, worker: Worker, about: dict[str, Any]) -> list[Job]:
-    """What is still to be run; everything is checked before the file is written to."""
+    """The jobs that are still to be run; everything is checked before the file is written to."""
     ledger.check(about)
     digests = plan.check_model(worker.model)
     for policy, (modules, code) in digests.items():
@@ -294,28 +305,30 @@ def _check_room(folder: Path, jobs: Sequence[Job]) -> None:
 
 
 def _run(ledger: Ledger, outcomes: Iterable[Outcome], jobs: Sequence[Job], watch: Watch) -> None:
-    """Writes each outcome as it comes."""
+    """Writes each outcome to the results file as soon as the executor yields it."""
     items = {(key_of(j.cell), s.number): digest_of(s, j.task.unit) for j in jobs for s in j.samples}
     for outcome in outcomes:
         number = getattr(outcome, "sample", -1)
+        # An executor may yield a sample twice; the first result counts.
         if (key_of(outcome.cell), number) in ledger.samples:
             continue
         ledger.add(outcome, items.get((key_of(outcome.cell), number), ""))
         watch.came(outcome)
 
 
-# Not in `executors.py`, which those that are imported here import.
+# This function is not in `executors.py`, because the executors that it imports import that file.
 
 
 def executor_of(name: str, loaded: bool) -> Executor:
-    """The executor of a name.
+    """The executor with this name.
 
     Args:
         name: one of `EXECUTORS`.
-        loaded: whether the model is an object, which no other process can load.
+        loaded: whether the model is an object in this process, which no other process can load.
 
     Raises:
-        KVPruneError: no such executor, not installed, or not for a loaded model.
+        KVPruneError: an unknown executor, a missing package, or a loaded model with an executor
+            that needs its name.
     """
     if name not in EXECUTORS:
         raise KVPruneError(f"--executor {name!r}: expected one of {', '.join(EXECUTORS)}")

@@ -1,6 +1,6 @@
-"""What an executor is, and the simplest one: this process runs the cells, one by one.
+"""The interface of an executor, and the simplest one: this process runs cell after cell.
 
-Only the caller ever writes results.
+Executors only yield outcomes. Their caller alone writes results.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .worker import Job, Worker, failed
 
 @dataclass(frozen=True)
 class Source:
-    """What a worker elsewhere loads the model from; see `loading.loaded`."""
+    """The arguments with which a worker elsewhere loads the model; see `data/loading.py`."""
 
     model: str
     dtype: str
@@ -22,19 +22,22 @@ class Source:
 
 
 Executor = Callable[[Sequence[Job], Worker, Source], Iterator[Outcome]]
-"""Yields what comes of the jobs, in any order; a job that fails yields one failure, the last."""
+"""Yields the outcomes of the jobs, in any order.
+
+A job that fails yields one failure, as its last outcome.
+"""
 
 
 def in_process(jobs: Sequence[Job], worker: Worker, source: Source) -> Iterator[Outcome]:
-    """One job after the other, here."""
+    """Runs one job after the other in this process."""
     for job in jobs:
         yield from attempted(job, worker)
 
 
 def attempted(job: Job, worker: Worker) -> Iterator[Outcome]:
-    """What comes of a job, and the failure that ends it, if one does."""
+    """The outcomes of a job; the last one is a failure if an error ends the job."""
     try:
         yield from worker.run(job)
-    # A policy or a task may fail in any way, and stops no other cell.
+    # A policy or a task may raise any error, which must not stop the other cells.
     except Exception as error:
         yield failed(job.cell, error)

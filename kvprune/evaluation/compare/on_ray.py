@@ -1,9 +1,10 @@
-"""Cells as plain tasks of a Ray cluster, each run by whichever worker is free.
+"""Cells as plain tasks of a Ray cluster: any worker that is free runs the next cell.
 
-A worker loads the model once and refuses to run one that is not the caller's. What it has of a
-cell comes back when the cell is done: a worker that is killed is replaced by Ray and its cell run
-from the start, so nothing is lost or there twice. Each cell has one core (or one GPU), and times
-are those of its worker, beside others on the same machine.
+A worker loads the model once, and refuses to work with a model that is not the caller's. The
+outcomes of a cell come back together when the cell is done. If a worker is killed, Ray replaces it
+and runs the cell from the start, so nothing is lost or there twice. Each cell has one core, and one
+GPU too unless the device is the CPU. Times are measured on the worker, beside other cells on the
+same machine.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from .executors import Source, attempted
 from .worker import Job, Worker, failed
 
 RETRIES = 3
-"""How often a cell is run again whose worker was lost."""
+"""The number of times that a cell is run again after its worker was lost."""
 
 
 def on_ray(jobs: Sequence[Job], worker: Worker, source: Source) -> Iterator[Outcome]:
-    """Runs the jobs on the cluster that is connected, that RAY_ADDRESS names, or a local one."""
+    """Runs the jobs on the connected cluster, on that of RAY_ADDRESS, or on a local one."""
     import ray
 
     mine = not ray.is_initialized()
@@ -38,20 +39,22 @@ def on_ray(jobs: Sequence[Job], worker: Worker, source: Source) -> Iterator[Outc
             job = waiting.pop(ready)
             try:
                 yield from ray.get(ready)
+            # The worker was lost too often, or refused the model.
             except ray.exceptions.RayError as error:
                 yield failed(job.cell, error)
     finally:
         for left in waiting:
             ray.cancel(left, force=True)
+        # A cluster that was connected before stays connected.
         if mine:
             ray.shutdown()
 
 
 def run_job(source: Source, digest: str, job: Job) -> list[Outcome]:
-    """What a worker does: all that comes of a job.
+    """The work of a Ray worker: all outcomes of one job.
 
     Raises:
-        KVPruneError: the model here is not the one that the others have.
+        KVPruneError: the model on this machine is not the caller's.
     """
     worker = _worker_of(source)
     if worker.digest != digest:
@@ -64,5 +67,6 @@ def run_job(source: Source, digest: str, job: Job) -> list[Outcome]:
 
 @cache
 def _worker_of(source: Source) -> Worker:
+    """The worker of this process for a model, which is loaded once."""
     tokenizer, model = loaded(source.model, source.dtype, source.device)
     return Worker(attach(model), tokenizer)

@@ -1,4 +1,4 @@
-"""What is compared: every choice checked before any work, and the cells that follow from them."""
+"""The plan: every choice, checked before any work, and the cells that follow from the choices."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 Drawn = Mapping[tuple[str, int], tuple[Sample, ...]]
-"""Samples by task and context."""
+"""The samples by task and context."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One policy at one budget; see `results.Cell`."""
+    """One policy at one budget; for the fields see `Cell` in `ledger/results.py`."""
 
     policy: str
     label: str
@@ -43,14 +43,21 @@ class Line:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to compare, as far as it can be checked without the model.
+    """The choices of a comparison, checked as far as that needs no model.
 
-    policies: specs, or pipelines as for `ComposedCache`. tasks: names, paths, or tasks.
-    contexts: tokens that a prompt has at the most. budgets: shares of the prompt, for each
-    policy that has a budget; none for the policies' own. samples: of each cell.
+    Attributes:
+        policies: specs, or pipelines as for `ComposedCache`.
+        tasks: names, paths of JSON lines, or `Task` objects.
+        contexts: the context lengths: the most tokens of a prompt.
+        budgets: shares of the prompt, for each policy that has a budget; empty for the policies'
+            own budgets.
+        samples: the number of samples of each cell.
+        seed: the seed of the samples.
+        lines: dense, no context, and then each policy at each budget.
+        found: the tasks as objects.
 
     Raises:
-        KVPruneError: a choice that cannot be, or none.
+        KVPruneError: a choice that is not possible, or no context or no task.
     """
 
     policies: Sequence[str | Sequence[TokenPolicy] | TokenPolicy]
@@ -77,7 +84,7 @@ class Plan:
         object.__setattr__(self, "found", tuple(_tasks(self.tasks)))
 
     def _check_fixed_budgets(self) -> None:
-        """Refuses budgets that no prompt reaches, as that would compare dense with dense."""
+        """Refuses budgets that no prompt reaches, because dense would be compared with dense."""
         least = min(self.contexts)
         for line in self.lines:
             for policy in leaves(line.policies):
@@ -89,14 +96,15 @@ class Plan:
                     )
 
     def check_model(self, model: Any) -> dict[str, tuple[str, str]]:
-        """Refuses what this attached model cannot do.
+        """Refuses choices that are not possible with this attached model.
 
         Returns:
-            by policy, digests of the learned modules that it has on this model, and of the files
-            that it stands in if it is not kvprune's; "" for none.
+            for each policy two texts: digests of its learned modules on this model, and digests of
+            the files that define it if it is not kvprune's. A text is "" if there are none.
 
         Raises:
-            KVPruneError: a context longer than the model's, or a policy that cannot work on it.
+            KVPruneError: a context longer than the model's, or a policy that cannot work on the
+                model.
         """
         base: Any = base_of(unwrapped(model))
         longest = longest_of(model)
@@ -109,10 +117,10 @@ class Plan:
         return {line.policy: _digests(line, base) for line in self.lines}
 
     def check_room(self, model: Any, tokenizer: Any, drawn: Drawn) -> None:
-        """Refuses samples that end beyond what the model was made for.
+        """Refuses samples that end beyond the tokens that the model was made for.
 
         Raises:
-            KVPruneError: a prompt and what may follow it are longer.
+            KVPruneError: a prompt, and the tokens that may follow it, are longer.
         """
         longest, tasks = longest_of(model), {t.name: t for t in self.found}
         for (name, context), samples in drawn.items():
@@ -127,7 +135,10 @@ class Plan:
                     )
 
     def drawn(self, tokenizer: Any) -> Drawn:
-        """The samples, by task and context.
+        """Draws the samples.
+
+        Returns:
+            the samples by task and context.
 
         Raises:
             KVPruneError: a context too short for a task, or fewer samples than asked for.
@@ -139,7 +150,7 @@ class Plan:
         }
 
     def cells(self) -> Iterator[tuple[Cell, Task]]:
-        """Task by task and context by context, the two lines first."""
+        """The cells with their tasks: task by task, context by context, the two lines first."""
         for task in self.found:
             for context in self.contexts:
                 for line in self.lines:
@@ -147,13 +158,22 @@ class Plan:
 
 
 def digest_of(sample: Sample, unit: str) -> str:
-    """What tells what was asked, and how it is scored, from what another sample asks."""
+    """A digest of a sample's texts and of its score's unit, to tell it from other samples."""
     asked = repr((unit, tuple(sample.prompt), tuple(sample.bare), tuple(sample.answers)))
     return hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _listed(name: str, of: str, given: Any) -> list[Any]:
-    """All that was given, of what is no text and no policy."""
+    """All items of a list that the user gave.
+
+    Args:
+        name: the argument, as an error names it.
+        of: the items that the list should have, as an error names them.
+        given: the argument's value.
+
+    Raises:
+        KVPruneError: a single text, or a value that is not a list.
+    """
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise KVPruneError(f"{name}: expected a list of {of}, got {given!r}")
     return list(given)
@@ -175,13 +195,14 @@ def _check_budgets(budgets: Any) -> None:
 
 
 def _lines(given: Sequence[Any], budgets: Sequence[float]) -> list[Line]:
-    """The two lines, and each policy at each budget, everything once."""
+    """The two lines, then each policy at each budget; equal ones only once."""
     lines = [Line(name, name, None, ()) for name in LINES]
     found = {(line.policy, line.budget): (line, line.policy) for line in lines}
     for policies, label in map(_pipeline, given):
         own = canonical(policies)
         for line in _at_budgets(policies, label, budgets):
             first, others = found.setdefault((line.policy, line.budget), (line, own))
+            # Two different policies became the same when the budget replaced their own budgets.
             if others != own:
                 raise KVPruneError(
                     f"policies {first.label!r} and {label!r} are the same at a budget of "
@@ -192,7 +213,7 @@ def _lines(given: Sequence[Any], budgets: Sequence[float]) -> list[Line]:
 
 
 def _pipeline(given: Any) -> tuple[Sequence[TokenPolicy], str]:
-    """The policies, and what they are called."""
+    """The policies that were given, and their label."""
     if isinstance(given, str):
         return parse(given), " ".join(given.split())
     pipeline = [given] if isinstance(given, TokenPolicy) else given
@@ -208,6 +229,7 @@ def _pipeline(given: Any) -> tuple[Sequence[TokenPolicy], str]:
 def _at_budgets(
     policies: Sequence[TokenPolicy], label: str, budgets: Sequence[float]
 ) -> Iterator[Line]:
+    """The line of a pipeline at each budget; its own line if it has no budget or none is given."""
     if not policies:
         yield Line(DENSE, DENSE, None, ())
         return
@@ -221,7 +243,7 @@ def _at_budgets(
 
 
 def _with_budget(policies: Sequence[TokenPolicy], budget: float) -> list[TokenPolicy] | None:
-    """The pipeline with the budget in each part that has one; None where no part has."""
+    """The pipeline with this budget in each policy that has one; None if no policy has one."""
     found = [policy.with_budget(budget) for policy in policies]
     if all(policy is None for policy in found):
         return None
@@ -268,9 +290,9 @@ def _drawn(task: Task, tokenizer: Any, context: int, count: int, seed: int) -> t
 
 
 def _digests(line: Line, base: Any) -> tuple[str, str]:
-    """Of the learned modules of a line's policies on a model, and of their code."""
+    """Digests of the learned modules of a line's policies on a model, and of the policies' code."""
     cache = ComposedCache(line.policies)
-    # Whatever else the model cannot do is refused here.
+    # Binding refuses whatever else is not possible with the model.
     cache.bind(base._kvprune, base)
     working = [p.for_model(base) for p in leaves(line.policies)]
     modules = [m for p in working for m in vars(p).values() if isinstance(m, nn.Module)]
@@ -279,16 +301,17 @@ def _digests(line: Line, base: Any) -> tuple[str, str]:
 
 
 def check_device(dtype: str, device: str) -> None:
-    """Refuses what torch does not have here.
+    """Refuses a dtype or a device that torch does not have on this machine.
 
     Raises:
-        KVPruneError: no such dtype or device.
+        KVPruneError: there is no such dtype or device.
     """
     if dtype not in DTYPES:
         raise KVPruneError(f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     try:
         torch.zeros((), device=device)
-    # No such name, or none here: each backend has an error class of its own.
+    # The device has an unknown name, or is not in this machine. Each backend has an error class of
+    # its own.
     except Exception as error:
         raise KVPruneError(
             f"--device {device!r}: expected a device that torch has here, as cpu: {error}"

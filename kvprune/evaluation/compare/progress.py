@@ -1,4 +1,4 @@
-"""How far a comparison, or another command, is, on stderr."""
+"""The progress of a comparison, or of another command, on stderr."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .worker import Job
 
 @dataclass
 class Watch:
-    """A bar that counts samples; without one it does nothing."""
+    """A progress bar that counts samples; without a bar it does nothing."""
 
     progress: Progress | None = None
     bar: TaskID | None = None
@@ -33,11 +33,16 @@ class Watch:
     @classmethod
     @contextmanager
     def shown(cls, jobs: Sequence[Job], wanted: bool) -> Iterator[Watch]:
-        """A bar for the samples of these jobs, while the context is open."""
+        """Shows a bar for the samples of these jobs while the context is open.
+
+        Args:
+            jobs: the jobs whose samples are counted.
+            wanted: whether there is to be a bar.
+        """
         if not wanted or not jobs:
             yield cls()
             return
-        # Not markup: a path or a spec may hold brackets.
+        # Without markup, because a path or a spec may hold brackets.
         said = TextColumn("{task.description}", markup=False)
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said)
         with Progress(*columns, console=_stderr()) as progress:
@@ -45,7 +50,7 @@ class Watch:
             yield cls(progress, progress.add_task(described(jobs[0].cell), total=total))
 
     def came(self, outcome: Outcome) -> None:
-        """Takes note of what has come; a failure is said at once."""
+        """Counts an outcome that was yielded; a failure is printed at once."""
         if self.progress is None or self.bar is None:
             return
         if isinstance(outcome, Failure):
@@ -57,10 +62,14 @@ class Watch:
 
 @contextmanager
 def stage(what: str, wanted: bool = True) -> Iterator[None]:
-    """Says on stderr what is being done, and for how long, while the context is open.
+    """Shows on stderr the work that is done, and for how long, while the context is open.
 
-    For work of which nobody knows how much is left. In a terminal nothing stays behind; elsewhere,
-    as in a file, it is one line.
+    For work whose remaining time nobody knows. In a terminal the line vanishes at the end;
+    elsewhere, for example in a file, one line stays.
+
+    Args:
+        what: the work, in words.
+        wanted: whether to show anything.
     """
     console = _stderr()
     if not wanted:

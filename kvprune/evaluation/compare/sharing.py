@@ -1,10 +1,11 @@
-"""Cells that differ in nothing but what they evict, on one reading of each prompt.
+"""The executor "shared": cells that differ only in what they evict share readings of prompts.
 
-What is evicted at a prompt's end does not change how the prompt was read: cells of one task and
-context, whose policies prune the same and observe the same, read it once together; then each evicts
-for itself (`ComposedCache.with_policies`) and reads the last token. Scores are those of cells run
-alone, to the bit. What reading takes is then nobody's own, so that a cell's first `TIMED` samples
-are read alone, and `prefill_seconds` is of these.
+Evicting at a prompt's end does not change how the prompt was read. So cells of one task and
+context, whose policies prune the same and observe the same, read each prompt once together. Then
+each cell evicts for itself (`ComposedCache.with_policies`) and reads the last token. Its scores are
+those of the cell run alone, to the bit. The time of a shared reading belongs to no cell. So the
+first `TIMED` samples of a cell are read alone, and its `prefill_seconds` are the seconds of these
+samples.
 """
 
 from __future__ import annotations
@@ -25,15 +26,18 @@ from .executors import Source, attempted
 from .worker import LINES, NO_CONTEXT, Job, Worker, failed
 
 TIMED = 1
-"""Samples of each cell that are read alone, for their time and for what is looked at."""
+"""The samples of each cell that are read alone, for their time and for the cell's trace."""
 
 
 @dataclass
 class Group:
     """Jobs that read the same prompts in the same way.
 
-    pruners: what they have in common. observe: the statistics that they all want, at all layers.
-    pipelines: by job, its policies. failed: jobs that are given up.
+    Attributes:
+        pruners: the policies that prune, which all jobs have in common.
+        observe: the statistics that all jobs want, at every layer.
+        pipelines: the jobs, each with its policies.
+        failed: the cells of jobs that were given up.
     """
 
     pruners: list[TokenPolicy]
@@ -42,19 +46,19 @@ class Group:
     failed: set[Cell] = field(default_factory=set)
 
     def samples(self) -> list[Sample]:
-        """All that some job has still to run, in their order."""
+        """All samples that some job has still to run, in their order."""
         found = {sample.number: sample for job, _ in self.pipelines for sample in job.samples}
         return [found[number] for number in sorted(found)]
 
     def wanting(self, sample: Sample) -> Iterator[tuple[Job, list[TokenPolicy]]]:
-        """The jobs that have this sample still to run."""
+        """The jobs that have this sample still to run, with their policies."""
         for job, policies in self.pipelines:
             if job.cell not in self.failed and any(s.number == sample.number for s in job.samples):
                 yield job, policies
 
 
 def shared(jobs: Sequence[Job], worker: Worker, source: Source) -> Iterator[Outcome]:
-    """An executor: each job's first samples alone, then all others together, here."""
+    """The executor: runs each job's first samples alone, then all other samples together."""
     gone = set[Cell]()
     for job in jobs:
         alone = tuple(s for s in job.samples if s.number < TIMED)
@@ -72,11 +76,19 @@ def shared(jobs: Sequence[Job], worker: Worker, source: Source) -> Iterator[Outc
 
 
 def grouped(jobs: Sequence[Job], layers: int) -> tuple[list[Group], list[Job]]:
-    """Groups of at least one job, and the jobs that cannot share what they read.
+    """Sorts jobs into groups that share what they read, and jobs that cannot.
 
-    These read something else (the lower line), or their reading depends on what is evicted:
-    positions inside the cache, one policy with both hooks. So does attention itself, bit by bit,
-    where it is observed in some layers only.
+    A job cannot share its reading in three cases. It reads another prompt (the line "no context").
+    Its reading depends on what is evicted: with positions inside the cache, or with one policy that
+    has both hooks. Or attention is observed in some layers only, which changes the last bits of
+    attention itself.
+
+    Args:
+        jobs: the jobs to sort.
+        layers: the number of the model's decoder layers.
+
+    Returns:
+        groups of at least one job, and the jobs that cannot share.
     """
     groups, others = dict[tuple[str, int, str, tuple[str, ...]], Group](), list[Job]()
     for job in jobs:
@@ -89,7 +101,8 @@ def grouped(jobs: Sequence[Job], layers: int) -> tuple[list[Group], list[Job]]:
         pruners = [p for p in policies if "rank_hidden" in p.hooks]
         key = (job.cell.task, job.cell.context, canonical(pruners), names)
         group = groups.setdefault(key, Group(pruners, names))
-        # The very same objects, which are equal whatever their class says of that.
+        # All jobs use the very same objects: these are equal even if their class compares in its
+        # own way.
         same = iter(group.pruners)
         pipeline = [next(same) if "rank_hidden" in p.hooks else p for p in policies]
         group.pipelines.append((job, pipeline))
@@ -97,19 +110,22 @@ def grouped(jobs: Sequence[Job], layers: int) -> tuple[list[Group], list[Job]]:
 
 
 def _separable(policies: Sequence[TokenPolicy]) -> bool:
-    """Whether no policy both prunes and evicts, or assigns positions."""
+    """Whether no policy both prunes and evicts, and none assigns positions inside the cache."""
     inside = any(p.positions_in_cache for p in leaves(policies))
     return not inside and all(len(p.hooks) <= 1 for p in policies)
 
 
 def _together(group: Group, sample: Sample, worker: Worker) -> Iterator[Outcome]:
-    """What comes of one sample in all jobs that want it; a failure ends its job alone."""
+    """The outcomes of one sample in all jobs that want it.
+
+    An error in the shared reading ends all of these jobs; a later error ends its own job alone.
+    """
     wanting = list(group.wanting(sample))
     if not wanting:
         return
     try:
         lead = _lead(group, sample, worker)
-    # As in `attempted`.
+    # As in `attempted`, a policy or a task may raise any error.
     except Exception as error:
         for job, _ in wanting:
             yield _given_up(group, job, error)
@@ -122,12 +138,13 @@ def _together(group: Group, sample: Sample, worker: Worker) -> Iterator[Outcome]
 
 
 def _given_up(group: Group, job: Job, error: Exception) -> Failure:
+    """Marks a job as failed, and returns its failure."""
     group.failed.add(job.cell)
     return failed(job.cell, error)
 
 
 def _lead(group: Group, sample: Sample, worker: Worker) -> Reading:
-    """The prompt read for all, with what pruning it computes."""
+    """The shared reading of a prompt, with the FLOPs that the pruning policies compute in it."""
     cache = ComposedCache(group.pruners, group.observe)
     with own_flops() as counted:
         lead = Reading.of(worker.model, sample.prompt, cache)
@@ -137,7 +154,7 @@ def _lead(group: Group, sample: Sample, worker: Worker) -> Reading:
 def _one(
     lead: Reading, job: Job, sample: Sample, policies: list[TokenPolicy], worker: Worker
 ) -> Outcome:
-    """What a job's own policies make of it."""
+    """The outcome of one job, from the shared reading and the job's own policies."""
     with counting() as evicting:
         cache = lead.cache.with_policies(policies, worker.model)
     with own_flops() as counted:

@@ -1,4 +1,4 @@
-"""What runs one cell: a model that is read by, and nothing that is written."""
+"""The worker, which runs one cell: it reads with a model and writes no files."""
 
 from __future__ import annotations
 
@@ -34,32 +34,36 @@ class Job:
 
 
 class Worker:
-    """An attached model and its tokenizer."""
+    """An attached model and its tokenizer, with which cells are run."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     @cached_property
     def digest(self) -> str:
-        """What tells the model from others; reads all of its weights."""
+        """A digest that tells the model from others; all of the model's weights are read for it."""
         return model_digest(self.model)
 
     @cached_property
     def flops(self) -> Flops:
-        """What the model's parts cost; measuring it is also the process's first, slow forward."""
+        """The FLOPs of the model's parts; measuring them is also the first, slow forward."""
         return Flops.measured(self.model)
 
     def run(self, job: Job) -> Iterator[SampleResult | Trace]:
-        """A cell's samples, one after the other, and what became of its first one's tokens.
+        """Runs the samples of a cell one after the other.
+
+        Returns:
+            the samples' results; before the result of sample 0 its trace, if there are policies.
 
         Raises:
-            Exception: whatever the policy, the task or the model raises.
+            Exception: any error of the policy, the task or the model.
         """
         policies = [] if job.cell.policy in LINES else parse(job.cell.policy)
         bare = job.cell.policy == NO_CONTEXT
         prompts = [sample.bare if bare else sample.prompt for sample in job.samples]
         own: dict[int, float] = {}
-        # Where the longest prompt costs a policy nothing of its own, no prompt does.
+        # If the policies compute nothing of their own for the longest prompt, they do so for no
+        # prompt.
         longest = max(prompts, key=len)
         nothing = own_prefill_flops(self.model, longest, policies) == 0.0
         for sample, prompt in zip(job.samples, prompts, strict=True):
@@ -72,11 +76,18 @@ class Worker:
             yield self.asked(job, sample, reader, own.get(len(prompt), 0.0))
 
     def reader(self, lead: Reading) -> CacheReader:
-        """One that has read the rest of a prompt."""
+        """A reader of the whole prompt; it reads the last token, which `lead` has left."""
         return CacheReader(self.model, self.tokenizer, lead)
 
     def asked(self, job: Job, sample: Sample, reader: CacheReader, own: float) -> SampleResult:
-        """A sample's result; own: see `CacheReader.cost`."""
+        """The result of one sample.
+
+        Args:
+            job: the sample's cell and task.
+            sample: the sample.
+            reader: has read the sample's prompt.
+            own: the FLOPs that the policies computed themselves; see `CacheReader.cost`.
+        """
         score = job.task.score(sample, reader)
         cost = reader.cost(self.flops, own)
         return SampleResult(
@@ -90,7 +101,10 @@ class Worker:
 
 
 def texts_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
-    """The texts of tokens, which joined are the whole where the tokenizer can say so."""
+    """The texts of tokens.
+
+    Joined they are the whole text, if the tokenizer is fast and finds the same tokens in that text.
+    """
     text = tokenizer.decode(ids)
     if getattr(tokenizer, "is_fast", False):
         again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -100,7 +114,7 @@ def texts_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
 
 
 def failed(cell: Cell, error: BaseException) -> Failure:
-    """What is written of an error: its kind, what it says, and where it came up."""
+    """The failure that is written for an error: its class, its message, and where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({without_places(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
     return Failure(cell, without_places(f"{type(error).__name__}: {error}") + where)

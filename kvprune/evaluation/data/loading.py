@@ -1,4 +1,4 @@
-"""A model and its tokenizer by name, with an error that says what could not be had."""
+"""A model and its tokenizer by name, with an error that says what could not be loaded."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from ...errors import KVPruneError
 
 
 def loaded(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
-    """Tokenizer and model, as transformers' Auto classes load them.
+    """Loads a tokenizer and a model with transformers' Auto classes.
 
     Args:
-        name: of a model, or a folder.
-        dtype: "auto" for that of the file.
-        device: where to put the model.
+        name: the name or the folder of the model.
+        dtype: the dtype to load the model in; "auto" for the dtype of its file.
+        device: the device for the model.
+
+    Returns:
+        the tokenizer and the model.
 
     Raises:
-        KVPruneError: there is no such model, or it does not fit there.
+        KVPruneError: there is no such model, or it does not fit on the device.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,7 +27,7 @@ def loaded(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, An
         tokenizer = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         model = model.to(device)
-    # A broken file, a dtype that is none: each library has an error class of its own.
+    # The file may be broken, or the dtype unknown: each library has an error class of its own.
     except Exception as error:
         raise KVPruneError(
             f"--model {name}: expected the name or the folder of a transformers model: {error}"

@@ -1,10 +1,11 @@
-"""Questions about long contexts, from SQuAD and HotpotQA: what to train on and what to test with.
+"""Questions about long contexts, from SQuAD and HotpotQA, to train on and to test with.
 
-Nothing of one split is in another. SQuAD is split by article, in file order: 0-24 to train on,
-25-26 to choose by, 27-34 for final figures (without 29, which the demo shows). HotpotQA is split
-by question (the last 600 are final, the first 300 are to choose by), and a question is left out of
-a split to train on, or to choose by, if one of its paragraphs is in a later one. Questions whose
-answer is yes or no, which the context hardly makes more likely, are left out.
+The three splits of a data set have nothing in common: "train" to train on, "choose" to choose heads
+by, and "final" for final figures. SQuAD is split by article, in file order: 0-24 are "train", 25-26
+"choose", and 27-34 "final" (without 29, which the demo shows). HotpotQA is split by question: the
+last 600 are "final", and the first 300 "choose". A question is left out of "train" or "choose" if
+one of its paragraphs is in a later split. Questions with the answer yes or no are left out, because
+the context hardly makes these answers more likely.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ASK = (
     "{context}\n\nQuestion: {question}\nAnswer in a few words, with words of the text.",
     "Answer:",
 )
-"""What is asked, and how the answer begins."""
+"""The text of the user's turn, and the beginning of the answer."""
 
 ASK_OTHERWISE = (
     ASK,
@@ -34,12 +35,17 @@ ASK_OTHERWISE = (
     ("Text:\n{context}\n\nBriefly, {question}", "Briefly,"),
     ("{question} Find it in this text.\n\n{context}\n\nAgain: {question}", "Found:"),
 )
-"""Ways of asking, to train on: those figures ask in the first, which heads are not to rely on."""
+"""Ways of asking, for training. Figures ask in the first way alone; heads must not rely on it."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A stretch of a context; `supporting` says whether the answer needs it, if that is known."""
+    """A stretch of a context.
+
+    Attributes:
+        text: the text of the stretch.
+        supporting: whether the answer needs the stretch; False where that is not known.
+    """
 
     text: str
     supporting: bool = False
@@ -47,7 +53,13 @@ class Passage:
 
 @dataclass(frozen=True)
 class LongQuestion:
-    """A question with its context in pieces, which follow each other without a gap."""
+    """A question about a long context.
+
+    Attributes:
+        context: the pieces of the context, which follow each other without a gap.
+        question: the question.
+        answer: the answer.
+    """
 
     context: tuple[Passage, ...]
     question: str
@@ -59,14 +71,19 @@ class LongQuestion:
         return "".join(p.text for p in self.context)
 
     def prompt(self, tokenizer: Any, ask: tuple[str, str] = ASK) -> str:
-        """As a chat: the context and the question, and the beginning of an answer."""
+        """The prompt as a chat: the context with the question, then the beginning of an answer.
+
+        Args:
+            tokenizer: has the chat template.
+            ask: the text of the user's turn and the beginning of the answer, as `ASK`.
+        """
         content = ask[0].format(context=self.text, question=self.question)
         message = [{"role": "user", "content": content}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         return str(text) + ask[1]
 
     def encoded(self, tokenizer: Any, ask: tuple[str, str] = ASK) -> tuple[list[int], list[int]]:
-        """The token ids of the prompt, and of the answer."""
+        """The token ids of the prompt, and the token ids of the answer."""
         prompt = tokenizer.encode(self.prompt(tokenizer, ask), add_special_tokens=False)
         return prompt, tokenizer.encode(" " + self.answer, add_special_tokens=False)
 
@@ -79,16 +96,16 @@ def squad(
     seed: int = 0,
     together: int = 1,
 ) -> list[LongQuestion]:
-    """Questions of a split, with whole consecutive paragraphs of the article as context.
+    """Questions of a split, each with whole consecutive paragraphs of its article as context.
 
     Args:
         split: "train", "choose" or "final".
-        count: how many at most.
-        tokens: the fewest and the most tokens of a context; it is drawn from between them for
-            each question, and is less where the article ends.
-        tokenizer: to count with.
-        seed: of the questions, the lengths, and where in the context the answer stands.
-        together: how many questions to ask about each context, at most.
+        count: the most questions.
+        tokens: the fewest and the most tokens of a context. A length between the two is drawn for
+            each question; a context is shorter where its article ends.
+        tokenizer: counts the tokens.
+        seed: the seed of the questions, of the lengths, and of the answer's place in its context.
+        together: the most questions about one context.
     """
     draw, found = random.Random(f"squad {split} {seed}"), list[LongQuestion]()
     lengths = _Lengths(tokenizer)
@@ -102,6 +119,7 @@ def squad(
             window = _window(paragraphs, place, most, lengths, draw)
             context = (Passage("\n\n".join(window)),)
             found.append(LongQuestion(context, question, answer))
+            # Other questions that the same context answers.
             if together > 1:
                 others = [(q, a) for ps, i, q, a in asked if ps is paragraphs and ps[i] in window]
                 others.remove((question, answer))
@@ -118,11 +136,11 @@ def hotpotqa(
     seed: int = 0,
     together: int = 1,
 ) -> list[LongQuestion]:
-    """Questions of a split, with their paragraphs: those that support the answer, and others.
+    """Questions of a split, with paragraphs that support the answer, and with others.
 
-    The other paragraphs are drawn while there is room, those that support an answer are there
-    whatever their length; all stay in their order, or come in any where several questions share
-    them. Arguments as for `squad`; a passage is a sentence.
+    Paragraphs that support an answer are there whatever their length. Other paragraphs are drawn
+    while there is room. All of them stay in their order, unless several questions share them: then
+    the order is drawn. The arguments are those of `squad`; each sentence is a passage.
     """
     draw, lengths = random.Random(f"hotpotqa {split} {seed}"), _Lengths(tokenizer)
     entries = list(_hotpotqa_splits()[split])
@@ -145,10 +163,11 @@ def hidden_facts(
     seed: int = 0,
     together: int = 1,
 ) -> list[LongQuestion]:
-    """Questions about facts that no text leads one to expect: what a made-up person's code is.
+    """Questions about facts that no text leads a reader to expect: the code of a made-up person.
 
-    Each is a sentence somewhere in a context of SQuAD; what is asked is said there alone. Arguments
-    as for `squad`; a context is longer than `tokens` say by its sentences.
+    Each fact is a sentence somewhere in a context of SQuAD, and the answer stands in that sentence
+    alone. The arguments are those of `squad`; the sentences of the facts come on top of the
+    `tokens` of a context.
     """
     draw, found = random.Random(f"facts {split} {seed}"), list[LongQuestion]()
     contexts = squad(split, -(-count // together), tokens, tokenizer, seed)
@@ -179,25 +198,27 @@ _FACTS = (
 
 
 def _value(draw: random.Random) -> str:
-    """Of three to nine digits, or letters."""
+    """A text of three to nine digits, or of as many letters."""
     signs = draw.choice(("0123456789", "0123456789", "abcdefghijklmnopqrstuvwxyz"))
     return "".join(draw.choices(signs, k=draw.randint(3, 9)))
 
 
 def _hidden(text: str, sentence: str, draw: random.Random) -> str:
-    """The text with a sentence more, after any that it has, or at its end."""
+    """The text with a sentence added, behind any of its sentences or at its end."""
     ends = [i + 2 for i in range(len(text) - 1) if text[i : i + 2] == ". "]
     place = draw.choice([*ends, len(text)])
     return f"{text[:place]}{' ' * (place == len(text))}{sentence} {text[place:]}"
 
 
 class _Lengths:
+    """Counts the tokens of paragraphs, and each paragraph only once."""
+
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._known: dict[str, int] = {}
 
     def of(self, text: str) -> int:
-        """Tokens, with a paragraph's end."""
+        """The number of tokens of a paragraph, with the line ends behind it."""
         if text not in self._known:
             encoded = self._tokenizer.encode(text + "\n\n", add_special_tokens=False)
             self._known[text] = len(encoded)
@@ -206,7 +227,11 @@ class _Lengths:
 
 @cache
 def _squad_article(number: int) -> list[tuple[list[str], int, str, str]]:
-    """Answerable questions: all paragraphs, the answering one's number, question, answer."""
+    """The answerable questions of an article.
+
+    Returns:
+        for each question all paragraphs, the number of the answering one, the question, the answer.
+    """
     entry = ruler_data("squad.json")["data"][number]
     paragraphs = list(dict.fromkeys(p["context"] for p in entry["paragraphs"]))
     return [
@@ -225,7 +250,7 @@ def _squad_article(number: int) -> list[tuple[list[str], int, str, str]]:
 def _window(
     paragraphs: list[str], place: int, most: int, lengths: _Lengths, draw: random.Random
 ) -> list[str]:
-    """Paragraphs around one, on either side by turns of a coin, while there is room."""
+    """The paragraphs around one; a coin chooses the side of each next one, while there is room."""
     start, stop, used = place, place + 1, lengths.of(paragraphs[place])
     while True:
         room = most - used
@@ -259,6 +284,7 @@ def _apart(entries: list[dict[str, Any]], others: list[dict[str, Any]]) -> Itera
 def _hotpotqa_questions(
     entries: list[dict[str, Any]], most: int, lengths: _Lengths, draw: random.Random
 ) -> list[LongQuestion]:
+    """The questions of these entries, all on one context of at most `most` tokens if possible."""
     paragraphs = {title: sentences for e in entries for title, sentences in e["context"]}
     needed = {title for e in entries for title, _ in e["supporting_facts"]}
     size = {title: lengths.of("".join([title, "\n", *s])) for title, s in paragraphs.items()}

@@ -1,1 +1,1 @@
-"""lm-evaluation-harness with the model `kvprune`."""
+"""The model `kvprune` for lm-evaluation-harness, and reports of its output."""

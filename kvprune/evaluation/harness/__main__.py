@@ -1,7 +1,8 @@
 """`python -m kvprune.evaluation.harness ...`: lm-eval's own command, with the model `kvprune`.
 
-lm-eval (0.4.13) has no entry points for models of other packages: its registry holds its own and
-what was imported. So this imports ours, and goes on as `lm_eval` does.
+lm-eval (0.4.13) has no entry points for models of other packages: its registry holds its own models
+and those that were imported. So this module imports the model `kvprune`, and then does what
+`lm_eval` does.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from ...errors import KVPruneError
 
 
 def main() -> None:
-    """Runs lm-eval's command line; an expected error is one line, not a traceback."""
+    """Runs lm-eval's command line; prints an expected error as one line, without a traceback."""
     try:
         _run()
     except KVPruneError as error:

@@ -1,8 +1,8 @@
 """The model `kvprune` of lm-evaluation-harness; importing this module registers it there.
 
 lm-eval's own Hugging Face model scores a context together with its continuation, in one dense
-forward that no cache takes part in: with a smaller cache its scores would not change. This one
-reads the context with the policies' cache first, and scores what follows on what is left.
+forward without a cache: a smaller cache would not change its scores. The model `kvprune` reads the
+context with the policies' cache first, and then scores the continuation on what is left.
 """
 
 from __future__ import annotations
@@ -28,16 +28,22 @@ from ..measure.flops import Flops
 from ..measure.likelihood import Contexts, read
 from ..measure.watch import Watch
 
+# The log-likelihood of a continuation, and whether greedy decoding would give it.
 Answer = tuple[float, bool]
-# What lm-eval keys its cache by (None for windows of a text), the context, the continuation.
+# The two texts by which lm-eval caches answers (None for a window of a text), then the token ids of
+# the context and of the continuation.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 @dataclass(frozen=True)
 class _Question:
-    """A context, and what is asked behind it: the requests' numbers, and their continuations.
+    """A context, and all continuations that are asked for behind it.
 
-    prompt_length: what a share is a share of.
+    Attributes:
+        context: the token ids of the context.
+        prompt_length: the number of tokens of which a budget given as a share is a share.
+        numbers: the numbers of the requests.
+        continuations: the token ids of each request's continuation.
     """
 
     context: tuple[int, ...]
@@ -48,20 +54,20 @@ class _Question:
 
 @register_model("kvprune")
 class KVPruneLM(HFLM):
-    """lm-eval's Hugging Face model, read through a `ComposedCache`.
+    """lm-eval's Hugging Face model, reading through a `ComposedCache`.
+
+    The cost of reading each context is in the results' `config`, under "kvprune": `results_of` (see
+    `results.py`) makes results of it like those of `kvprune compare`.
 
     Args:
-        pretrained: name, path or model, as for lm-eval's `hf`, whose arguments all work.
-        policies: a spec as `kvprune compare` takes it, such as "sdtp+h2o" (in `--model_args` it
-            may hold commas in brackets), or a list of policies.
-        more: lm-eval's own arguments.
-
-    What reading each context cost is in the results' `config`, under "kvprune": `harness_results`
-    makes results of it as `kvprune compare` has them.
+        pretrained: a name, a path or a model, as for lm-eval's `hf`.
+        policies: a spec as `kvprune compare` takes it, such as "sdtp+h2o" (in `--model_args` it may
+            hold commas in brackets), or a list of policies.
+        more: lm-eval's own arguments for `hf`, all of which work.
 
     Raises:
-        KVPruneError: no such policy, or one that cannot work on the model; the model's family
-            is not supported.
+        KVPruneError: no such policy, a policy that cannot work on the model, or a model whose
+            family is not supported.
     """
 
     def __init__(
@@ -73,7 +79,7 @@ class KVPruneLM(HFLM):
         kvprune.attach(self.model)
         self._check_policies()
         self._flops = Flops.measured(self.model)
-        # By the context's text as lm-eval hashes it, which is all that its samples say of it.
+        # The key is lm-eval's hash of the context's text: lm-eval's samples hold only this hash.
         self._costs: dict[str, Cost] = {}
         self._texts: list[str] = []
 
@@ -81,11 +87,11 @@ class KVPruneLM(HFLM):
     def create_from_arg_string(
         cls, arg_string: str, additional_config: dict[str, Any] | None = None
     ) -> Any:
-        """As lm-eval's, but commas in brackets do not end an argument."""
+        """Works as lm-eval's method does, but commas in brackets do not end an argument."""
         return cls.create_from_arg_obj(key_val_to_dict(arg_string), additional_config)
 
     def _check_policies(self) -> None:
-        """Finds out now, not after an hour of other tasks."""
+        """Tries the policies now, so that an error does not come after an hour of other tasks."""
         read(self.model, kvprune.ComposedCache(self.policies), [[0]])
 
     def _loglikelihood_tokens(
@@ -94,7 +100,7 @@ class KVPruneLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[Answer]:
-        """Log-likelihood and greediness of each continuation, in the order of the requests."""
+        """The answer to each request, in the order of the requests."""
         answers: list[Any] = [None] * len(requests)
         silent = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=silent, desc="Scoring behind contexts") as bar:
@@ -111,12 +117,13 @@ class KVPruneLM(HFLM):
     def _batches(
         self, requests: Sequence[Request], override_bs: int | None
     ) -> Iterator[list[_Question]]:
-        """The questions, each context once, the longest first; some at a time."""
+        """Batches of questions: each context once, the longest first."""
         questions: dict[tuple[tuple[int, ...], int], _Question] = {}
         for number, (_, context, continuation) in enumerate(requests):
             cut = self._cut(context, continuation)
-            # A context's last token is no part of its prompt (see `reading`). Behind nothing but a
-            # start token, the text itself is what a share is a share of.
+            # A context's last token is no part of its prompt (see `measure/reading.py`). A context
+            # that is only a start token has no prompt: a share is then one of the token and its
+            # continuation.
             length = len(cut) - 1 if len(cut) > 1 else 1 + len(continuation)
             question = questions.setdefault((cut, length), _Question(cut, length))
             question.numbers.append(number)
@@ -127,8 +134,12 @@ class KVPruneLM(HFLM):
             yield ordered[start : start + rows]
 
     def _cut(self, context: list[int], continuation: list[int]) -> tuple[int, ...]:
-        """The context, without what is too long on its left for the model to read it all."""
-        # The continuation's last token is not read.
+        """The context, cut on its left if the model could not read it all with the continuation.
+
+        Raises:
+            KVPruneError: an empty continuation, or one longer than the model can read.
+        """
+        # The model does not read the continuation's last token, hence one token more.
         room = self.max_length + 1 - len(continuation)
         if room < 1 or not continuation:
             raise KVPruneError(
@@ -138,6 +149,7 @@ class KVPruneLM(HFLM):
         return tuple(context[-room:])
 
     def _rows(self, override_bs: int | None) -> int:
+        """The number of contexts in a batch."""
         if self.batch_size != "auto":
             return int(self.batch_size)
         return override_bs or int(self._detect_batch_size())
@@ -145,7 +157,7 @@ class KVPruneLM(HFLM):
     def _answers(
         self, questions: Sequence[_Question], texts: Sequence[str | None]
     ) -> Iterator[tuple[int, Answer]]:
-        """Each request's number and answer: every context is read once."""
+        """The number of each request with its answer; every context is read once."""
         cache = kvprune.ComposedCache(self.policies)
         lengths = [q.prompt_length for q in questions]
         with self._precision():
@@ -157,6 +169,9 @@ class KVPruneLM(HFLM):
     def _scored(
         self, contexts: Contexts, questions: Sequence[_Question]
     ) -> Iterator[tuple[int, Answer]]:
+        # All questions are scored at once, the next continuation of each. A question that has no
+        # more gets an empty continuation, whose score is dropped.
+        """The number of each request with its answer, behind contexts that were read."""
         numbers = zip_longest(*(q.numbers for q in questions))
         continuations = zip_longest(*(q.continuations for q in questions), fillvalue=[])
         for row_numbers, row_texts in zip(numbers, continuations, strict=True):
@@ -169,12 +184,12 @@ class KVPruneLM(HFLM):
         return torch.nn.functional.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
 
     def _precision(self) -> Any:
-        """As lm-eval's own calls of the model."""
+        """The autocast context in which lm-eval itself calls the model."""
         mixed = self.mixed_precision_dtype
         return torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None)
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **more: Any) -> Any:
-        """As lm-eval's; what is encoded here is what is generated from next."""
+        """Encodes as lm-eval does, and notes the texts: lm-eval generates from them next."""
         self._texts = list(strings)
         return super().tok_batch_encode(strings, *args, **more)
 
@@ -190,21 +205,21 @@ class KVPruneLM(HFLM):
         return said
 
     def _note(self, texts: Sequence[str | None], watch: Watch) -> None:
-        """Keeps the costs of contexts; a window of a text (None) is no context."""
+        """Keeps the cost of reading each context; a window of a text (None) is no context."""
         costs = watch.costs(self._flops, len(texts))
         for text, cost in zip(texts, costs, strict=True):
             if text is not None:
                 self._costs[hash_string(text)] = cost
 
     def get_model_info(self) -> dict[str, Any]:
-        """lm-eval's, and under "kvprune" the policies and what reading each context cost."""
+        """lm-eval's information, and under "kvprune" the policies and the cost of each context."""
         costs = {text: asdict(cost) for text, cost in self._costs.items()}
         mine = {"model": self.model.name_or_path, "policy": self.spec, "label": self.label}
         return {**super().get_model_info(), "kvprune": {**mine, "costs": costs}}
 
 
 def _parsed(policies: str | Sequence[TokenPolicy]) -> tuple[list[TokenPolicy], str]:
-    """The policies, and their canonical spec."""
+    """The policies, and a spec of them: canonical if a spec was given, else made of their reprs."""
     if not isinstance(policies, str):
         return list(policies), " + ".join(map(repr, policies)) or "dense"
     from ..specs import canonical, parse

@@ -1,4 +1,4 @@
-"""lm-eval's output, of runs with the model `kvprune`, as the results that reports are made of."""
+"""Results for reports, made of lm-eval's output of runs with the model `kvprune`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..ledger.results import Cell, Cost, Results, SampleResult
 
 
 def results_of(outputs: Iterable[Mapping[str, Any]]) -> Results:
-    """What several runs of lm-eval say, such as one for each policy.
+    """The results of several runs of lm-eval, such as one run for each policy.
 
-    A task is named as lm-eval names it (with its filter, where it has one), its unit is its first
-    metric, and its context is the mean length of its contexts. Of tasks that score whole texts
-    (`loglikelihood_rolling`) there is nothing: they have no context to read.
+    A task has the name that lm-eval gives it, with its filter if it has one. Its unit is its first
+    metric that is a number, and its context is the mean length of its contexts, in tokens. Tasks
+    that score whole texts (`loglikelihood_rolling`) are left out: they have no context to read.
 
     Args:
-        outputs: what `lm_eval.simple_evaluate` returns with samples, or `read_outputs` reads.
+        outputs: return values of `lm_eval.simple_evaluate` with samples, or of `read_outputs`.
 
     Raises:
         KVPruneError: an output of a model that is not `kvprune`, without samples, or with a sample
@@ -34,7 +34,7 @@ def results_of(outputs: Iterable[Mapping[str, Any]]) -> Results:
 
 
 def _run(outputs: Sequence[Mapping[str, Any]]) -> dict[str, object]:
-    """What is said of all runs together."""
+    """The settings of all runs together, taken from the first one; all must have the same model."""
     models = sorted({output["config"]["kvprune"]["model"] for output in outputs})
     if len(models) > 1:
         raise KVPruneError(f"expected runs of one model, got runs of {', '.join(models)}")
@@ -46,10 +46,10 @@ def _run(outputs: Sequence[Mapping[str, Any]]) -> dict[str, object]:
 
 
 def read_outputs(folder: Path) -> list[dict[str, Any]]:
-    """All runs below a folder that was lm-eval's `--output_path`, with `--log_samples`.
+    """All runs below a folder that lm-eval wrote with `--output_path` and `--log_samples`.
 
     Raises:
-        KVPruneError: there is none, or a file that is no JSON.
+        KVPruneError: there is no run, a run has no samples, or a file is not JSON.
     """
     files = sorted(folder.rglob("results_*.json"))
     if not files:
@@ -69,7 +69,12 @@ def _with_samples(file: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
-    """A file's JSON values: one a line, or one in all."""
+    """The JSON values of a file, one a line.
+
+    Args:
+        path: the file.
+        whole: whether the whole file is one value instead.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         return [json.loads(part) for part in ([text] if whole else text.split("\n")) if part]
@@ -84,6 +89,7 @@ def _lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
 
 
 def _samples(output: Mapping[str, Any]) -> Iterator[SampleResult]:
+    """The results of the samples of one run."""
     mine = output["config"].get("kvprune")
     if mine is None or "samples" not in output:
         raise KVPruneError(
@@ -92,6 +98,7 @@ def _samples(output: Mapping[str, Any]) -> Iterator[SampleResult]:
         )
     for task, samples in output["samples"].items():
         kind = output["configs"][task]["output_type"]
+        # These tasks score whole texts: there is no context that a cache reads first.
         if kind == "loglikelihood_rolling":
             continue
         costs = [_cost(task, sample, mine["costs"]) for sample in samples]
@@ -116,7 +123,7 @@ def _cost(task: str, sample: Mapping[str, Any], costs: Mapping[str, Any]) -> Cos
 
 
 def _scores(task: str, sample: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics that are numbers."""
+    """The metrics of a sample that are numbers, by name."""
     metrics: Sequence[str] = sample["metrics"]
     found = {m: float(sample[m]) for m in metrics if isinstance(sample[m], Real)}
     if not found:

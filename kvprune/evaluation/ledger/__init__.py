@@ -1,1 +1,1 @@
-"""Results on disk: what is written, and what tells it from other results."""
+"""Results on disk: the file that holds them, and the digests that tell them from other results."""

@@ -1,4 +1,4 @@
-"""What stands in the lines of a results file, looked at as they are read."""
+"""The fields in the lines of a results file, checked when the lines are read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from types import NoneType
 from typing import Any
 
+# Says whether a value is one that the field may have.
 Fits = Callable[[Any], bool]
 
 
@@ -47,10 +48,11 @@ OUTCOMES = {
 
 
 def checked(given: dict[str, Any], fields: Mapping[str, Fits]) -> dict[str, Any]:
-    """What was given, if each of the fields is in it and of its kind.
+    """The dict that was given, if it has each of the fields with a value that fits.
 
     Raises:
-        KeyError, ValueError: naming one that is not.
+        KeyError: a field is missing.
+        ValueError: a field's value does not fit; the message names the field and the value.
     """
     for name, fits in fields.items():
         if not fits(given[name]):

@@ -14,9 +14,10 @@ from ...policy.base import TokenPolicy
 
 
 def code_digest(policies: Iterable[TokenPolicy]) -> str:
-    """Of the files that policies from outside kvprune stand in; "" where there are none.
+    """Digests of the files that define policies from outside kvprune; "" if there are none.
 
-    Of classes that were typed in, as in a notebook, of their own code.
+    A class that was typed in, as in a notebook, has no file: the digest is then one of its own
+    code.
     """
     kinds = dict.fromkeys(kind for policy in policies for kind in type(policy).__mro__)
     sources = dict.fromkeys(_source(kind) for kind in kinds if _is_outside(kind))
@@ -28,7 +29,7 @@ def _is_outside(kind: type) -> bool:
 
 
 def _source(kind: type) -> bytes:
-    """The file of a class; what its functions and numbers are where it was typed in."""
+    """The file of a class; for a class that was typed in, its functions and values as text."""
     with suppress(TypeError, OSError):
         found = inspect.getsourcefile(kind)
         if found is not None and Path(found).is_file():
@@ -38,11 +39,12 @@ def _source(kind: type) -> bytes:
 
 
 def _said(value: Any) -> str:
-    """Of a class's attribute, what does not change from one run to the next."""
+    """The parts of a class's attribute that are the same in every run, as text."""
     value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
     code = getattr(value, "__code__", value)
     if isinstance(code, CodeType):
         return repr((code.co_code, code.co_names, [_said(const) for const in code.co_consts]))
+    # The order of a set differs from run to run.
     if isinstance(value, frozenset):
         return repr(sorted(map(repr, value)))
     return repr(value) if isinstance(value, (int, float, str, tuple, type(None))) else ""

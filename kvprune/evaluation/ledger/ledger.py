@@ -1,10 +1,16 @@
 """The results file: JSON lines, each written whole and for good, so that a run can stop anywhere.
 
-The first line, of kind "run", says what was run; more lines of kind "command" are what was run on
-the same file later. "task" and "policy" say what is to be known of these, and "sample", "failure"
-and "trace" are the dataclasses of `results`. A sample's `item` is a digest of what was asked, and
-a policy's `modules` and `code` those of the learned modules in it and of the files of a policy that
-is not kvprune's, so that results of other data, weights or code are not taken for these.
+The kinds of lines:
+
+    "run"      the first line: the settings of the run
+    "command"  a command that was run on the same file later
+    "task"     the unit and the floor of a task
+    "policy"   the digests of a policy
+    "sample", "failure", "trace": the dataclasses of `results.py`
+
+Digests keep results of other data, weights or code from being taken for these. A sample's `item` is
+the digest of its question. A policy's `modules` are the digests of its learned modules. Its `code`
+are the digests of the files that define it; kvprune's own policies have none.
 """
 
 from __future__ import annotations
@@ -26,10 +32,13 @@ from .results import Cell, Cost, Failure, Results, SampleResult, Trace
 NAME = "results.jsonl"
 LOCK = ".results.lock"
 IDENTITY = ("format", "digest", "seed", "dtype", "device", "versions")
-"""What all results of one file have in common."""
+"""The settings that all results of one file have in common."""
 FORMAT = 3
-"""Since 3, a share counts the prompt without its last token, and a policy that evicts where a
-prompt ends has evicted before its bytes are counted."""
+"""The version of the file's format.
+
+Since 3, a share counts the prompt without its last token, and the bytes of a policy that evicts at
+a prompt's end are counted after it has evicted.
+"""
 _BEGIN = b'{"kind": "'
 
 Outcome = SampleResult | Failure | Trace
@@ -37,19 +46,29 @@ Key = tuple[str, float | None, str, int]
 
 
 def key_of(cell: Cell) -> Key:
-    """What tells cells apart, however their policies were spelled."""
+    """The key of a cell, the same however its policies were spelled."""
     return cell.policy, cell.budget, cell.task, cell.context
 
 
 @dataclass
 class Ledger:
-    """A results file and what it says; made by `opened`, which keeps others out.
+    """A results file and its contents; made by `opened`, which keeps other processes out.
 
-    run: its first line; empty in a new file. units, floors: by task. modules, code: by policy.
-    items: by task, context and number of a sample, the digest of what was asked.
-    cells: as they were first spelled.
-    size: bytes of its whole lines; what a killed or failed write left behind them is dropped with
-        the next one.
+    Attributes:
+        path: the file.
+        run: the first line; empty in a new file.
+        commands: all commands that were run on the file.
+        units: the unit of each task's score.
+        floors: the floor of each task that has one.
+        modules: the digests of each policy's learned modules.
+        code: the digests of the files that define each policy.
+        items: the digest of each sample's question, by task, context and number.
+        cells: the cells, with policies as they were first spelled.
+        samples: the results of the samples, by cell and number.
+        failures: the failure of each cell that could not be run.
+        traces: the trace of each cell that has one.
+        size: the bytes of all whole lines. The next write drops what a killed or failed write left
+            behind them.
     """
 
     path: Path
@@ -68,7 +87,7 @@ class Ledger:
 
     @property
     def results(self) -> Results:
-        """All that it says."""
+        """All results in the file."""
         return Results(
             {**self.run, "command": " && ".join(self.commands)} if self.run else {},
             dict(self.units),
@@ -79,10 +98,10 @@ class Ledger:
         )
 
     def check(self, run: Mapping[str, Any]) -> None:
-        """Refuses to go on with a file of another run.
+        """Refuses to go on with the file of another run.
 
         Raises:
-            KVPruneError: naming what differs.
+            KVPruneError: the settings of the file's run differ; the message says which.
         """
         if not self.run:
             return
@@ -98,7 +117,7 @@ class Ledger:
         """Refuses results of other data.
 
         Raises:
-            KVPruneError: the sample of this number was another.
+            KVPruneError: the file's sample of this number has another digest.
         """
         if self.items.get((task, context, number), digest) != digest:
             raise KVPruneError(
@@ -125,7 +144,7 @@ class Ledger:
         """Refuses results of other learned modules, or of other code.
 
         Raises:
-            KVPruneError: the policy had others.
+            KVPruneError: the file has other digests for this policy.
         """
         if self.modules.get(policy, modules) != modules:
             raise KVPruneError(
@@ -139,36 +158,41 @@ class Ledger:
             )
 
     def begin(self, run: Mapping[str, Any]) -> None:
-        """Writes what is run, unless that is what was run before."""
+        """Writes the run if the file is new, else its command if the file does not have it."""
         if not self.run:
             self._write("run", run)
         elif run["command"] not in self.commands:
             self._write("command", {"command": run["command"], "date": run["date"]})
 
     def note_task(self, name: str, unit: str, floor: float | None) -> None:
-        """Writes what is to be known of a task, once."""
+        """Writes the unit and the floor of a task, once."""
         if name not in self.units:
             self._write("task", {"name": name, "unit": unit, "floor": floor})
 
     def note_policy(self, policy: str, modules: str, code: str) -> None:
-        """Writes the digests of a policy's modules and code, once and if it has any."""
+        """Writes the digests of a policy's modules and code, once, and only if there are any."""
         if (modules or code) and policy not in self.modules:
             self._write("policy", {"policy": policy, "modules": modules, "code": code})
 
     def add(self, outcome: Outcome, item: str = "") -> None:
-        """Writes a sample (with the digest of what was asked), a failure or a trace."""
+        """Writes an outcome.
+
+        Args:
+            outcome: a sample, a failure or a trace.
+            item: the digest of the question, for a sample.
+        """
         if isinstance(outcome, SampleResult):
             self._write("sample", {"item": item, **asdict(outcome)})
         else:
             self._write("failure" if isinstance(outcome, Failure) else "trace", asdict(outcome))
 
     def done(self, cell: Cell) -> set[int]:
-        """The samples of a cell that are there."""
+        """The numbers of a cell's samples that are in the file."""
         key = key_of(cell)
         return {number for other, number in self.samples if other == key}
 
     def _write(self, kind: str, content: Mapping[str, Any]) -> None:
-        """Appends a line that is on the disk when this returns."""
+        """Appends a line, which is on the disk when this method returns."""
         line = json.dumps({"kind": kind, **content}) + "\n"
         try:
             self._check_whole()
@@ -185,7 +209,7 @@ class Ledger:
         self._take(json.loads(line))
 
     def _check_whole(self) -> None:
-        """Refuses to write behind lines that are gone."""
+        """Refuses to write if lines that were written are gone."""
         there = self.path.stat().st_size if self.path.exists() else 0
         if there < self.size:
             raise KVPruneError(
@@ -194,7 +218,7 @@ class Ledger:
             )
 
     def _take(self, line: dict[str, Any]) -> None:
-        """Takes in one line."""
+        """Takes the content of one line into the ledger."""
         kind = line.pop("kind")
         if kind == "run":
             if line["format"] != FORMAT:
@@ -217,13 +241,14 @@ class Ledger:
             self._take_outcome(kind, line, self.cells.setdefault(key_of(cell), cell))
 
     def _take_outcome(self, kind: str, line: dict[str, Any], cell: Cell) -> None:
+        """Takes a sample, a failure or a trace into the ledger."""
         key = key_of(cell)
         checked(line, OUTCOMES[kind])
         if kind == "sample":
             cost = self._cost(checked(line.pop("cost"), COST))
             self.items[cell.task, cell.context, line["sample"]] = line.pop("item")
             self.samples.setdefault((key, line["sample"]), SampleResult(cell, cost=cost, **line))
-            # It was tried again since.
+            # The failed cell was run again after its failure.
             self.failures.pop(key, None)
         elif kind == "failure":
             self.failures[key] = Failure(cell, **line)
@@ -232,7 +257,11 @@ class Ledger:
             self.traces[key] = Trace(cell, **{**line, **tuples})
 
     def _cost(self, given: Mapping[str, Any]) -> Cost:
-        """A sample's cost, of as many layers as the others'."""
+        """The cost of a sample.
+
+        Raises:
+            ValueError: the cost has another number of layers than those of the other samples.
+        """
         tuples = {n: tuple(given[n]) for n in ("entered", "kept")}
         cost = Cost(**{**given, **tuples})
         first = next((r.cost for r in self.samples.values()), cost)
@@ -244,10 +273,12 @@ class Ledger:
 
 @contextmanager
 def opened(folder: Path) -> Iterator[Ledger]:
-    """The results file of a folder, which is made if need be; nobody else has it meanwhile.
+    """The results file of a folder; no other process can open it while the context is open.
+
+    The folder is made if it is missing.
 
     Raises:
-        KVPruneError: the folder cannot be written, another process works in it, or what is there
+        KVPruneError: the folder cannot be written, another process works in it, or the file in it
             is no results file.
     """
     try:
@@ -265,7 +296,7 @@ def opened(folder: Path) -> Iterator[Ledger]:
         ) from error
     try:
         path = folder / NAME
-        # A device could be read for ever.
+        # Reading a device might never end.
         if path.exists() and not path.is_file():
             raise KVPruneError(
                 f"{path}: expected a file, got a folder or a device. Name another folder with --out"
@@ -276,10 +307,10 @@ def opened(folder: Path) -> Iterator[Ledger]:
 
 
 def read(folder: Path) -> Results:
-    """What a folder's results file says, also while it is being written.
+    """The results in a folder's file, which may still be written by another process.
 
     Raises:
-        KVPruneError: there is none, or it is damaged.
+        KVPruneError: there is no results file, or it is damaged.
     """
     if not (folder / NAME).is_file():
         raise KVPruneError(f"{folder}: expected a folder of `kvprune compare`, found no {NAME}")
@@ -287,7 +318,11 @@ def read(folder: Path) -> Results:
 
 
 def _parsed(path: Path) -> Ledger:
-    """What its whole lines say."""
+    """A ledger with the contents of the file's whole lines.
+
+    Raises:
+        KVPruneError: the file cannot be read, or it is damaged.
+    """
     ledger = Ledger(path)
     try:
         content = path.read_bytes()
@@ -296,10 +331,11 @@ def _parsed(path: Path) -> Ledger:
     lines = content.split(b"\n")
     for number, line in enumerate(lines, 1):
         if number == len(lines) and (_BEGIN.startswith(line) or line.startswith(_BEGIN)):
-            # It has no end: it was being written.
+            # The last line has no line end, so it was not written whole: it is left out.
             break
         try:
             found = json.loads(line)
+            # The first line is the run, and no other line is.
             if (number == 1) != (found["kind"] == "run"):
                 raise KeyError("kind")
             ledger._take(found)
@@ -315,6 +351,6 @@ def _parsed(path: Path) -> Ledger:
 
 
 def _all_of(file: Any, data: bytes) -> None:
-    """Writes all of it, where one call may write less, as a full disk makes it."""
+    """Writes all of the data, since one call may write only a part, as on a full disk."""
     while data:
         data = data[file.write(data) :]

@@ -1,4 +1,4 @@
-"""What a comparison writes down, one JSON line each: what was run, samples, and failures."""
+"""The contents of a results file: cells, with their samples, costs, failures and traces."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Cell:
-    """What is compared: one policy at one budget on one task at one context length.
+    """One policy at one budget on one task at one context length.
 
-    policy: the canonical spec, its budget already put in; "dense" and "no context" are the lines.
-    label: the spec as given, which all budgets of one policy share.
-    budget: the share that was put in; None where the policy has none or the spec's own is used.
+    Attributes:
+        policy: the canonical spec, with its budget already put in; "dense" and "no context" are the
+            lines.
+        label: the spec as it was given; all budgets of one policy share it.
+        budget: the share that was put in; None if the policy has no budget, or keeps its own.
+        task: the name of the task.
+        context: the context length, in tokens.
     """
 
     policy: str
@@ -24,15 +28,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one sample cost.
+    """The cost of one sample.
 
-    prefill_seconds, prefill_flops: of reading the prompt, its last token included (see `reading`);
-    no seconds where it was read for several cells at once. decode_tokens_per_second: None where
-    nothing was generated. bytes_held: of the cache once all of the prompt but its last token was
-    read and evicted from; bytes_peak: the most that the cache held at a forward's end, room for
-    more tokens included. prompt_tokens: of this sample.
-    entered: tokens that entered each layer, in both forwards. kept: slots that each layer holds
-    after the prompt, the mean over its heads; None where it has a state and no slots.
+    Attributes:
+        prefill_seconds: seconds to read the prompt, its last token included (see
+            `measure/reading.py`); None if the prompt was read for several cells at once.
+        prefill_flops: FLOPs to read the prompt, its last token included.
+        decode_tokens_per_second: None if nothing was generated.
+        bytes_held: bytes of the cache once all of the prompt but its last token was read and
+            evicted from; with lm-eval, once all of the prompt was (see `measure/watch.py`).
+        bytes_peak: the most bytes that the cache held at a forward's end (with lm-eval also at a
+            layer's), room for more tokens included.
+        prompt_tokens: the number of tokens of the prompt.
+        entered: for each layer, the tokens that entered it in all forwards of the prompt.
+        kept: for each layer, the slots that it holds after the prompt, a mean over its heads; None
+            for a layer that has a state and no slots.
     """
 
     prefill_seconds: float | None
@@ -47,7 +57,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class SampleResult:
-    """One sample of one cell."""
+    """The result of one sample of one cell.
+
+    Attributes:
+        cell: the cell.
+        sample: the number of the sample.
+        score: the score, in the task's unit; higher is better.
+        parts: more numbers by name; may be empty.
+        answer: the generated text; "" if nothing was generated.
+        cost: the cost.
+    """
 
     cell: Cell
     sample: int
@@ -59,7 +78,7 @@ class SampleResult:
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell that could not be run, and why; it is tried again when the run is resumed."""
+    """A cell that could not be run, and the error; a resumed run tries the cell again."""
 
     cell: Cell
     error: str
@@ -67,11 +86,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Trace:
-    """Which tokens of one sample's prompt each layer of a cell holds once it was read.
+    """The tokens of one sample's prompt that each layer of a cell holds once the prompt was read.
 
-    tokens: the prompt's, as text, n of them; joined they are the prompt.
-    kept: for each layer of the model, which heads hold which of them: n levels of 0 to 3 as text
-        (see `traces.levels`); empty for a layer that holds no slots at all.
+    Attributes:
+        cell: the cell.
+        sample: the number of the sample.
+        tokens: the texts of the prompt's n tokens; see `texts_of` in `compare/worker.py`.
+        kept: for each layer of the model, n levels of 0 to 3 as text, for how many heads hold each
+            token (see `levels` in `measure/traces.py`); empty for a layer without slots.
     """
 
     cell: Cell
@@ -82,12 +104,16 @@ class Trace:
 
 @dataclass(frozen=True)
 class Results:
-    """All that a results file says.
+    """All contents of a results file.
 
-    run: the settings, versions, machine and command, as plain JSON values.
-    units: of each task's score, by its name.
-    traces: of one sample of a cell, for as many cells as there are to look at.
-    floors: the least that dense must score for a task to mean anything, where it has such.
+    Attributes:
+        run: the settings, versions, machine and command, as plain JSON values.
+        units: the unit of each task's score.
+        samples: the results of all samples.
+        failures: the cells that could not be run.
+        traces: one trace for each cell that has one.
+        floors: for each task that has one, the least mean that dense must score for the task to
+            mean anything.
     """
 
     run: Mapping[str, object]

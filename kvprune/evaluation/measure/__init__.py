@@ -1,1 +1,1 @@
-"""Readings of prompts, and what they cost."""
+"""Measurements: readings of prompts, and their costs."""

@@ -1,15 +1,16 @@
 """FLOPs of reading a prompt, counted alike for every policy.
 
-torch's `FlopCounterMode` cannot be used as it is: it does not know the kernel that CPUs use for
-sdpa (which would make dense attention free), and H2O's block-wise attention skips what a query
-cannot see while it counts a fused kernel as if nothing were skipped. So a layer costs
-`linear * Q + attention * Q * S` for the Q tokens that enter it and the S slots that it then has,
-whatever computes its attention, and the two constants of each layer are measured with that counter
-on the dense model. That is what the counter says of the dense model, in full: twice what causal
-attention needs at the least.
+torch's `FlopCounterMode` cannot be used as it is, for two reasons. It does not know the kernel that
+CPUs use for sdpa, which would make dense attention free. And it counts a fused kernel as if nothing
+were skipped, while block-wise attention (`attention/blockwise.py`), which H2O needs, skips what a
+query cannot see. So a layer costs `linear * Q + attention * Q * S`, for the Q tokens that enter it
+and the S slots that it then has, whatever computes its attention. The two constants of each layer
+are measured with torch's counter on the dense model. So the cost of the dense model is all that the
+counter says: twice what causal attention needs at the least.
 
-What policies compute themselves (SDTP's heads) is counted by `own_flops` and comes on top. Only
-what the counter knows is counted, matrix products above all: no softmax, no norm, no sorting.
+The computations of policies themselves (SDTP's heads) are counted by `own_flops` and come on top.
+Only the operations that the counter knows are counted, matrix products above all: no softmax, no
+norm, no sorting.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ...models.devices import device_of
 from ...models.structure import base_of, decoder_layers, unwrapped
 
 LENGTHS = (64, 128)
-"""Tokens of the two prompts that are measured; linear attention works in chunks of 64."""
+"""The tokens of the two prompts that are measured; linear attention works in chunks of 64."""
 
 _SDPA_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -41,10 +42,13 @@ def layers_of(model: Any) -> Sequence[nn.Module]:
 
 @dataclass(frozen=True)
 class Flops:
-    """What a model's parts cost, in FLOPs.
+    """The costs of a model's parts, in FLOPs.
 
-    linear, attention: by layer, for each token, and for each pair of tokens.
-    each, once: of what is not in the layers, for each token of the prompt, and once.
+    Attributes:
+        linear: for each layer, the cost of each token.
+        attention: for each layer, the cost of each pair of a token and a slot.
+        each: outside the layers, the cost of each token of the prompt.
+        once: outside the layers, the cost of a forward whatever its length.
     """
 
     linear: tuple[float, ...]
@@ -54,11 +58,11 @@ class Flops:
 
     @classmethod
     def measured(cls, model: Any) -> Flops:
-        """Of an attached model, from two short prompts."""
+        """Measures an attached model with two short prompts."""
         short, long = (_by_layer(model, n) for n in LENGTHS)
         n, m = LENGTHS
         both = list(zip(short, long, strict=True))
-        # a = linear * n + attention * n ** 2, and b the same of m.
+        # a = linear * n + attention * n ** 2, and b is the same with m.
         attention = [(b / m - a / n) / (m - n) for a, b in both[:-1]]
         linear = [a / n - c * n for (a, _), c in zip(both[:-1], attention, strict=True)]
         each = (long[-1] - short[-1]) / (m - n)
@@ -67,12 +71,13 @@ class Flops:
     def of_prompt(
         self, tokens: int, entered: Sequence[int], slots: Sequence[int] | None = None
     ) -> float:
-        """Of a forward of a prompt, or of the last part of one, with one token's logits.
+        """The FLOPs of a forward of a prompt, or of its last part, with the logits of one token.
 
         Args:
-            tokens: of the forward.
-            entered: how many of them entered each layer.
-            slots: how many slots each layer has in use then, with these; None for these alone.
+            tokens: the number of tokens in the forward.
+            entered: for each layer, how many of these tokens enter it.
+            slots: for each layer, how many slots are then in use, these tokens included; None if
+                the layers hold these tokens alone.
         """
         seen = entered if slots is None else slots
         layers = zip(self.linear, self.attention, entered, seen, strict=True)
@@ -80,7 +85,7 @@ class Flops:
 
 
 def _by_layer(model: Any, tokens: int) -> list[float]:
-    """Of each layer of the dense model; last, of all that is in none."""
+    """The FLOPs of each layer of the dense model; last, the FLOPs of all that is in no layer."""
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device_of(model))
     meter = _Meter()
     with meter.on(layers_of(model)), counting() as counter, torch.no_grad():
@@ -89,7 +94,7 @@ def _by_layer(model: Any, tokens: int) -> list[float]:
 
 
 class _Meter:
-    """Counts each module's forward."""
+    """Counts the FLOPs of each module's forward."""
 
     def __init__(self) -> None:
         self.counted: list[float] = []
@@ -107,7 +112,7 @@ class _Meter:
 
     @contextmanager
     def on(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """In forwards inside the context."""
+        """Counts in forwards inside the context."""
         hooks = [m.register_forward_pre_hook(self._start) for m in modules]
         hooks += [m.register_forward_hook(self._stop) for m in modules]
         try:
@@ -116,7 +121,8 @@ class _Meter:
             for hook in hooks:
                 hook.remove()
             if self._open is not None:
-                # An error came in between: torch would go on counting.
+                # An error ended a module's forward, so its hook was not called: torch would go on
+                # counting.
                 self._stop()
 
 
@@ -128,7 +134,10 @@ def counting() -> FlopCounterMode:
 def _attention(
     query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
 ) -> int:
-    """Two products over all pairs of a query `[B, Hq, Q, D]` and a slot, as for any other sdpa."""
+    """The FLOPs of attention, as torch counts any other sdpa kernel.
+
+    They are those of two products over all pairs of a query `[B, Hq, Q, D]` and a slot.
+    """
     rows, heads, count, size = query
     return 2 * rows * heads * count * key[2] * (size + value[3])
 
@@ -137,7 +146,8 @@ def _attention(
 def own_flops() -> Iterator[list[float]]:
     """The FLOPs of each answer of a policy, in forwards inside the context.
 
-    Of every cache and in every thread. Slow, as the counter is: not for a forward that is timed.
+    Answers count whatever their cache and their thread. The counter is slow: do not time such a
+    forward.
     """
     counted: list[float] = []
 

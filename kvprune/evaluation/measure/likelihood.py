@@ -1,7 +1,7 @@
-"""How likely continuations are behind contexts that were read with a cache, in batches.
+"""The likelihood of continuations, behind contexts that were read with a cache, in batches.
 
-A context is read first (see `reading`), so that policies prune and evict; what follows it is then
-scored on what they left, read as `generate` reads what it generates.
+A context is read first (see `reading.py`), so that policies prune and evict. Its continuation is
+then scored on what the cache holds, and is read in the way in which `generate` reads new tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LogSoftmax = Callable[[Tensor], Tensor]
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Log-probabilities over the last axis, in the logits' own precision."""
+    """Log-probabilities over the last axis, in the precision of the logits."""
     return logits.log_softmax(-1)
 
 
@@ -30,7 +30,11 @@ def log_softmax(logits: Tensor) -> Tensor:
 class Contexts:
     """A batch of token sequences that a model has read with one cache, one row each.
 
-    logits: `[B, V]`, behind each row's last token. mask: `[B, S]`, or None if nothing is padding.
+    Attributes:
+        model: the attached model.
+        cache: the cache that has read the sequences.
+        logits: `[B, V]`, behind each row's last token.
+        mask: `[B, S]`, 1 for tokens; None if nothing is padding.
     """
 
     model: Any
@@ -41,15 +45,15 @@ class Contexts:
     def score(
         self, continuations: Sequence[Sequence[int]], log_softmax: LogSoftmax = log_softmax
     ) -> list[tuple[float, bool]]:
-        """How likely one continuation of each row is; the cache stays as it is.
+        """Scores one continuation of each row; the cache stays as it is.
 
         Args:
-            continuations: B lists of token ids; may be empty.
-            log_softmax: from logits `[B, Q, V]`.
+            continuations: B lists of token ids, any of which may be empty.
+            log_softmax: computes log-probabilities from logits `[B, Q, V]`.
 
         Returns:
-            for each row the log-likelihood, in nats, and whether decoding greedily would say
-            just that.
+            for each row the log-likelihood, in nats, and whether greedy decoding would give just
+            this continuation.
         """
         tokens, real = _right_padded(continuations, self.logits.device)
         found, greedy, start = [], [], 0
@@ -63,14 +67,15 @@ class Contexts:
         return list(zip(likely.tolist(), same.tolist(), strict=True))
 
     def _logits_of(self, tokens: Tensor) -> Iterator[Tensor]:
-        """The logits `[B, Q, V]` that say each of `tokens` `[B, T]`, some at a time."""
+        """The logits `[B, Q, V]` that predict the tokens `[B, T]`, some at a time."""
         yield self.logits[:, None]
         # The last token is not read: nothing follows it.
         rest = tokens[:, :-1]
         if not rest.shape[1]:
             return
         cache = copy.deepcopy(self.cache)
-        # Several tokens at once attend to all of each other, as if nothing were evicted between.
+        # If policies evict, the tokens are read one by one: tokens of one forward attend to each
+        # other as if nothing were evicted between them.
         evicts = any("rank_slots" in p.hooks for p in cache.policies)
         for some in rest.split(1 if evicts else rest.shape[1], dim=1):
             yield forward(self.model, some, cache, self.mask, some.shape[1])
@@ -85,11 +90,11 @@ def read(
     """Reads contexts of any lengths, padded on the left: all but their last tokens, then these.
 
     Args:
-        model: attached.
-        cache: an empty one.
-        contexts: B lists of token ids, none empty.
-        prompt_lengths: B, in tokens: what a budget given as a share is a share of; where None,
-            those of the contexts without their last tokens.
+        model: an attached model.
+        cache: an empty cache.
+        contexts: B lists of token ids, none of them empty.
+        prompt_lengths: B numbers of tokens, of which a budget given as a share is a share; None for
+            the lengths of the contexts without their last tokens.
 
     Raises:
         KVPruneError: a policy cannot work on the model.
@@ -100,7 +105,7 @@ def read(
 
 
 def _left_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor | None]:
-    """Ids `[B, S]`, and a mask of 1 for tokens if any row is padded."""
+    """Token ids `[B, S]`, and a mask of 1 for tokens; the mask is None if no row is padded."""
     size = max(map(len, rows))
     ids = [[0] * (size - len(row)) + list(row) for row in rows]
     mask = [[0] * (size - len(row)) + [1] * len(row) for row in rows]
@@ -109,9 +114,10 @@ def _left_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Te
 
 
 def _right_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
-    """Ids `[B, T]`, T at least 1, and which of them are none of the padding `[B, T]`.
+    """Token ids `[B, T]`, T at least 1, and a mask `[B, T]` that is False for padding.
 
-    What follows a row's end is read as tokens: nothing before it sees them, and no other row.
+    The padding behind a row's end is read like tokens. No token before it sees it, and no other
+    row.
     """
     size = max(1, *map(len, rows))
     ids = [[*row, *[0] * (size - len(row))] for row in rows]

@@ -1,4 +1,4 @@
-"""A model that has read a prompt with one cache, and what that cost."""
+"""A model that has read a prompt with one cache, and the cost of that."""
 
 from __future__ import annotations
 
@@ -24,16 +24,20 @@ from .reading import forward, read_last, read_lead, read_prompt
 from .watch import now
 
 PIECE = 64
-"""Tokens of a text that are scored at once: their logits over the vocabulary are held."""
+"""The most tokens of a text that are scored at once: their logits over the vocabulary are held."""
 
 
 @dataclass
 class Reading:
-    """A prompt that a cache has read all of but its last token, and what that took.
+    """A prompt of which a cache has read all but the last token, and the cost of that.
 
-    tokens: `[1, n]`. entered: tokens that entered each layer; empty if there was no such forward.
-    seconds: None where it was read for several caches. own: FLOPs that policies computed
-    themselves, where those were counted.
+    Attributes:
+        cache: the cache.
+        tokens: `[1, n]`, the token ids of the prompt.
+        entered: for each layer, the tokens that entered it; empty for a prompt of one token, of
+            which nothing is read yet.
+        seconds: the time of the reading; None if the prompt was read for several caches.
+        own: the FLOPs that policies computed themselves, if they were counted.
     """
 
     cache: ComposedCache
@@ -44,10 +48,15 @@ class Reading:
 
     @classmethod
     def of(cls, model: Any, prompt: Sequence[int], cache: ComposedCache) -> Reading:
-        """Reads it.
+        """Reads all of a prompt but its last token.
+
+        Args:
+            model: an attached model.
+            prompt: the token ids of the prompt.
+            cache: an empty cache.
 
         Raises:
-            KVPruneError: no prompt, or policies that do not work on the model.
+            KVPruneError: an empty prompt, or policies that do not work on the model.
         """
         if not prompt:
             raise KVPruneError("a sample's prompt: expected at least one token, got none")
@@ -59,14 +68,14 @@ class Reading:
 
 
 class CacheReader:
-    """Reads a prompt with a fresh cache, its last token by itself; then it can be asked once.
+    """A reader of a prompt, which reads the last token by itself and then can be asked once.
 
-    So all that it says is told from what the cache holds once it was evicted from; see `reading`.
-    Implements `tasks.base.Reader`.
+    So everything that it says depends on what the cache holds after eviction; see `reading.py`. It
+    implements `Reader` of `tasks/base.py`.
 
     Args:
-        model: attached.
-        tokenizer: of the model.
+        model: an attached model.
+        tokenizer: the model's tokenizer.
         lead: the prompt, all but its last token read; see `Reading.of`.
     """
 
@@ -74,24 +83,27 @@ class CacheReader:
         self._model, self._tokenizer, self._lead = model, tokenizer, lead
         self.cache, self.tokens = lead.cache, lead.tokens.shape[1]
         self._home, self._devices = device_of(model), devices_of(model)
-        # Of each layer, with the last token; an empty cache has no layers yet.
+        # The slots of each layer when it has the last token; an empty cache has no layers yet.
         in_use = [_in_use(layer) for layer in self.cache.layers]
         self._slots = [n + 1 for n in in_use or [0] * len(layers_of(model))]
-        # Before the last token, which makes a cache that grows take room for many more.
+        # Counted before the last token, for which a cache that grows takes room for many more
+        # tokens.
         held, began = self.cache.nbytes, now(devices_of(model))
         self._next = read_last(model, self.cache, lead.tokens)[0]
         self._last = now(devices_of(model)) - began
         self._peak = max(held, self.cache.nbytes)
+        # Before the last token of a prompt of one token, the cache is empty.
         self.bytes_held = held if lead.entered else self._peak
         self._kept = _kept(self.cache)
         self._rate: float | None = None
         self._asked = False
 
     def generate(self, tokens: int) -> str:
-        """Up to so many greedy tokens behind the prompt, as text; ends at eos.
+        """Up to `tokens` greedy tokens behind the prompt, as text; ends at eos.
 
-        They are those of `model.generate(cache=..., do_sample=False)` with `prefill_chunk_size` one
-        less than the prompt's tokens, but that a share of the prompt is then one of all its tokens.
+        `model.generate(cache=..., do_sample=False)` gives the same tokens, if `prefill_chunk_size`
+        is one less than the prompt's tokens; but there a share of the prompt is a share of all its
+        tokens.
         """
         self._ask()
         ends, found = _eos(self._model, self._tokenizer), list[int]()
@@ -101,6 +113,7 @@ class CacheReader:
             if token in ends:
                 break
             found.append(token)
+            # The last token need not be read: nothing follows it.
             if left:
                 self._next = self._forward(self._ids([token]))[-1]
         seconds, steps = now(self._devices) - began, self.cache.seen - self.tokens
@@ -110,10 +123,11 @@ class CacheReader:
         return text
 
     def log_likelihood(self, text: str | Sequence[int]) -> list[float]:
-        """Of each token of a text behind the prompt, in nats, the text as it stands.
+        """The log-likelihood of each token of a text behind the prompt, in nats.
 
-        Every token is predicted from what the cache holds after the tokens before it were read
-        one by one, each with its eviction, and none of them is pruned.
+        The text is taken as it stands, without a space or a special token more. Every token is
+        predicted from what the cache holds after the tokens before it were read one by one, each
+        with its eviction. None of them is pruned.
         """
         self._ask()
         tokens: Sequence[int] = (
@@ -130,11 +144,12 @@ class CacheReader:
         return found
 
     def cost(self, flops: Flops, own: float) -> Cost:
-        """What it cost so far.
+        """The cost so far.
 
         Args:
-            flops: of the model.
-            own: what the policies compute themselves for this prompt, see `own_prefill_flops`.
+            flops: the costs of the model's parts.
+            own: the FLOPs that the policies compute themselves for this prompt; see
+                `own_prefill_flops`.
         """
         before = self._lead.seconds
         return Cost(
@@ -149,7 +164,7 @@ class CacheReader:
         )
 
     def _flops(self, flops: Flops) -> float:
-        """Of the two forwards that read the prompt."""
+        """The FLOPs of the two forwards that read the prompt."""
         last = flops.of_prompt(1, [1] * len(self._slots), self._slots)
         if not self._lead.entered:
             return last
@@ -164,21 +179,23 @@ class CacheReader:
         return torch.tensor([list(tokens)], device=self._home)
 
     def _forward(self, ids: Tensor, logits: int = 1) -> Tensor:
-        """`[1, n]` to the logits `[logits, V]`."""
+        """Reads token ids `[1, n]`; returns the logits `[logits, V]` of the last of them."""
         given = forward(self._model, ids, self.cache, asked=logits)
         if self._recording:
-            # What was read stays: evicted for good, not merely on record.
+            # No token is taken back, so what was evicted may go for good and not only on record.
             self.cache.crop(0)
         return given[0]
 
+    # Whether the cache records drafts; see `_pieces`.
     _recording = False
 
     def _pieces(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
-        """How a text may be cut into forwards so that each policy acts as in decoding.
+        """Cuts a text into forwards, so that each policy acts as in decoding.
 
-        A policy is asked once a forward, and one that prunes would prune a text of several
-        tokens. Where the cache can record drafts, which are read as if one by one, many go at
-        once all the same; and where no policy has a hook there is nothing to ask.
+        A policy is asked once a forward, and a policy that prunes would prune a text of several
+        tokens. If the cache can record drafts, which are read as if one by one, many tokens go into
+        one forward all the same. If no policy has a hook, nothing is asked, and many tokens go into
+        one forward too. Otherwise each token has its own forward.
         """
         together = PIECE
         if any(policy.hooks for policy in self.cache.policies):
@@ -191,7 +208,10 @@ class CacheReader:
 
 
 def own_prefill_flops(model: Any, prompt: Sequence[int], policies: Sequence[TokenPolicy]) -> float:
-    """What the policies compute themselves while a prompt is read; reads it once, slowly."""
+    """The FLOPs that the policies compute themselves while a prompt is read.
+
+    The prompt is read once for that, slowly.
+    """
     tokens = torch.tensor([list(prompt)], device=device_of(model))
     with own_flops() as counted:
         read_prompt(model, ComposedCache(policies), tokens)
@@ -199,18 +219,21 @@ def own_prefill_flops(model: Any, prompt: Sequence[int], policies: Sequence[Toke
 
 
 def _in_use(layer: Any) -> int:
-    """Slots in use once the next token has come, without it; 0 where a layer has a state."""
+    """The slots in use before the next token is stored; 0 for a layer with a state.
+
+    A free slot does not count: the next token takes it.
+    """
     if not isinstance(layer, SlotLayer):
         return 0
     return layer.used - (layer.free_slot is not None)
 
 
 def _of(logits: Tensor, tokens: Sequence[int]) -> list[float]:
-    """The log-likelihood of tokens under the logits `[n, V]` for them."""
+    """The log-likelihoods of tokens under the logits `[n, V]` that predict them."""
     if not len(tokens):
         return []
     wanted = torch.tensor(list(tokens), device=logits.device)
-    # In double precision for a model that is, as everywhere.
+    # In double precision for a model in double precision, as everywhere; else in float32.
     precise = logits if logits.dtype == torch.float64 else logits.float()
     found: list[float] = precise.log_softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
     return found
@@ -224,7 +247,7 @@ def _eos(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _kept(cache: ComposedCache) -> tuple[float | None, ...]:
-    """Slots that each layer holds, on average over its heads; None where it holds a state."""
+    """The slots that each layer holds, a mean over its heads; None for a layer with a state."""
     found: list[float | None] = [None] * len(cache)
     for layer, _ in cache.slot_layers():
         found[layer] = float((cache.columns(layer)[0] >= 0).sum(-1).double().mean())
@@ -233,7 +256,7 @@ def _kept(cache: ComposedCache) -> tuple[float | None, ...]:
 
 @contextmanager
 def _entering(model: Any) -> Iterator[list[int]]:
-    """Notes how many tokens enter each layer, as the hooks of `attach` leave them."""
+    """Notes how many tokens enter each layer, after the hooks of `attach` have pruned."""
     entered: list[int] = []
 
     def note(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

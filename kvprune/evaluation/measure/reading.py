@@ -1,9 +1,10 @@
 """A prompt read in two forwards: its lead, which is all but its last token, then that token.
 
-In one forward the last token would see all others before anything is evicted, so that an answer's
-first token, often the only one, would not depend on the budget at all. So the lead is what a cache
-is told to be the prompt: policies that evict at a prompt's end do so behind the lead, and a share
-of the prompt is one of the lead's tokens. The last token is then read as decoding reads tokens.
+In a single forward the last token would see all other tokens before anything is evicted. An
+answer's first token, often the only one, would then not depend on the budget at all. So the cache
+is told that the lead is the prompt: policies that evict at a prompt's end do so behind the lead,
+and a share of the prompt is a share of the lead's tokens. The last token is then read as decoding
+reads tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ...models.structure import base_of, takes, unwrapped
 
 
 def longest_of(model: Any) -> int:
-    """The tokens that a model was made for; 0 where it does not say."""
+    """The number of tokens that a model was made for; 0 if its config does not say."""
     config = base_of(unwrapped(model)).config.get_text_config(decoder=True)
     return getattr(config, "max_position_embeddings", 0) or 0
 
@@ -36,12 +37,12 @@ def read_prompt(
     """Reads prompts, padded on the left: all but their last tokens, then these.
 
     Args:
-        model: attached.
-        cache: an empty one.
+        model: an attached model.
+        cache: an empty cache.
         tokens: `[B, S]`, S at least 1.
         mask: `[B, S]`, 1 for tokens; None if nothing is padding.
-        lengths: B, in tokens: what a budget given as a share is a share of; those of the prompts'
-            leads where None.
+        lengths: B numbers of tokens, of which a budget given as a share is a share; None for the
+            lengths of the prompts' leads.
 
     Returns:
         the logits behind the last tokens, `[B, V]`.
@@ -60,7 +61,7 @@ def read_lead(
     mask: Tensor | None = None,
     lengths: Sequence[int] | None = None,
 ) -> None:
-    """The first half of `read_prompt`: all but the last tokens, if there are any."""
+    """Does the first half of `read_prompt`: reads all but the last tokens, if there are any."""
     if tokens.shape[1] > 1:
         lead = tokens[:, :-1]
         with _as_prompt(cache, lead, None if mask is None else mask[:, :-1], lengths):
@@ -74,11 +75,15 @@ def read_last(
     mask: Tensor | None = None,
     lengths: Sequence[int] | None = None,
 ) -> Tensor:
-    """The second half: the last tokens, by themselves."""
+    """Does the second half of `read_prompt`: reads the last tokens, by themselves.
+
+    Returns:
+        the logits behind the last tokens, `[B, V]`.
+    """
     last = tokens[:, -1:]
     if cache.seen:
         return forward(model, last, cache, mask)[:, -1]
-    # A prompt of one token has no lead: the token is all there is to be a prompt.
+    # A prompt of one token has no lead: the token itself is then the prompt.
     with _as_prompt(cache, last, mask, lengths):
         return forward(model, last, cache, mask)[:, -1]
 
@@ -87,12 +92,13 @@ def read_last(
 def _as_prompt(
     cache: ComposedCache, tokens: Tensor, mask: Tensor | None, lengths: Sequence[int] | None
 ) -> Iterator[None]:
-    """While open, these tokens `[B, n]` are read as the whole prompt, even if they are one."""
+    """Inside the context the tokens `[B, n]` are read as the whole prompt, even if n is 1."""
     count = torch.full_like(tokens[:, 0], tokens.shape[1])
     if lengths is not None:
         count = torch.tensor(lengths, device=tokens.device)
     elif mask is not None:
-        # At least 1: a row of one token beside longer ones has a prompt of one, as it has alone.
+        # At least 1: a row of one token has a prompt of one token beside longer rows, as it has
+        # alone.
         count = mask.sum(-1).clamp(min=1)
     # Outside `generate` a single token would not count as a prompt.
     cache.enter_generate()
@@ -107,7 +113,7 @@ def _as_prompt(
 def forward(
     model: Any, tokens: Tensor, cache: ComposedCache, mask: Tensor | None = None, asked: int = 1
 ) -> Tensor:
-    """The logits `[B, asked, V]` of the last tokens; behind `mask` nothing is padding."""
+    """The logits `[B, asked, V]` of the last `asked` tokens; behind `mask` nothing is padding."""
     given: dict[str, Any] = {}
     if mask is not None:
         columns = cache.seen + tokens.shape[1]

@@ -1,4 +1,4 @@
-"""What became of one prompt: which tokens each layer still holds, small enough for one line."""
+"""The trace of one prompt: the tokens that each layer still holds, small enough for one line."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ...errors import KVPruneError
 from ..ledger.results import Cell, Trace
 
 MOST = 3
-"""The highest level: all heads. 2 is at least half of them, 1 is fewer, 0 is none."""
+"""The highest level: all heads hold the token. 2 is at least half of them, 1 fewer, 0 none."""
 
 
 def trace_of(cache: ComposedCache, tokens: Sequence[str], cell: Cell, sample: int) -> Trace:
-    """What a cache holds of the prompt that it has just read.
+    """The trace of the prompt that a cache has just read.
 
-    2,000 tokens and 30 layers take at most 21 kB beside the tokens, and a few where what is kept
-    lies together.
+    For 2,000 tokens and 30 layers it takes at most 21 kB beside the tokens, and a few kB if the
+    tokens that are kept lie together.
 
     Args:
-        cache: of one row, nothing generated yet.
+        cache: a cache of one row, with nothing generated yet.
         tokens: the texts of the prompt's tokens.
-        cell: what was run.
-        sample: its number.
+        cell: the cell that is run.
+        sample: the number of the sample.
 
     Raises:
         KVPruneError: a cache of several rows, or one that has not read just these tokens.
@@ -49,7 +49,7 @@ def trace_of(cache: ComposedCache, tokens: Sequence[str], cell: Cell, sample: in
 
 
 def _levels(columns: Tensor, length: int) -> NDArray[np.uint8]:
-    """Columns `[1, H, S]`, -1 where there are fewer, as levels `[length]`."""
+    """The levels `[length]` of columns `[1, H, S]`, which are -1 where a head holds fewer."""
     heads = columns.shape[1]
     count = np.bincount(columns[columns >= 0].cpu().numpy(), minlength=length)
     return np.select([count == heads, 2 * count >= heads, count > 0], [MOST, 2, 1]).astype(np.uint8)
@@ -62,13 +62,13 @@ def packed(levels: NDArray[np.uint8]) -> str:
 
 
 def levels(trace: Trace) -> NDArray[np.uint8]:
-    """What a trace's layers hold.
+    """The levels of a trace's layers.
 
     Returns:
         `[layers that hold slots, n]`, 0 to 3; see `MOST`.
 
     Raises:
-        KVPruneError: what is kept is not what `trace_of` wrote for so many tokens.
+        KVPruneError: the text of a layer is not what `trace_of` writes for so many tokens.
     """
     rows = [_unpacked(text, len(trace.tokens)) for text in trace.kept if text]
     return np.stack(rows) if rows else np.zeros((0, len(trace.tokens)), np.uint8)
@@ -88,6 +88,9 @@ def _unpacked(text: str, length: int) -> NDArray[np.uint8]:
 
 
 def held(trace: Trace) -> NDArray[np.float64]:
-    """The share of layers (and heads, to the nearest level) that hold each token, `[n]`, 0 to 1."""
+    """The share of layers and heads that hold each token, `[n]`, 0 to 1.
+
+    Layers without slots are left out; the share of a layer's heads is its level over `MOST`.
+    """
     found = levels(trace)
     return found.mean(0) / MOST if len(found) else np.zeros(len(trace.tokens))

@@ -1,4 +1,4 @@
-"""What it costs to read prompts with a cache, noted while a model reads them."""
+"""The cost of reading prompts with a cache, measured while a model reads them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .flops import Flops
 
 
 class Watch:
-    """Notes what reading prompts costs: `with Watch(model, cache, columns) as watch`.
+    """Measures the cost of reading prompts: `with Watch(model, cache, columns) as watch`.
 
     Args:
-        model: attached.
-        cache: an empty one, with which the prompts are read, by `generate` or otherwise.
-        columns: of the prompts, padding included; forwards beyond them are not counted.
+        model: an attached model.
+        cache: an empty cache, with which the prompts are read, by `generate` or otherwise.
+        columns: the columns of the prompts, padding included; forwards beyond them are not counted.
     """
 
     def __init__(self, model: Any, cache: ComposedCache, columns: int) -> None:
@@ -52,14 +52,15 @@ class Watch:
             handle.remove()
 
     def costs(self, flops: Flops, prompts: int) -> list[Cost]:
-        """What each prompt of the batch cost.
+        """The cost of each prompt of the batch.
 
         Seconds, bytes held and bytes at peak are each prompt's equal share of the batch's. FLOPs
-        are those of one forward of all tokens that entered a layer, whatever it was cut into.
+        are those of one forward with all tokens that entered a layer, even if there were several
+        forwards.
 
         Args:
-            flops: of the model.
-            prompts: how many there were; rows are a multiple of that in beam search.
+            flops: the costs of the model's parts.
+            prompts: the number of prompts; in beam search the number of rows is a multiple of it.
         """
         each = len(self._tokens) // prompts
         entered = torch.stack(list(self._entered.values()), 1)[::each].tolist()
@@ -88,7 +89,7 @@ class Watch:
         if not self._counting:
             return
         step = self._cache.step
-        # On one device, wherever the layers are.
+        # The counts of all layers go to one device, wherever the layers are.
         entered = (step.columns >= 0).sum(-1).to(step.rows.first.device)
         self._entered[index] = self._entered.get(index, 0) + entered
         self._tokens = torch.full_like(entered, step.seen + step.count)
@@ -105,13 +106,13 @@ class Watch:
         self._kept = {index: self._kept_in(index) for index, _ in self._cache.slot_layers()}
 
     def _kept_in(self, layer: int) -> Tensor:
-        """Slots by row `[B]`, the mean over heads."""
+        """The slots that a layer holds in each row `[B]`, a mean over the heads."""
         held = (self._cache.columns(layer) >= 0).sum(-1).double().mean(-1)
         return held.to(self._tokens.device).expand(len(self._tokens))
 
 
 def now(devices: Iterable[torch.device]) -> float:
-    """Seconds, once the devices have done what they were given."""
+    """The time in seconds, after the devices have finished their work."""
     for device in devices:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 PLOTS = "plots"
-"""The folder, beside the page, of the figures' files."""
+"""The name of the folder for the figures' files, beside the page."""
 
 
 def write_report(results: Results, folder: Path, figures: bool = True) -> list[Path]:
@@ -33,12 +33,12 @@ def write_report(results: Results, folder: Path, figures: bool = True) -> list[P
     The page needs nothing but itself: no network, no script, no other file.
 
     Args:
-        results: what was measured; may be empty or lack whole cells.
-        folder: where to, made if it is not there; files of the same names are replaced.
-        figures: whether to write them as files too, beside being in the page.
+        results: the results to report; may be empty or lack whole cells.
+        folder: the folder to write to, made if it is missing; files of the same names are replaced.
+        figures: whether to write the figures as files too; the page holds them in any case.
 
     Returns:
-        What was written, the page first.
+        the paths of the files, the page first.
 
     Raises:
         KVPruneError: matplotlib is missing, a trace is damaged, or the folder cannot be written.
@@ -57,7 +57,7 @@ def write_report(results: Results, folder: Path, figures: bool = True) -> list[P
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses what would keep a report from being written, before there is one.
+    """Refuses a folder in which no report could be written, before there is a report.
 
     Raises:
         KVPruneError: matplotlib is missing, or something else has the name of the page or of the
@@ -65,7 +65,7 @@ def check_folder(folder: Path) -> None:
     """
     need_matplotlib()
     page, plots = folder / "report.html", folder / PLOTS
-    # These are False of a path that cannot be, which the results file refuses.
+    # Both are False for a path that is not possible; the results file refuses such a path.
     is_folder, is_file = os.path.isdir(page), os.path.isfile(plots)
     if is_folder or is_file:
         raise KVPruneError(
@@ -111,13 +111,14 @@ def _page(results: Results, files: str) -> tuple[str, list[Plot]]:
         style=_style_sheet(),
         plots=files,
     )
-    # A file name in an error may hold what UTF-8 cannot.
+    # A file name in an error may hold characters that UTF-8 cannot.
     page = page.encode("utf-8", "replace").decode("utf-8")
     return page, [*(plot for pair in quality for plot in pair), *costs, *maps]
 
 
 def _template() -> Template:
-    # Everything is escaped unless the template says otherwise, which it does for figures alone.
+    # Everything is escaped unless the template says otherwise, as it does for the figures and the
+    # style sheet alone.
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
@@ -128,7 +129,7 @@ def _template() -> Template:
 
 
 def _breakable(spec: str) -> Markup:
-    """Escaped, with places where a long spec may go on in the next line."""
+    """A spec, escaped, with places where a long one may go on in the next line."""
     from markupsafe import Markup, escape
 
     return Markup("<wbr>").join(escape(piece) for piece in re.split(r"(?<=[,|(+])", spec))

@@ -1,4 +1,4 @@
-"""Rows as tables in a terminal: quality beside cost, one table for each task and context."""
+"""The rows as tables in a terminal: quality beside cost, one table for each task and context."""
 
 from __future__ import annotations
 
@@ -29,7 +29,12 @@ COLUMNS = (
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console | None = None) -> None:
-    """Prints what `rows_of` returned."""
+    """Prints rows.
+
+    Args:
+        rows: the rows as `rows_of` (in `rows.py`) returns them.
+        console: the console to print on; None for stdout.
+    """
     if console is None:
         console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     where = sorted(rows, key=lambda row: (str(row["task"]), int(row["context"])))
@@ -38,7 +43,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console | None = None) -> None
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    # Not markup: a path or a spec may hold brackets.
+    # Without markup, because a path or a spec may hold brackets.
     named = Text(f"{title} ({rows[0]['unit'] or 'no unit'})")
     table = Table(title=named, title_justify="left")
     for name in COLUMNS:

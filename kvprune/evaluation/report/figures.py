@@ -1,4 +1,4 @@
-"""Figures as SVG and PNG: one size and one look, text that stays text."""
+"""Figures as SVG and PNG: all of one width and one look, with text that stays text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Inches, of 72 points: as wide as a phone is, so that no text gets smaller than it is here.
+# Sizes in inches, of 72 points. A figure is as wide as a phone, so that its text is never shrunk to
+# fit.
 WIDTH, LEFT, RIGHT = 5.0, 0.66, 0.24
 TITLE, AXIS, LINE = 0.34, 0.5, 0.168
 DOTS = 200
@@ -53,9 +54,12 @@ _FONT = "text{font-family:system-ui,'Segoe UI',Roboto,'DejaVu Sans',sans-serif!i
 class Plot:
     """One figure.
 
-    name: of its files, without ending. title: what it shows, in words.
-    svg: a file of its own, which follows a dark screen. inline: the same for inside a page that
-    has `dark_rules`. png: on white.
+    Attributes:
+        name: the name of its files, without their ending.
+        title: what the figure shows, in words.
+        svg: a file of its own, which follows a dark screen.
+        inline: the same for a page that has `dark_rules` in its style sheet.
+        png: the figure on white.
     """
 
     name: str
@@ -66,10 +70,10 @@ class Plot:
 
 
 def need_matplotlib() -> None:
-    """Looks whether figures can be drawn.
+    """Checks that figures can be drawn.
 
     Raises:
-        KVPruneError: matplotlib is not there.
+        KVPruneError: matplotlib is missing.
     """
     try:
         import matplotlib.figure  # noqa: F401
@@ -82,7 +86,11 @@ def need_matplotlib() -> None:
 
 @contextmanager
 def look(name: str) -> Iterator[None]:
-    """What is drawn inside looks like the report; `name` keeps its ids apart from others'."""
+    """Gives figures that are drawn inside the context the look of the report.
+
+    Args:
+        name: keeps the ids in a figure's SVG apart from those of other figures.
+    """
     import matplotlib
 
     with matplotlib.rc_context({**_LOOK, "svg.hashsalt": name}):
@@ -92,10 +100,20 @@ def look(name: str) -> Iterator[None]:
 def canvas(
     title: str, height: float, legend: Sequence[tuple[Any, str]] = ()
 ) -> tuple[Figure, Axes]:
-    """A figure of the usual width with axes of a height in inches, and a legend below them."""
+    """A figure of the usual width.
+
+    Args:
+        title: the title above the axes.
+        height: the height of the axes, in inches.
+        legend: handles and labels of a legend below the axes.
+
+    Returns:
+        the figure and its axes.
+    """
     from matplotlib.figure import Figure
 
     names = [shortened(label, LONGEST_LABEL) for _, label in legend]
+    # Short labels fit side by side.
     columns = 2 if max(map(len, names), default=0) <= 30 and len(names) > 1 else 1
     below = AXIS + LINE * -(-len(names) // columns) + (0.06 if names else 0)
     whole = TITLE + height + below
@@ -112,14 +130,17 @@ def canvas(
 
 
 def shortened(text: str, length: int) -> str:
-    """On one line, its middle left out where it is longer; nothing that XML cannot hold."""
+    """The text on one line, its middle left out if it is too long.
+
+    Characters that XML cannot hold become spaces.
+    """
     text = "".join(c if c.isprintable() else " " for c in text)
     half = (length - 3) // 2
     return text if len(text) <= length else f"{text[:half]} … {text[len(text) - half :]}"
 
 
 def finished(figure: Figure, name: str, title: str) -> Plot:
-    """Both kinds of file of a figure, drawn inside `look(name)`."""
+    """Both kinds of file of a figure; to be called inside `look(name)`."""
     vector, pixels = io.StringIO(), io.BytesIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(vector, format="svg", facecolor="none", metadata=nothing)
@@ -129,7 +150,7 @@ def finished(figure: Figure, name: str, title: str) -> Plot:
 
 
 def _bare(svg: str) -> str:
-    """Without the document type, ids that nothing refers to, and digits that nobody sees."""
+    """The SVG without document type, ids that nothing refers to, and digits that nobody sees."""
     svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
     svg = re.sub(r">\s+<", "><", svg)
     return re.sub(r"<[^>]*>", lambda tag: _short(tag[0]), svg)
@@ -149,7 +170,7 @@ def _inside(svg: str) -> str:
     head, rest = svg.split(">", 1)
     box = re.search(r'viewBox="[^"]*"', head)
     assert box is not None
-    # The page says it once for all figures.
+    # The page's own style sheet has these rules once for all figures.
     rest = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", rest, count=1, flags=re.DOTALL)
     rest = rest.replace("xlink:href", "href")
     return f'<svg {box[0]} aria-hidden="true">{rest}'

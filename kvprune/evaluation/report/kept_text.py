@@ -1,4 +1,4 @@
-"""A prompt in colour: what more layers hold stands out."""
+"""A prompt in colour: the more layers hold a token, the more the token stands out."""
 
 from __future__ import annotations
 
@@ -13,21 +13,26 @@ from ..measure.traces import held
 from .summary import DENSE, LOWER
 
 SHADES = ("under 25 %", "25–50 %", "50–75 %", "75 % and more", "all")
-"""What each shade says of the layers and heads that hold a token."""
+"""The meaning of each shade: the share of layers and heads that hold a token."""
 
 MOST_TOKENS = 2400
-"""Of a longer prompt its beginning and its end are shown."""
+"""The most tokens that are shown; of a longer prompt, its beginning and its end."""
 
+# A shade, and the text that has it.
 Run = tuple[int, str]
 
 
 def shade(share: float) -> int:
-    """0 for what hardly any layer holds, the last for what all do."""
+    """The shade of a token: 0 if hardly any layer holds it, the last one if all layers do."""
     return len(SHADES) - 1 if share == 1 else int(share * (len(SHADES) - 1))
 
 
 def text_runs(trace: Trace) -> list[list[Run]]:
-    """Stretches of text with their shades: all of the prompt, or its two ends where it is long."""
+    """The prompt's text in runs of one shade.
+
+    Returns:
+        one list for the whole prompt; two lists, for its two ends, if it is long.
+    """
     shares = held(trace)
     if len(trace.tokens) <= MOST_TOKENS:
         return [_runs(trace.tokens, shares)]
@@ -44,14 +49,19 @@ def _runs(tokens: Sequence[str], shares: NDArray[np.float64]) -> list[Run]:
 
 
 def left_out(trace: Trace) -> int:
-    """How many tokens between the two ends are not shown."""
+    """The number of tokens between the two ends, which are not shown."""
     return max(0, len(trace.tokens) - MOST_TOKENS)
 
 
 def shown(traces: Sequence[Trace], labels: Sequence[str]) -> Iterator[Trace]:
-    """One trace of each policy, as alike as can be: of the first one's sample, the middle budget.
+    """One trace of each policy, all as alike as possible.
 
-    labels: the policies, in the order in which they are shown.
+    The trace of a policy is the one most like the first trace: of its task, context and sample, at
+    the middle budget.
+
+    Args:
+        traces: all traces.
+        labels: the policies, in the order in which they are shown.
     """
     real = [t for t in traces if t.cell.policy not in (DENSE, LOWER)]
     budgets = sorted({t.cell.budget for t in real if t.cell.budget is not None})

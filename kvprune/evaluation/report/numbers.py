@@ -1,4 +1,4 @@
-"""Numbers as they are read: units that fit, no more digits than mean something."""
+"""Numbers for readers: with units that fit, and no more digits than mean something."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ MINUS = "−"
 
 @dataclass(frozen=True)
 class Scale:
-    """A unit, and how much of it is one."""
+    """A unit.
+
+    Attributes:
+        size: how much the unit is, for example 1e9 for GFLOP.
+        unit: the name of the unit.
+    """
 
     size: float
     unit: str
 
     def of(self, amount: float) -> float:
-        """An amount in this unit."""
+        """The amount in this unit."""
         return amount / self.size
 
 
@@ -32,23 +37,24 @@ def flops_scale(amounts: Sequence[float]) -> Scale:
 
 
 def digits(amounts: Sequence[float]) -> int:
-    """Decimals for a column, so that its largest number has three or four digits."""
+    """The decimals for a column, so that its largest number has three or four digits."""
     most = max((abs(a) for a in amounts if math.isfinite(a)), default=0.0)
     return 3 if most < 1 else 2 if most < 10 else 1 if most < 1000 else 0
 
 
 def number(amount: float | None, decimals: int, sign: bool = False) -> str:
-    """A number, or a dash where there is none."""
+    """The number as text, or a dash for a number that is missing or not finite."""
     if amount is None or not math.isfinite(amount):
         return NONE
     text = f"{amount:+,.{decimals}f}" if sign else f"{amount:,.{decimals}f}"
+    # A number that rounds to zero has no sign.
     if not text.strip("+-0.,"):
         text = text.lstrip("+-")
     return text.replace("-", MINUS)
 
 
 def share(amount: float | None) -> str:
-    """As per cent, with a decimal where a whole one would be another number."""
+    """A share as per cent, with one decimal if it is not a whole number."""
     if amount is None or not math.isfinite(amount):
         return NONE
     percent = round(100 * amount, 1)
@@ -56,18 +62,18 @@ def share(amount: float | None) -> str:
 
 
 def percent(amount: float | None) -> str:
-    """As per cent, whole."""
+    """A share as per cent, without decimals."""
     text = NONE if amount is None else number(100 * amount, 0)
     return text if text == NONE else f"{text} %"
 
 
 def ratio(amount: float, base: float) -> str:
-    """How many times the base an amount is."""
+    """The amount as a multiple of the base."""
     return NONE if not base or math.isnan(amount / base) else f"{number(amount / base, 2)}×"
 
 
 def runs(values: Sequence[float | None]) -> str:
-    """Numbers by layer, equal neighbours together: `0-9: 0, 10-29: 512`."""
+    """Numbers by layer, equal neighbours together: `0–9: 0, 10–29: 512`."""
     found: list[tuple[int, int, str]] = []
     for layer, value in enumerate(values):
         text = number(value, 0)

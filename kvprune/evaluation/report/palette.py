@@ -1,11 +1,11 @@
-"""Colours and markers that everybody can tell apart, on light paper and on a dark screen."""
+"""Colours and markers that all readers can tell apart, on light paper and on a dark screen."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Of Okabe and Ito (2008), darkened where they are too pale for white; without their yellow.
+# The colours of Okabe and Ito (2008), darkened where too pale for white; without their yellow.
 SERIES = {
     "#0072b2": "#5aa9e6",
     "#d55e00": "#ff8c42",
@@ -16,14 +16,14 @@ SERIES = {
     "#6b4fa0": "#ab93e6",
     "#7a4b2a": "#c99a75",
 }
-"""Each colour on white, and what takes its place on a dark ground."""
+"""The colour of each series on white, and the colour that replaces it on a dark ground."""
 
 INK = "#1c2128"
 MUTED = "#59636e"
 GRID = "#d8dee4"
 PAPER = "#fefefe"
 GROUND = {INK: "#e6edf3", MUTED: "#9aa4af", GRID: "#30363d", PAPER: "#10151b"}
-"""What is not of a series, likewise."""
+"""The colours of everything else, with those that replace them on a dark ground."""
 
 # Nine, so that colour and marker together repeat only after 72 policies.
 MARKERS = "osD^vPX<>"
@@ -31,14 +31,14 @@ MARKERS = "osD^vPX<>"
 
 @dataclass(frozen=True)
 class Style:
-    """How one policy looks in every figure."""
+    """The look of one policy in every figure."""
 
     colour: str
     marker: str
 
 
 def styles(labels: Sequence[str]) -> dict[str, Style]:
-    """A style for each policy, by its place."""
+    """The style of each policy, by its place in the list."""
     colours = list(SERIES)
     return {
         label: Style(colours[i % len(colours)], MARKERS[i % len(MARKERS)])
@@ -47,10 +47,10 @@ def styles(labels: Sequence[str]) -> dict[str, Style]:
 
 
 def dark_rules() -> str:
-    """CSS by which figures follow a dark screen; they are drawn in the colours for white.
+    """CSS rules that change figures, drawn in the colours for white, on a dark screen.
 
-    It goes by what matplotlib writes into `style`, so that the files stay plain SVG for programs
-    that know no media queries.
+    The rules match the text that matplotlib writes into `style`. So the files stay plain SVG for
+    programs that know no media queries.
     """
     rules = (
         f'[style*="{what}: {light}"]{{{what}:{dark}!important}}'

@@ -1,4 +1,4 @@
-"""Which of several choices are worth a look: cheaper or better than all others."""
+"""The Pareto front: the choices that are cheaper or better than all others."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Sequence
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points are on the Pareto front: none is at least as cheap and as good, and differs.
+    """Whether each point is on the Pareto front.
+
+    A point is on the front if no other point is at least as cheap and as good, and differs from it.
+    Equal points are on it together or not at all. A point whose cost or quality is not finite is on
+    no front.
 
     Args:
-        points: cost (less is better) and quality (more is better); one that is not a number in
-            either is on no front. Equal points are on it together or not at all.
+        points: cost (less is better) and quality (more is better).
     """
     real = [i for i, point in enumerate(points) if all(map(math.isfinite, point))]
     order = sorted(real, key=lambda i: (points[i][0], -points[i][1]))

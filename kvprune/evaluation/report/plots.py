@@ -1,4 +1,4 @@
-"""The figures of a report: quality against cost, cost against context, what each layer keeps."""
+"""The figures of a report: quality against cost, cost against context, and slots by layer."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from .summary import LOWER, CellCost, Row, Span, Table
 
 DENSE_STYLE = Style(INK, "*")
 BINS = 512
-"""The most columns of a heat map: neighbours share one beyond that."""
+"""The most columns of a heat map's image: neighbours share one beyond that."""
 
 MB = Scale(1e6, "MB")
 
 
 def slug(*parts: object) -> str:
-    """A file name of words that may be anything: a task can be a path."""
+    """A file name made of words with any characters: a task can be a path."""
     return re.sub(r"[^a-z0-9]+", "-", " ".join(map(str, parts)).lower()).strip("-")[:80]
 
 
 def quality_plots(table: Table, style: dict[str, Style], number: int) -> list[Plot]:
-    """Score against bytes held, and against prefill FLOPs, with the Pareto front of each."""
+    """The score against bytes held, and against prefill FLOPs, each with its Pareto front."""
     rows = [row for row in table.rows if row.cell.policy != LOWER]
     if not rows:
         return []
@@ -77,7 +77,7 @@ def _style(label: str, style: dict[str, Style]) -> Style:
 
 
 def _series(axes: Any, points: Sequence[tuple[float, Span]], style: Style) -> None:
-    """A policy's budgets, joined, each with its interval."""
+    """Draws a policy's budgets, joined by a line, each with its interval."""
     for x, score in points:
         if score.low is not None:
             axes.plot([x, x], [score.low, score.high], color=style.colour, alpha=0.45, linewidth=1)
@@ -97,7 +97,7 @@ def _look(style: Style) -> dict[str, Any]:
 
 
 def _front(axes: Any, points: Sequence[tuple[float, float]]) -> None:
-    """A stair through the points of the front, and a ring around each."""
+    """Draws a stair through the points of the front, and a ring around each point."""
     best = sorted({p for p, on in zip(points, front(points), strict=True) if on})
     if not best:
         return
@@ -132,6 +132,7 @@ def _legend(
 def context_plots(tables: Sequence[Table], style: dict[str, Style]) -> list[Plot]:
     """Bytes held and prefill seconds against context, for each budget; means over the tasks."""
     rows = [row for table in tables for row in table.rows if row.cell.policy != LOWER]
+    # A single context makes no line.
     if len({row.cell.context for row in rows}) < 2:
         return []
     given = {r.cell.budget for r in rows if r.cell.budget is not None}
@@ -180,7 +181,7 @@ def _means(rows: Sequence[Row], of: Callable[[CellCost], float]) -> tuple[list[i
 
 
 def heat_map(trace: Trace, style: Style, number: int) -> Plot:
-    """Which columns each layer holds: the stronger the colour, the more heads hold them."""
+    """The columns that each layer holds: the stronger the colour, the more heads hold them."""
     name = slug("kept", number, trace.cell.label)
     budget = "" if trace.cell.budget is None else f", budget {share(trace.cell.budget)}"
     title = shortened(trace.cell.label, LONGEST_TITLE - len(budget)) + budget
@@ -199,7 +200,7 @@ def heat_map(trace: Trace, style: Style, number: int) -> Plot:
 
 
 def binned(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """`[layers, n]` to at most `BINS` columns: means of neighbours."""
+    """Values `[layers, n]`, with at most `BINS` columns: means of neighbours."""
     count = values.shape[1]
     width = max(1, -(-count // BINS))
     starts = np.arange(0, count, width)
@@ -208,7 +209,7 @@ def binned(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _tinted(values: NDArray[np.float64], colour: str) -> NDArray[np.uint8]:
-    """`[layers, n]` to RGBA: one colour, as opaque as the value."""
+    """An RGBA image of values `[layers, n]`: one colour, as opaque as the value."""
     image = np.zeros((max(values.shape[0], 1), max(values.shape[1], 1), 4), np.uint8)
     image[..., :3] = list(bytes.fromhex(colour[1:]))
     image[: values.shape[0], : values.shape[1], 3] = np.rint(255 * values)

@@ -1,4 +1,4 @@
-"""Results as rows: what each cell came to on average, flat, for a table or a data frame."""
+"""The results as rows: one flat dict of means for each cell, for a table or a data frame."""
 
 from __future__ import annotations
 
@@ -14,14 +14,22 @@ from .statistics import interval
 
 
 def rows_of(results: Results) -> list[dict[str, Any]]:
-    """One dict for each cell, in the order in which they were begun.
+    """One dict for each cell.
 
-    Keys: `task`, `context`, `policy`, `label`, `budget`, `unit`, `samples` (how many); `score`
-    with its 95 % bootstrap interval `score_low`, `score_high`; `difference` to dense on the
-    samples that both have, paired, likewise; the medians `prefill_seconds` and
-    `decode_tokens_per_second`; the means `prefill_flops`, `bytes_held`, `bytes_peak`,
-    `prompt_tokens`; `share_kept`, of the prompt by a layer's cache, and `pruned`, the tokens that
-    no longer entered each layer, as means; and `error`. What was not measured is None.
+    Cells come in the order of their first samples in the file; cells that failed without any sample
+    come last. A number that was not measured is None. The keys:
+
+        task, context, policy, label, budget: the cell
+        unit: the unit of the task's score
+        samples: the number of samples
+        score, score_low, score_high: the mean and its 95 % bootstrap interval
+        difference, difference_low, difference_high: the same for the paired differences to
+            dense, on the samples that both have
+        prefill_seconds, decode_tokens_per_second: medians
+        prefill_flops, bytes_held, bytes_peak, prompt_tokens: means
+        share_kept: the share of the prompt that a layer's cache keeps, a mean
+        pruned: for each layer, the tokens that no longer entered it, a mean
+        error: the error of a cell that failed
     """
     found: dict[Key, list[SampleResult]] = {}
     cells: dict[Key, Cell] = {}
@@ -66,7 +74,10 @@ def _score(mine: Sequence[SampleResult], dense: Sequence[SampleResult]) -> dict[
 
 
 def _span(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
-    """The mean and its interval, which one value has not, nor any that is no number."""
+    """The mean and its interval.
+
+    One value has no interval. If a value is not finite, the mean is NaN and has no interval.
+    """
     if not values:
         return None, None, None
     if not all(map(isfinite, values)):

@@ -1,4 +1,4 @@
-"""What enters each layer and what it keeps, as a picture that fits into a line of a table."""
+"""A picture that fits into a line of a table: tokens that enter each layer, slots that it keeps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WIDTH, HEIGHT = 72, 20
 
 
 def areas(cost: CellCost) -> tuple[str, str]:
-    """Paths for SVG of `WIDTH` by `HEIGHT`: tokens that enter each layer, slots that it keeps."""
+    """SVG paths of `WIDTH` by `HEIGHT`: tokens that enter each layer, and slots that it keeps."""
     if not cost.tokens or not cost.pruned:
         return "", ""
     entered = [1 - pruned / cost.tokens for pruned in cost.pruned]
@@ -21,7 +21,7 @@ def areas(cost: CellCost) -> tuple[str, str]:
 
 
 def _area(shares: Sequence[float]) -> str:
-    """A stair from layer to layer, down to the ground."""
+    """A path like a stair, with a step for each layer, down to the ground."""
     step, parts = WIDTH / len(shares), [f"M0 {HEIGHT}"]
     for layer, share in enumerate(shares):
         parts.append(f"V{HEIGHT * (1 - share):.1f}H{step * (layer + 1):.1f}")

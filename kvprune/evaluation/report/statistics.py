@@ -1,4 +1,4 @@
-"""How sure a mean is: bootstrap intervals, of samples and of paired differences."""
+"""The uncertainty of a mean: bootstrap intervals, of samples and of paired differences."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 from ...errors import KVPruneError
 
 RESAMPLES = 10_000
-# Of values in one go: samples by the thousand would need gigabytes otherwise.
+# The most values that are drawn at once: thousands of samples would otherwise need gigabytes.
 _AT_ONCE = 2_000_000
 
 
 def interval(values: Sequence[float], seed: int = 0, level: float = 0.95) -> tuple[float, float]:
     """The bootstrap percentile interval of the mean (Efron and Tibshirani 1993, chapter 13).
 
-    It is (nan, nan) for one value, which says nothing of how far others would be; where all values
-    are alike it has no width, though the next one may differ.
+    For one value it is (nan, nan), as one value does not say how far others would be. If all values
+    are equal, the interval has no width, though the next value may differ.
 
     Raises:
-        KVPruneError: no values, one that is not finite, or a level that is not between 0 and 1.
+        KVPruneError: no values, a value that is not finite, or a level that is not between 0 and 1.
     """
     found = _checked(values, level)
     if len(found) == 1:
@@ -36,7 +36,7 @@ def paired(
     """The mean of values minus baseline, sample by sample, and its interval: (mean, low, high).
 
     Raises:
-        KVPruneError: as `interval`, or not as many of one as of the other.
+        KVPruneError: an error of `interval`, or another number of values than of baselines.
     """
     if len(values) != len(baseline):
         raise KVPruneError(

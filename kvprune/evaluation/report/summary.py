@@ -18,7 +18,7 @@ LOWER = "no context"
 
 @dataclass(frozen=True)
 class Span:
-    """A mean and its 95 % bootstrap interval; of one sample, or of no number, there is none."""
+    """A mean and its 95 % bootstrap interval; one sample, or a mean of NaN, has no interval."""
 
     mean: float
     low: float | None = None
@@ -27,11 +27,18 @@ class Span:
 
 @dataclass(frozen=True)
 class CellCost:
-    """What a sample of a cell cost: medians of times, means of the rest; units as in `Cost`.
+    """The cost of a sample of a cell: medians of times, means of the rest; units as in `Cost`.
 
-    seconds: of the samples that were read by themselves; NaN if none was.
-    pruned: tokens of the prompt that never entered a layer. evicted: those that entered and
-    hold no slot after the prompt, None of a layer that has a state and no slots. Both by layer.
+    Attributes:
+        seconds: prefill seconds of the samples that were read by themselves; NaN if none was.
+        flops: prefill FLOPs.
+        decode: tokens per second; None if nothing was generated.
+        held: bytes held.
+        peak: bytes at peak.
+        tokens: tokens of the prompt.
+        pruned: for each layer, tokens of the prompt that never entered it.
+        evicted: for each layer, tokens that entered it and hold no slot after the prompt; None for
+            a layer that has a state and no slots.
     """
 
     seconds: float
@@ -48,10 +55,17 @@ class CellCost:
 class Row:
     """One cell.
 
-    difference: to dense, paired. recovered: the share of the way from no context to dense.
-    Both are of the samples that the lines have as well, and None without such a line; the
-    latter also where dense is no better than no context.
-    best: on the Pareto front of score and bytes held.
+    Attributes:
+        cell: the cell.
+        samples: the number of its samples.
+        score: the mean score.
+        difference: the paired difference to dense, on the samples that both have; None without
+            dense, and for dense itself.
+        recovered: the share of the way from no context to dense, on the samples that all three
+            have; None without one of the lines, or if dense is no better than no context.
+        cost: the cost.
+        parts: means of the score's parts, by name.
+        best: whether the cell is on the Pareto front of score and bytes held.
     """
 
     cell: Cell
@@ -65,15 +79,21 @@ class Row:
 
     @property
     def is_line(self) -> bool:
-        """Whether this is what policies are compared with, and no policy."""
+        """Whether this row is one of the two lines and not a policy that is compared with them."""
         return self.cell.policy in (DENSE, LOWER)
 
 
 @dataclass(frozen=True)
 class Table:
-    """All cells of one task and context: dense first, no context last.
+    """All cells of one task and context.
 
-    warnings: why its numbers may mean nothing.
+    Attributes:
+        task: the name of the task.
+        context: the context length, in tokens.
+        unit: the unit of the score.
+        rows: the cells: dense first, no context last.
+        failures: the cells that could not be run.
+        warnings: the reasons why the numbers may mean nothing.
     """
 
     task: str
@@ -98,7 +118,7 @@ Samples = dict[int, SampleResult]
 
 
 def tables(results: Results) -> list[Table]:
-    """A table for each task and context, in the order in which tasks came, contexts ascending."""
+    """A table for each task and context: tasks in the order of the results, contexts ascending."""
     cells: dict[Cell, Samples] = {}
     for result in results.samples:
         cells.setdefault(result.cell, {})[result.sample] = result
@@ -109,7 +129,7 @@ def tables(results: Results) -> list[Table]:
 
 
 def labels(results: Results) -> list[str]:
-    """The policies that are compared, as given, in the order in which they came."""
+    """The labels of the policies that are compared, as they were given, in order of the results."""
     every = [r.cell for r in results.samples] + [f.cell for f in results.failures]
     return list(dict.fromkeys(c.label for c in every if c.policy not in (DENSE, LOWER)))
 
@@ -165,7 +185,7 @@ def _span(values: Sequence[float]) -> Span:
 
 
 def _mean(values: Iterable[float]) -> float:
-    """Not a number where one of them is none: a sample that overflowed is not left out."""
+    """The mean; NaN if a value is not finite, so that a sample that overflowed is not left out."""
     every = list(values)
     return statistics.fmean(every) if all(map(isfinite, every)) else nan
 
@@ -206,7 +226,7 @@ def _cost(costs: Sequence[Cost]) -> CellCost:
 
 
 def _less(entered: float, kept: Sequence[float | None]) -> float | None:
-    """How many of those that entered a layer are gone; None where it holds none anyway."""
+    """The tokens that entered a layer and hold no slot in it; None for a layer without slots."""
     slots = [n for n in kept if n is not None]
     return entered - statistics.fmean(slots) if slots else None
 

@@ -1,4 +1,4 @@
-"""What the page shows, as plain text and numbers already written out: the template only places."""
+"""The contents of the page, as text and numbers already written out: the template places them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIRST = ("model", "date", "command")
 
 
 def about(run: Mapping[str, object]) -> list[tuple[str, str]]:
-    """What was run, name and value: what a reader looks for first, then the rest as it came."""
+    """The settings of the run as names and values: the most wanted ones first, then the rest."""
     names = [name for name in FIRST if name in run] + [name for name in run if name not in FIRST]
     return [(name.replace("_", " "), _plain(run[name])) for name in names]
 
@@ -36,7 +36,7 @@ def _plain(value: object) -> str:
 
 
 def sections(tables: Sequence[Table], names: Sequence[str], plots: Sequence[Sequence[Plot]]) -> Any:
-    """A part of the page for each table."""
+    """The contents of one section of the page for each table."""
     return [
         {
             "id": f"part-{i}",
@@ -100,7 +100,7 @@ def _who(row: Row, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _named(cell: Any, names: Sequence[str]) -> dict[str, Any]:
-    """A cell's policy with the sign and the colour that it has in the figures."""
+    """A cell's policy, with the sign and the colour that it has in the figures."""
     at = names.index(cell.label) if cell.label in names else None
     return {
         "label": cell.label,
@@ -130,7 +130,7 @@ def _mean_share(by_layer: Sequence[float | None], tokens: float) -> str:
 
 
 def _parts(table: Table) -> dict[str, Any] | None:
-    """More numbers of the score, if the task gives any."""
+    """The table of the score's parts; None if the task gives none."""
     names = list(dict.fromkeys(name for row in table.rows for name in row.parts))
     if not names:
         return None
@@ -143,7 +143,7 @@ def _parts(table: Table) -> dict[str, Any] | None:
 
 
 def overview(tables: Sequence[Table], names: Sequence[str]) -> Any:
-    """Every policy and budget in one line: its memory, and how much of dense it keeps where."""
+    """One line for each policy and budget: its memory, and how much of dense it keeps where."""
     rows = [row for table in tables for row in table.rows if not row.is_line]
     kinds = list(dict.fromkeys((row.cell.label, row.cell.budget) for row in rows))
     kinds.sort(key=lambda kind: (names.index(kind[0]), -(kind[1] or 1)))
@@ -211,7 +211,7 @@ def kept(traces: Sequence[Trace], plots: Sequence[Plot], names: Sequence[str]) -
 
 
 def failures(results: Results) -> Any:
-    """Every cell that could not be run."""
+    """Every cell that could not be run, with its error."""
     names = labels(results)
     return [
         {

@@ -1,4 +1,4 @@
-"""What a comparison asks of a model: one task, one file. `base` says what a task is."""
+"""The tasks of a comparison, one file each; `base.py` says what a task is."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ _MAKE: dict[str, Callable[[], Task]] = {
 }
 
 TASKS: tuple[str, ...] = tuple(_MAKE)
-"""The ids of the tasks that are here."""
+"""The names of the tasks that are here."""
 
 
 def task(name_or_path: str) -> Task:
-    """The task of a name, or that of a file of JSON lines; see `own`.
+    """The task with this name, or the task of a file of JSON lines (see `own.py`).
 
     Raises:
         KVPruneError: there is no such task or file, or the file is not as it has to be.
     """
     if name_or_path in _MAKE:
         return _MAKE[name_or_path]()
+    # A path to a missing file goes to `own` too, whose error then names the file.
     if os.path.exists(name_or_path) or os.sep in name_or_path or ".json" in name_or_path:
         return own(name_or_path)
     near = difflib.get_close_matches(name_or_path, TASKS, n=1)

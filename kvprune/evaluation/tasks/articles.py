@@ -1,16 +1,17 @@
-"""Questions about articles, SQuAD and HotpotQA: how likely the gold answer is.
+"""Questions about articles, SQuAD and HotpotQA: the likelihood of the gold answer.
 
-What is measured is what a policy loses of a text in which nothing is made up to stand out: the mean
-log-likelihood of the gold answer's tokens behind the prompt, teacher-forced. (Small models fail to
-answer freely: F1 0.13 for SmolLM2-135M on SQuAD, so that exact match would measure noise.) SQuAD
-(Rajpurkar et al., arXiv 1606.05250) needs one paragraph of an article, HotpotQA (Yang et al., arXiv
-1809.09600) sentences of two. Both as RULER has them (arXiv 2404.06654, section 3: question
-answering), with paragraphs that say nothing about it. The questions are the "final" split of
-`kvprune.evaluation.data.questions`, which the heads that ship have not been trained on.
+The tasks measure what a policy loses of a text in which nothing is made up to stand out. The score
+is the mean log-likelihood of the gold answer's tokens behind the prompt, teacher-forced. (Small
+models fail to answer freely: SmolLM2-135M has an F1 of 0.13 on SQuAD, so exact match would measure
+noise.) A question of SQuAD (Rajpurkar et al., arXiv 1606.05250) needs one paragraph of an article;
+a question of HotpotQA (Yang et al., arXiv 1809.09600) needs sentences of two. Both stand, as in
+RULER (arXiv 2404.06654, section 3: question answering), among paragraphs that do not help to
+answer. The questions are the "final" split of `kvprune.evaluation.data.questions`, on which the
+heads that ship have not been trained.
 
-Where the article, or the entry, has less text than the context has room, whole paragraphs of other
-final questions are put around it. A prompt is shorter than the context by less than a paragraph,
-mostly. Bare is the question alone.
+If the article, or the entry of HotpotQA, is shorter than the context, whole paragraphs of other
+final questions are put around it. A prompt is then shorter than the context by less than a
+paragraph, mostly. The prompt without the context (`Sample.bare`) is the question alone.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ from .scoring import LIKELIHOOD, answer_tokens, likelihood
 
 _MAKE = {"squad": squad, "hotpotqa": hotpotqa}
 _GAP = "\n\n"
-# More questions than either has.
+# More questions than either data set has.
 _ALL = 10**6
-# So many paragraphs that did not fit: there is no room left.
+# After this number of paragraphs that did not fit, there is no room left.
 _TRIES = 20
-# So many of the longest questions by characters: the longest by tokens is one of them.
+# The longest question by tokens is one of this number of longest questions by characters.
 _LONGEST = 20
 
 
 class _Articles(Task):
-    """What both have in common."""
+    """The common part of both tasks."""
 
     def samples(self, tokenizer: Any, context: int, count: int, seed: int) -> Sequence[Sample]:
         """See `Task.samples`; questions whose own paragraphs do not fit are left out."""
         room = context - _beside(self.name, tokenizer)
         found, seen, more = list[Sample](), 0, 2 * count
         while len(found) < count and more:
-            # The first ones are the same whatever number is asked for.
+            # The first questions are the same, whatever number is asked for.
             questions = _MAKE[self.name]("final", seen + more, (room, room), tokenizer, seed)
             for question in questions[seen:]:
                 draw = seeded(self.name, context, seed, len(found))
@@ -73,23 +74,23 @@ class Squad(_Articles):
 
 @dataclass(frozen=True)
 class HotpotQA(_Articles):
-    """A question that takes sentences of two paragraphs, among others that look alike."""
+    """A question that needs sentences of two paragraphs, among paragraphs that look alike."""
 
     name: ClassVar[str] = "hotpotqa"
     unit: ClassVar[str] = LIKELIHOOD
 
 
 class _Uncounted:
-    """Finds no tokens anywhere, so that every paragraph fits."""
+    """A tokenizer that finds no tokens in any text, so that every paragraph fits."""
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """None."""
+        """No tokens."""
         return []
 
 
 @cache
 def _final(name: str) -> tuple[tuple[str, ...], tuple[LongQuestion, ...]]:
-    """Of all final questions the paragraphs, and the longest questions."""
+    """The paragraphs of all final questions, and the longest of these questions."""
     questions = _MAKE[name]("final", _ALL, (1, 1), _Uncounted())
     paragraphs = dict.fromkeys(p for q in questions for p in q.text.strip().split(_GAP))
     longest = sorted(questions, key=lambda q: len(q.question), reverse=True)[:_LONGEST]
@@ -113,11 +114,11 @@ def _sample(number: int, question: LongQuestion, prompt: tuple[int, ...], tokeni
 def _filled(
     name: str, question: LongQuestion, tokenizer: Any, context: int, draw: random.Random
 ) -> tuple[int, ...] | None:
-    """The prompt with what else fits around the question's own text; None if that does not."""
+    """The prompt, with as many other paragraphs as fit; None if the question's own do not fit."""
     ask, own = _ask(question), question.text.strip()
     room = context - len(ask.ids(tokenizer, own))
     others = [(draw.random() < 0.5, p) for p in _others(name, question, tokenizer, room, draw)]
-    # The parts alone may have a token less than together.
+    # The parts may have a token less alone than they have together.
     for count in range(len(others), -1, -1):
         before = [p for first, p in others[:count] if first]
         after = [p for first, p in others[:count] if not first]
@@ -130,7 +131,10 @@ def _filled(
 def _others(
     name: str, question: LongQuestion, tokenizer: Any, room: int, draw: random.Random
 ) -> list[str]:
-    """Paragraphs of other questions that do not have the answer, while there is room."""
+    """Paragraphs of other questions that do not hold the answer, as many as there is room for.
+
+    Each paragraph is whole; their order is drawn.
+    """
     paragraphs = _final(name)[0]
     taken, tries, own = list[str](), 0, question.text
     for paragraph in draw.sample(paragraphs, len(paragraphs)):

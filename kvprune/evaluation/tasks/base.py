@@ -1,4 +1,4 @@
-"""What a task is: samples, drawn by a seed, and a score for what a model makes of one."""
+"""The interface of a task: samples, drawn by a seed, and a score for a model's answer to each."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import Any, ClassVar, Protocol
 class Sample:
     """One item of a task.
 
-    number: from 0, in the order in which they were drawn.
-    prompt: token ids of everything that is read before the answer, template included.
-    bare: the same without the long context: what can be guessed (the lower line).
-    answers: what is to be found in the answer, or the one text that is to be likely.
+    Attributes:
+        number: the number of the sample, from 0, in the order of drawing.
+        prompt: the token ids of everything that is read before the answer, template included.
+        bare: the same without the long context, for the line "no context": the model can only
+            guess.
+        answers: the texts to be found in the answer, or the one text that is to be likely.
     """
 
     number: int
@@ -26,11 +28,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Score:
-    """How well a sample went.
+    """The score of one sample.
 
-    value: higher is better, in the task's `unit`.
-    parts: more numbers by name, such as the log-likelihood by position; may be empty.
-    answer: the text that was generated, if any.
+    Attributes:
+        value: the score in the task's `unit`; higher is better.
+        parts: more numbers by name, such as the log-likelihood by position; may be empty.
+        answer: the text that was generated, if any.
     """
 
     value: float
@@ -39,26 +42,31 @@ class Score:
 
 
 class Reader(Protocol):
-    """A model that has read a sample's prompt with one cache; can be asked once.
+    """A model that has read a sample's prompt with one cache; it can be asked once.
 
-    What it says is told from what that cache holds once the prompt was evicted from.
+    Its answer depends on what the cache holds once the prompt was evicted from.
     """
 
     def generate(self, tokens: int) -> str:
-        """Up to so many greedy tokens behind the prompt, as text; ends at eos."""
+        """Up to `tokens` greedy tokens behind the prompt, as text; ends at eos."""
         ...
 
     def log_likelihood(self, text: str | Sequence[int]) -> list[float]:
-        """Of each token of a text behind the prompt, in nats, the text as it stands."""
+        """The log-likelihood of each token of a text behind the prompt, in nats.
+
+        The text is taken as it stands, without a space or a special token more.
+        """
         ...
 
 
 class Task(ABC):
-    """One thing to be good at. Subclasses are frozen dataclasses with one file each.
+    """One ability to be measured. Subclasses are frozen dataclasses with one file each.
 
-    name: its id on the command line. unit: of `Score.value`, such as "recall" or "nats a token".
-    floor: the least mean that the dense model must reach for a comparison to mean anything; None
-    where the unit has none, and dense need only be above the lower line.
+    Attributes:
+        name: the task's name on the command line.
+        unit: the unit of `Score.value`, such as "recall" or "nats a token".
+        floor: the least mean that the dense model must reach for a comparison to mean anything.
+            None if the unit has no such mean: dense need only be above the lower line.
     """
 
     name: ClassVar[str]
@@ -76,9 +84,9 @@ class Task(ABC):
         """
 
     def following(self, sample: Sample, tokenizer: Any) -> int:
-        """The most tokens that may follow a sample's prompt, which a model must have room for."""
+        """The most tokens that may follow a sample's prompt; a model must have room for them."""
         return 0
 
     @abstractmethod
     def score(self, sample: Sample, reader: Reader) -> Score:
-        """Asks the reader, once, and judges."""
+        """Asks the reader, once, and scores what it says."""

@@ -1,12 +1,14 @@
 """Key-value retrieval: the value of one key in a JSON object of many pairs that look alike.
 
-Every pair could be the one that is asked for, so what is measured is what a policy loses when
-nothing in the text stands out. After Liu et al., "Lost in the middle" (arXiv 2307.03172, section
-4), with its prompt. Keys are words of Paul Graham's essays and values numbers of seven digits,
-where the paper has UUIDs for both, which are harder. The answer begins with the key and an opening
-quote. Bare is the question with an empty object, so the lower line is 0.
+Every pair could be the one that is asked for. So the task measures what a policy loses if nothing
+in the text stands out. It follows Liu et al., "Lost in the middle" (arXiv 2307.03172, section 4),
+with that paper's prompt. Keys are words of Paul Graham's essays, and values are numbers of seven
+digits; the paper has UUIDs for both, which are harder. The answer begins with the key and an
+opening quote. The prompt without the context is the question with an empty object, so the lower
+line is 0.
 
-SmolLM2-135M finds 0.90 and 0.80 at 512 and 1024 tokens (ten samples, bench/results/tasks.json).
+SmolLM2-135M has a recall of 0.90 and 0.80 at 512 and 1024 tokens (ten samples,
+bench/results/tasks.json).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _TOKENS = 12
 
 @dataclass(frozen=True)
 class KeyValue(Filled):
-    """One pair of the object is asked for, as often one as another."""
+    """One pair of the object is asked for; each pair is asked for equally often."""
 
     name: ClassVar[str] = "kv"
     unit: ClassVar[str] = RECALL
@@ -53,7 +55,10 @@ class KeyValue(Filled):
 
 
 def _pairs(words: list[str], count: int, seed: float) -> list[str]:
-    """Pairs of any key but the first word; with a number behind it where the words run out."""
+    """Pairs with any key but the first word.
+
+    When the words are used up, they come again with a number behind them.
+    """
     draw = random.Random(seed)
     keys = (divmod(i, len(words) - 1) for i in range(count))
     names = [words[1 + i] + (f"-{again}" if again else "") for again, i in keys]

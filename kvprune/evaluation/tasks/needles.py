@@ -1,13 +1,14 @@
 """Needles in a haystack: numbers, each in a sentence of its own, somewhere in essays.
 
-What is measured is whether what was read once, and looked like nothing to keep, is still there when
-a question at the end asks for it. After RULER (arXiv 2404.06654, section 3 and appendix B), with
-its template and Paul Graham's essays as the haystack. A key is two words of the essays where RULER
-has an adjective and a noun; depths are drawn, not taken from forty steps; a number counts only as a
-whole. Bare is the question without the essays, so the lower line is 0.
+The tasks measure whether a text that was read once, and did not look worth keeping, is still there
+when a question at the end asks for it. They follow RULER (arXiv 2404.06654, section 3 and appendix
+B), with RULER's template and with Paul Graham's essays as the haystack. They differ in three
+things: a key is two words of the essays, not an adjective and a noun; depths are drawn, not taken
+from forty steps; a number counts only as a whole. The prompt without the context is the question
+without the essays, so the lower line is 0.
 
-SmolLM2-135M always finds a single number at 512 and 1024 tokens, and 0.80 and 0.78 of the two
-numbers of two keys (ten samples, bench/results/tasks.json).
+SmolLM2-135M always finds a single number at 512 and 1024 tokens. Of the four numbers of two keys it
+finds 0.80 and 0.78 (ten samples, bench/results/tasks.json).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _TOKENS = 12
 
 
 class _Needles(Filled):
-    """What both have in common."""
+    """The common part of both tasks."""
 
     def score(self, sample: Sample, reader: Reader) -> Score:
         """See `Task.score`."""
@@ -53,9 +54,14 @@ class Needle(_Needles):
 
 @dataclass(frozen=True)
 class MultiNeedle(_Needles):
-    """Several keys with several numbers each, and several keys asked for: all their numbers.
+    """Several keys with several numbers each; all numbers of some of the keys are asked for.
 
-    RULER's three variants are (keys=4), (values=4) and (keys=4, queries=4), the rest 1.
+    RULER's three variants are (keys=4), (values=4) and (keys=4, queries=4), with 1 for the rest.
+
+    Attributes:
+        keys: the number of keys.
+        values: the numbers of each key.
+        queries: the number of keys that are asked for.
     """
 
     name: ClassVar[str] = "multi-needle"
@@ -66,10 +72,10 @@ class MultiNeedle(_Needles):
     queries: int = 2
 
     def __post_init__(self) -> None:
-        """Refuses fewer keys than are asked for.
+        """Refuses fewer keys than are asked for, and no query or value at all.
 
         Raises:
-            KVPruneError: it does.
+            KVPruneError: `keys` is less than `queries`, or `queries` or `values` is less than 1.
         """
         if not (1 <= self.queries <= self.keys and self.values >= 1):
             raise KVPruneError(

@@ -1,13 +1,13 @@
-"""A task of one's own: JSON lines, each with a context, a question and its answer.
+"""A task of the user's own: JSON lines, each with a context, a question and its answer.
 
     {"context": "...", "question": "...", "answer": "..."}
 
-`answer` may be a list: then each is looked for. By default the score is recall: the share of the
-answers that stand in what the model generates. A line with `"score": "likelihood"` has the file
-scored by the log-likelihood of the answer instead, which tells more where the model answers in
-sentences. Other keys are left alone. The prompt is the context, the question and "Answer:"; a
-context is never cut, so a prompt that is longer than the context length is refused. Bare is the
-question alone.
+`answer` may be a list of texts, each of which is then looked for. By default the score is recall:
+the share of the answers that stand in the text that the model generates. If a line has `"score":
+"likelihood"`, the whole file is scored by the log-likelihood of the answer instead, which tells
+more if the model answers in sentences. Other keys are ignored. The prompt is the context, the
+question and "Answer:". A context is never cut, so a prompt that is longer than the context length
+is refused. The prompt without the context is the question alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ _TOKENS_BEFORE = 16
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the file, checked; `number` counts from 1."""
+    """One line of the file, checked.
+
+    Attributes:
+        number: the number of the line, from 1.
+        context: the context.
+        question: the question.
+        answers: the answers.
+    """
 
     number: int
     context: str
@@ -40,7 +47,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Own(Task):
-    """The lines of a file; see `own`."""
+    """A file of JSON lines as a task; made by `own`.
+
+    Attributes:
+        path: the path, as it was given.
+        lines: the lines of the file.
+        way: the way of scoring, one of `WAYS`.
+    """
 
     path: str
     lines: tuple[Line, ...]
@@ -53,14 +66,14 @@ class Own(Task):
 
     @property
     def unit(self) -> str:  # type: ignore[override]
-        """As the file says."""
+        """The unit of the file's way of scoring."""
         return RECALL if self.way == "recall" else LIKELIHOOD
 
     def samples(self, tokenizer: Any, context: int, count: int, seed: int) -> Sequence[Sample]:
         """See `Task.samples`; the seed chooses the lines, the same ones at every context.
 
         Raises:
-            KVPruneError: fewer lines than asked for, or one whose prompt is too long.
+            KVPruneError: fewer lines than asked for, or a line whose prompt is too long.
         """
         refuse_few(self.name, context, len(self.lines), count)
         lines = random.Random(f"{seed}").sample(self.lines, len(self.lines))[:count]
@@ -89,17 +102,17 @@ class Own(Task):
 
 
 def own(path: str) -> Own:
-    """The task that a file of JSON lines is.
+    """The task of a file of JSON lines.
 
     Raises:
-        KVPruneError: no such file, no line, or a line that is not as it has to be, with its
-            number.
+        KVPruneError: there is no such file, it has no line, or a line is not as it has to be; the
+            message has the line's number.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise KVPruneError(f"{path}: expected a file of JSON lines in UTF-8: {error}") from error
-    # Not splitlines: JSON may hold other line ends as they are.
+    # `splitlines` would also split at other line ends, which JSON texts may hold as they are.
     written = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not written:
         raise KVPruneError(f"{path}: expected at least one line of JSON, got none")
@@ -111,8 +124,8 @@ def own(path: str) -> Own:
 
 
 def _most(sample: Sample) -> int:
-    """Tokens to say all answers in."""
-    # A token is a character or more, in nearly all tokenizers and languages.
+    """The most tokens that all answers may take."""
+    # A token has one character or more, in nearly all tokenizers and languages.
     return _TOKENS_BEFORE + sum(map(len, sample.answers))
 
 
@@ -141,12 +154,16 @@ def _text(where: str, key: str, value: object) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether there are no halves of characters in it, which JSON can say and no tokenizer read."""
+    """Whether the text has no halves of characters, which JSON can hold and no tokenizer reads."""
     return not any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
 def _way(path: str, found: list[tuple[int, Mapping[str, object]]]) -> str:
-    """What the lines that say it say, which must be the same."""
+    """The way of scoring that the lines name; all lines that name one must name the same.
+
+    Raises:
+        KVPruneError: an unknown way, or two different ones.
+    """
     said = [(number, given["score"]) for number, given in found if "score" in given]
     for number, way in said:
         if way not in WAYS or way != said[0][1]:

@@ -1,11 +1,12 @@
-"""Perplexity of a long document: how likely the text behind a long stretch of it is.
+"""Perplexity of a long document: the likelihood of the text behind a long stretch of it.
 
-The prompt is `context` tokens of Paul Graham's essays, and what is scored are the 128 tokens that
-follow, teacher-forced: their mean log-likelihood (perplexity is exp of minus that), and by distance
-from the prompt's end. After the evaluations of StreamingLLM (arXiv 2309.17453, section 4.1) and
-others. It is a sanity check more than a measure: the next words mostly follow from the last ones,
-so a policy that keeps those loses little whatever else it drops. Bare is the prompt's last 32
-tokens: what those alone are good for.
+The prompt is `context` tokens of Paul Graham's essays, with the tokens that begin a text. The 128
+tokens that follow are scored, teacher-forced: their mean log-likelihood (perplexity is exp of minus
+that), and the means by distance from the prompt's end. The task follows the evaluations of
+StreamingLLM (arXiv 2309.17453, section 4.1) and others. It is a sanity check more than a measure:
+the next words mostly follow from the last ones, so a policy that keeps the last ones loses little,
+whatever else it drops. The prompt without the context is the prompt's last 32 tokens, for what
+these alone are good for.
 """
 
 from __future__ import annotations
@@ -24,21 +25,25 @@ from .texts import essays
 _BARE = 32
 _STRETCH = 32
 _FOLLOWING = 4 * _STRETCH
-# A first guess, of English.
+# A first guess, for English.
 _CHARACTERS_A_TOKEN = 5
 
 
 @dataclass(frozen=True)
 class Stretch(Sample):
-    """A stretch of a document, and the token ids that follow it: not all tokenizers find them
-    again in their text, which is the one answer."""
+    """A stretch of a document, with the token ids that follow it.
+
+    Attributes:
+        following: the token ids. They are kept beside their text, the one answer, because not every
+            tokenizer finds them again in that text.
+    """
 
     following: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Perplexity(Task):
-    """128 tokens behind a stretch of essays."""
+    """The log-likelihood of the 128 tokens behind a stretch of essays."""
 
     name: ClassVar[str] = "perplexity"
     unit: ClassVar[str] = LIKELIHOOD
@@ -77,13 +82,17 @@ def _stretch(
 
 
 def _tokens(tokenizer: Any, draw: random.Random, count: int) -> list[int]:
-    """So many from somewhere in the first half of the essays, from a sentence's start on."""
+    """The `count` tokens behind a sentence's start, which is drawn in the essays' first half.
+
+    Raises:
+        KVPruneError: the essays have fewer tokens from there on.
+    """
     text = essays()
     start = text.find(". ", int(draw.random() * len(text) / 2)) + 2
     characters = count * _CHARACTERS_A_TOKEN
     while True:
         ids = list(tokenizer.encode(text[start : start + characters], add_special_tokens=False))
-        # The last token is cut off with the text, or may be.
+        # The last token may be cut off with the text, so one token more is needed.
         if len(ids) > count:
             return ids[:count]
         if start + characters >= len(text):

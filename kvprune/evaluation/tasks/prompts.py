@@ -1,4 +1,4 @@
-"""Prompts of a length: a question around a context, as a chat where the tokenizer knows one."""
+"""Prompts of a wanted length: a question around a context, as a chat if the tokenizer knows one."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from .base import Sample, Task
 
 @dataclass(frozen=True)
 class Ask:
-    """What is asked and how the answer begins.
+    """A question around a context, and the beginning of its answer.
 
-    before, after: what is said around the context.
-    lead: put into the assistant's turn, so that a small model answers and does not chat. It ends
-    without a space: the answer brings its own.
+    Attributes:
+        before: the text before the context.
+        after: the text after the context.
+        lead: the beginning of the assistant's turn, so that a small model answers and does not
+            chat. It ends without a space, since the answer brings its own.
     """
 
     before: str
@@ -27,7 +29,7 @@ class Ask:
     lead: str
 
     def ids(self, tokenizer: Any, context: str = "") -> tuple[int, ...]:
-        """The prompt's token ids, with the template or with what begins a text."""
+        """The prompt's token ids, with the chat template or with the tokens that begin a text."""
         content = f"{self.before}{context}{self.after}"
         if not getattr(tokenizer, "chat_template", None):
             return plain(tokenizer, f"{content}\n{self.lead}")
@@ -37,12 +39,12 @@ class Ask:
 
 
 def plain(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Token ids of a text with what the tokenizer begins one with, and nothing at its end."""
+    """The token ids of a text, with the tokens that begin a text and nothing at its end."""
     return (*opening(tokenizer), *tokenizer.encode(text, add_special_tokens=False))
 
 
 def opening(tokenizer: Any) -> tuple[int, ...]:
-    """What the tokenizer begins a text with: its bos, or nothing."""
+    """The tokens with which the tokenizer begins a text: its bos, or none."""
     bare = tokenizer.encode("a", add_special_tokens=False)
     whole = tokenizer.encode("a", add_special_tokens=True)
     found = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
@@ -50,15 +52,15 @@ def opening(tokenizer: Any) -> tuple[int, ...]:
 
 
 def seeded(name: str, context: int, seed: int, number: int) -> random.Random:
-    """The chance in a sample, which depends on nothing but these."""
+    """The random numbers of a sample, which depend on nothing but these arguments."""
     return random.Random(f"{name} {context} {seed} {number}")
 
 
 def refuse_short(name: str, context: int, needed: int) -> None:
-    """Refuses a context that holds less than `needed` tokens.
+    """Refuses a context of less than `needed` tokens.
 
     Raises:
-        KVPruneError: it does.
+        KVPruneError: the context is too short.
     """
     if context < needed:
         raise KVPruneError(
@@ -71,7 +73,7 @@ def refuse_few(name: str, context: int, found: int, count: int) -> None:
     """Refuses fewer samples than asked for.
 
     Raises:
-        KVPruneError: there are fewer.
+        KVPruneError: there are too few samples.
     """
     if found < count:
         raise KVPruneError(
@@ -84,8 +86,11 @@ def refuse_few(name: str, context: int, found: int, count: int) -> None:
 class Plan:
     """A sample before its length is known.
 
-    text: the context of so many units (words, pairs); the same whenever it is asked.
-    least: the fewest units that hold what is asked for.
+    Attributes:
+        ask: the question.
+        text: makes the context of a number of units (words, pairs); always the same for one number.
+        answers: see `Sample`.
+        least: the fewest units that hold what is asked for.
     """
 
     ask: Ask
@@ -94,16 +99,16 @@ class Plan:
     least: int = 0
 
     def prompt(self, tokenizer: Any, units: int) -> tuple[int, ...]:
-        """Token ids of the whole prompt with so many units."""
+        """The token ids of the whole prompt with this number of units."""
         return self.ask.ids(tokenizer, self.text(units))
 
 
 class Filled(Task):
-    """A task with a made-up context, which is as long as is asked for."""
+    """A task with a made-up context, which can have any length."""
 
     @abstractmethod
     def plan(self, draw: random.Random) -> Plan:
-        """One sample, drawn."""
+        """Draws one sample."""
 
     def samples(self, tokenizer: Any, context: int, count: int, seed: int) -> Sequence[Sample]:
         """See `Task.samples`; each context has as many units as fit."""
@@ -120,10 +125,15 @@ def _filled(plan: Plan, number: int, tokenizer: Any, context: int) -> Sample:
 
 
 def most(length: Callable[[int], int], least: int, limit: int) -> int:
-    """A number whose length is within the limit though the next one's is not.
+    """A number whose length is within the limit while the next number's length is not.
 
-    That of `least` is. It is the largest where lengths grow, and found in a few steps where they
-    grow evenly.
+    The length of `least` must be within the limit. If lengths grow with the number, the result is
+    the largest such number; if they grow evenly, it is found in a few steps.
+
+    Args:
+        length: the length of a number.
+        least: the least number.
+        limit: the most that a length may be.
     """
     low, high, base = least, None, length(least)
     number = least + 64
@@ -132,8 +142,10 @@ def most(length: Callable[[int], int], least: int, limit: int) -> int:
         low, high = (number, high) if found <= limit else (low, number)
         if high is not None and high - low == 1:
             break
+        # The growth so far says where the limit is reached.
         rate = max((found - base) / (number - least), 1e-3)
         number = max(low + 1, number + int((limit - found) / rate))
         if high is not None:
+            # After eight turns, lengths grow too unevenly for that: the interval is halved instead.
             number = min(number, high - 1) if turn < 8 else (low + high) // 2
     return low

@@ -1,4 +1,4 @@
-"""How an answer is judged: what of it was found, or how likely it was."""
+"""The scores of an answer: the share of the wanted texts in it, or its likelihood."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ LIKELIHOOD = "nats a token"
 def recall(sample: Sample, reader: Reader, tokens: int) -> Score:
     """The share of the answers that stand in up to `tokens` generated tokens, after RULER.
 
-    In upper or lower case, but not inside a longer word or number, where RULER counts it too.
+    Upper and lower case count alike. An answer inside a longer word or number does not count,
+    although RULER counts it.
     """
     text = reader.generate(tokens)
     found = sum(_stands_in(answer, text) for answer in sample.answers)
@@ -23,23 +24,23 @@ def recall(sample: Sample, reader: Reader, tokens: int) -> Score:
 
 
 def likelihood(sample: Sample, reader: Reader) -> Score:
-    """The mean log-likelihood of the answer's tokens, which follows the prompt with a space."""
+    """The mean log-likelihood of the answer's tokens, with a space between prompt and answer."""
     (answer,) = sample.answers
     return Score(mean(reader.log_likelihood(f" {answer}")))
 
 
 def answer_tokens(sample: Sample, tokenizer: Any) -> int:
-    """How many tokens `likelihood` scores."""
+    """The number of tokens that `likelihood` scores."""
     (answer,) = sample.answers
     return len(tokenizer.encode(f" {answer}", add_special_tokens=False))
 
 
 def mean(values: Sequence[float]) -> float:
-    """Of at least one value."""
+    """The mean of at least one value."""
     return sum(values) / len(values)
 
 
 def _stands_in(answer: str, text: str) -> bool:
-    # Letters and digits of ASCII alone make a word here: Chinese has no spaces.
+    # Only letters and digits of ASCII make a longer word here, since Chinese has no spaces.
     pattern = rf"(?<![a-z0-9]){re.escape(answer.casefold())}(?![a-z0-9])"
     return re.search(pattern, text.casefold()) is not None

@@ -1,4 +1,4 @@
-"""What contexts are made of: Paul Graham's essays, as RULER has them, and their words."""
+"""The material of contexts: Paul Graham's essays, as RULER has them, and their words."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def essays() -> str:
 
 @cache
 def essay_words() -> tuple[str, ...]:
-    """The same, word by word."""
+    """All words of the essays, in their order."""
     return tuple(essays().split())
 
 
 @cache
 def vocabulary() -> tuple[str, ...]:
-    """Plain words of 4 to 8 letters that the essays have more than once, by their letters."""
+    """Plain words of 4 to 8 letters that the essays have more than once, in alphabetical order."""
     seen, again = set[str](), set[str]()
     for word in essay_words():
         (again if word in seen else seen).add(word)
@@ -38,18 +38,18 @@ def _is_plain(word: str) -> bool:
 
 @cache
 def _starts() -> tuple[int, ...]:
-    """Where sentences start, as numbers of words."""
+    """The words with which sentences start, as their numbers."""
     words = essay_words()
     return (0, *(i + 1 for i, word in enumerate(words[:-1]) if word.endswith(SENTENCE_ENDS)))
 
 
 def essay_start(draw: random.Random) -> int:
-    """Where some sentence starts."""
+    """The number of a word with which some sentence starts."""
     return draw.choice(_starts())
 
 
 def essay(start: int, count: int) -> list[str]:
-    """So many words from there on, round and round."""
+    """The `count` words from number `start` on; the essays begin again when they end."""
     words, found = essay_words(), list[str]()
     while len(found) < count:
         found += words[start : start + count - len(found)]
@@ -58,12 +58,17 @@ def essay(start: int, count: int) -> list[str]:
 
 
 def number(draw: random.Random) -> str:
-    """One of seven digits."""
+    """A number of seven digits."""
     return str(draw.randrange(10**6, 10**7))
 
 
 def sprinkled(words: list[str], sentences: list[tuple[float, str]]) -> str:
-    """A text of the words, with each sentence between two of theirs at its depth from 0 to 1."""
+    """The words as a text, with more sentences put in between theirs.
+
+    Args:
+        words: the words of the text.
+        sentences: the sentences to put in, each with its depth in the text from 0 to 1.
+    """
     ends = [0, *(i + 1 for i, word in enumerate(words) if word.endswith(SENTENCE_ENDS))]
     pieces, last = list[str](), 0
     for depth, text in sorted(sentences):

@@ -1,12 +1,12 @@
-"""Variable tracking: which variables have a value that was handed from one to the next.
+"""Variable tracking: the variables with a value that was handed from one to the next.
 
 A value is given to a variable, that variable to another, and so on, in sentences that lie apart in
-noise; asked for are all variables that have the value. What is measured is whether the links of a
-chain are all still there, those too that nothing at the end names. After RULER (arXiv 2404.06654,
-section 3 and appendix B), with its template, its noise and its solved example before the question.
-The chain has one link by default and not four; the noise is cut at a word and not after its five
-sentences, so that the length can be met. Bare is all but the noise and the chain: the example is
-still there.
+noise. All variables that have the value are asked for. So the task measures whether all links of a
+chain are still there, also those that nothing at the end names. It follows RULER (arXiv 2404.06654,
+section 3 and appendix B), with RULER's template, noise, and solved example before the question. The
+chain has one link by default and not four. The noise is cut at a word and not after its five
+sentences, so that the length can be met. The prompt without the context lacks the noise and the
+chain; the example is still there.
 
 SmolLM2-135M finds 0.75 and 0.70 of the two variables at 512 and 1024 tokens (ten samples,
 bench/results/tasks.json).
@@ -37,12 +37,20 @@ _TOKENS = 10
 
 @dataclass(frozen=True)
 class _Chain:
+    """A chain of variables.
+
+    Attributes:
+        names: the names of the variables, in order.
+        value: the value that all of them have.
+        sentences: the sentences that hand it on, each with its depth in the noise from 0 to 1.
+    """
+
     names: tuple[str, ...]
     value: str
     sentences: list[tuple[float, str]]
 
     def hidden(self, words: int) -> str:
-        """The chain in so many words of noise."""
+        """The sentences of the chain, in this number of words of noise."""
         return sprinkled((_NOISE * (words // len(_NOISE) + 1))[:words], self.sentences)
 
 
@@ -59,7 +67,7 @@ class Tracking(Filled):
         """Refuses a chain without a link.
 
         Raises:
-            KVPruneError: it has none.
+            KVPruneError: `hops` is less than 1.
         """
         if self.hops < 1:
             raise KVPruneError(f"tracking: expected at least 1 hop, got {self.hops}")

@@ -1,12 +1,12 @@
-"""Common words: which words a long list has more often than the others.
+"""Common words: the words that a long list has more often than the others.
 
-What is measured is whether a policy keeps what is spread over the whole text and only matters by
-its number. After RULER's common words extraction (arXiv 2404.06654, section 3 and appendix B), with
-its template. A small model cannot count, so by default there is one common word and not ten; it
-makes up a share of the list whatever the list's length, where RULER repeats it 30 times; the other
-words, of Paul Graham's essays, come once each, and again only in a list that is longer than there
-are words. There is no solved example, as RULER has one. Bare is the question without the list, so
-the lower line is 0.
+The task measures whether a policy keeps what is spread over the whole text and matters only by its
+number. It follows RULER's common words extraction (arXiv 2404.06654, section 3 and appendix B),
+with RULER's template. A small model cannot count, so by default there is one common word and not
+ten. The common word makes up the same share of a list of any length, while RULER repeats it 30
+times. The other words, of Paul Graham's essays, come once each, and again only if the list is
+longer than the words suffice for. There is no solved example, while RULER has one. The prompt
+without the context is the question without the list, so the lower line is 0.
 
 SmolLM2-135M always finds the one word at 512 and 1024 tokens (ten samples,
 bench/results/tasks.json).
@@ -40,10 +40,10 @@ class Words(Filled):
     share: float = 0.5
 
     def __post_init__(self) -> None:
-        """Refuses a list that has no common words, or no others.
+        """Refuses a list without common words, or without others.
 
         Raises:
-            KVPruneError: it has not.
+            KVPruneError: `common` is less than 1, or `share` is not between 0 and 1.
         """
         if not (self.common >= 1 and 0 < self.share < 1):
             raise KVPruneError(
@@ -56,7 +56,7 @@ class Words(Filled):
         said = f"{ask.before}{ask.after}{ask.lead}".lower()
         words = [word for word in draw.sample(vocabulary(), len(vocabulary())) if word not in said]
         common, others, order = words[: self.common], words[self.common :], draw.random()
-        # With fewer, a common word would come once, as the others do.
+        # In a shorter list a common word might come only once, as the others do.
         least = round(4 * self.common / self.share)
 
         def text(count: int) -> str:
@@ -83,7 +83,11 @@ def _listed(words: list[str], order: float) -> str:
 
 
 def _ask(common: int) -> Ask:
-    """RULER's template, for one word too: SmolLM2-135M found 6 of 10 in the singular, and 10 so."""
+    """RULER's template, in the plural for one word too.
+
+    SmolLM2-135M found 6 of 10 words when asked in the singular, and all 10 when asked in the
+    plural.
+    """
     return Ask(
         "Below is a numbered list of words. In these words, some appear more often than others."
         " Memorize the ones that appear most often.\n",
