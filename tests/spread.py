@@ -38,9 +38,11 @@ def _blocks(model: Any, layers: Sequence[torch.device]) -> Iterator[tuple[nn.Mod
     base = base_of(model)
     blocks = decoder_layers(base)
     yield from zip(blocks, layers, strict=True)
-    for child in base.children():
+    for name, child in base.named_children():
         if not any(child is layer or blocks[0] in child.modules() for layer in blocks):
             behind = "Norm" in type(child).__name__ and child is not next(base.children())
+            # Gemma 4 makes an input for each layer before the first of them, with a norm.
+            behind = behind and not name.startswith("per_layer")
             yield child, ONE if behind else ZERO
     head = model.get_output_embeddings()
     if head is not None:
