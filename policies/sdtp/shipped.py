@@ -35,12 +35,9 @@ def fingerprint(model: Any) -> dict[str, Any]:
     """The fingerprint that tells a model from all others, in whatever precision it was loaded.
 
     Returns:
-        a dict with three keys:
-
-        * `architecture`: fields of the model's config, by name.
-        * `vectors`: a few weights of the first, middle and last parameter of one dimension, by
-          the parameter's name, rounded to bfloat16.
-        * `matrices`: the same of parameters of two dimensions.
+        A dict with three keys. `architecture`: fields of the model's config, by name. `vectors`: a
+        few weights of the first, middle and last parameter of one dimension, by the parameter's
+        name, rounded to bfloat16. `matrices`: the same of parameters of two dimensions.
     """
     config = model.config.get_text_config(decoder=True)
     named = [(n, p) for n, p in named_weights(model.base_model) if p.numel() > SAMPLES]
