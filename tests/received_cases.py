@@ -26,7 +26,7 @@ class Case:
         return (self.query, self.key, *columns, 0.3, self.softcap, self.window)
 
     def with_lse(self, lse: Tensor) -> tuple[Any, ...]:
-        """Those of `attention_received`."""
+        """The arguments of `attention_received`."""
         query, key, *rest = self.arguments()
         return (query, key, lse, *rest)
 

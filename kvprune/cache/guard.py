@@ -23,7 +23,7 @@ class Guard:
         # A dict, since its setdefault is atomic: two threads cannot both open a step. (A lock
         # could be neither deep-copied nor pickled.)
         self._open: dict[str, tuple[int, Step | None]] = {}
-        # By thread: a call that is refused must not speak for one that is not.
+        # Each thread has an entry of its own: a refused call must not change that of another.
         self._logits_to_keep: dict[int, int | Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Guard:

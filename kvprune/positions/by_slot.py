@@ -77,18 +77,9 @@ class SlotPositions(Positions):
     def open(
         self, layers: list[SlotLayer], columns: Tensor, padding: Tensor | None, rows: RowNumbers
     ) -> Tensor:
-        """Begins a forward; the positions `[B, Q]` of its tokens.
+        """Begins a forward; see `Positions.open`.
 
-        Padding has that of the token before it, or of the row's first one here.
-
-        Args:
-            layers: of the cache.
-            columns: `[B, Q]`, -1 for padding.
-            padding: `[B, n]`, which columns are; those behind are not. None for none.
-            rows: the rows' numbers.
-
-        Raises:
-            KVPruneError: they run to where the model changes its frequencies.
+        Padding has the position of the token before it, or of the row's first token here.
         """
         held = [layer for layer in layers if layer.is_initialized]
         place = ((columns >= 0).cumsum(-1) - 1).clamp(min=0)

@@ -147,9 +147,7 @@ class SinkPositions(Positions):
     def check(self, before: RowNumbers | None, after: RowNumbers, seen: int) -> None:
         """Refuses a mask that hides sinks which were seen: others would stand in their place.
 
-        Args:
-            before, after: the rows' numbers before and after a forward.
-            seen: columns before it.
+        See `Positions.check`.
         """
         if before is None or before.first is after.first:
             return
@@ -166,17 +164,7 @@ class SinkPositions(Positions):
     def open(
         self, layers: list[SlotLayer], columns: Tensor, padding: Tensor | None, rows: RowNumbers
     ) -> Tensor:
-        """Begins a forward; the positions `[B, Q]` of its tokens, 0 for padding.
-
-        Args:
-            layers: of the cache.
-            columns: `[B, Q]`, -1 for padding.
-            padding: `[B, seen + Q]`; None for none.
-            rows: the rows' numbers.
-
-        Raises:
-            KVPruneError: they run to where the model changes its frequencies.
-        """
+        """Begins a forward; see `Positions.open`. Padding has position 0."""
         self._anchor(layers, columns, padding, rows)
         assert self._offset is not None
         positions = numbers_of(columns, padding) - self._offset[:, None]
@@ -233,25 +221,13 @@ class SinkPositions(Positions):
         return (lag - gap.clamp(min=0)).clamp(min=0)
 
     def distance_closed(self, at: AtLayer, columns: Tensor) -> Tensor:
-        """The distance `[B, 1, S]` that each slot moves on, for a bias by position (ALiBi).
-
-        Args:
-            at: a forward at a layer, before its tokens are stored.
-            columns: `[B, 1, S]`, of all slots that are attended to.
-        """
+        """The distance `[B, 1, S]` that each slot moves on; see `Positions.distance_closed`."""
         lag = self._lag(at.index, columns, at.padding, at.rows)[:, None, None]
         sink = (columns >= 0) & (columns < at.rows.begin(self.sinks)[:, None, None])
         return torch.where(sink, lag, torch.zeros_like(lag))
 
     def arrange(self, at: AtLayer) -> Tensor:
-        """Puts a layer's sinks in their place, once new tokens are stored.
-
-        Args:
-            at: a forward at a layer.
-
-        Returns:
-            the keys of all slots, `[B, Hkv, S, D]`.
-        """
+        """Puts a layer's sinks in their place; see `Positions.arrange`."""
         rotation = self._rotations[at.index]
         if rotation is not None and self.sinks > 0:
             self._put_sinks(at, rotation)

@@ -316,9 +316,7 @@ def _run(ledger: Ledger, outcomes: Iterable[Outcome], jobs: Sequence[Job], watch
         watch.came(outcome)
 
 
-# This function is not in `executors.py`, because the executors that it imports import that file.
-
-
+# Not in `executors.py`: the executors that this function imports import that file.
 def executor_of(name: str, loaded: bool) -> Executor:
     """The executor with this name.
 
