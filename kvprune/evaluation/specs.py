@@ -22,11 +22,8 @@ import ast
 import copy
 import importlib
 import inspect
-import io
 import re
-import tokenize
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from operator import attrgetter
@@ -39,6 +36,12 @@ from ..policy.composition import Union, leaves
 GROUP = "kvprune.policies"
 DENSE = "dense"
 ALIASES = {"streaming": "streamingllm"}
+# What Python's grammar has no place for, and quoted text, in which it stays as it is. In Python `|`
+# binds less tightly than `+`, and here more tightly: it is read as `*`.
+_APART = re.compile(
+    r"""'(?:\\.|[^'\\])*' | "(?:\\.|[^"\\])*" | \| | (?<=[\w])\s*:\s*(?=[a-zA-Z_])""", re.VERBOSE
+)
+_COLON = "._in_."
 
 
 def parse(text: str) -> list[TokenPolicy]:
@@ -50,7 +53,7 @@ def parse(text: str) -> list[TokenPolicy]:
     """
     if not isinstance(text, str):
         raise KVPruneError(f"policy {text!r}: expected a spec as 'h2o(heavy=256)', got no text")
-    return _Reader(text).spec()
+    return _Spec(text).policies()
 
 
 def canonical(policies: Sequence[TokenPolicy]) -> str:
@@ -135,31 +138,30 @@ def _known() -> Mapping[str, Any]:
     return found
 
 
-@dataclass(frozen=True)
-class _Token:
-    kind: int
-    text: str
-    start: int
-    end: int
-
-
-class _Reader:
-    """A recursive-descent parser over the tokens of Python's own tokenizer."""
+class _Spec:
+    """A text that is read as a Python expression, of which only the syntax tree is looked at."""
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._tokens = self._split(text)
-        self._at = 0
 
-    def _split(self, text: str) -> list[_Token]:
-        # The text is put on one line, so that a token's column is its place in the text.
-        self._line = re.sub(r"[\r\n]", " ", text).strip()
+    def policies(self) -> list[TokenPolicy]:
+        """The pipeline that the text names."""
+        if self._text.strip().lower() == DENSE:
+            return []
+        match self._tree():
+            case ast.List(elts) | ast.Call(ast.Name("ComposedCache"), [ast.List(elts)], []):
+                return [self._union(node) for node in elts]
+            case node:
+                return self._pipeline(node)
+
+    def _tree(self) -> ast.expr:
+        line = _APART.sub(_as_python, re.sub(r"[\r\n]", " ", self._text).strip())
+        if not line:
+            self._fail("expected the name of a policy, got no text")
         try:
-            found = list(tokenize.generate_tokens(io.StringIO(self._line).readline))
-        except (tokenize.TokenError, SyntaxError):
-            self._fail("expected every bracket and quote to be closed")
-        shown = [t for t in found if t.string.strip()]
-        return [_Token(t.type, t.string, t.start[1], t.end[1]) for t in shown]
+            return ast.parse(line, mode="eval").body
+        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+            self._fail(f"expected Python's syntax ({getattr(error, 'msg', error)})")
 
     def _fail(self, expected: str) -> NoReturn:
         raise KVPruneError(
@@ -167,58 +169,34 @@ class _Reader:
             f"h2o(heavy=256,recent=256), with a + b for a pipeline and a|b for what either keeps"
         )
 
-    def _next(self, *texts: str) -> bool:
-        """Reads the next token if it is one of these texts; returns whether it is."""
-        found = self._at < len(self._tokens) and self._tokens[self._at].text in texts
-        self._at += found
-        return found
+    def _pipeline(self, node: ast.expr) -> list[TokenPolicy]:
+        match node:
+            case ast.BinOp(left, ast.Add(), right):
+                return [*self._pipeline(left), *self._pipeline(right)]
+        return [self._union(node)]
 
-    def _expect(self, text: str) -> None:
-        if not self._next(text):
-            got = self._tokens[self._at].text if self._at < len(self._tokens) else "the end"
-            self._fail(f"expected {text!r}, got {got!r}")
+    def _union(self, node: ast.expr) -> TokenPolicy:
+        match node:
+            case ast.BinOp(left, ast.Mult(), right):
+                return self._made(Union.of, self._union(left), self._union(right))
+        return self._policy(node)
 
-    def spec(self) -> list[TokenPolicy]:
-        """Reads the whole text."""
-        texts = [t.text for t in self._tokens]
-        if [t.lower() for t in texts] in ([DENSE], ["[", "]"]):
-            return []
-        wrapped = texts[:2] == ["ComposedCache", "("]
-        # Skips `ComposedCache` and its bracket.
-        self._at = 2 * wrapped
-        found = self._list() if self._next("[") else self._several("+")
-        if wrapped:
-            self._expect(")")
-        if self._at < len(self._tokens):
-            self._fail(f"expected no {self._tokens[self._at].text!r} here")
-        return found
-
-    def _list(self) -> list[TokenPolicy]:
-        if self._next("]"):
-            return []
-        found = self._several(",")
-        self._expect("]")
-        return found
-
-    def _several(self, between: str) -> list[TokenPolicy]:
-        found = [self._union()]
-        while self._next(between):
-            found.append(self._union())
-        return found
-
-    def _union(self) -> TokenPolicy:
-        policy = self._policy()
-        while self._next("|"):
-            policy = self._made(Union.of, policy, self._policy())
-        return policy
-
-    def _policy(self) -> TokenPolicy:
-        kind = self._class(self._name())
-        positional, named = self._call() if self._next("(") else ([], {})
-        allowed = _arguments(kind)
-        for name in named:
+    def _policy(self, node: ast.expr) -> TokenPolicy:
+        called = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        kind = self._class(self._name(called.func))
+        positional = [self._value(value) for value in called.args]
+        if ... in positional:
+            self._fail("expected arguments with their names where one is left out")
+        allowed, named = _arguments(kind), dict[str, Any]()
+        for argument in called.keywords:
+            name, value = argument.arg or "**", self._value(argument.value)
             if name not in allowed:
                 self._fail(f"{kind.__name__} has no argument {name!r}{_meant(name, allowed)}")
+            if name in named:
+                self._fail(f"the argument {name!r} comes twice")
+            named[name] = value
+        # `...` stands for the default.
+        named = {name: value for name, value in named.items() if value is not ...}
         return self._made(kind, *positional, **named)
 
     def _made(self, make: Callable[..., TokenPolicy], *args: Any, **kwargs: Any) -> TokenPolicy:
@@ -230,20 +208,11 @@ class _Reader:
             kind = "" if isinstance(error, (ValueError, TypeError)) else f"{type(error).__name__}: "
             raise KVPruneError(f"policy {self._text!r}: {kind}{error}") from error
 
-    def _name(self) -> str:
-        """Reads a name, `name` or `package.module:Class`."""
-        begin = self._at
-        # Names and separators take turns.
-        while self._at < len(self._tokens) and (
-            self._tokens[self._at].text in (".", ":")
-            if (self._at - begin) % 2
-            else self._tokens[self._at].kind == tokenize.NAME
-        ):
-            self._at += 1
-        name = "".join(t.text for t in self._tokens[begin : self._at])
-        if not re.fullmatch(r"\w+|[\w.]+:[\w.]+", name):
-            got = name or (self._tokens[begin].text if begin < len(self._tokens) else "the end")
-            self._fail(f"expected the name of a policy, or module:Class, got {got!r}")
+    def _name(self, node: ast.expr) -> str:
+        """A name, `name` or `package.module:Class`."""
+        name = ast.unparse(node).replace(_COLON, ":")
+        if not re.fullmatch(r"\w+|[\w.]+:[\w.]+", name) or isinstance(node, ast.Constant):
+            self._fail(f"expected the name of a policy, or module:Class, got {_spec_of(node)!r}")
         return name
 
     def _class(self, name: str) -> type[TokenPolicy]:
@@ -277,52 +246,26 @@ class _Reader:
         except Exception as error:
             self._fail(f"expected {name} to be a class that can be imported ({error})")
 
-    def _call(self) -> tuple[list[Any], dict[str, Any]]:
-        """Reads the arguments up to the closing bracket; an argument that is `...` is left out."""
-        positional: list[Any] = []
-        named: dict[str, Any] = {}
-        seen = set[str]()
-        while not self._next(")"):
-            name = self._argument_name()
-            value = self._value()
-            if name in seen:
-                self._fail(f"the argument {name!r} comes twice")
-            # An argument without a name must come first, and has no default to fall back on.
-            if name is None and (seen or value is ...):
-                self._fail("expected arguments with their names")
-            if name is None:
-                positional.append(value)
-            else:
-                seen.add(name)
-                named |= {} if value is ... else {name: value}
-            if not self._next(","):
-                self._expect(")")
-                break
-        return positional, named
-
-    def _argument_name(self) -> str | None:
-        """Reads `name=` and returns the name; None if something else comes next."""
-        pair = self._tokens[self._at : self._at + 2]
-        if len(pair) < 2 or pair[0].kind != tokenize.NAME or pair[1].text != "=":
-            return None
-        self._at += 2
-        return pair[0].text
-
-    def _value(self) -> Any:
-        """Reads a plain value, up to the comma or the bracket that ends it."""
-        begin, depth = self._at, 0
-        while self._at < len(self._tokens):
-            text = self._tokens[self._at].text
-            if depth == 0 and text in (",", ")"):
-                break
-            depth += (text in "([{") - (text in ")]}")
-            self._at += 1
-        tokens = self._tokens[begin : self._at]
-        said = self._line[tokens[0].start : tokens[-1].end] if tokens else ""
+    def _value(self, node: ast.expr) -> Any:
+        """A plain value."""
         try:
-            return ast.literal_eval(said)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            self._fail(f"expected a number, a text in quotes, None or a list, got {said!r}")
+            return ast.literal_eval(node)
+        except (ValueError, TypeError):
+            self._fail(
+                f"expected a number, a text in quotes, None or a list, got {_spec_of(node)!r}"
+            )
+
+
+def _as_python(found: re.Match[str]) -> str:
+    """What Python's grammar reads in the place of what is a spec's own; quoted text stays."""
+    if found[0] == "|":
+        return "*"
+    return _COLON if found[0].strip() == ":" else found[0]
+
+
+def _spec_of(node: ast.expr) -> str:
+    """The text of a node, as it stands in a spec."""
+    return ast.unparse(node).replace(" * ", "|").replace(_COLON, ":")
 
 
 def _meant(name: str, known: Iterable[str]) -> str:
