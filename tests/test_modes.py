@@ -79,10 +79,9 @@ def modes_of(order: tuple[str, ...]) -> list[str]:
 def cut_off(cache: kvprune.ComposedCache) -> None:
     """What the cache holds has no gradients from here on."""
     for _, layer in cache.slot_layers():
-        if layer.is_initialized:
-            layer._keys, layer._values = (
-                None if held is None else held.detach() for held in (layer._keys, layer._values)
-            )
+        held = layer.held
+        if held is not None:
+            held._keys, held._values = held._keys.detach(), held._values.detach()
     inside: Any = cache.state.positions
     if hasattr(inside, "_home"):
         inside._home = [None if home is None else home.detach() for home in inside._home]

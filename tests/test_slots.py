@@ -29,10 +29,10 @@ def test_decode_at_a_full_budget_is_in_place(policy):
     for count in (50, 1):
         driver.step(driver.tokens(count))
     layer = driver.cache.layers[0]
-    places = [t.data_ptr() for t in (layer._keys, layer._values)]
+    places = [t.data_ptr() for t in layer.held.tensors()]
     for _ in range(50):
         driver.step(driver.tokens(1))
-        assert [t.data_ptr() for t in (layer._keys, layer._values)] == places
+        assert [t.data_ptr() for t in layer.held.tensors()] == places
     assert layer.capacity == 21
     assert driver.kept(0, 0)[-1] == 100
 
@@ -56,7 +56,7 @@ def test_below_the_budget_buffers_grow_geometrically(policies):
     driver, moves, place = Driver(policies, 1, 2, 2), 0, 0
     for _ in range(400):
         driver.step(driver.tokens(1))
-        now = driver.cache.layers[0]._keys.data_ptr()
+        now = driver.cache.layers[0].keys.data_ptr()
         moves, place = moves + (now != place), now
     layer = driver.cache.layers[0]
     assert moves < 40
@@ -68,7 +68,7 @@ def test_a_fused_projection_is_not_kept_alive():
     fused = torch.randn(1, 2, 30, 3 * D)
     keys, values = fused[..., :D], fused[..., D : 2 * D]
     layer = SlotLayer()
-    layer.append(keys, values, torch.arange(30)[None, None], complete=True, in_free_slot=False)
+    layer.append(keys, values, torch.arange(30)[None, None], seen=30)
     assert sum(t.untyped_storage().nbytes() for t in layer.tensors()) == 2 * 2 * 30 * D * 4 + 30 * 8
 
 
@@ -92,12 +92,12 @@ def test_layers_that_share_columns_part_ways_when_one_drops_a_slot():
     layers = [SlotLayer(), SlotLayer(), SlotLayer()]
     for layer in layers:
         new = torch.randn(1, 2, 6, D)
-        layer.append(new, new, columns, complete=True, in_free_slot=False)
+        layer.append(new, new, columns, seen=6)
     layers[0].free(torch.tensor([[[2]]]))
     layers[1].keep(torch.tensor([[[True, False, True, True, True, True]]]))
     for layer, hole in zip(layers[:2], (2, 1), strict=True):
         new = torch.randn(1, 2, 1, D)
-        layer.append(new, new, torch.tensor([[[6]]]), complete=True, in_free_slot=True)
+        layer.append(new, new, torch.tensor([[[6]]]), seen=7, in_free_slot=True)
         assert layer.columns[0, 0, hole] == 6
     assert torch.equal(layers[2].columns[0, 0], torch.arange(6))
 

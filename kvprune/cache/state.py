@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.layer_step import evict_together
 from ..engine.step import Step
+from ..engine.turnover import evict_together
 from ..errors import KVPruneError
 from ..models.releases import LinearAttentionLayer
 from ..positions.base import Positions

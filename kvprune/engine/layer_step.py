@@ -5,7 +5,7 @@ Read `LayerStep.store`, which `Cache.update` calls, and then `LayerStep.attend`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -17,7 +17,6 @@ from ..attention.dispatch import attend, attend_and_observe
 from ..attention.inputs import Inputs
 from ..attention.masks import Mask
 from ..policy.views import SlotView, Statistics
-from ..storage.group import LayerGroup
 from ..storage.layer import SlotLayer
 from ..storage.rows import RowNumbers
 from .step import Step
@@ -104,10 +103,16 @@ class LayerStep:
         """Appends new tokens `[B, Hkv, Q, D]`; returns all that the layer then holds."""
         step, slots = self.step, self.slots
         arrived = None if self.positions is None else self.positions[:, None]
-        in_free_slot = step.count == 1
-        held = slots.append(keys, values, self.slot_columns, self.complete, in_free_slot, arrived)
-        slots.whole = slots.whole and step.whole
-        slots.seen = self.seen
+        held = slots.append(
+            keys,
+            values,
+            self.slot_columns,
+            seen=self.seen,
+            complete=self.complete,
+            whole=step.whole,
+            in_free_slot=step.count == 1,
+            arrived=arrived,
+        )
         if step.cache_positions is None:
             return held
         return step.cache_positions.arrange(self), slots.values
@@ -252,30 +257,32 @@ class LayerStep:
         # Once: below a budget, where there is room for more, each is a view of its own.
         held = slots.columns
         columns = at._in_sight(held)
-        if slots.full_policy is not None and step.same_rows and columns is held:
-            at._evict_next(slots.full_policy)
+        full = slots.turnover.policy
+        if full is not None and step.same_rows and columns is held:
+            at._evict_next(full)
             return
         view = at.view(columns, slots.statistics, at.rows)
         left = surviving_slots(step.evicters, view, new > 1, step.not_finite)
-        # Not full any more, where a budget grew with the prompt.
-        slots.full_policy = left.by
         if columns is not held:
             slots.keep(_left(view.valid if left.kept is None else left.kept, left.gone))
         elif left.gone is not None:
             slots.free(left.gone, left.by)
         elif left.kept is not None:
             slots.keep(left.kept, left.by)
+        else:
+            # A budget that was full may have grown with the prompt.
+            slots.keep_all()
 
-    def _evict_next(self, by: int) -> None:
-        """One slot goes by the policy whose budget is full: now, or with other layers' slots."""
-        policy, slots = self.step.evicters[by], self.slots
+    def _evict_next(self, number: int) -> None:
+        """One slot goes in every row and head by the policy that is full: now, or with others'."""
+        policy, slots = self.step.evicters[number], self.slots
         alike = slots.alike() if policy.layers_alike and not self.step.one_by_one else None
         if alike is not None:
             self.step.due.setdefault(alike, []).append(self)
             return
         gone = next_to_go(policy, self.view(slots.columns, slots.statistics, self.rows))
         if gone is not None:
-            slots.free(gone, by)
+            slots.free(gone, number)
 
     def view(self, columns: Tensor, statistics: dict[str, Tensor], rows: RowNumbers) -> SlotView:
         """The view of slots with these columns and statistics."""
@@ -301,29 +308,6 @@ class LayerStep:
             return columns
         oldest = local.oldest(self.seen, self.rows.first)
         return columns.masked_fill(columns < oldest[:, None, None], -1)
-
-
-def evict_together(step: Step, before: Sequence[LayerGroup]) -> list[LayerGroup]:
-    """After the last layer, the slots go that layers which are alike give up at once.
-
-    Args:
-        step: the forward.
-        before: what this gave in the step before.
-    """
-    return [_evict_alike(step, due, before) for due in step.due.values()]
-
-
-def _evict_alike(step: Step, due: list[LayerStep], before: Sequence[LayerGroup]) -> LayerGroup:
-    layers = [at.slots for at in due]
-    by = layers[0].full_policy
-    assert by is not None
-    same = next((one for one in before if one.lent_to(layers)), None)
-    joint = LayerGroup(layers) if same is None else same
-    rows = due[0].rows.below(len(layers))
-    gone = next_to_go(step.evicters[by], due[0].view(joint.columns, joint.statistics, rows))
-    if gone is not None:
-        joint.free(gone, by)
-    return joint
 
 
 def _left(kept: Tensor, gone: Tensor | None) -> Tensor:

@@ -43,7 +43,7 @@ def metered(meter: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
         _METERS.remove(meter)
 
 
-def _asked(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ranking | None:
+def ask_metered(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ranking | None:
     """The answer of a policy of the pipeline, metered if somebody measures costs."""
     meters = tuple(_METERS)
     if not meters:
@@ -132,7 +132,7 @@ def surviving_tokens(
     """
     ranked, shown = False, tokens
     for policy in policies:
-        ranking = _asked(policy, "rank_hidden", tokens)
+        ranking = ask_metered(policy, "rank_hidden", tokens)
         if ranking is None:
             continue
         columns, valid = tokens.columns[:, None], tokens.valid[:, None]
@@ -178,7 +178,7 @@ def surviving_slots(
     # Of one alone: what another evicts may lower a budget, as that of sinks which are gone.
     alone = [p.constant_budget for p in policies if p.applies(slots.layer)] == [True]
     for number, policy in enumerate(policies):
-        ranking = _asked(policy, "rank_slots", slots)
+        ranking = ask_metered(policy, "rank_slots", slots)
         if ranking is None:
             continue
         check_ranking(policy, ranking, slots.columns, heads)
@@ -197,11 +197,11 @@ def surviving_slots(
 
 
 def next_to_go(policy: TokenPolicy, slots: SlotView) -> Tensor | None:
-    """The slot that goes, `[B, 1|Hkv, 1]`, where it is known that one does: by `policy`.
+    """The slot that goes, `[B, 1|Hkv, 1]`, without reading anything off the device.
 
-    Nothing is read off the device. None where the policy has nothing to say after all.
+    None where the policy has nothing to say after all.
     """
-    ranking = _asked(policy, "rank_slots", slots)
+    ranking = ask_metered(policy, "rank_slots", slots)
     if ranking is None:
         return None
     check_ranking(policy, ranking, slots.columns, slots.keys.shape[1])

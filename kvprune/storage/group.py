@@ -1,8 +1,7 @@
-"""Decoding at a full budget: what goes next is asked once, for all layers that are alike.
+"""Layers that decode together: each loses one slot in every row and head, and takes one token.
 
-Each layer then loses one slot in every row and head and takes one new token. That is a dozen
-small operations, which cost more by their number than by their work. So the columns and
-statistics of such layers stand below each other, as more rows of one tensor of which each layer
+That is a dozen small operations, which cost more by their number than by their work. So the columns
+and statistics of such layers stand below each other, as more rows of one tensor of which each layer
 holds a view, and a policy that promises `layers_alike` ranks them all at once.
 """
 
@@ -43,28 +42,28 @@ class LayerGroup:
         each = zip(layers, self._layers, self._lent, strict=True)
         return all(layer is known and layer.borrows(*lent) for layer, known, lent in each)
 
-    def free(self, gone: Tensor, by: int) -> None:
+    def free(self, gone: Tensor, policy: int) -> None:
         """Drops one slot in every row and head; see `SlotLayer.free`.
 
         Args:
             gone: `[n * B, 1|Hkv, 1]` int64.
-            by: what the layers are full for; see `SlotLayer.full_policy`.
+            policy: what the layers are full for; see `Turnover`.
         """
         each = gone.chunk(len(self._layers))
         if gone.shape[1] != self.columns.shape[1]:
             for layer, one in zip(self._layers, each, strict=True):
-                layer.free(one, by)
+                layer.free(one, policy)
             return
         self._put(gone, -1)
         self._free_slots = gone
-        for layer, free_slot in zip(self._layers, each, strict=True):
-            layer.free_slot = free_slot
+        for layer, slot in zip(self._layers, each, strict=True):
+            layer.turnover = layer.turnover.freed(slot, policy)
 
     def write_column(self, columns: Tensor) -> None:
         """The next token takes the slots that are free: all of it but its keys and values.
 
         Args:
-            columns: `[B, 1, 1]` int64, the very object that the layers' `append` will get.
+            columns: `[B, 1, 1]` int64.
         """
         if self._free_slots is None or not self.lent_to(self._layers):
             return
@@ -72,7 +71,7 @@ class LayerGroup:
         self._put(self._free_slots, new, statistic=0)
         self._free_slots = None
         for layer in self._layers:
-            layer.column_written = columns
+            layer.turnover = layer.turnover.taken()
 
     def _put(self, slots: Tensor, column: Tensor | int, statistic: int | None = None) -> None:
         """Writes to one slot in every row and head."""

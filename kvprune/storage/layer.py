@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,17 +12,19 @@ from torch import Tensor
 from ..models.structure import Local
 from ..statistics import statistic_dtype
 from .buffers import SLACK, extended, gathered, put, roomier, watched, widened
+from .plain import Plain
+from .turnover import Stage, Turnover
 
 _ARRIVED = "arrived"
 
 
 class SlotLayer:
-    """Slots of one layer, for all rows of a batch.
+    """Slots of one layer, for all rows of a batch: columns, numbers, and held keys and values.
 
-    Buffers have room for `capacity` slots, of which the first `used` are in use:
-    `[B, Hkv, capacity, D]` for keys and values, `[B, 1|Hkv, capacity]` for columns,
-    `[B, Hkv, capacity]` for each statistic and, with `arrivals`, for the position that a slot's
-    key came with (int32). A slot whose column is -1 is empty. Slots come in no order.
+    There is room for `capacity` slots, of which the first `used` are in use: `[B, 1|Hkv, capacity]`
+    for columns, `[B, Hkv, capacity]` for each statistic and, with `arrivals`, for the position that
+    a slot's key came with (int32). `held` has the keys and values. A slot whose column is -1 is
+    empty. Slots come in no order.
 
     Args:
         statistics: names of what is observed of the slots.
@@ -31,16 +34,12 @@ class SlotLayer:
     Attributes:
         names: the statistics' names.
         local: see above.
+        held: keys and values; None before the first tokens.
         used: slots in use.
         seen: the cache's logical length, as far as the layer knows it.
         gaps: whether slots in use may be empty, the free slot left out.
         whole: it is known that the layer lacks no valid token that was read.
-        free_slot: `[B, 1|Hkv, 1]`, an empty slot of every row and head; the next single token is
-            written there, in place. None where not every row and head has one.
-        full_policy: the number of a policy whose budget is full in every row and head, since when
-            only single tokens came; None where that is not known.
-        column_written: the columns of a token that has taken the free slot already, all of it but
-            its keys, values and position (see `kvprune.storage.group`).
+        turnover: where the next token goes, and who is full.
     """
 
     # What transformers asks of a cache's layers. What is evicted cannot come back, and a layer
@@ -66,22 +65,17 @@ class SlotLayer:
         self.used = self.seen = 0
         self.gaps = False
         self.whole = True
-        self.free_slot: Tensor | None = None
-        self.full_policy: int | None = None
-        self.column_written: Tensor | None = None
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self.turnover = Turnover()
+        self.held: Plain | None = None
         self._columns: Tensor | None = None
         # Numbers per slot: statistics, and with `arrivals` positions.
         self._numbers: dict[str, Tensor] = {}
         self._record: list[tuple[Tensor | None, dict[str, Tensor]]] = []
-        # Whether a forward with gradients attended to the keys and values as they are now.
-        self._saved = False
 
     @property
     def is_initialized(self) -> bool:
         """Whether anything was stored yet."""
-        return self._keys is not None
+        return self.held is not None
 
     @property
     def device(self) -> torch.device:
@@ -94,23 +88,19 @@ class SlotLayer:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of keys and values."""
-        if self._keys is None:
+        if self.held is None:
             raise AttributeError("dtype")
-        return self._keys.dtype
+        return self.held.dtype
 
     @property
     def keys(self) -> Tensor:
-        """`[B, Hkv, S, D]`, a view; None before the first tokens, as in transformers."""
-        if self._keys is None:
-            return None  # type: ignore[return-value]
-        return self._keys[:, :, : self.used]
+        """`[B, Hkv, S, D]`; None before the first tokens, as in transformers."""
+        return None if self.held is None else self.held.keys(self.used)  # type: ignore[return-value]
 
     @property
     def values(self) -> Tensor:
-        """`[B, Hkv, S, Dv]`, a view; None before the first tokens, as in transformers."""
-        if self._values is None:
-            return None  # type: ignore[return-value]
-        return self._values[:, :, : self.used]
+        """`[B, Hkv, S, Dv]`; None before the first tokens, as in transformers."""
+        return None if self.held is None else self.held.values(self.used)  # type: ignore[return-value]
 
     def get_seq_length(self) -> int:
         """The logical length, the same for all layers."""
@@ -126,17 +116,13 @@ class SlotLayer:
 
     def offload(self) -> None:
         """Moves keys and values to the CPU, until `prefetch`."""
-        if self._keys is not None and self._values is not None:
-            self._keys, self._values = (
-                t.to("cpu", non_blocking=True) for t in (self._keys, self._values)
-            )
+        if self.held is not None:
+            self.held.move("cpu")
 
     def prefetch(self) -> None:
         """Brings keys and values back to where the layer is."""
-        if self._keys is not None and self._values is not None:
-            self._keys, self._values = (
-                t.to(self.device, non_blocking=True) for t in (self._keys, self._values)
-            )
+        if self.held is not None:
+            self.held.move(self.device)
 
     @property
     def columns(self) -> Tensor:
@@ -169,12 +155,12 @@ class SlotLayer:
     @property
     def complete(self) -> bool:
         """Whether it is known that no slot in use is empty."""
-        return not self.gaps and self.free_slot is None
+        return not self.gaps and self.turnover.slot is None
 
     def tensors(self) -> Iterator[Tensor]:
         """All that is held, for counting bytes."""
-        held = (self._keys, self._values, self._columns, self.free_slot)
-        yield from (t for t in held if t is not None)
+        yield from () if self.held is None else self.held.tensors()
+        yield from (t for t in (self._columns, self.turnover.slot) if t is not None)
         yield from self._numbers.values()
         for columns, statistics in self._record:
             yield from () if columns is None else (columns,)
@@ -191,7 +177,8 @@ class SlotLayer:
         held |= {f"statistics.{name}": value for name, value in self.statistics.items()}
         if self._arrivals:
             held["arrived"] = self._numbers[_ARRIVED][..., : self.used]
-        return held if self.free_slot is None else {**held, "hole": self.free_slot}
+        slot = self.turnover.slot
+        return held if slot is None else {**held, "hole": slot}
 
     def restore(self, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Becomes the layer whose `numbers` and `named_tensors` these are.
@@ -200,11 +187,10 @@ class SlotLayer:
         order decides how sums round. Statistics that nobody wants here are left out.
         """
         self.used, self.gaps, self.whole = numbers["used"], numbers["gaps"], numbers["whole"]
-        self.free_slot = tensors.get("hole")
+        self.turnover = Turnover().freed(tensors.get("hole"), None)
         room = numbers["capacity"] - self.used
         self._columns = roomier(tensors["columns"], room, -1)
-        self._keys = roomier(tensors["keys"], room, 0)
-        self._values = roomier(tensors["values"], room, 0)
+        self.held = Plain(tensors["keys"], tensors["values"], room)
         stored = {name: tensors[f"statistics.{name}"] for name in self.names}
         if self._arrivals:
             stored[_ARRIVED] = tensors["arrived"]
@@ -221,8 +207,10 @@ class SlotLayer:
         keys: Tensor,
         values: Tensor,
         columns: Tensor,
-        complete: bool,
-        in_free_slot: bool,
+        seen: int,
+        complete: bool = True,
+        whole: bool = True,
+        in_free_slot: bool = False,
         arrived: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Stores new tokens.
@@ -231,7 +219,9 @@ class SlotLayer:
             keys: `[B, Hkv, Q, D]`.
             values: `[B, Hkv, Q, Dv]`.
             columns: `[B, 1, Q]` int64, -1 for padding.
+            seen: the cache's logical length then.
             complete: whether none of the columns is -1.
+            whole: whether no token was pruned before this layer.
             in_free_slot: whether a single token may take the free slot, if there is one; else the
                 new tokens come behind the others, in order.
             arrived: `[B, 1, Q]`, the positions that the keys came with; read with `arrivals`.
@@ -240,35 +230,24 @@ class SlotLayer:
             keys and values of all slots in use; where the new ones have another dtype, of the wider
             of the two, as in `DynamicCache`.
         """
-        self._spare_what_was_saved()
-        if in_free_slot and self.free_slot is not None and not self._record:
-            self._fill(self.free_slot, keys, values, columns, arrived)
+        free_slot = self.turnover.slot
+        if in_free_slot and free_slot is not None and not self._record:
+            self._fill(free_slot, keys, values, columns, arrived)
             self.gaps = self.gaps or not complete
         else:
-            self.gaps = self.gaps or self.free_slot is not None or not complete
+            self.gaps = self.gaps or free_slot is not None or not complete
             self._extend(keys, values, columns, arrived)
-        self.free_slot = self.column_written = None
-        self.full_policy = self.full_policy if complete and columns.shape[-1] == 1 else None
+        self.turnover = self.turnover.stored(single=complete and columns.shape[-1] == 1)
+        self.whole, self.seen = self.whole and whole, seen
         return self.keys, self.values
-
-    def _spare_what_was_saved(self) -> None:
-        """Goes on with a copy of keys and values that autograd may have saved.
-
-        Only where gradients were on and are off now: while they are on, nothing is written in
-        place.
-        """
-        grad = torch.is_grad_enabled()
-        if self._saved and not grad:
-            assert self._keys is not None and self._values is not None
-            self._keys, self._values = self._keys.clone(), self._values.clone()
-        self._saved = grad
 
     def columns_after(self, columns: Tensor, in_free_slot: bool) -> Tensor:
         """The `columns` after `append` will have stored new tokens; see there."""
         if self._columns is None:
             return columns
-        if in_free_slot and self.free_slot is not None:
-            return self.columns.scatter(-1, self.free_slot, columns.expand_as(self.free_slot))
+        slot = self.turnover.slot
+        if in_free_slot and slot is not None:
+            return self.columns.scatter(-1, slot, columns.expand_as(slot))
         return torch.cat([self.columns, columns.expand(-1, self.columns.shape[1], -1)], -1)
 
     def _fill(
@@ -279,15 +258,15 @@ class SlotLayer:
         columns: Tensor,
         arrived: Tensor | None,
     ) -> None:
-        self._keys = put(self._keys, free_slot, keys)
-        self._values = put(self._values, free_slot, values)
+        assert self.held is not None
+        self.held.put(free_slot, keys, values)
         if self._arrivals:
             assert arrived is not None
             where = free_slot.expand(-1, keys.shape[1], -1)
             self._numbers[_ARRIVED] = put(
                 self._numbers[_ARRIVED], where, arrived.int().expand_as(where)
             )
-        if self.column_written is columns:
+        if self.turnover.stage is Stage.TAKEN:
             return
         self._columns = put(self._columns, free_slot, columns.expand_as(free_slot))
         for name in self.names:
@@ -305,8 +284,10 @@ class SlotLayer:
         else:
             columns = columns.expand(-1, self._columns.shape[1], -1)
             self._columns = extended(self._columns, columns, start)
-        self._keys = extended(self._keys, keys, start)
-        self._values = extended(self._values, values, start)
+        if self.held is None:
+            self.held = Plain.of(keys, values)
+        else:
+            self.held.append(keys, values, start)
         for name, value in self._new_numbers(keys, arrived).items():
             self._numbers[name] = extended(self._numbers.get(name), value, start)
 
@@ -339,63 +320,64 @@ class SlotLayer:
             index: `[B, 1, n]` int64, each slot of a row once.
             there: `[B, 1, n]` bool, which of these are meant; None for all.
         """
-        assert self._keys is not None
-        if index is None:
-            rest = self._keys[:, :, self.used :]
-            self._keys = torch.cat([keys, rest], 2)
-            return
-        if there is not None:
-            place = index[..., None].expand_as(keys)
-            keys = torch.where(there[..., None], keys, self._keys.gather(2, place))
-        self._keys = put(self._keys, index, keys)
+        assert self.held is not None
+        self.held.rewrite_keys(keys, self.used, index, there)
 
-    def keep(self, kept: Tensor, by: int | None = None, loses: bool = True) -> None:
+    def keep_all(self) -> None:
+        """Drops nothing; no policy is known to be full any more."""
+        self.turnover = replace(self.turnover, policy=None)
+
+    def keep(self, kept: Tensor, policy: int | None = None, loses: bool = True) -> None:
         """Drops every slot that is not named.
 
         Args:
             kept: `[B, 1|Hkv, S]` bool; with a head axis of Hkv the heads part ways.
-            by: see `full_policy`.
+            policy: the policy that is full now; see `Turnover`.
             loses: whether valid tokens may be among what goes; see `whole`.
         """
-        columns, self.full_policy = self.columns.masked_fill(~kept, -1), by
+        columns = self.columns.masked_fill(~kept, -1)
         self.whole = self.whole and not loses
         if self._record:
+            # Nothing leaves its place.
             self._columns, self.gaps = widened(columns, self.capacity, -1), True
+            self.turnover = self.turnover.freed(self.turnover.slot, policy)
             return
         fewest, most = torch.stack((columns >= 0).sum(-1).aminmax()).tolist()
         if self.used - most > 1 or self.capacity - most > SLACK:
             self._compact(columns, most)
-            self.gaps, self.free_slot = fewest < most, None
+            self.gaps, self.turnover = fewest < most, Turnover(policy=policy)
             return
         self._columns = widened(columns, self.capacity, -1)
-        self.free_slot = columns.argmin(-1, keepdim=True) if most < self.used else None
+        slot = columns.argmin(-1, keepdim=True) if most < self.used else None
+        self.turnover = self.turnover.freed(slot, policy)
         # As it will be once the free slot is filled.
-        self.gaps = fewest < (self.used - 1 if self.free_slot is not None else self.used)
+        self.gaps = fewest < (self.used if slot is None else self.used - 1)
 
-    def free(self, gone: Tensor, by: int | None = None) -> None:
+    def free(self, gone: Tensor, policy: int | None = None) -> None:
         """Drops one slot in every row and head, for the next token to take.
 
         Args:
             gone: `[B, 1|Hkv, 1]` int64; with a head axis of Hkv the heads part ways.
-            by: see `full_policy`.
+            policy: the policy that is full now; see `Turnover`.
         """
         assert self._columns is not None
-        fits = self.free_slot is None and self.capacity - self.used < SLACK and not self._record
+        fits = self.turnover.slot is None and self.capacity - self.used < SLACK and not self._record
         if not fits or gone.shape[1] != self.columns.shape[1]:
             shape = (*gone.shape[:2], self.used)
             everything = torch.ones(shape, dtype=torch.bool, device=gone.device)
-            self.keep(everything.scatter(-1, gone, False), by)
+            self.keep(everything.scatter(-1, gone, False), policy)
             return
         # Not in place: layers may share the tensor until one of them drops something.
         self._columns = self._columns.scatter(-1, gone, -1)
-        self.free_slot, self.full_policy, self.whole = gone, by, False
+        self.turnover, self.whole = self.turnover.freed(gone, policy), False
 
     def alike(self) -> Hashable:
         """The facts that layers must share to evict together; None where this one is not full."""
-        if self.full_policy is None or self.free_slot is not None or self._record:
+        turnover = self.turnover
+        if turnover.policy is None or turnover.slot is not None or self._record:
             return None
         return (
-            self.full_policy,
+            turnover.policy,
             self.columns.shape,
             self.keys.shape[1],
             self.names,
@@ -435,24 +417,21 @@ class SlotLayer:
 
     def _compact(self, columns: Tensor, size: int) -> None:
         """Moves the `size` slots that stay to the front of new buffers, with one to spare."""
-        assert self._keys is not None and self._values is not None
+        assert self.held is not None
         order = (columns < 0).byte().argsort(dim=-1, stable=True)[..., :size]
         self._columns = widened(columns.gather(-1, order), size + 1, -1)
-        spare = 0 if watched(self._keys, self._values) else 1
-        self._keys = gathered(self._keys, order, spare)
-        self._values = gathered(self._values, order, spare)
+        self.held.gather(order)
         for name, value in self._numbers.items():
             self._numbers[name] = gathered(value, order, 1)
         self.used = size
 
     def select_rows(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was (int64 `[B']`): beams, repeats, selections."""
-        if self._keys is None or self._values is None or self._columns is None:
+        if self.held is None or self._columns is None:
             return
-        rows = rows.to(self._keys.device)
-        self._keys = self._keys.index_select(0, rows)
-        self._values = self._values.index_select(0, rows)
+        rows = rows.to(self.device)
+        self.held.select_rows(rows)
         self._columns = self._columns.index_select(0, rows)
-        self.free_slot = None if self.free_slot is None else self.free_slot.index_select(0, rows)
+        self.turnover = self.turnover.select_rows(rows)
         for name, value in self._numbers.items():
             self._numbers[name] = value.index_select(0, rows)

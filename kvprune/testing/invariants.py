@@ -365,7 +365,7 @@ def bytes_are_of_kept_slots(policies: Policies, case: Case) -> None:
         entries = slots.keys[:, :, 0].numel() + slots.values[:, :, 0].numel()
         least += kept * entries * slots.keys.element_size()
         most += (kept + slack) * _bytes_of_a_slot(slots)
-        most += 0 if slots.free_slot is None else slots.free_slot.nbytes
+        most += 0 if slots.turnover.slot is None else slots.turnover.slot.nbytes
     others = [
         t
         for part in (run.cache.state.rows, run.cache.state.positions)

@@ -225,7 +225,7 @@ def _in_use(layer: Any) -> int:
     """
     if not isinstance(layer, SlotLayer):
         return 0
-    return layer.used - (layer.free_slot is not None)
+    return layer.used - (layer.turnover.slot is not None)
 
 
 def _of(logits: Tensor, tokens: Sequence[int]) -> list[float]:
