@@ -3,8 +3,9 @@
     python -m bench.all_families                 # all types, and the page
     python -m bench.all_families jetmoe beam     # some types, and no page
 
-Each type is built tiny, with random weights in float64, and tried as `tests/all_families.py` says;
-a type that takes too long is stopped. Nothing on the page is written by hand.
+Each type is built tiny, with random weights in float64, and tried as
+`tests/support/all_families.py` says; a type that takes too long is stopped. Nothing on the page is
+written by hand.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.all_families import COLUMNS, MODEL_TYPES, Outcome, outcome_of
+from tests.support.all_families import COLUMNS, MODEL_TYPES, Outcome, outcome_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "all-families.md"
 

@@ -2,7 +2,7 @@
 
     python -m bench.families
 
-The command runs `tests/test_families.py`, one test per cell, and tries the refusals of
+The command runs `tests/models/test_families.py`, one test per cell, and tries the refusals of
 `tests/bad_input/test_models.py`; only the notes in the table are written by hand.
 """
 
@@ -20,10 +20,10 @@ import transformers
 from transformers import AutoModel
 
 import kvprune
-from tests import family_models as models
 from tests.bad_input.test_models import REFUSED
-from tests.family_cells import CELLS
-from tests.models import tiny_config
+from tests.support import family_models as models
+from tests.support.family_cells import CELLS
+from tests.support.models import tiny_config
 
 from . import releases
 
@@ -136,8 +136,9 @@ def main() -> int:
     """Runs the tests and writes the page; the exit code is not 0 where a cell fails."""
     outcomes = Outcomes()
     torch.set_num_threads(1)
+    tests = str(ROOT / "tests" / "models" / "test_families.py")
     status = pytest.main(
-        ["-q", "-m", "", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_families.py")],
+        ["-q", "-m", "", "-p", "no:cacheprovider", tests],
         plugins=[outcomes],
     )
     TABLE.parent.mkdir(exist_ok=True)

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 ENVIRONMENTS = ROOT / "build" / "releases"
 RESULTS = ROOT / "bench" / "results" / "releases.json"
 CORE = ("releases", "families", "generate", "decoding", "invariants", "saving", "assisted")
-"""The test files, tests/test_NAME.py, that are run on each release."""
+"""The test files, test_NAME.py somewhere below tests/, that are run on each release."""
 
 
 def environment(release: str) -> Path:
@@ -67,7 +67,7 @@ def run_core(python: Path, names: tuple[str, ...], workers: int) -> dict[str, di
     """
     report = python.parent.parent / "report.xml"
     report.unlink(missing_ok=True)
-    files = [f"tests/test_{name}.py" for name in names]
+    files = [str(p) for name in names for p in (ROOT / "tests").rglob(f"test_{name}.py")]
     options = ("-q", "-n", str(workers), "-p", "no:cacheprovider", f"--junitxml={report}")
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run([python, "-m", "pytest", *options, *files], cwd=ROOT, env=env, check=False)
@@ -76,8 +76,8 @@ def run_core(python: Path, names: tuple[str, ...], workers: int) -> dict[str, di
     found = {name: {"passed": 0, "failed": 0, "skipped": 0} for name in names}
     for case in ElementTree.parse(report).iter("testcase"):
         # A file that cannot be collected is a case without a class.
-        name = (case.attrib["classname"] or case.attrib["name"]).split(".")[1]
-        name = name.removeprefix("test_")
+        module = (case.attrib["classname"] or case.attrib["name"]).split(".")
+        (name,) = (p.removeprefix("test_") for p in module if p.startswith("test_"))
         kinds = {part.tag for part in case}
         outcome = "failed" if kinds & {"failure", "error"} else "passed"
         found[name]["skipped" if "skipped" in kinds else outcome] += 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from .models import tiny_model
+from .support.models import tiny_model
 
 torch.set_num_threads(1)
 
@@ -22,7 +22,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--policy NAME`: of the policies listed in strategies.py only that one, for all tests."""
-    parser.addoption("--policy", help="of the policies in tests/strategies.py only this one")
+    parser.addoption("--policy", help="of the policies in strategies.py only this one")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -19,9 +19,9 @@ from kvprune.files import check_file, check_folder
 from kvprune.policies import SDTPHeads
 from kvprune.policies.sdtp import trainer, training
 
-from .test_compare import hears_ctrl_c
-from .test_explain import TRAIN, folder, run
-from .test_sdtp_training import _bomb, trained
+from .evaluation.test_compare import hears_ctrl_c
+from .evaluation.test_explain import TRAIN, folder, run
+from .policies.test_sdtp_training import _bomb, trained
 
 __all__ = ["folder", "hears_ctrl_c"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from .code_blocks import PAGES, ROOT, Block, BrokenBlock, blocks_of, check_command, run_page
-from .strategies import sdtp_heads
+from .support.code_blocks import PAGES, ROOT, Block, BrokenBlock, blocks_of, check_command, run_page
+from .support.strategies import sdtp_heads
 
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 EXCUSED = [b for page in PAGES for b in blocks_of(page, TEXTS[page]) if "not run" in b.orders]

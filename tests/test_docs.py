@@ -14,11 +14,11 @@ import kvprune
 from kvprune.policies import H2O
 
 from .bad_input.test_models import REFUSED
-from .code_blocks import GIVEN, blocks_of
-from .family_cells import CELLS
-from .family_models import CANNOT_PRUNE, FAMILIES
-from .models import prompt, tiny_model
-from .strategies import sdtp_heads
+from .support.code_blocks import GIVEN, blocks_of
+from .support.family_cells import CELLS
+from .support.family_models import CANNOT_PRUNE, FAMILIES
+from .support.models import prompt, tiny_model
+from .support.strategies import sdtp_heads
 
 ROOT = Path(__file__).parent.parent
 

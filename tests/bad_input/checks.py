@@ -13,11 +13,11 @@ from torch import Tensor
 from kvprune import ComposedCache, KVPruneError, TokenPolicy
 from kvprune.policies import H2O, SDTP
 
-from ..models import (
+from ..support.models import (
     prompt,
     tiny_model,
 )
-from ..strategies import sdtp_heads
+from ..support.strategies import sdtp_heads
 
 NAN, INF = float("nan"), float("inf")
 

@@ -16,7 +16,7 @@ from kvprune import ComposedCache, KVPruneError
 from kvprune.attention.masks import LazyMask
 from kvprune.policies import StreamingLLM
 
-from ..models import (
+from ..support.models import (
     fresh_model,
     plain_model,
     prompt,

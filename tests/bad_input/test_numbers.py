@@ -16,13 +16,13 @@ import kvprune
 from kvprune import ComposedCache, KVPruneError
 from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
 
-from ..models import (
+from ..support.models import (
     LAYERS,
     fresh_model,
     prompt,
     tiny_model,
 )
-from ..strategies import sdtp_heads
+from ..support.strategies import sdtp_heads
 from .checks import INF, LENGTH, NAN, assert_refused, h2o, held, pruner
 
 # Numbers out of range.

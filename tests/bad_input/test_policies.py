@@ -15,7 +15,7 @@ from torch import Tensor
 from kvprune import ComposedCache, KVPruneError, Ranking, TokenPolicy
 from kvprune.policies import H2O, StreamingLLM
 
-from ..models import (
+from ..support.models import (
     LAYERS,
     prompt,
     tiny_model,

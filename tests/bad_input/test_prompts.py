@@ -11,7 +11,7 @@ from torch import Tensor
 from kvprune import ComposedCache
 from kvprune.policies import H2O, StreamingLLM
 
-from ..models import (
+from ..support.models import (
     LAYERS,
     left_padded,
     plain_model,

@@ -20,7 +20,7 @@ from kvprune.policies.sdtp import Example, Training, train, untrained
 from kvprune.policies.sdtp.trainer import CHECKPOINT
 from kvprune.policies.sdtp.training import LOCK
 
-from ..models import fresh_model, prompt
+from ..support.models import fresh_model, prompt
 from .checks import INF, NAN
 
 EXAMPLES = [Example(tuple(r[:20]), tuple(r[20:])) for r in prompt(5, 23, seed=8).tolist()]

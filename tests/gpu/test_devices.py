@@ -15,10 +15,10 @@ import kvprune
 
 pytest.importorskip("accelerate")
 
-from ..models import fresh_model, left_padded, prompt
-from ..test_devices import ALL
-from ..test_offload import dispatched
-from ..turns import STEPS, follow
+from ..models.test_devices import ALL
+from ..models.test_offload import dispatched
+from ..support.models import fresh_model, left_padded, prompt
+from ..support.turns import STEPS, follow
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,9 +18,9 @@ from kvprune.attention import received as in_torch
 from kvprune.models.backends import FLASH
 from kvprune.policies import H2O, StreamingLLM
 
-from ..models import fresh_model, left_padded, prompt, tiny_model
-from ..received_cases import CASES, case
-from ..turns import POLICIES, STEPS, follow
+from ..support.models import fresh_model, left_padded, prompt, tiny_model
+from ..support.received_cases import CASES, case
+from ..support.turns import POLICIES, STEPS, follow
 
 pytestmark = [
     pytest.mark.gpu,

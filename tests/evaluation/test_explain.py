@@ -1,0 +1,213 @@
+"""What `kvprune explain` shows, and both commands from end to end."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import kvprune
+from kvprune import KVPruneError
+from kvprune.cli import app, main
+from kvprune.evaluation.explain import Explanation, as_page, as_terminal, explain
+from kvprune.evaluation.measure.reading import read_prompt
+from kvprune.models.families import linear_layers
+from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
+
+from ..support.family_models import attached_family
+from ..support.models import LAYERS, fresh_model, tiny_model
+from ..support.strategies import sdtp_heads
+
+SIZE = 256
+TEXTS = [
+    "How many layers hold this token? " * 2,
+    "na\u00efve \u6f22\u5b57 and \U0001f642, <b>\"bold\" & 'so'</b>\n\n  twice\ttabbed",
+    "\U0001f469\u200d\U0001f680" * 6,
+    "x",
+]
+
+
+def bytes_tokenizer() -> Any:
+    """Each byte is a token."""
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    assert len(vocabulary) == SIZE
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def words_tokenizer() -> Any:
+    """As SentencePiece makes them: a token begins with its space, which decoding strips."""
+    words = ["\u2581How", "\u2581many", "\u2581layers", "?", "[UNK]"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+def pruner() -> SDTP:
+    """Two stages, before layers 1 and 3."""
+    return SDTP(sdtp_heads(), 0.6, sinks=2, local=3, min_tokens=6)
+
+
+POLICIES: list[Any] = [
+    [],
+    [pruner()],
+    [H2O(4, 4)],
+    [StreamingLLM(2, 9, layers=[1])],
+    [pruner(), H2O(3, 3)],
+]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=["ascii", "mixed", "emoji", "x"])
+@pytest.mark.parametrize("policies", POLICIES, ids=repr)
+def test_counts_are_those_of_the_cache(policies, text):
+    """For each token the layers in which any head holds it."""
+    model, tokenizer = tiny_model(vocab_size=SIZE), bytes_tokenizer()
+    found = explain(model, tokenizer, text, policies)
+    ids, cache = torch.tensor([list(tokenizer(text)["input_ids"])]), kvprune.ComposedCache(policies)
+    read_prompt(model, cache, ids)
+    held = [set(cache.columns(layer).flatten().tolist()) for layer in range(LAYERS)]
+    assert found.layers == tuple(sum(c in s for s in held) for c in range(ids.shape[1]))
+    assert found.num_layers == LAYERS and len(found.tokens) == ids.shape[1]
+    assert all(type(policy).__name__ in found.policies for policy in policies)
+
+
+def test_layers_that_keep_a_state_are_not_counted():
+    """They hold no token."""
+    model = attached_family("qwen3_next")
+    found = explain(model, words_tokenizer(), "How many layers?", [H2O(1, 1)])
+    slots = len([*linear_layers(model)]) - sum(map(bool, linear_layers(model)))
+    assert found.num_layers == slots == max(found.layers)
+    assert found.layers.count(slots) == 2
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "a\ufffdb", "\ufffd", "\u6f22"], ids=ascii)
+def test_pieces_are_the_text(text):
+    """Joined they are what was read; the bytes of a character go to one of its tokens."""
+    found = explain(tiny_model(vocab_size=SIZE), bytes_tokenizer(), text, [])
+    assert "".join(found.tokens) == text
+    assert "\ufffd" in text or {"", *text} >= set(found.tokens)
+
+
+def test_pieces_keep_the_spaces_that_decoding_strips():
+    """Tokenizers of the SentencePiece kind strip a space from the beginning of what they decode."""
+    text = "How many layers?"
+    tokenizer = words_tokenizer()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    found = explain(tiny_model(), tokenizer, text, [])
+    assert "".join(found.tokens).strip() == text
+
+
+def test_an_empty_text():
+    """There is nothing to explain."""
+    with pytest.raises(KVPruneError, match="explain: expected a text of at least one token"):
+        explain(tiny_model(vocab_size=SIZE), bytes_tokenizer(), "", [])
+
+
+def test_the_page_is_self_contained_and_escaped():
+    """No other address in it; one span per token, with its count; the text comes back whole."""
+    text = TEXTS[1] + "<script>alert(1)</script>{x}</pre>"
+    found = explain(tiny_model(vocab_size=SIZE), bytes_tokenizer(), text, [pruner()])
+    page = as_page(found)
+    assert not re.search(r"https?:|src=|href=|url\(|@import|<link|<script|<b>", page)
+    body = page[page.index("<pre>") + 5 : page.index("</pre>")]
+    span = r'<span class="s(\d)" title="held by (\d+) of 4 layers">([^<>]*)</span>'
+    spans = re.findall(span, body)
+    assert "".join(html.unescape(piece) for *_, piece in spans) == text
+    assert [int(held) for _, held, _ in spans] == list(found.layers)
+    assert all((shade == "4") == (held == "4") for shade, held, _ in spans)
+    assert re.sub(r"<span[^>]*>[^<>]*</span>", "", body) == ""
+
+
+def test_the_page_escapes_what_the_policies_are_called():
+    """A policy of somebody's own may have any repr."""
+    page = as_page(Explanation(("a",), (4,), 4, "<i>&"))
+    assert "&lt;i&gt;&amp;" in page and "<i>" not in page
+
+
+def test_the_terminal_shows_the_text_first():
+    """Then what became of it; what every layer holds has the last style."""
+    found = explain(tiny_model(vocab_size=SIZE), bytes_tokenizer(), TEXTS[1], [pruner()])
+    shown = as_terminal(found)
+    assert shown.plain.startswith(TEXTS[1])
+    whole = sum(n == LAYERS for n in found.layers)
+    assert 0 < whole < len(found.layers)
+    assert f"{len(found.layers)} tokens, {LAYERS} layers" in shown.plain
+    assert f"{whole} tokens are in every layer" in shown.plain
+    pieces = [p for p, n in zip(found.tokens, found.layers, strict=True) if n == LAYERS]
+    best = [s for s in shown.spans if s.style == shown.spans[-1].style and s.end <= len(TEXTS[1])]
+    assert "".join(shown.plain[s.start : s.end] for s in best) == "".join(pieces)
+
+
+# The commands.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model of 6 layers with its tokenizer, and texts to train on."""
+    path: Path = tmp_path_factory.mktemp("tiny")
+    model = fresh_model(vocab_size=SIZE, num_hidden_layers=6, dtype=torch.float32)
+    model.save_pretrained(path / "model")
+    bytes_tokenizer().save_pretrained(path / "model")
+    texts = [f"{i} is followed by {i + 1}, and {i * i} is its square. " * 2 for i in range(9)]
+    (path / "texts.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    return path
+
+
+def run(*arguments: object) -> Any:
+    """A command, as from a shell but for the last resort in `main`."""
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+
+TRAIN = ["train-sdtp", "--tokens", 120, "--completion", 6, "--keep", 0.5, "--query-heads", 1]
+
+
+def test_heads_are_trained_and_explain_a_text(folder, tmp_path):
+    """Both commands, one after the other, on files alone."""
+    model, data, out = folder / "model", folder / "texts.jsonl", folder / "heads"
+    done = run(*TRAIN, "--model", model, "--data", data, "--out", out, "--limit", 6, "--seed", 3)
+    assert done.exception is None and f"SDTPHeads.from_pretrained('{out}')" in done.output
+    account = json.loads((out / "training.json").read_text())
+    assert account["split"] == {"training": 5, "held_out": 1}
+    assert account["model_name"] == str(model) and account["data"] == str(data)
+    assert account["options"]["seed"] == 3
+    heads = SDTPHeads.from_pretrained(out)
+    assert heads.layers == (4,) and heads.keep == 0.5
+    text, page = "As long as it has 64 tokens, what it says is of no concern. " * 2, tmp_path / "p"
+    (tmp_path / "text").write_text(text)
+    for given in (text, tmp_path / "text"):
+        done = run("explain", given, "--model", model, "--heads", out, "--html", page)
+        assert done.exception is None and done.stdout.startswith(text[:60])
+        shown = " ".join(done.stdout.split())
+        assert "120 tokens, 6 layers" in shown and "61 tokens are in every layer" in shown
+    assert page.read_text(encoding="utf-8").count("of 6 layers") == 120
+
+
+def test_expected_errors_are_one_line(folder, tmp_path, monkeypatch, capsys):
+    """With no traceback, and an exit status of 2."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model, out = str(folder / "model"), str(tmp_path / "out")
+    for arguments, match in (
+        (["explain", "text", "--model", str(tmp_path / "none")], "--model .*none: expected"),
+        (["explain", "x", "--model", model, "--heads", out], "from_pretrained"),
+        (["explain", "x", "--model", model], "no heads ship"),
+        ([*TRAIN, "--model", model, "--data", model, "--out", out], "nothing to train on"),
+    ):
+        monkeypatch.setattr("sys.argv", ["kvprune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        said = capsys.readouterr().err
+        assert caught.value.code == 2
+        assert re.search(rf"^kvprune: .*{match}", said, re.MULTILINE) and "Traceback" not in said

@@ -1,0 +1,113 @@
+"""Slot layers: what is allocated, what is written in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kvprune
+from kvprune.policies import H2O, StreamingLLM
+from kvprune.storage.buffers import SLACK
+from kvprune.storage.layer import SlotLayer
+
+from ..support.driver import D, Driver
+from ..support.models import fresh_model, prompt
+from ..support.opcount import OpCount
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    # With them, nothing may be written in place.
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("policy", [H2O(10, 10), StreamingLLM(4, 16)], ids=repr)
+def test_decode_at_a_full_budget_is_in_place(policy):
+    """The new token takes the slot that the previous step freed: the buffers never move."""
+    driver = Driver([policy], 2, 4, 2)
+    for count in (50, 1):
+        driver.step(driver.tokens(count))
+    layer = driver.cache.layers[0]
+    places = [t.data_ptr() for t in layer.held.tensors()]
+    for _ in range(50):
+        driver.step(driver.tokens(1))
+        assert [t.data_ptr() for t in layer.held.tensors()] == places
+    assert layer.capacity == 21
+    assert driver.kept(0, 0)[-1] == 100
+
+
+@pytest.mark.parametrize("policy", [H2O(200, 200), StreamingLLM(4, 396)], ids=repr)
+def test_a_decode_step_neither_concatenates_nor_gathers_the_cache(policy):
+    """No operator but attention's own makes anything as large as the keys."""
+    driver = Driver([policy], 1, 4, 2)
+    for count in (500, 1, 1):
+        driver.step(driver.tokens(count))
+    tokens, keys = driver.tokens(1), 2 * 401 * D
+    with OpCount() as ops:
+        driver.step(tokens)
+    assert ops.big() < keys
+    assert ops.big("gather", "index_select", "clone", "copy_") <= 401
+
+
+@pytest.mark.parametrize("policies", [[], [H2O(300, 300)], [StreamingLLM(4, 600)]], ids=repr)
+def test_below_the_budget_buffers_grow_geometrically(policies):
+    """So that n steps move O(n) bytes, not O(n^2)."""
+    driver, moves, place = Driver(policies, 1, 2, 2), 0, 0
+    for _ in range(400):
+        driver.step(driver.tokens(1))
+        now = driver.cache.layers[0].keys.data_ptr()
+        moves, place = moves + (now != place), now
+    layer = driver.cache.layers[0]
+    assert moves < 40
+    assert layer.used == 400 <= layer.capacity <= 400 + max(SLACK, 400 // 8)
+
+
+def test_a_fused_projection_is_not_kept_alive():
+    """GPT-NeoX hands in slices of one tensor that is three times as large."""
+    fused = torch.randn(1, 2, 30, 3 * D)
+    keys, values = fused[..., :D], fused[..., D : 2 * D]
+    layer = SlotLayer()
+    layer.append(keys, values, torch.arange(30)[None, None], seen=30)
+    assert sum(t.untyped_storage().nbytes() for t in layer.tensors()) == 2 * 2 * 30 * D * 4 + 30 * 8
+
+
+def test_nbytes_counts_all_storage_and_shrinks_after_the_prompt():
+    """Dense: K, V and columns of every layer; evicted memory is freed, not masked."""
+    model = kvprune.attach(fresh_model(dtype=torch.float32))
+    sizes = {}
+    for name, policies in {"dense": [], "streaming": [StreamingLLM(4, 16)]}.items():
+        cache = kvprune.ComposedCache(policies)
+        model(prompt(1, 400), past_key_values=cache)
+        sizes[name] = cache.nbytes
+    kept = 4 * 2 * 2 * D * 4
+    # Layers that hold the same columns share them.
+    assert sizes["dense"] == 400 * kept + 400 * 8 + 16
+    assert 20 * kept < sizes["streaming"] <= 21 * kept + 4 * 21 * 8 + 16
+
+
+def test_layers_that_share_columns_part_ways_when_one_drops_a_slot():
+    """The columns of a step are one tensor for all layers until a layer drops something."""
+    columns = torch.arange(6)[None, None]
+    layers = [SlotLayer(), SlotLayer(), SlotLayer()]
+    for layer in layers:
+        new = torch.randn(1, 2, 6, D)
+        layer.append(new, new, columns, seen=6)
+    layers[0].free(torch.tensor([[[2]]]))
+    layers[1].keep(torch.tensor([[[True, False, True, True, True, True]]]))
+    for layer, hole in zip(layers[:2], (2, 1), strict=True):
+        new = torch.randn(1, 2, 1, D)
+        layer.append(new, new, torch.tensor([[[6]]]), seen=7, in_free_slot=True)
+        assert layer.columns[0, 0, hole] == 6
+    assert torch.equal(layers[2].columns[0, 0], torch.arange(6))
+
+
+@pytest.mark.parametrize("over", range(1, SLACK + 3))
+def test_a_prompt_that_overflows_the_budget_leaves_no_gaps(over):
+    """By however little: a gap would cost a mask in every step from then on."""
+    driver = Driver([StreamingLLM(4, 16)], 1, 4, 2)
+    driver.step(driver.tokens(20 + over))
+    layer = driver.cache.layers[0]
+    for _ in range(3):
+        driver.step(driver.tokens(1))
+        assert not layer.gaps and layer.used == 21
