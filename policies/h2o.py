@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kvprune.policy import Budget, Ranking, SlotView, TokenPolicy, check_positions, split_share
+from kvprune.statistics import Attention
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,7 +47,7 @@ class H2O(TokenPolicy):
     recent: int | float = 0.1
     positions: str = "original"
 
-    statistics = ("attention",)
+    statistics = (Attention(),)
     constant_budget = True
     layers_alike = True
 
@@ -76,4 +77,4 @@ class H2O(TokenPolicy):
     def rank_slots(self, slots: SlotView) -> Ranking:
         """Ranks slots by their accumulated attention; the newest slots are protected."""
         budget = slots.tokens(self.heavy) + slots.tokens(self.recent)
-        return Ranking(slots.statistic("attention"), slots.newest(self.recent), budget)
+        return Ranking(slots.statistic(Attention()), slots.newest(self.recent), budget)

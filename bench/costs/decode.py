@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 import kvprune
+from kvprune.statistics import Attention
 
 from .candidates import BOTH, DENSE, HEAVY, STREAMING, held, policies, random_prompt
 from .clock import Clock, Tick, tidy, turns
@@ -65,7 +66,7 @@ def _read(
         model(ids[:, :budget], past_key_values=found[budget][DENSE], logits_to_keep=1)
     for number, name in enumerate(BUDGETED, 1):
         *pruners, _ = policies(model, max(budgets))[name]
-        whole = kvprune.ComposedCache(pruners, observe=("attention",))
+        whole = kvprune.ComposedCache(pruners, observe=(Attention(),))
         model(ids, past_key_values=whole, logits_to_keep=1)
         for budget in budgets:
             evicts = policies(model, budget)[name][-1]

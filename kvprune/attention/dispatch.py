@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,31 +74,75 @@ def _mask_for(backend: str, inputs: Inputs) -> Tensor | None:
     return additive(dense, inputs.query.dtype) if backend == "eager" else dense
 
 
+@dataclass(frozen=True)
+class Observed:
+    """Attention with what each slot received.
+
+    output: `[B, Q, Hq, Dv]`.
+    received: `[B, heads, S]`, the attention that each slot received, summed over queries and the
+        query heads of its head, detached; padding does not vote.
+    probabilities: `[B, heads, G, 1, S]`, detached, 0 for padding; None where there are several
+        queries.
+    """
+
+    output: Tensor
+    received: Tensor
+    probabilities: Tensor | None
+
+
 def attend_and_observe(
     backend: str,
     module: torch.nn.Module,
     inputs: Inputs,
+    scores: Scores,
     heads: int,
     dtype: torch.dtype,
+) -> Observed:
+    """Attention that also says what each slot received.
+
+    Args:
+        backend, module, inputs: see `attend`.
+        scores: the steps between products and outputs; see `scores_for`.
+        heads: the key/value heads that are stored; with latent attention (MLA) one, however many
+            are attended to.
+        dtype: of what slots receive.
+    """
+    inputs = _as_autocast_has_it(inputs)
+    probabilities = None
+    found = fused.attention(backend, module, inputs, scores)
+    if found is not None:
+        output, received = found
+    elif inputs.query.shape[2] == 1:
+        output, probabilities = _one_query(inputs, scores, dtype)
+        received = probabilities.sum(2)
+        probabilities = probabilities[:, :, :, None]
+    else:
+        output, received = block_by_block(inputs, scores, dtype)
+    if received.shape[1] != heads:
+        # With latent attention (MLA) many heads read the slots of one.
+        received = received.unflatten(1, (heads, -1)).sum(2)
+        if probabilities is not None:
+            probabilities = probabilities.unflatten(1, (heads, -1)).flatten(2, 3)
+    return Observed(output, received, probabilities)
+
+
+def scores_for(
+    module: torch.nn.Module,
+    inputs: Inputs,
+    heads: int,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention that also says what each slot received.
+) -> Scores:
+    """The steps between products and outputs, from what an attention module passes.
 
     Args:
-        backend, module, inputs: see `attend`.
-        heads: the key/value heads that are stored; with latent attention (MLA) one, however many
-            are attended to.
-        dtype: of what slots receive.
-        scaling, dropout, softcap, s_aux, position_bias: what the attention module passes.
-
-    Returns:
-        `[B, Q, Hq, Dv]`, and the attention that each slot received, summed over queries and the
-        query heads of its head, `[B, heads, S]`, detached; padding does not vote.
+        module, inputs: see `attend`.
+        heads: the key/value heads that are stored.
+        scaling, dropout, softcap, s_aux, position_bias: what the module passes.
 
     Raises:
         KVPruneError: the model adds a learned bias, or it is unknown which query head reads which
@@ -106,29 +150,19 @@ def attend_and_observe(
     """
     if position_bias is not None:
         raise KVPruneError(
-            "statistic 'attention' is not observed for models with a learned position bias: "
-            "expected position_bias=None. Use a policy without statistics, as StreamingLLM"
+            "statistics are not observed for models with a learned position bias: expected "
+            "position_bias=None. Use a policy without statistics, as StreamingLLM"
         )
     attended = inputs.key.shape[1]
     if heads not in (1, attended):
         raise KVPruneError(
-            f"statistic 'attention': {type(module).__name__} stores {heads} key/value heads and "
+            f"statistics: {type(module).__name__} stores {heads} key/value heads and "
             f"attends to {attended}, so it is unknown which query head reads which of them: "
             f"this family is not supported with policies that observe attention. Use a policy "
             f"without statistics, as StreamingLLM"
         )
     scaling = inputs.query.shape[-1] ** -0.5 if scaling is None else scaling
-    inputs = _as_autocast_has_it(inputs)
-    scores = Scores(scaling, softcap, s_aux, dropout)
-    result = fused.attention(backend, module, inputs, scores)
-    if result is None:
-        run = _one_query if inputs.query.shape[2] == 1 else block_by_block
-        result = run(inputs, scores, dtype)
-    output, received = result
-    if received.shape[1] != heads:
-        # With latent attention (MLA) many heads read the slots of one.
-        received = received.unflatten(1, (heads, -1)).sum(2)
-    return output, received
+    return Scores(scaling, softcap, s_aux, dropout)
 
 
 def _as_autocast_has_it(inputs: Inputs) -> Inputs:
@@ -142,7 +176,11 @@ def _as_autocast_has_it(inputs: Inputs) -> Inputs:
 
 
 def _one_query(inputs: Inputs, how: Scores, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """One new token per row: all heads at once. Returns what `block_by_block` does."""
+    """One new token per row: all heads at once.
+
+    Returns:
+        the output `[B, 1, Hq, Dv]`, and the probabilities `[B, Hkv, G, S]`, detached.
+    """
     query, key, value = inputs.query, inputs.key, inputs.value
     rows, heads, _, size = query.shape
     grouped = (query * how.scaling).reshape(rows, key.shape[1], -1, size)
@@ -155,8 +193,8 @@ def _one_query(inputs: Inputs, how: Scores, dtype: torch.dtype) -> tuple[Tensor,
     sinks = None if how.sinks is None else how.sinks.view(1, key.shape[1], -1, 1).to(scores.dtype)
     probabilities = how.probabilities(scores, sinks, out=None)
     output = torch.matmul(how.dropped(probabilities, value.dtype), value)
-    received = probabilities.detach().sum(2)
+    given = probabilities.detach()
     if not inputs.no_padding:
         # Padding does not vote.
-        received = received * (inputs.query_columns >= 0)[:, None]
-    return output.view(rows, 1, heads, -1), received
+        given = given * (inputs.query_columns >= 0)[:, None, None]
+    return output.view(rows, 1, heads, -1), given

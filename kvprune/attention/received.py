@@ -106,7 +106,7 @@ def attention_received_in_torch(
     window: int | None = None,
 ) -> Tensor:
     """`attention_received` in plain torch, block by block of queries."""
-    mass = torch.zeros_like(key[..., 0], dtype=statistic_dtype(key))
+    mass = torch.zeros_like(key[..., 0], dtype=statistic_dtype(key.dtype))
     with without_autocast(key.device):
         blocks = _blocks(query, key, query_columns, slot_columns, scaling, softcap, window)
         for here, scores in blocks:
@@ -144,7 +144,7 @@ def _blocks(
     """Blocks of queries with their scores `[B, Hkv, G, n, S]`, -inf for what is out of sight."""
     rows, heads, count, _ = query.shape
     # The precision of half is lost in a score before the log-sum-exp is taken off.
-    keys = key.to(statistic_dtype(key)).transpose(-1, -2)
+    keys = key.to(statistic_dtype(key.dtype)).transpose(-1, -2)
     size = max(1, SCORES // max(1, rows * heads * key.shape[2]))
     for start in range(0, count, size):
         here = slice(start, min(start + size, count))

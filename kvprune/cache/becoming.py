@@ -12,6 +12,7 @@ from ..engine.step import Step
 from ..errors import KVPruneError
 from ..policy.base import TokenPolicy
 from ..policy.composition import evicts
+from ..policy.moment import Moment
 from .binding import Binding
 from .state import CacheState
 
@@ -60,11 +61,17 @@ def check_becomes(
             "inside the cache are part of what was read"
         )
     for (index, layer), (_, new) in zip(state.slot_layers(), empty.slot_layers(), strict=True):
-        if not set(new.names) <= set(layer.names):
+        if new.layer_parts:
             raise KVPruneError(
-                f"with_policies: {list(others)!r} needs {list(new.names)} at layer "
+                f"with_policies: {list(others)!r} needs {list(new.layer_parts)} at layer {index}, "
+                f"which is gone once a prompt was read: expected policies with statistics per slot "
+                f"alone. Read the prompt again with these policies"
+            )
+        if not set(new.parts) <= set(layer.parts):
+            raise KVPruneError(
+                f"with_policies: {list(others)!r} needs {list(new.parts)} at layer "
                 f"{index}, which was not observed: read with ComposedCache(observe="
-                f"{new.names!r})"
+                f"{new.parts!r})"
             )
 
 
@@ -82,6 +89,7 @@ def evict_all(binding: Binding, state: CacheState) -> None:
     new = Arrival(columns, state.padding is None, state.padding, state.rows, False)
     asked = torch.zeros_like(columns, dtype=torch.bool)
     group = binding.attachment.group
-    step = Step(binding.policies, len(state.layers), 0, new, asked, group=group)
+    moment = Moment(state.seen, ends=True, first=True)
+    step = Step(binding.policies, len(state.layers), 0, new, asked, moment, group=group)
     for index, layer in state.slot_layers():
         at_layer(step, index, layer).evict()

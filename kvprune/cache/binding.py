@@ -17,6 +17,7 @@ from ..policy.base import TokenPolicy
 from ..policy.checks import checked
 from ..policy.composition import leaves, wanted_at
 from ..positions.inside import positions_for
+from ..statistics import Statistic, parts_of
 from ..storage.layer import SlotLayer
 from .state import CacheState
 
@@ -38,7 +39,7 @@ class Binding:
 
 def bind(
     policies: Sequence[TokenPolicy],
-    observe: tuple[str, ...],
+    observe: tuple[Statistic, ...],
     attachment: Attachment,
     base: torch.nn.Module,
 ) -> tuple[Binding, CacheState]:
@@ -64,9 +65,9 @@ def bind(
             layers.append(LinearAttentionLayer(number_of_states=attachment.states[index]))
             continue
         local = attachment.local[index] if attachment.local else None
-        names = tuple(dict.fromkeys(wanted_at(working, index) + observe))
+        statistics = tuple(dict.fromkeys(wanted_at(working, index) + parts_of(observe)))
         arrivals = positions is not None and positions.keeps_arrivals(index)
-        layers.append(SlotLayer(names, local, arrivals))
+        layers.append(SlotLayer(statistics, local, arrivals))
     model = described(base, attachment.memory)
     return Binding(attachment, working, model), CacheState(layers, positions)
 

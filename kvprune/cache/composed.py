@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import KVPruneError
 from ..policy.base import TokenPolicy
 from ..policy.checks import checked
-from ..statistics import check_names
+from ..statistics import Statistic, check_statistics
 from . import saving
 from .becoming import check_becomes, evict_all
 from .binding import attached
@@ -39,8 +39,8 @@ class ComposedCache(WiredCache):
         policies: a pipeline: each policy sees the survivors of those before it, so a token
             stays only if all keep it. `a | b` keeps what either keeps. An empty list is
             dense.
-        observe: statistics to observe though no policy wants them (see `statistics.OBSERVABLE`),
-            for policies that come later, by `with_policies` or `load`.
+        observe: statistics to observe though no policy wants them, as `(Attention(),)`, for
+            policies that come later, by `with_policies` or `load`; see `kvprune.statistics`.
 
     Raises:
         KVPruneError: not a list of policies, or unknown statistics or layers.
@@ -56,9 +56,12 @@ class ComposedCache(WiredCache):
         binding: the model that the cache is tied to; None before its first use.
     """
 
-    def __init__(self, policies: Sequence[TokenPolicy] = (), observe: Sequence[str] = ()) -> None:
-        check_names(tuple(observe), "ComposedCache: observe")
-        super().__init__(checked(policies), tuple(observe))
+    def __init__(
+        self, policies: Sequence[TokenPolicy] = (), observe: Sequence[Statistic] = ()
+    ) -> None:
+        wanted = tuple(observe) if isinstance(observe, list) else observe
+        check_statistics(wanted, "ComposedCache: observe")
+        super().__init__(checked(policies), tuple(wanted))
 
     # What a user reads.
 
@@ -227,7 +230,7 @@ class ComposedCache(WiredCache):
         tokens are left than it had.
 
         So one reading of a prompt serves several budgets: read it with `ComposedCache(observe=
-        ("attention",))`, and give each policy its own. This cache stays as it is.
+        (Attention(),))`, and give each policy its own. This cache stays as it is.
 
         Args:
             policies: those that prune hidden states the same as this cache's, equal and in the
@@ -250,7 +253,7 @@ class ComposedCache(WiredCache):
         held = copy.deepcopy(self)
         layers = zip(held.state.slot_layers(), twin.state.slot_layers(), strict=True)
         for (_, layer), (_, wanted) in layers:
-            layer.narrow_statistics(wanted.names)
+            layer.narrow_statistics(wanted.parts)
         # What was read was read by the model as it was then.
         assert self.binding is not None
         held.binding = replace(twin.binding, model=self.binding.model)

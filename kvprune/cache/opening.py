@@ -13,6 +13,8 @@ from ..engine.step import Step
 from ..errors import KVPruneError
 from ..policy.base import TokenPolicy
 from ..policy.composition import evicts
+from ..policy.moment import Moment
+from ..statistics import Statistic
 from ..storage.rows import rows_after
 from .binding import Binding
 from .session import Session
@@ -24,14 +26,14 @@ class Opening:
     """A cache as a forward finds it.
 
     policies: as they were handed to the cache.
-    observes: whether statistics are observed that no policy wants.
+    observe: statistics that are observed though no policy wants them.
     binding: the cache's model.
     state: what the cache holds.
     session: what `generate` has told it.
     """
 
     policies: tuple[TokenPolicy, ...]
-    observes: bool
+    observe: tuple[Statistic, ...]
     binding: Binding
     state: CacheState
     session: Session
@@ -51,7 +53,7 @@ class Opening:
         new = self._arrival(rows, count, mask, device)
         drafts = session.drafts(state.seen, count)
         drops = drops_slots(self.policies, state)
-        self._check_drafts(drafts, drops or self.observes)
+        self._check_drafts(drafts, drops or bool(self.observe))
         if state.positions is not None:
             state.positions.check(state.rows, new.rows, state.seen)
         # Of a prompt with drafts behind it, what it would be asked for without them.
@@ -69,14 +71,26 @@ class Opening:
             state.seen,
             new,
             asked,
+            self._moment(count, drafts),
+            self.observe,
             drafts,
-            one_by_one=drafts > 0 and (drops or self.observes),
+            one_by_one=drafts > 0 and (drops or bool(self.observe)),
             group=attachment.group,
             cache_positions=state.positions,
             position_ids=position_ids,
         )
         step.read = state.read
         return step
+
+    def _moment(self, count: int, drafts: int) -> Moment:
+        """The moment of the tokens before the drafts."""
+        state, end, lead = self.state, self.session.prompt_end, count - drafts
+        after = state.seen + lead
+        # In a loop of one's own, several tokens are a prompt.
+        ends = state.seen < end <= after or (end == 0 and lead > 1)
+        left = max(end - after, 0)
+        since = 0 if ends or left else after - state.prompt_end
+        return Moment(lead, left, since, ends, first=state.prompts == 0)
 
     def _check_size(self, rows: int, count: int) -> None:
         if self.state.rows is not None and self.state.batch_size != rows:

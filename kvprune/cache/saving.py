@@ -32,6 +32,7 @@ from ..models.structure import decoder_layers
 from ..policy.base import TokenPolicy
 from ..policy.budget import Lengths
 from ..policy.composition import evicts
+from ..statistics import Attention
 from ..storage.rows import PromptIds, RowNumbers, inner_padding_of
 from .state import CacheState
 
@@ -72,12 +73,14 @@ def contents_of(
         if owner != index:
             del held["columns"]
         tensors |= {f"layers.{index}.{name}": tensor for name, tensor in held.items()}
-        names = list(layer.names)
-        layers.append({**layer.numbers(), "columns_of": owner, "statistics": names})
+        observed = [repr(part) for part in layer.parts]
+        layers.append({**layer.numbers(), "columns_of": owner, "statistics": observed})
     numbers = {
         "model": model,
         "policies": [repr(p) for p in policies],
         "seen": state.seen,
+        "prompt_end": state.prompt_end,
+        "prompts": state.prompts,
         "layers": layers,
         "fixed": state.seen if evicts(policies) else state.fixed,
         "positions": None if state.positions is None else state.positions.way,
@@ -118,11 +121,12 @@ def check_fits(
             f"assign positions in the same way, got {list(policies)!r}"
         )
     for (index, layer), saved in zip(state.slot_layers(), numbers["layers"], strict=True):
-        if not set(layer.names) <= set(saved["statistics"]):
+        wanted = [repr(part) for part in layer.parts]
+        if not set(wanted) <= set(saved["statistics"]):
             raise KVPruneError(
                 f"{path}: saved with [{', '.join(numbers['policies'])}], which observed "
                 f"{saved['statistics']} at layer {index}; {list(policies)!r} needs "
-                f"{list(layer.names)}. Load it with policies that need no more than was "
+                f"{wanted}. Load it with policies that need no more than was "
                 f"observed, or read the prompt again with these"
             )
 
@@ -141,6 +145,9 @@ def restore(state: CacheState, contents: Contents, base: Any) -> None:
         state.positions.restore(tensors, "positions.", devices)
     home = {n: tensors[n].to(at) for n in ("rows.first", "rows.prompt_length")}
     state.seen, state.fixed = numbers["seen"], numbers["fixed"]
+    # Earlier releases did not say where prompts end.
+    state.prompt_end = numbers.get("prompt_end", state.seen)
+    state.prompts = numbers.get("prompts", 1)
     for _, layer in state.slot_layers():
         layer.seen = state.seen
     state.padding = tensors["padding"].to(at) if "padding" in tensors else None
@@ -183,7 +190,20 @@ def read(path: Path) -> Contents:
     numbers = metadata.get("numbers", "")
     if metadata.get("digest") != _digest(numbers, tensors):
         raise _damaged(path, "its contents do not have the digest that was written with them")
-    return Contents(json.loads(numbers), tensors)
+    return _with_todays_names(json.loads(numbers), tensors)
+
+
+def _with_todays_names(numbers: dict[str, Any], tensors: dict[str, Tensor]) -> Contents:
+    """The contents with the statistic of earlier releases, "attention", under its name of today."""
+    today = repr(Attention())
+    for layer in numbers["layers"]:
+        layer["statistics"] = [today if n == "attention" else n for n in layer["statistics"]]
+    old, new = ".statistics.attention", f".statistics.{today}"
+    renamed = {
+        f"{name.removesuffix(old)}{new}" if name.endswith(old) else name: tensor
+        for name, tensor in tensors.items()
+    }
+    return Contents(numbers, renamed)
 
 
 def _check_version(path: Path, metadata: Mapping[str, str]) -> None:

@@ -29,6 +29,8 @@ class CacheState:
         layers: slots, or in hybrid models states, by decoder layer.
         positions: see above.
         seen: columns shown so far, padding included.
+        prompt_end: the column behind the last prompt's; 0 before a prompt has ended.
+        prompts: how many prompts have ended.
         rows: what is known of each row; None before the first forward.
         padding: `[B, n]` bool, which columns are padding; those behind are not. None while none is.
         read: the ids that were read as prompt, to know them again; None while there are none.
@@ -48,6 +50,7 @@ class CacheState:
         self.layers: list[Any] = layers
         self.positions = positions
         self.seen = 0
+        self.prompt_end = self.prompts = 0
         self.rows: RowNumbers | None = None
         self.padding: Tensor | None = None
         self.read: PromptIds | None = None
@@ -152,6 +155,11 @@ class CacheState:
         """After the last layer: what the forward leaves behind."""
         self.together = evict_together(step, self.together)
         _hold_states(step)
+        if step.moment.ends:
+            self.prompt_end, self.prompts = self.seen + step.moment.new, self.prompts + 1
+        for index, layer in self.slot_layers():
+            if layer.records:
+                layer.forget_records(step.still_wanted(index))
         self.seen += step.count
         self.rows, self.padding, self.read = step.rows, step.padding, step.read
         self.attended = step.attended or {}
@@ -186,6 +194,7 @@ class CacheState:
     def take_back(self, count: int) -> None:
         """The newest `count` columns were never shown."""
         self.seen -= count
+        self.prompt_end = min(self.prompt_end, self.seen)
         self.padding = None if self.padding is None else self.padding[:, : self.seen]
         self.read = None if self.read is None else self.read.until(self.seen)
         recorded = self.recorded
@@ -195,6 +204,7 @@ class CacheState:
             for _, layer in self.slot_layers():
                 if layer.is_initialized:
                     layer.keep((layer.columns >= 0) & (layer.columns < self.seen))
+                    layer.forget_records()
             # What was recorded is no prompt.
             self.rows = None if self.rows is None else self.rows.until(self.seen, self.padding)
         for _, layer in self.slot_layers():

@@ -16,6 +16,7 @@ from ..errors import KVPruneError
 from ..models.attachment import Attachment
 from ..policy.base import TokenPolicy
 from ..policy.composition import evicts
+from ..statistics import Statistic
 from ..storage.layer import SlotLayer
 from ..storage.rows import PromptIds
 from .binding import Binding, bind
@@ -44,7 +45,7 @@ class WiredCache(Cache):
 
     layers: list[Any]  # SlotLayer, or LinearAttentionLayer in hybrid models
 
-    def __init__(self, policies: tuple[TokenPolicy, ...], observe: tuple[str, ...]) -> None:
+    def __init__(self, policies: tuple[TokenPolicy, ...], observe: tuple[Statistic, ...]) -> None:
         super().__init__(layers=[])
         self.policies, self.observe = policies, observe
         self._begin()
@@ -328,8 +329,7 @@ class WiredCache(Cache):
         guard.claim()
         try:
             assert self.binding is not None
-            observes = bool(self.observe)
-            opening = Opening(self.policies, observes, self.binding, self.state, self.session)
+            opening = Opening(self.policies, self.observe, self.binding, self.state, self.session)
             step = opening.step(rows, count, mask, device, guard.logits_to_keep)
         except BaseException:
             guard.release()
@@ -370,7 +370,7 @@ class WiredCache(Cache):
     @property
     def attends_in_pieces(self) -> bool:
         """Whether the next forward never has its attention probabilities as a whole."""
-        observes = any(layer.names for _, layer in self.state.slot_layers())
+        observes = any(layer.parts for _, layer in self.state.slot_layers())
         return observes or (self.session.recording and drops_slots(self.policies, self.state))
 
     def at_layer(self, layer: int) -> LayerStep:

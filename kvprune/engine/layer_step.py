@@ -5,7 +5,7 @@ Read `LayerStep.store`, which `Cache.update` calls, and then `LayerStep.attend`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -13,14 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.dispatch import attend, attend_and_observe
-from ..attention.inputs import Inputs
+from ..attention.dispatch import attend, attend_and_observe, scores_for
+from ..attention.inputs import Inputs, Scores
+from ..attention.looks import blocks, looks, seen_by, views
 from ..attention.masks import Mask
+from ..policy.moment import Moment
 from ..policy.views import SlotView, Statistics
+from ..statistics import Block, Queries, Statistic, statistic_dtype
 from ..storage.layer import SlotLayer
 from ..storage.rows import RowNumbers
 from .step import Step
 from .survivors import next_to_go, surviving_slots
+
+Look = Callable[[Queries], Tensor | None]
+"""The probabilities that newest queries give to a layer's slots; None where none are held."""
 
 
 def at_layer(step: Step, index: int, slots: SlotLayer) -> LayerStep:
@@ -39,6 +45,7 @@ def at_layer(step: Step, index: int, slots: SlotLayer) -> LayerStep:
             complete=step.complete,
             seen=step.seen + step.count,
             before=step.seen,
+            moment=step.moment,
             positions=positions,
             origin=None if origin is None else origin.to(device),
         )
@@ -58,6 +65,7 @@ class LayerStep:
     complete: it is known that none of these columns is -1.
     seen: columns shown so far, these included.
     before: columns shown so far, without these.
+    moment: where these tokens are between prompt and decoding.
     positions: `[B, Q]`, those of the queries, where positions are assigned inside the cache; else
         None.
     origin: `[B]`, the position of the first token, which may be pruned by now; likewise.
@@ -71,6 +79,7 @@ class LayerStep:
     complete: bool
     seen: int
     before: int
+    moment: Moment
     positions: Tensor | None = None
     origin: Tensor | None = None
 
@@ -142,18 +151,18 @@ class LayerStep:
         """
         if not self.step.one_by_one:
             inputs = self._inputs(query, key, value, mask)
-            output, probabilities = self._attend(backend, module, inputs, arguments)
+            output, probabilities, look = self._attend(backend, module, inputs, arguments)
             # Before slots go: they are still those that were attended to.
             probabilities = self.in_order(probabilities)
-            self.evict()
+            self.evict(look)
             return output, probabilities
         # Drafts may be taken back: each is stored when its turn comes, and slots go after each.
         outputs = []
         for new, piece in self._pieces():
             held = piece.store(key[:, :, new], value[:, :, new])
             inputs = piece._inputs(query[:, :, new], *held, mask)
-            output, _ = piece._attend(backend, module, inputs, arguments)
-            piece.evict()
+            output, _, look = piece._attend(backend, module, inputs, arguments)
+            piece.evict(look)
             outputs.append(output)
         return torch.cat(outputs, 1), None
 
@@ -173,15 +182,76 @@ class LayerStep:
 
     def _attend(
         self, backend: str, module: torch.nn.Module, inputs: Inputs, arguments: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention; what slots received is added to their statistics where these are wanted."""
-        slots = self.slots
-        if not slots.names:
-            return attend(backend, module, inputs, **arguments)
-        heads, dtype = slots.keys.shape[1], slots.statistics["attention"].dtype
-        output, received = attend_and_observe(backend, module, inputs, heads, dtype, **arguments)
-        slots.observe("attention", received)
-        return output, None
+    ) -> tuple[Tensor, Tensor | None, Look | None]:
+        """Attention, observed where that is wanted.
+
+        Returns:
+            the output and probabilities, see `attend`; and what newest queries give to the slots,
+            None where no queries are held.
+        """
+        slots, reads = self.slots, {part.reads for part in self.slots.parts}
+        if not reads and not slots.layer_parts:
+            return *attend(backend, module, inputs, **arguments), None
+        scores = scores_for(module, inputs, self._heads, **arguments)
+        for part in slots.layer_parts:
+            if self.step.awaits(part, self.index, self.moment):
+                slots.observe_queries(part, inputs.query.detach(), self.columns)
+        look = self._look(inputs, scores) if slots.records else None
+        single = inputs.query.shape[2] == 1
+        if "received" not in reads and not ("probabilities" in reads and single):
+            # Attention runs as if nothing were observed.
+            output, probabilities = attend(backend, module, inputs, **arguments)
+            self._observe(inputs, scores, None, None)
+            return output, probabilities if not reads else None, look
+        found = attend_and_observe(backend, module, inputs, scores, self._heads, self._dtype)
+        self._observe(inputs, scores, found.received, found.probabilities)
+        return found.output, None, look
+
+    @property
+    def _heads(self) -> int:
+        """The key/value heads that are stored."""
+        return self.slots.heads
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The dtype of statistics."""
+        return statistic_dtype(self.slots.dtype)
+
+    def _look(self, inputs: Inputs, scores: Scores) -> Look:
+        """What newest queries give to the slots, each computed once."""
+        known: dict[Queries, Tensor] = {}
+
+        def look(queries: Queries) -> Tensor | None:
+            held = self.slots.records.get(queries)
+            if held is not None and queries not in known:
+                query, columns = held
+                known[queries] = looks(query, columns, inputs, scores, self._heads, self._dtype)
+            return known.get(queries)
+
+        return look
+
+    def _observe(
+        self, inputs: Inputs, scores: Scores, received: Tensor | None, probabilities: Tensor | None
+    ) -> None:
+        """Joins what this forward gave to the statistics per slot.
+
+        Args:
+            inputs, scores: of attention.
+            received: `[B, Hkv, S]`, where some statistic reads it.
+            probabilities: `[B, Hkv, G, 1, S]` of a single query, where they are known.
+        """
+        slots, several = self.slots, inputs.query.shape[2] > 1
+        for part in slots.parts:
+            if part.reads == "received":
+                slots.observe(part, received, several)
+            elif part.reads == "views":
+                slots.observe(part, views(inputs, self._dtype), several)
+            elif probabilities is not None:
+                slots.observe(part, Block(probabilities, self.columns, slots.columns))
+            else:
+                each = blocks(inputs, scores, self._heads, self._dtype, part.newest)
+                for block in each:
+                    slots.observe(part, block, several)
 
     def observe(self, probabilities: Tensor) -> None:
         """Adds what slots received to their statistics, for attention that was computed elsewhere.
@@ -189,14 +259,19 @@ class LayerStep:
         Args:
             probabilities: `[B, Hq, Q, S]`.
         """
-        slots = self.slots
-        if not slots.names:
+        slots, several = self.slots, self.columns.shape[1] > 1
+        if not slots.parts:
             return
         # Padding does not vote.
         votes = (self.columns >= 0)[:, None, :, None]
-        dtype, heads = slots.statistics["attention"].dtype, slots.keys.shape[1]
-        received = (probabilities.detach().to(dtype) * votes).sum(2)
-        slots.observe("attention", received.unflatten(1, (heads, -1)).sum(2))
+        given = (probabilities.detach().to(self._dtype) * votes).unflatten(1, (self._heads, -1))
+        for part in slots.parts:
+            new: Any = Block(given, self.columns, slots.columns)
+            if part.reads == "received":
+                new = given.sum((2, 3))
+            elif part.reads == "views":
+                new = seen_by(self.columns, slots.columns, window=None).to(self._dtype)
+            slots.observe(part, new, several)
 
     def in_order(self, probabilities: Tensor | None) -> Tensor | None:
         """Probabilities as a user who asked for them gets them: in the order of columns.
@@ -236,8 +311,14 @@ class LayerStep:
         seen = self.seen - (self.columns.shape[1] - stop)
         # Drafts are never pruned.
         before = self.before if start == 0 else seen - (stop - start)
+        lead = stop <= self.columns.shape[1] - self.step.drafts
         piece = replace(
-            self, columns=columns, slot_columns=columns[:, None], seen=seen, before=before
+            self,
+            columns=columns,
+            slot_columns=columns[:, None],
+            seen=seen,
+            before=before,
+            moment=self.moment if lead else self.step.moment_of_draft(seen),
         )
         if self.positions is None:
             return piece
@@ -246,23 +327,28 @@ class LayerStep:
             piece, positions=positions, origin=self.origin if start == 0 else positions[:, 0]
         )
 
-    def evict(self) -> None:
-        """Asks the policies, after attention, and drops what none keeps."""
+    def evict(self, look: Look | None = None) -> None:
+        """Asks the policies that are due, after attention, and drops what none keeps.
+
+        Args:
+            look: what newest queries give to the slots, where queries are held.
+        """
         at, step, slots = self.on(self.slots.device), self.step, self.slots
         new = at.columns.shape[1]
         if step.prunes and at.seen <= step.seen + step.count - step.drafts:
-            step.previous = {n: s[..., -new:].clone() for n, s in slots.statistics.items()}
-        if not step.evicters and slots.local is None:
+            step.previous = self._for_next_layer(look, new)
+        due = step.due_at(self.index, self.moment)
+        if not due and slots.local is None:
             return
         # Once: below a budget, where there is room for more, each is a view of its own.
         held = slots.columns
         columns = at._in_sight(held)
         full = slots.turnover.policy
-        if full is not None and step.same_rows and columns is held:
-            at._evict_next(full)
+        if step.same_rows and columns is held and [number for number, _ in due] == [full]:
+            at._evict_next(due[0][0])
             return
-        view = at.view(columns, slots.statistics, at.rows)
-        left = surviving_slots(step.evicters, view, new > 1, step.not_finite)
+        view = at.view(columns, slots.statistics | slots.records, at.rows, look)
+        left = surviving_slots(due, view, new > 1, step.not_finite)
         if columns is not held:
             slots.keep(_left(view.valid if left.kept is None else left.kept, left.gone))
         elif left.gone is not None:
@@ -272,6 +358,18 @@ class LayerStep:
         else:
             # A budget that was full may have grown with the prompt.
             slots.keep_all()
+
+    def _for_next_layer(self, look: Look | None, new: int) -> Statistics:
+        """What policies before the next layer are shown: this layer's last `new` slots."""
+        slots, step = self.slots, self.step
+        values = {part: value[..., -new:].clone() for part, value in slots.statistics.items()}
+        # Here, since slots may go before the next layer.
+        looked: dict[Queries, Tensor] = {}
+        for queries in step.queries_before(self.index + 1):
+            found = None if look is None else look(queries)
+            if found is not None:
+                looked[queries] = found[..., -new:].clone()
+        return Statistics(values, lambda queries: looked.get(queries))
 
     def _evict_next(self, number: int) -> None:
         """One slot goes in every row and head by the policy that is full: now, or with others'."""
@@ -284,7 +382,13 @@ class LayerStep:
         if gone is not None:
             slots.free(gone, number)
 
-    def view(self, columns: Tensor, statistics: dict[str, Tensor], rows: RowNumbers) -> SlotView:
+    def view(
+        self,
+        columns: Tensor,
+        statistics: Mapping[Statistic, Any],
+        rows: RowNumbers,
+        look: Look | None = None,
+    ) -> SlotView:
         """The view of slots with these columns and statistics."""
         return SlotView(
             layer=self.index,
@@ -293,10 +397,11 @@ class LayerStep:
             valid=columns >= 0,
             first=rows.first,
             seen=self.seen,
+            moment=self.moment,
             lengths=rows.prompt,
             keys=self.slots.keys.detach(),
             values=self.slots.values.detach(),
-            statistic=Statistics(statistics),
+            statistic=Statistics(statistics, look),
             group=self.step.group,
             begin=rows.begin,
         )

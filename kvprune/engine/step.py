@@ -16,8 +16,10 @@ from torch import Tensor
 from ..models.devices import Copies
 from ..policy.base import TokenPolicy
 from ..policy.budget import Lengths
+from ..policy.moment import Moment
 from ..policy.views import Statistics, TokenView
 from ..positions.base import Positions
+from ..statistics import Queries, Statistic, parts_of
 from ..storage.rows import PromptIds
 from .arrival import Arrival
 from .survivors import surviving_tokens
@@ -35,7 +37,9 @@ class Step:
         seen: columns that the cache had been shown before.
         new: the tokens that arrive.
         asked: `[B, Q - drafts]` bool, tokens that logits are asked for, which are never pruned.
+        moment: where the tokens before the drafts are between prompt and decoding.
         drafts: how many tokens, at the end, may be taken back; they are never pruned either.
+        observed: statistics that are observed though no policy wants them.
         one_by_one: each layer treats drafts one by one, as slots may go in between.
         group: the processes that share the heads of a tensor parallel model; None for one alone.
         cache_positions: how positions are assigned inside the cache; None where they are not.
@@ -57,7 +61,7 @@ class Step:
         states: those of linear-attention layers before it, where some of its tokens are padding.
         attended: by layer, the columns that were attended to; None where nobody asked.
         attentions: how many layers have attended.
-        previous: the statistics of the tokens in the layer before, by name.
+        previous: the statistics of the tokens in the layer before.
         layer_steps: by layer, this forward there; see `layer_step.at_layer`.
         due: layers that are alike, which give up a slot together after the last of them.
         notes: what positions inside the cache remember until the forward is over.
@@ -71,6 +75,8 @@ class Step:
         seen: int,
         new: Arrival,
         asked: Tensor,
+        moment: Moment,
+        observed: tuple[Statistic, ...] = (),
         drafts: int = 0,
         one_by_one: bool = False,
         group: Any = None,
@@ -94,7 +100,9 @@ class Step:
         self.attentions = 0
         self.notes: dict[str, Any] = {}
         self._slot_columns: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self.previous: dict[str, Tensor] = {}
+        self.previous = Statistics({})
+        self.moment = moment
+        self._observed = observed
         self.layer_steps: dict[int, Any] = {}
         self.due: dict[Hashable, list[Any]] = {}
         self.seen = seen
@@ -118,6 +126,49 @@ class Step:
     def whole(self) -> bool:
         """Whether none of its tokens was pruned so far."""
         return self._places is None
+
+    def due_at(self, layer: int, moment: Moment) -> list[tuple[int, TokenPolicy]]:
+        """The policies that are asked about a layer's slots at a moment, each with its number."""
+        return [
+            (number, policy)
+            for number, policy in enumerate(self.evicters)
+            if policy.applies(layer) and policy.is_due(moment)
+        ]
+
+    def moment_of_draft(self, seen: int) -> Moment:
+        """The moment of a draft with which `seen` columns were shown."""
+        lead = self.seen + self.count - self.drafts
+        return Moment(new=1, since=self.moment.since + seen - lead)
+
+    def awaits(self, part: Statistic, layer: int, moment: Moment) -> bool:
+        """Whether somebody is asked at this moment, or later, with what a layer observes now."""
+        prunes = self.prunes or moment.left > 0
+        return part in self._observed or any(
+            part in parts_of(policy.statistics)
+            for policy in (*self.evicters, *self._pruners)
+            if (policy in self.evicters and policy.applies(layer) and moment.comes(policy.when))
+            or (policy in self._pruners and policy.applies(layer + 1) and prunes)
+        )
+
+    def still_wanted(self, layer: int) -> list[Statistic]:
+        """The statistics per layer that somebody may ask for before the next prompt begins."""
+        after = Moment(new=0, left=self.moment.left, first=self.moment.first)
+        prunes = self.moment.left > 0
+        return [
+            *self._observed,
+            *(
+                part
+                for policy in (*self.evicters, *self._pruners)
+                if (policy in self.evicters and policy.applies(layer) and after.comes(policy.when))
+                or (policy in self._pruners and policy.applies(layer + 1) and prunes)
+                for part in parts_of(policy.statistics)
+            ),
+        ]
+
+    def queries_before(self, layer: int) -> list[Queries]:
+        """What newest queries a policy wants of the layer before, to prune what enters `layer`."""
+        wanted = [s for p in self._pruners if p.applies(layer) for s in p.statistics]
+        return [statistic for statistic in wanted if isinstance(statistic, Queries)]
 
     def columns_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """`columns` and `slot_columns` on a device; one object each for all layers there."""
@@ -154,7 +205,7 @@ class Step:
             valid=columns >= 0,
             first=rows.first,
             lengths=self._lengths.on(device),
-            statistic=Statistics(self.previous),
+            statistic=self.previous,
             group=self.group,
             begin=rows.begin,
         )
@@ -162,7 +213,7 @@ class Step:
         if self._places is not None:
             asked = asked.gather(1, self._copies.on(self._places, device)[:, :lead])
         # For this layer alone: one without attention observes nothing for the next.
-        self.previous = {}
+        self.previous = Statistics({})
         kept = surviving_tokens(self._pruners, tokens, asked, self.not_finite)
         if kept is None or torch.equal(kept, tokens.valid):
             return hidden

@@ -110,7 +110,8 @@ def _not_finite(view: TokenView | SlotView) -> Tensor:
         shown = [(view.keys, valid[..., None]), (view.values, valid[..., None])]
     else:
         shown, valid = [(view.hidden, valid[..., None])], valid[:, None]
-    shown += [(value, valid) for _, value in view.statistic.items()]
+    per_slot = ((part, value) for part, value in view.statistic.tensors() if part.per == "slot")
+    shown += [(value, valid) for _, value in per_slot]
     # Not at padding and in empty slots, where anything may stand.
     each = [(~tensor.isfinite() & there).flatten(1).any(-1) for tensor, there in shown]
     return torch.stack(each).any(0)
@@ -164,20 +165,21 @@ class Survivors:
 
 
 def surviving_slots(
-    policies: Sequence[TokenPolicy], slots: SlotView, several: bool, told: set[int]
+    policies: Sequence[tuple[int, TokenPolicy]], slots: SlotView, several: bool, told: set[int]
 ) -> Survivors:
     """The slots that every policy in turn keeps.
 
     Args:
-        policies: each sees the survivors of those before it.
+        policies: those that are due, each with its number; each sees the survivors of those before
+            it.
         slots: the view that the first one sees.
         several: whether this forward had several tokens; only then is NaN looked for.
         told: see `comparable`.
     """
     shown, before, heads, by = slots, slots.valid, slots.keys.shape[1], None
     # Of one alone: what another evicts may lower a budget, as that of sinks which are gone.
-    alone = [p.constant_budget for p in policies if p.applies(slots.layer)] == [True]
-    for number, policy in enumerate(policies):
+    alone = [policy.constant_budget and policy.when is None for _, policy in policies] == [True]
+    for number, policy in policies:
         ranking = ask_metered(policy, "rank_slots", slots)
         if ranking is None:
             continue
@@ -188,7 +190,7 @@ def surviving_slots(
         check_leaves_some(policy, slots.layer, ranking, slots.valid, selection.least_budget)
         if not selection.nothing_goes:
             by = number if alone and selection.full else None
-        if selection.one_goes and slots.valid is before and number == len(policies) - 1:
+        if selection.one_goes and slots.valid is before and number == policies[-1][0]:
             return Survivors(gone=selection.gone(), by=by)
         if not selection.nothing_goes:
             kept = selection.kept()

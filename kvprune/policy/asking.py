@@ -58,8 +58,8 @@ def shown_by(view: TokenView | SlotView) -> Iterator[tuple[str, Tensor]]:
         value = getattr(view, name, None)
         if value is not None and value is not WITHHELD:
             yield name, value
-    for name, value in view.statistic.items():
-        yield f"statistic({name!r})", value
+    for statistic, value in view.statistic.tensors():
+        yield f"statistic({statistic!r})", value
     yield "length" if isinstance(view, TokenView) else "prompt_length", view.lengths.tensor
     for amount, tokens in view.lengths.shared():
         yield f"tokens({amount})", tokens

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import KVPruneError
+from ..statistics import Statistic
+from .moment import Moment
 from .selection import Ranking
 from .views import SlotView, TokenView
 
@@ -28,27 +30,39 @@ class TokenPolicy:
     A policy only ranks. It is configuration: it holds no state and no tensors of a
     sequence, so one object serves any number of caches and threads. Subclasses may be
     frozen dataclasses or ordinary classes; `layers` restricts any policy to some layers
-    (counted from 0; None means all). An ordinary class with an `__init__` of its own hands
-    it on with `super().__init__(layers=layers)`.
+    (counted from 0; None means all).
 
-    Class attribute `statistics` names what the policy wants observed (see
-    `kvprune.statistics`). `shares_heads` says that its `rank_slots` makes one set for all heads
-    of a layer out of what differs between them (statistics, keys, values): the processes of a
-    tensor parallel model then take the mean of their scores. `positions_in_cache` asks for
-    positions inside the cache, by a slot's place among those that are left (see
-    `kvprune.positions.by_slot`), whatever other policies want; `sinks_before_window` says that what
-    the policy leaves has no gaps but one, behind that many of a row's first tokens. Where that
-    holds for all that evict, positions cost less (see `kvprune.positions.sinks`).
-    `constant_budget` promises that `rank_slots` gives the same budget in every step, as long as the
-    prompt does not grow, and protects no more than it: once a layer is full, each new token then
-    costs one slot, which the engine need not read off the device. `layers_alike` promises that
-    `rank_slots` asks nothing of keys, values and `layer`: in decoding it may then be asked once for
-    many layers, which come as more rows (see `kvprune.storage.group`).
+    `when` says in which forwards `rank_slots` is asked. None: in every one. "prompt": in the one
+    that ends a prompt, in each turn. "first": at the end of the first prompt alone. A number n: at
+    the end of each prompt, and whenever another n columns have come since. A prompt ends where
+    `generate` says, or `with cache.prompt(lengths)`; in a loop of one's own, a forward of several
+    tokens that was not announced is a prompt by itself. A subclass that has another default says
+    `when: int | str | None = field(default="prompt", kw_only=True)`. An ordinary class with an
+    `__init__` of its own hands both on with `super().__init__(layers=layers, when=when)`.
+
+    Class attributes:
+        statistics: a tuple of what the policy wants observed, as `statistics = (Attention(),)`, or
+            a property that depends on options; see `kvprune.statistics`.
+        shares_heads: whether its `rank_slots` makes one set for all heads of a layer out of what
+            differs between them (statistics, keys, values): the processes of a tensor parallel
+            model then take the mean of their scores.
+        positions_in_cache: whether positions are to be assigned inside the cache, by a slot's place
+            among those that are left (see `kvprune.positions.by_slot`), whatever other policies
+            want.
+        sinks_before_window: what the policy leaves has no gaps but one, behind that many of a row's
+            first tokens; None where that is not so. Where it holds for all that evict, positions
+            cost less (see `kvprune.positions.sinks`).
+        constant_budget: the promise that `rank_slots` gives the same budget in every step, as long
+            as the prompt does not grow, and protects no more than it. Once a layer is full, each
+            new token then costs one slot, which the engine need not read off the device.
+        layers_alike: the promise that `rank_slots` asks nothing of keys, values and `layer`. In
+            decoding it may then be asked once for many layers, which come as more rows (see
+            `kvprune.storage.group`).
     """
 
     layers: Collection[int] | None = field(default=None, kw_only=True)
+    when: int | str | None = field(default=None, kw_only=True)
 
-    statistics = ()  # type: tuple[str, ...]
     shares_heads = False
     positions_in_cache = False
     sinks_before_window = None  # type: int | None
@@ -60,8 +74,13 @@ class TokenPolicy:
         return None
 
     def rank_slots(self, slots: SlotView) -> Ranking | None:
-        """Ranks a layer's slots after its attention, in every forward."""
+        """Ranks a layer's slots after its attention, in the forwards that `when` says."""
         return None
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """What the policy wants observed; a class attribute in most policies."""
+        return ()
 
     @property
     def hooks(self) -> frozenset[str]:
@@ -103,6 +122,10 @@ class TokenPolicy:
         """Whether the policy ranks at this layer at all."""
         return self.layers is None or layer in self.layers
 
+    def is_due(self, moment: Moment) -> bool:
+        """Whether `rank_slots` is asked at this moment."""
+        return moment.is_due(self.when)
+
     def __or__(self, other: TokenPolicy) -> Union:
         """`a | b` keeps what either keeps."""
         from .composition import Union
@@ -110,10 +133,11 @@ class TokenPolicy:
         return Union.of(self, other)
 
     def __repr__(self) -> str:
-        own = [
-            f for f in fields(self) if f.repr and (f.name != "layers" or self.layers is not None)
-        ]
-        own.sort(key=lambda f: f.name == "layers")
+        every = [f for f in fields(self) if f.repr]
+        # These two come last, and only where they differ from what the class says.
+        last = [f for f in every if f.name in ("layers", "when")]
+        own = [f for f in every if f not in last]
+        own += [f for f in last if getattr(self, f.name) != f.default]
         values = (f"{f.name}={getattr(self, f.name)!r}" for f in own)
         return f"{type(self).__name__}({', '.join(values)})"
 

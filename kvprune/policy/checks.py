@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
 from ..errors import KVPruneError
-from ..statistics import check_names
+from ..statistics import check_statistics
 from .base import HOOKS, TokenPolicy
 from .composition import leaves
+from .moment import check_when
 
 
 def checked(policies: Sequence[TokenPolicy]) -> tuple[TokenPolicy, ...]:
     """A pipeline as it was handed in.
 
     Raises:
-        KVPruneError: not a list of policies, or one that wants an unknown statistic, has no hook,
-            or has something that reads like a hook or a promise but is misspelt.
+        KVPruneError: not a list of policies, or one that wants what cannot be observed, is asked at
+            no time that there is, has no hook, or has something that reads like a hook or a promise
+            but is misspelt.
     """
     is_list = isinstance(policies, (list, tuple))
     if not is_list or not all(isinstance(p, TokenPolicy) for p in policies):
@@ -28,7 +31,8 @@ def checked(policies: Sequence[TokenPolicy]) -> tuple[TokenPolicy, ...]:
         )
     for policy in leaves(policies):
         _check_hooks(policy)
-        check_statistics(policy)
+        check_statistics(policy.statistics, f"{policy!r}: statistics")
+        _check_when(policy)
     return tuple(policies)
 
 
@@ -101,10 +105,15 @@ def _meant_by(name: str, value: Any) -> str:
     return ""
 
 
-def check_statistics(policy: TokenPolicy) -> None:
-    """Refuses a policy that wants something that nobody observes.
-
-    Raises:
-        KVPruneError: `policy.statistics` is not a tuple of names in `OBSERVABLE`.
-    """
-    check_names(policy.statistics, f"{policy!r}: statistics")
+def _check_when(policy: TokenPolicy) -> None:
+    check_when(policy.when, repr(policy))
+    for kind in type(policy).__mro__:
+        if kind is TokenPolicy:
+            return
+        # A dataclass goes by annotated fields alone, so this would be lost without a word.
+        if "when" in vars(kind) and "when" not in inspect.get_annotations(kind):
+            raise KVPruneError(
+                f"{policy!r}: {kind.__name__} says when = {vars(kind)['when']!r} without a type, "
+                f"which changes nothing: expected a field, as `when: int | str | None = "
+                f"field(default='prompt', kw_only=True)`"
+            )

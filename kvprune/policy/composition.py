@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KVPruneError
+from ..statistics import Statistic, parts_of
 from .asking import answer_of
 from .base import TokenPolicy
 from .budget import split_share
@@ -27,18 +28,22 @@ def evicts(policies: Iterable[TokenPolicy]) -> bool:
     return any("rank_slots" in policy.hooks for policy in policies)
 
 
-def wanted_at(policies: Iterable[TokenPolicy], layer: int) -> tuple[str, ...]:
-    """The statistics that some policy wants of this layer.
+def asking_at(policies: Iterable[TokenPolicy], layer: int) -> tuple[TokenPolicy, ...]:
+    """The policies that read statistics of this layer.
 
     Eviction reads its own layer's; pruning reads those of the layer before.
     """
-    names: dict[str, None] = {}
-    for policy in policies:
-        evicts = "rank_slots" in policy.hooks and policy.applies(layer)
-        prunes = "rank_hidden" in policy.hooks and policy.applies(layer + 1)
-        if evicts or prunes:
-            names.update(dict.fromkeys(policy.statistics))
-    return tuple(names)
+    return tuple(
+        policy
+        for policy in policies
+        if ("rank_slots" in policy.hooks and policy.applies(layer))
+        or ("rank_hidden" in policy.hooks and policy.applies(layer + 1))
+    )
+
+
+def wanted_at(policies: Iterable[TokenPolicy], layer: int) -> tuple[Statistic, ...]:
+    """The statistics that are held at this layer because some policy reads them."""
+    return parts_of(s for policy in asking_at(policies, layer) for s in policy.statistics)
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,7 +67,12 @@ class Union(TokenPolicy):
             if not isinstance(part, TokenPolicy):
                 raise KVPruneError(f"a | b: expected two policies, got {part!r}")
         flat = [p for part in parts for p in (part.parts if isinstance(part, cls) else (part,))]
-        union = cls(tuple(flat))
+        union = cls(tuple(flat), when=flat[0].when)
+        if any(part.when != union.when for part in flat):
+            raise KVPruneError(
+                f"{union!r}: its parts are asked at different times (when="
+                f"{[part.when for part in flat]}): expected parts with the same `when`"
+            )
         if not union.hooks:
             raise KVPruneError(
                 f"{union!r} would keep everything: its parts share no hook (one prunes hidden "
@@ -77,9 +87,9 @@ class Union(TokenPolicy):
         return frozenset.intersection(*(p.hooks for p in self.parts))
 
     @property
-    def statistics(self) -> tuple[str, ...]:  # type: ignore[override]
+    def statistics(self) -> tuple[Statistic, ...]:
         """The statistics that any part wants observed."""
-        return tuple(dict.fromkeys(name for p in self.parts for name in p.statistics))
+        return tuple(dict.fromkeys(each for p in self.parts for each in p.statistics))
 
     def with_budget(self, share: float) -> Union | None:
         """The share split evenly among the parts, so that they keep no more than that together.

@@ -2,38 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import KVPruneError
+from ..statistics import Queries, Statistic, parts_of
 from .budget import Lengths, newest
+from .moment import Moment
 
 
 class Statistics:
-    """A view's statistics by name; asking for one that was not named is an error."""
+    """What was observed; asking for what a policy did not name is an error.
 
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        self._values = values
+    Args:
+        values: what is held, by the statistics that others are made of.
+        looks: gives what newest queries give to the view's entries, None where it is not known.
+        named: the statistics that may be asked for; None for all.
+    """
 
-    def only(self, names: Collection[str]) -> Statistics:
+    def __init__(
+        self,
+        values: Mapping[Statistic, Any],
+        looks: Callable[[Queries], Tensor | None] | None = None,
+        named: tuple[Statistic, ...] | None = None,
+    ) -> None:
+        self._values, self._looks, self._named = values, looks, named
+
+    def only(self, named: tuple[Statistic, ...]) -> Statistics:
         """The statistics that a policy named; it does not see what others want."""
-        return Statistics({n: self._values[n] for n in names if n in self._values})
+        parts = {part: self._values[part] for part in parts_of(named) if part in self._values}
+        return Statistics(parts, self._looks, named)
 
-    def items(self) -> Iterable[tuple[str, Tensor]]:
-        """Each by its name."""
-        return self._values.items()
+    def tensors(self) -> Iterator[tuple[Statistic, Tensor]]:
+        """All that is held, each tensor with the statistic that it belongs to."""
+        for part, value in self._values.items():
+            for tensor in value if isinstance(value, tuple) else (value,):
+                yield part, tensor
 
-    def __call__(self, name: str) -> Tensor:
-        if name not in self._values:
-            raise KVPruneError(
-                f"statistic {name!r} was not observed here: expected one of "
-                f"{sorted(self._values)}. Name it in the policy's class attribute "
-                f"`statistics`; before layer 0 there is none."
-            )
-        return self._values[name]
+    def with_slots(self, change: Callable[[Tensor], Tensor]) -> Statistics:
+        """The same with something done to each number per slot `[B, Hkv, S]`."""
+        changed = {
+            part: change(value) if part.per == "slot" else value
+            for part, value in self._values.items()
+        }
+        looks = self._looks
+
+        def changed_looks(queries: Queries) -> Tensor | None:
+            found = None if looks is None else looks(queries)
+            return None if found is None else change(found)
+
+        return Statistics(changed, changed_looks, self._named)
+
+    def __call__(self, statistic: Statistic) -> Any:
+        held = [self._values.get(part) for part in self._parts(statistic)]
+        if any(each is None for each in held):
+            raise self._not_observed(statistic)
+        return statistic.value(*held)
+
+    def looks(self, count: int) -> Tensor:
+        """See `SlotView.looks`."""
+        queries = Queries(count)
+        self._parts(queries)
+        found = None if self._looks is None else self._looks(queries)
+        if found is None:
+            raise self._not_observed(queries)
+        return found
+
+    def _parts(self, statistic: Statistic) -> tuple[Statistic, ...]:
+        """The parts of a statistic that may be asked for."""
+        known = isinstance(statistic, Statistic)
+        if not known or (self._named is not None and statistic not in self._named):
+            raise self._not_observed(statistic)
+        return statistic.parts
+
+    def _not_observed(self, statistic: Any) -> KVPruneError:
+        named = list(self._values) if self._named is None else list(self._named)
+        return KVPruneError(
+            f"statistic {statistic!r} was not observed here: expected one of {named}. Name it in "
+            f"the policy's class attribute `statistics`; before layer 0 there is none."
+        )
 
 
 class _Withheld:
@@ -51,14 +101,23 @@ class _Withheld:
 WITHHELD: Any = _Withheld()
 
 
-class _Amounts:
-    """Amounts in both views: an int counts tokens, a float is a share of a row's."""
+class _View:
+    """What both views say. Of amounts, an int counts tokens, and a float is a share of a row's."""
 
     lengths: Lengths
     columns: Tensor
     valid: Tensor
     first: Tensor
     begin: Callable[[int], Tensor] | None
+    statistic: Statistics
+
+    def looks(self, count: int) -> Tensor:
+        """The probabilities that the newest `count` queries give to the entries; see the view.
+
+        Raises:
+            KVPruneError: `Queries(count)` is not among the policy's statistics, or not observed.
+        """
+        return self.statistic.looks(count)
 
     def tokens(self, amount: int | float) -> Tensor:
         """The amount in tokens of each row, `[B]` int64; see `Budget.of`. Read only."""
@@ -81,7 +140,7 @@ class _Amounts:
 
 
 @dataclass(frozen=True)
-class TokenView(_Amounts):
+class TokenView(_View):
     """The hidden tokens about to enter a decoder layer; read only, and writing to it is refused.
 
     layer: the decoder layer, from 0.
@@ -94,8 +153,10 @@ class TokenView(_Amounts):
     tokens(amount): `[B]` int64, tokens (an int) or a share of `length` (a float) as tokens.
     newest(amount): `[B, 1, Q]` bool, which are among the newest so many.
     oldest(count): `[B, 1, Q]` bool, which are among their row's first so many.
-    statistic(name): `[B, Hkv, Q]`, what these tokens got in the previous layer, from the
-        queries of this forward.
+    statistic(name): of statistics per slot `[B, Hkv, Q]`, what these tokens got in the layer
+        before, from the queries of this forward, as `tokens.statistic(Attention())`.
+    looks(w): `[B, Hkv, G, w, Q]`, what the newest w queries of the layer before gave these tokens,
+        where `Queries(w)` is among the policy's statistics.
     group: the processes that share the heads of a tensor parallel model (see
         `kvprune.models.parallel`); None for one alone.
     """
@@ -118,7 +179,7 @@ class TokenView(_Amounts):
 
 
 @dataclass(frozen=True)
-class SlotView(_Amounts):
+class SlotView(_View):
     """One layer's slots after its attention, in no order; read only, and writing to it is refused.
 
     layer: the decoder layer, from 0.
@@ -133,7 +194,15 @@ class SlotView(_Amounts):
     oldest(count): `[B, 1|Hkv, S]` bool, which are among their row's first so many.
     keys, values: `[B, Hkv, S, D]`, rotated as the model stores them; withheld from a policy that
         promises `layers_alike`.
-    statistic(name): `[B, Hkv, S]`, accumulated since the slot's column was read.
+    statistic(name): of statistics per slot `[B, Hkv, S]`, since the slot's column was read, as
+        `slots.statistic(Attention())`; of statistics per layer what they say.
+    looks(w): `[B, Hkv, G, w, S]`, the probabilities that the newest w queries give to the slots, by
+        the model's own rule (scaling, soft-capping, sinks, windows, padding), where `Queries(w)` is
+        among the policy's statistics; w is less where fewer were read. In order, the newest last;
+        0 for a query that a row does not have.
+    new: columns of this forward.
+    left: columns of the announced prompt that are still to come.
+    since: columns since the prompt's end, 0 where it ends with these.
     group: as in `TokenView`; Hkv are then the heads of this process.
     """
 
@@ -143,6 +212,7 @@ class SlotView(_Amounts):
     valid: Tensor
     first: Tensor
     seen: int
+    moment: Moment = field(repr=False)
     lengths: Lengths = field(repr=False)
     keys: Tensor
     values: Tensor
@@ -154,3 +224,18 @@ class SlotView(_Amounts):
     def prompt_length(self) -> Tensor:
         """See above."""
         return self.lengths.tensor
+
+    @property
+    def new(self) -> int:
+        """See above."""
+        return self.moment.new
+
+    @property
+    def left(self) -> int:
+        """See above."""
+        return self.moment.left
+
+    @property
+    def since(self) -> int:
+        """See above."""
+        return self.moment.since

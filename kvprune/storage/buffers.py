@@ -9,7 +9,7 @@ SLACK = 8
 """Slots that may lie empty once a budget is full, before the buffers are made anew."""
 
 
-def put(buffer: Tensor | None, slot: Tensor, new: Tensor | int) -> Tensor:
+def put(buffer: Tensor | None, slot: Tensor, new: Tensor | float) -> Tensor:
     """Writes one slot per row and head; in place unless somebody watches.
 
     Args:

@@ -27,7 +27,7 @@ class LayerGroup:
         self._layers = tuple(layers)
         each = [layer.statistics for layer in layers]
         self.columns = torch.cat([layer.columns for layer in layers])
-        self.statistics = {name: torch.cat([one[name] for one in each]) for name in layers[0].names}
+        self.statistics = {part: torch.cat([one[part] for one in each]) for part in layers[0].parts}
         # The slots that went last `[n * B, 1|Hkv, 1]`, until a token takes them.
         self._free_slots: Tensor | None = None
         self._lend()
@@ -68,19 +68,19 @@ class LayerGroup:
         if self._free_slots is None or not self.lent_to(self._layers):
             return
         new = columns.repeat(len(self._layers), 1, 1).expand_as(self._free_slots)
-        self._put(self._free_slots, new, statistic=0)
+        self._put(self._free_slots, new, begins=True)
         self._free_slots = None
         for layer in self._layers:
             layer.turnover = layer.turnover.taken()
 
-    def _put(self, slots: Tensor, column: Tensor | int, statistic: int | None = None) -> None:
-        """Writes to one slot in every row and head."""
+    def _put(self, slots: Tensor, column: Tensor | int, begins: bool = False) -> None:
+        """Writes to one slot in every row and head; where a token begins, its statistics too."""
         before = [self.columns, *self.statistics.values()]
         self.columns = put(self.columns, slots, column)
-        if statistic is not None:
+        if begins:
             self.statistics = {
-                name: put(value, slots.expand(-1, value.shape[1], -1), statistic)
-                for name, value in self.statistics.items()
+                part: put(value, slots.expand(-1, value.shape[1], -1), part.start)
+                for part, value in self.statistics.items()
             }
         now = (self.columns, *self.statistics.values())
         if any(one is not other for one, other in zip(before, now, strict=True)):

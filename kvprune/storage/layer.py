@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Container, Hashable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import KVPruneError
 from ..models.structure import Local
-from ..statistics import statistic_dtype
+from ..statistics import Block, Statistic, statistic_dtype
 from .buffers import SLACK, extended, gathered, put, roomier, watched, widened
 from .plain import Plain
 from .turnover import Stage, Turnover
 
 _ARRIVED = "arrived"
+
+
+@dataclass(frozen=True)
+class _Past:
+    """What a layer held, to come back to: columns, and both kinds of statistics."""
+
+    columns: Tensor | None
+    statistics: dict[Statistic, Tensor]
+    records: dict[Statistic, tuple[Tensor, ...]]
 
 
 class SlotLayer:
@@ -27,12 +37,14 @@ class SlotLayer:
     empty. Slots come in no order.
 
     Args:
-        statistics: names of what is observed of the slots.
+        statistics: what is observed here, per slot or per layer.
         local: what the layer's queries can see; None for everything.
         arrivals: whether slots keep the position that their key came with.
 
     Attributes:
-        names: the statistics' names.
+        parts: the statistics per slot.
+        layer_parts: the statistics per layer.
+        records: what is held of the latter; those of which nothing is held are left out.
         local: see above.
         held: keys and values; None before the first tokens.
         used: slots in use.
@@ -51,11 +63,12 @@ class SlotLayer:
 
     def __init__(
         self,
-        statistics: tuple[str, ...] = (),
+        statistics: tuple[Statistic, ...] = (),
         local: Local | None = None,
         arrivals: bool = False,
     ) -> None:
-        self.names = statistics
+        self.parts = tuple(s for s in statistics if s.per == "slot")
+        self.layer_parts = tuple(s for s in statistics if s.per == "layer")
         self.local = local
         self._arrivals = arrivals
         self.reset()
@@ -69,8 +82,9 @@ class SlotLayer:
         self.held: Plain | None = None
         self._columns: Tensor | None = None
         # Numbers per slot: statistics, and with `arrivals` positions.
-        self._numbers: dict[str, Tensor] = {}
-        self._record: list[tuple[Tensor | None, dict[str, Tensor]]] = []
+        self._numbers: dict[Statistic | str, Tensor] = {}
+        self.records: dict[Statistic, tuple[Tensor, ...]] = {}
+        self._record: list[_Past] = []
 
     @property
     def is_initialized(self) -> bool:
@@ -91,6 +105,12 @@ class SlotLayer:
         if self.held is None:
             raise AttributeError("dtype")
         return self.held.dtype
+
+    @property
+    def heads(self) -> int:
+        """The key/value heads that are stored, Hkv."""
+        assert self.held is not None
+        return self.held.heads
 
     @property
     def keys(self) -> Tensor:
@@ -137,10 +157,10 @@ class SlotLayer:
         return self._columns
 
     @property
-    def statistics(self) -> dict[str, Tensor]:
-        """Each `[B, Hkv, S]`, views."""
+    def statistics(self) -> dict[Statistic, Tensor]:
+        """Those per slot, each `[B, Hkv, S]`, views."""
         held = self._numbers
-        return {name: held[name][..., : self.used] for name in self.names if name in held}
+        return {part: held[part][..., : self.used] for part in self.parts if part in held}
 
     @property
     def arrived(self) -> Tensor:
@@ -162,9 +182,13 @@ class SlotLayer:
         yield from () if self.held is None else self.held.tensors()
         yield from (t for t in (self._columns, self.turnover.slot) if t is not None)
         yield from self._numbers.values()
-        for columns, statistics in self._record:
-            yield from () if columns is None else (columns,)
-            yield from statistics.values()
+        for record in self.records.values():
+            yield from record
+        for past in self._record:
+            yield from () if past.columns is None else (past.columns,)
+            yield from past.statistics.values()
+            for record in past.records.values():
+                yield from record
 
     def numbers(self) -> dict[str, Any]:
         """With `named_tensors`, all that brings the layer back as it is (see `restore`)."""
@@ -174,7 +198,9 @@ class SlotLayer:
     def named_tensors(self) -> dict[str, Tensor]:
         """The slots in use, and the free slot; `columns` is one object where layers share it."""
         held = {"keys": self.keys, "values": self.values, "columns": self.columns}
-        held |= {f"statistics.{name}": value for name, value in self.statistics.items()}
+        held |= {f"statistics.{part!r}": value for part, value in self.statistics.items()}
+        for part, record in self.records.items():
+            held |= {f"records.{part!r}.{i}": tensor for i, tensor in enumerate(record)}
         if self._arrivals:
             held["arrived"] = self._numbers[_ARRIVED][..., : self.used]
         slot = self.turnover.slot
@@ -191,16 +217,25 @@ class SlotLayer:
         room = numbers["capacity"] - self.used
         self._columns = roomier(tensors["columns"], room, -1)
         self.held = Plain(tensors["keys"], tensors["values"], room)
-        stored = {name: tensors[f"statistics.{name}"] for name in self.names}
+        stored: dict[Statistic | str, Tensor] = {
+            part: tensors[f"statistics.{part!r}"] for part in self.parts
+        }
         if self._arrivals:
             stored[_ARRIVED] = tensors["arrived"]
         self._numbers = {name: roomier(value, room, 0) for name, value in stored.items()}
+        for part in self.layer_parts:
+            start = f"records.{part!r}."
+            count = sum(name.startswith(start) for name in tensors)
+            if count:
+                self.records[part] = tuple(tensors[f"{start}{i}"] for i in range(count))
 
-    def narrow_statistics(self, names: tuple[str, ...]) -> None:
+    def narrow_statistics(self, statistics: tuple[Statistic, ...]) -> None:
         """Forgets all statistics but these."""
-        self.names = names
-        kept = {*names, _ARRIVED}
+        self.parts = tuple(part for part in self.parts if part in statistics)
+        self.layer_parts = tuple(part for part in self.layer_parts if part in statistics)
+        kept = {*statistics, _ARRIVED}
         self._numbers = {n: value for n, value in self._numbers.items() if n in kept}
+        self.records = {n: value for n, value in self.records.items() if n in kept}
 
     def append(
         self,
@@ -269,9 +304,9 @@ class SlotLayer:
         if self.turnover.stage is Stage.TAKEN:
             return
         self._columns = put(self._columns, free_slot, columns.expand_as(free_slot))
-        for name in self.names:
+        for part in self.parts:
             where = free_slot.expand(-1, keys.shape[1], -1)
-            self._numbers[name] = put(self._numbers[name], where, 0)
+            self._numbers[part] = put(self._numbers[part], where, part.start)
 
     def _extend(
         self, keys: Tensor, values: Tensor, columns: Tensor, arrived: Tensor | None
@@ -291,24 +326,62 @@ class SlotLayer:
         for name, value in self._new_numbers(keys, arrived).items():
             self._numbers[name] = extended(self._numbers.get(name), value, start)
 
-    def _new_numbers(self, keys: Tensor, arrived: Tensor | None) -> dict[str, Tensor]:
+    def _new_numbers(self, keys: Tensor, arrived: Tensor | None) -> dict[Statistic | str, Tensor]:
         """New tokens' numbers, each `[B, Hkv, Q]`."""
-        numbers: dict[str, Tensor] = {}
-        if self.names:
-            zeros = torch.zeros_like(keys[..., 0], dtype=statistic_dtype(keys))
-            numbers |= dict.fromkeys(self.names, zeros)
+        dtype = statistic_dtype(keys.dtype)
+        numbers: dict[Statistic | str, Tensor] = {
+            part: torch.full_like(keys[..., 0], part.start, dtype=dtype) for part in self.parts
+        }
         if self._arrivals:
             assert arrived is not None
             numbers[_ARRIVED] = arrived.int().expand(keys.shape[:3])
         return numbers
 
-    def observe(self, name: str, received: Tensor) -> None:
-        """Adds to a statistic what each slot in use received, `[B, Hkv, S]`, detached."""
-        value = self._numbers[name]
-        if watched(value):
-            self._numbers[name] = value + widened(received, value.shape[-1], 0)
+    def observe(self, part: Statistic, new: Any, several: bool = False) -> None:
+        """Joins what a forward gave to a statistic per slot.
+
+        Args:
+            part: the statistic.
+            new: what `Statistic.join` is handed, detached.
+            several: whether the forward has several tokens.
+
+        Raises:
+            KVPruneError: a statistic that is to be checked has another shape then, or NaN.
+        """
+        held = self._numbers[part]
+        if part.adds and not watched(held):
+            held[..., : self.used].add_(new)
+            return
+        before = held[..., : self.used]
+        value = part.join(before, new)
+        _check_joined(part, before, value)
+        if several and part.checked:
+            _check_comparable(part, value, new)
+        if watched(held):
+            self._numbers[part] = torch.cat([value, held[..., self.used :]], -1)
         else:
-            value[..., : self.used].add_(received)
+            # In its place, since layers that decode together share it.
+            before.copy_(value)
+
+    def observe_queries(self, part: Statistic, queries: Tensor, columns: Tensor) -> None:
+        """Joins a forward's queries to a statistic per layer; see `Statistic.join`.
+
+        Raises:
+            KVPruneError: the statistic is no tuple of tensors with an axis for the rows.
+        """
+        value = part.join(self.records.get(part, ()), (queries, columns))
+        rows = columns.shape[0]
+        tensors = isinstance(value, tuple) and all(isinstance(t, Tensor) for t in value)
+        if not tensors or any(t.dim() == 0 or t.shape[0] != rows for t in value):
+            raise KVPruneError(
+                f"{part!r}: expected join() to return a tuple of tensors whose first axis are the "
+                f"{rows} rows, got {_described(value)}"
+            )
+        self.records[part] = value
+
+    def forget_records(self, kept: Container[Statistic] = ()) -> None:
+        """Frees the statistics per layer but for those that are named; they begin anew."""
+        self.records = {part: held for part, held in self.records.items() if part in kept}
 
     def rewrite_keys(
         self, keys: Tensor, index: Tensor | None = None, there: Tensor | None = None
@@ -380,16 +453,17 @@ class SlotLayer:
             turnover.policy,
             self.columns.shape,
             self.keys.shape[1],
-            self.names,
+            self.parts,
             self.columns.device,
         )
 
-    def borrow(self, columns: Tensor, statistics: dict[str, Tensor]) -> None:
+    def borrow(self, columns: Tensor, statistics: dict[Statistic, Tensor]) -> None:
         """Takes these in the place of its own, which are equal."""
         self._columns = columns
-        self._numbers |= statistics
+        for part, value in statistics.items():
+            self._numbers[part] = value
 
-    def borrows(self, columns: Tensor, statistics: dict[str, Tensor]) -> bool:
+    def borrows(self, columns: Tensor, statistics: dict[Statistic, Tensor]) -> bool:
         """Whether these very tensors are its columns and statistics."""
         same = (self._numbers.get(name) is value for name, value in statistics.items())
         return self._columns is columns and all(same)
@@ -397,21 +471,23 @@ class SlotLayer:
     def record(self) -> None:
         """Notes what is held now, to come back to; until `settle`, nothing leaves its place."""
         columns = None if self._columns is None else self.columns
-        statistics = {name: value.clone() for name, value in self.statistics.items()}
-        self._record.append((columns, statistics))
+        statistics = {part: value.clone() for part, value in self.statistics.items()}
+        self._record.append(_Past(columns, statistics, dict(self.records)))
 
     def settle(self, back: int) -> None:
         """Returns to the last record but `back`, if there are any, and frees all the rest."""
         if not self._record:
             return
-        columns, statistics = self._record[-1 - back]
-        self._record = []
+        past = self._record[-1 - back]
+        # Not what nobody wants any more.
+        self.records = {p: r for p, r in past.records.items() if p in self.records}
+        self._record, columns = [], past.columns
         if columns is None:
             self.reset()
             return
         self.used, capacity = columns.shape[-1], self.capacity
         self._columns = widened(columns, capacity, -1)
-        for name, value in statistics.items():
+        for name, value in past.statistics.items():
             self._numbers[name] = widened(value, capacity, 0)
         self.keep(columns >= 0, loses=False)
 
@@ -435,3 +511,35 @@ class SlotLayer:
         self.turnover = self.turnover.select_rows(rows)
         for name, value in self._numbers.items():
             self._numbers[name] = value.index_select(0, rows)
+        self.records = {
+            part: tuple(tensor.index_select(0, rows) for tensor in record)
+            for part, record in self.records.items()
+        }
+
+
+def _check_joined(part: Statistic, before: Tensor, value: Any) -> None:
+    fits = isinstance(value, Tensor) and value.shape == before.shape
+    if not fits or value.dtype != before.dtype or value.device != before.device:
+        raise KVPruneError(
+            f"{part!r}: expected join() to return {before.dtype} of shape {list(before.shape)} on "
+            f"{before.device}, as it was handed, got {_described(value)}"
+        )
+
+
+def _check_comparable(part: Statistic, value: Tensor, new: Tensor | Block) -> None:
+    """Refuses NaN in what a statistic returned, unless it was handed NaN."""
+    given = new if isinstance(new, Tensor) else new.probabilities
+    rows = value.isnan().flatten(1).any(-1) & ~given.isnan().flatten(1).any(-1)
+    if bool(rows.any()):
+        raise KVPruneError(
+            f"{part!r}: expected join() to return numbers that can be compared, got NaN in rows "
+            f"{rows.nonzero().flatten().tolist()}"
+        )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_described, value))})"
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {list(value.shape)} on {value.device}"
+    return type(value).__name__

@@ -42,6 +42,11 @@ class Plain:
         """The dtype of keys and values."""
         return self._keys.dtype
 
+    @property
+    def heads(self) -> int:
+        """Key/value heads, Hkv."""
+        return self._keys.shape[1]
+
     def keys(self, used: int) -> Tensor:
         """`[B, Hkv, used, D]`, a view."""
         return self._keys[:, :, :used]

@@ -20,6 +20,7 @@ from ..cache.composed import ComposedCache
 from ..models.attachment import Attachment
 from ..policy.base import TokenPolicy
 from ..positions.rotary import Rotation
+from ..statistics import Attention
 from ..wiring.attention import slot_attention
 
 D = 8
@@ -153,7 +154,7 @@ class Driver:
         """The accumulated attention of each column that a row and key/value head hold."""
         layer = self.cache.layers[0]
         columns = layer.columns[row, head if layer.columns.shape[1] > 1 else 0]
-        received = layer.statistics["attention"][row, head]
+        received = layer.statistics[Attention()][row, head]
         return {int(c): float(s) for c, s in zip(columns, received, strict=True) if c >= 0}
 
 
@@ -207,7 +208,7 @@ def check_each_step(driver: Driver, oracles: Oracles, steps: list[int], padding:
             mine = outputs[row, here[row] :, head * groups : (head + 1) * groups].transpose(0, 1)
             torch.testing.assert_close(mine, expected[row, head], rtol=1e-11, atol=1e-12)
             assert driver.kept(row, head) == oracle.kept
-            if driver.cache.layers[0].names:
+            if driver.cache.layers[0].parts:
                 _check_scores(driver.statistic(row, head), oracle.scores)
 
 

@@ -13,7 +13,8 @@ from ..policy.asking import shown_by
 from ..policy.base import TokenPolicy
 from ..policy.composition import leaves
 from ..policy.selection import Ranking
-from ..policy.views import SlotView, Statistics, TokenView
+from ..policy.views import SlotView, TokenView
+from ..statistics import Statistic
 from .naive import naive_select
 
 
@@ -69,12 +70,16 @@ class Watched(TokenPolicy):
     """
 
     def __init__(self, base: TokenPolicy, notes: list[Note] | None = None) -> None:
-        super().__init__(layers=base.layers)
+        super().__init__(layers=base.layers, when=base.when)
         self.base: TokenPolicy = base
         self.notes: list[Note] = [] if notes is None else notes
-        self.statistics = base.statistics
         self.shares_heads = base.shares_heads
         self.__dict__.update(inside([base]))
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """Those of `base`."""
+        return self.base.statistics
 
     @property
     def hooks(self) -> frozenset[str]:
@@ -110,14 +115,13 @@ class Watched(TokenPolicy):
 
 def _turned(slots: SlotView) -> SlotView:
     """The same slots in reverse order."""
-    received = {name: value.flip(-1) for name, value in slots.statistic.items()}
     return replace(
         slots,
         columns=slots.columns.flip(-1),
         valid=slots.valid.flip(-1),
         keys=slots.keys.flip(2),
         values=slots.values.flip(2),
-        statistic=Statistics(received),
+        statistic=slots.statistic.with_slots(lambda value: value.flip(-1)),
     )
 
 
@@ -141,12 +145,15 @@ def _same(one: Ranking | None, other: Ranking | None) -> bool:
 class ByHand(TokenPolicy):
     """Applies policies one after the other, entry by entry, in plain Python."""
 
-    statistics = ("attention",)
-
     def __init__(self, policies: Sequence[TokenPolicy]) -> None:
         super().__init__()
         self.policies: Sequence[TokenPolicy] = policies
         self.__dict__.update(inside(policies))
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """Those of all policies."""
+        return tuple(dict.fromkeys(s for p in self.policies for s in p.statistics))
 
     def for_model(self, model: torch.nn.Module) -> ByHand:
         """The same for the policies as they are on a model."""
@@ -165,7 +172,8 @@ class ByHand(TokenPolicy):
     def _ranking(self, hook: str, view: Any, asked: Tensor | None) -> Ranking:
         hidden = hook == "rank_hidden"
         for policy in self.policies:
-            ranking = getattr(policy, hook)(view) if policy.applies(view.layer) else None
+            asked_now = policy.applies(view.layer) and (hidden or policy.is_due(view.moment))
+            ranking = getattr(policy, hook)(view) if asked_now else None
             if ranking is None:
                 continue
             columns = view.columns[:, None] if hidden else view.columns

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 import kvprune
 from kvprune.attention.blockwise import BLOCK
 from kvprune.policies import H2O, StreamingLLM
+from kvprune.statistics import Attention
 
 from ..support.driver import Driver
 from ..support.models import fresh_model, left_padded, plain_model, prompt, tiny_model
@@ -90,7 +91,7 @@ def test_what_slots_receive_adds_up():
     for count, padding in ((100, [0, 30]), (1, None), (1, [0, 1]), (9, None)):
         with generating(driver.cache):
             driver.step(driver.tokens(count), padding)
-    received = driver.cache.layers[0].statistics["attention"].sum(-1)
+    received = driver.cache.layers[0].statistics[Attention()].sum(-1)
     expected = torch.tensor([[222.0], [160.0]]).double().expand(2, 2)
     torch.testing.assert_close(received, expected)
 
@@ -118,8 +119,8 @@ def test_dropout_in_training_reaches_the_output_but_not_the_statistic():
     with torch.no_grad():
         logits = [model(prompt(1, 30), past_key_values=cache).logits for cache in caches]
     assert not torch.equal(*logits)
-    received = caches[0].layers[0].statistics["attention"]
-    torch.testing.assert_close(received, caches[1].layers[0].statistics["attention"])
+    received = caches[0].layers[0].statistics[Attention()]
+    torch.testing.assert_close(received, caches[1].layers[0].statistics[Attention()])
 
 
 @pytest.mark.parametrize("budget", [99, 4])
@@ -139,5 +140,5 @@ def test_latent_attention_keeps_one_set_per_layer(budget):
     assert cache.columns(0).shape == (2, 1, min(2 * budget, 24))
     if budget == 99:
         torch.testing.assert_close(logits[1::2], logits[::2], rtol=1e-9, atol=1e-10)
-        received = cache.layers[0].statistics["attention"].sum(-1)
+        received = cache.layers[0].statistics[Attention()].sum(-1)
         torch.testing.assert_close(received, torch.full_like(received, 24 * 4))

@@ -17,6 +17,7 @@ from kvprune import KVPruneError
 from kvprune.attention.flash import attention as flash_attention
 from kvprune.attention.masks import LazyMask
 from kvprune.policies import H2O, StreamingLLM
+from kvprune.statistics import Attention
 
 from ..support.flash_stand_in import FlashStandIn
 from ..support.models import fresh_model, left_padded, plain_model, prompt, tiny_config, tiny_model
@@ -129,7 +130,7 @@ def test_dropout_reaches_the_output_but_not_the_statistic(flash):
     caches = [kvprune.ComposedCache([H2O(99, 99)]) for _ in range(2)]
     logits = [model(prompt(1, 30), past_key_values=cache).logits for cache in caches]
     assert not torch.equal(*logits) and not flash.calls
-    received = [cache.layers[0].statistics["attention"] for cache in caches]
+    received = [cache.layers[0].statistics[Attention()] for cache in caches]
     torch.testing.assert_close(*received)
     model(prompt(1, 30), past_key_values=kvprune.ComposedCache([])).logits.sum().backward()
     assert [call["dropout_p"] for call in flash.calls] == [0.5] * 4
@@ -196,7 +197,7 @@ def test_half_precision_only(dtype, monkeypatch):
         assert len(flash.calls) == calls
         error = (got[0].float() - expected[0]).abs().mean() / expected[0].std()
         assert error < (1e-5 if kind == torch.float32 else 0.05)
-        statistic = got[1].layers[0].statistics["attention"]
+        statistic = got[1].layers[0].statistics[Attention()]
         assert statistic.dtype == torch.float32
         torch.testing.assert_close(statistic.sum(-1), torch.full((2, 2), 80.0), rtol=1e-3, atol=0)
 

@@ -12,6 +12,7 @@ from kvprune.attention import dispatch as attention
 from kvprune.attention import fused
 from kvprune.attention import received as in_torch
 from kvprune.policies import H2O
+from kvprune.statistics import Attention
 
 from ..support.models import fresh_model, prompt, tiny_model
 from ..support.opcount import OpCount
@@ -78,7 +79,7 @@ def test_gradients_reach_the_output_and_not_the_statistic(as_on_a_gpu, no_blocks
     logits = [model(prompt(1, 30), past_key_values=cache).logits for cache in caches]
     logits[0].sum().backward()
     assert not torch.equal(*logits)
-    received = [cache.layers[0].statistics["attention"] for cache in caches]
+    received = [cache.layers[0].statistics[Attention()] for cache in caches]
     torch.testing.assert_close(*received)
     assert not received[0].requires_grad
     assert model.get_input_embeddings().weight.grad.isfinite().all()

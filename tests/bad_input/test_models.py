@@ -15,6 +15,7 @@ import kvprune
 from kvprune import ComposedCache, KVPruneError
 from kvprune.attention.masks import LazyMask
 from kvprune.policies import StreamingLLM
+from kvprune.statistics import Attention
 
 from ..support.models import (
     fresh_model,
@@ -195,7 +196,7 @@ def test_drafts(family, backend, reason, how):
     model: Any = tiny_model(family, backend=backend, dtype=torch.float32)
     ids, cache = prompt(1, 9), ComposedCache([h2o()])
     if how == "observes":
-        cache = ComposedCache(observe=("attention",))
+        cache = ComposedCache(observe=(Attention(),))
     with torch.no_grad():
         model(ids, past_key_values=cache)
     cache.activate_past_recording()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvprune import ComposedCache, KVPruneError, Ranking, TokenPolicy
 from kvprune.policies import H2O, StreamingLLM
+from kvprune.statistics import Attention
 
 from ..support.models import (
     LAYERS,
@@ -113,7 +114,8 @@ def test_union_that_would_keep_everything(parts):
 
 
 @pytest.mark.parametrize(
-    "names", [("mass",), ("attention", "mass"), "attention", ["mass"], None, (None,), ([],)]
+    "names",
+    [("attention",), (Attention(), "mass"), "attention", [Attention()], None, (None,), ([],)],
 )
 def test_statistics_that_nobody_observes(names):
     """Told by the constructor of the cache, alone and in a union."""
@@ -122,7 +124,10 @@ def test_statistics_that_nobody_observes(names):
         statistics = names
 
     for policy in (Wrong(2, 3), h2o() | Wrong(2, 3)):
-        with pytest.raises(KVPruneError, match=r"Wrong.*statistics.*out of \['attention'\]"):
+        with pytest.raises(
+            KVPruneError,
+            match=r"Wrong.*statistics = .*expected a tuple of objects out of kvprune.statistics",
+        ):
             ComposedCache([policy])
 
 
@@ -456,7 +461,7 @@ class Asks(TokenPolicy):
 
     def rank_slots(self, slots):
         """Raises."""
-        return slots.statistic("attention")
+        return slots.statistic(Attention())
 
 
 class AsksTokens(TokenPolicy):
@@ -464,24 +469,24 @@ class AsksTokens(TokenPolicy):
 
     def rank_hidden(self, tokens):
         """Raises, from layer 1 on."""
-        return tokens.statistic("attention") if tokens.layer else None
+        return tokens.statistic(Attention()) if tokens.layer else None
 
 
 class AsksEarly(TokenPolicy):
     """Asks before the first layer, where nothing can have been observed."""
 
-    statistics = ("attention",)
+    statistics = (Attention(),)
 
     def rank_hidden(self, tokens):
         """Raises."""
-        return tokens.statistic("attention")
+        return tokens.statistic(Attention())
 
 
 @pytest.mark.parametrize("policy", [Asks(), AsksTokens(), AsksEarly()], ids=repr)
 def test_statistic_that_was_not_named(policy):
     """The error says where to name it, and that there is none before layer 0."""
     cache = ComposedCache([policy])
-    match = "'attention' was not observed.*Name it in .*`statistics`; before layer 0 there is none"
+    match = "Attention.* was not observed.*Name it in .*`statistics`; before layer 0 there is none"
     with pytest.raises(KVPruneError, match=match):
         tiny_model()(prompt(2, LENGTH), past_key_values=cache)
     assert_unusable(cache, FAILED)
@@ -490,14 +495,14 @@ def test_statistic_that_was_not_named(policy):
 @pytest.mark.parametrize("other", [h2o(), StreamingLLM(1, 4)], ids=repr)
 def test_statistic_that_another_policy_named(other):
     """What others want is not for those who did not name it: results must not hang on them."""
-    with pytest.raises(KVPruneError, match="'attention' was not observed"):
+    with pytest.raises(KVPruneError, match=r"Attention.* was not observed"):
         tiny_model()(prompt(2, LENGTH), past_key_values=ComposedCache([Asks(), other]))
 
 
 class Writes(TokenPolicy):
     """Keeps the newest six, and writes into what it is shown once `into` says where."""
 
-    statistics = ("attention",)
+    statistics = (Attention(),)
 
     def __init__(self, into: str) -> None:
         super().__init__()
@@ -506,7 +511,7 @@ class Writes(TokenPolicy):
     def _write(self, view: Any) -> None:
         shown = {
             "tokens": lambda: view.tokens(0.5),
-            "statistic": lambda: view.statistic("attention"),
+            "statistic": lambda: view.statistic(Attention()),
         }
         tensor = shown[self.into]() if self.into in shown else getattr(view, self.into)
         tensor[..., :1] = tensor[..., -1:] if tensor.dtype == torch.bool else 3
@@ -562,7 +567,7 @@ def test_policy_that_writes_into_its_view_in_decoding(mode, alike):
 
         def rank_slots(self, slots):
             if slots.seen > LENGTH + 2:
-                slots.statistic("attention").zero_()
+                slots.statistic(Attention()).zero_()
             return super().rank_slots(slots)
 
     ids, model, cache = prompt(2, LENGTH), tiny_model(), ComposedCache([Late(2, 2)])
@@ -579,7 +584,7 @@ def test_policy_that_writes_into_copies():
 
     class Own(H2O):
         def rank_slots(self, slots):
-            received = slots.statistic("attention").clone()
+            received = slots.statistic(Attention()).clone()
             received[..., 0] = 0
             protected = slots.newest(2)
             protected |= slots.oldest(1)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import kvprune
 from kvprune.policies import H2O, StreamingLLM
+from kvprune.statistics import Attention
 from kvprune.storage.buffers import SLACK
 
 from ..support.models import LAYERS, fresh_model, left_padded, plain_model, prompt, tiny_model
@@ -304,8 +305,8 @@ def test_a_refused_generate_takes_nothing_back():
 def test_what_only_observes_takes_votes_back():
     """Those of drafts, on record; of other columns they are lost in the sum, which is refused."""
     model, ids = tiny_model(), prompt(1, 30)
-    cache = kvprune.ComposedCache(observe=("attention",))
-    plain = kvprune.ComposedCache(observe=("attention",))
+    cache = kvprune.ComposedCache(observe=(Attention(),))
+    plain = kvprune.ComposedCache(observe=(Attention(),))
     with torch.no_grad():
         for each in (cache, plain):
             model(ids[:, :20], past_key_values=each)

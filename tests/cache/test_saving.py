@@ -19,6 +19,7 @@ from kvprune import KVPruneError
 from kvprune.cache import saving
 from kvprune.cache.opening import drops_slots
 from kvprune.policies import H2O, StreamingLLM
+from kvprune.statistics import Attention
 from kvprune.testing.runs import Run, feed
 
 from ..support.models import LAYERS, fresh_model, left_padded, plain_model, prompt, tiny_model
@@ -325,7 +326,7 @@ def test_other_policies_count_from_the_next_step_on(tmp_path):
     with torch.no_grad():
         tiny_model()(ids, past_key_values=cache)
         cache.save(tmp_path / "cache")
-        for policy, names in ((H2O(2, 2), ("attention",)), (StreamingLLM(1, 3), ())):
+        for policy, names in ((H2O(2, 2), (Attention(),)), (StreamingLLM(1, 3), ())):
             again = kvprune.ComposedCache.load(tmp_path / "cache", [policy], tiny_model())
             assert again.columns(0).shape[-1] == 12
             tiny_model()(ids[:, :1], past_key_values=again)

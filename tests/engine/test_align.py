@@ -7,6 +7,7 @@ import torch
 
 from kvprune.engine.arrival import Arrival
 from kvprune.engine.step import Step
+from kvprune.policy.moment import Moment
 from kvprune.storage.rows import rows_after
 
 from ..support.strategies import sdtp_pruner
@@ -22,7 +23,7 @@ def pruned_step() -> Step:
     rows = rows_after(None, columns, 0, None, False)
     new = Arrival(columns, True, None, rows, False)
     asked = torch.zeros(ROWS, COUNT, dtype=torch.bool)
-    step = Step([sdtp_pruner(0.6)], 4, 0, new, asked)
+    step = Step([sdtp_pruner(0.6)], 4, 0, new, asked, Moment(COUNT, ends=True, first=True))
     step._narrow(KEPT, torch.zeros(ROWS, COUNT, 3))
     return step
 
@@ -78,6 +79,7 @@ def test_before_anything_is_dropped_all_stays():
     """The very objects, also of containers."""
     columns = torch.arange(COUNT).repeat(ROWS, 1)
     new = Arrival(columns, True, None, rows_after(None, columns, 0, None, False), False)
-    step = Step([sdtp_pruner(0.6)], 4, 0, new, torch.zeros(ROWS, COUNT, dtype=torch.bool))
+    asked = torch.zeros(ROWS, COUNT, dtype=torch.bool)
+    step = Step([sdtp_pruner(0.6)], 4, 0, new, asked, Moment(COUNT, ends=True))
     value = {"full": (torch.randn(ROWS, COUNT, 4),)}
     assert step.align(value, columns.device) is value

@@ -52,8 +52,8 @@ OPERATORS = {
     "dense": (72, 24),
     "no policy": (79, 32),
     "StreamingLLM": (79, 65),
-    "H2O": (99, 63),
-    "SDTP + H2O": (99, 63),
+    "H2O": (98, 63),
+    "SDTP + H2O": (98, 63),
 }
 
 

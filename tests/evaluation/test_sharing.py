@@ -14,6 +14,7 @@ from kvprune import ComposedCache, KVPruneError
 from kvprune.evaluation.compare.sharing import grouped
 from kvprune.evaluation.compare.worker import Job
 from kvprune.policies import H2O, StreamingLLM
+from kvprune.statistics import Attention
 
 from ..support import fake_tasks
 from ..support.fake_tasks import FAILING as FAILS
@@ -60,7 +61,7 @@ def test_a_cache_with_other_policies_is_one_that_had_them(evicting, prunes, padd
     mask = torch.ones_like(ids)
     mask[1, : 11 * padded] = 0
     pruners = [sdtp_pruner(0.6)] if prunes else []
-    observe = ("attention",) if any(p.statistics for p in evicting) else ()
+    observe = (Attention(),) if any(p.statistics for p in evicting) else ()
     # One that observes in some layers only has other attention, and other bits, in the rest.
     exact = not any(p.layers for p in evicting)
     lead, expected = ComposedCache(pruners, observe), ComposedCache([*pruners, *evicting])
@@ -118,7 +119,7 @@ def test_a_file_of_a_cache_that_evicted_cannot_have_other_policies(tmp_path):
 def test_statistics_that_nobody_wants_any_more_are_gone():
     """They would be observed, at a cost, and held."""
     model, ids, policies = tiny_model(), prompt(1, 20), [StreamingLLM(1, 5)]
-    lead, expected = ComposedCache(observe=("attention",)), ComposedCache(policies)
+    lead, expected = ComposedCache(observe=(Attention(),)), ComposedCache(policies)
     with torch.no_grad():
         for cache in (lead, expected):
             model(ids, past_key_values=cache)
@@ -130,7 +131,7 @@ def test_statistics_that_nobody_wants_any_more_are_gone():
 def test_other_families(family):
     """Local layers, and layers that keep a state."""
     model, ids, policies = attached_family(family), prompt(1, 30), [H2O(3, 4)]
-    lead, expected = ComposedCache(observe=("attention",)), ComposedCache(policies)
+    lead, expected = ComposedCache(observe=(Attention(),)), ComposedCache(policies)
     with torch.no_grad():
         for cache in (lead, expected):
             model(ids, past_key_values=cache)

@@ -17,6 +17,7 @@ from kvprune.attention import dispatch as attention
 from kvprune.attention import received as in_torch
 from kvprune.models.backends import FLASH
 from kvprune.policies import H2O, StreamingLLM
+from kvprune.statistics import Attention
 
 from ..support.models import fresh_model, left_padded, prompt, tiny_model
 from ..support.received_cases import CASES, case
@@ -81,8 +82,8 @@ def test_a_prefill_s_statistic_is_that_of_the_cpu(padding, no_blocks, monkeypatc
     cpu = tiny_model(dtype=torch.float32)
     expected, there = follow(cpu, [H2O(999, 999)], [400, 90], [0, padding])
     torch.testing.assert_close(logits, expected, rtol=1e-2, atol=1e-2)
-    first = cache.layers[0].statistics["attention"].cpu()
-    torch.testing.assert_close(first, there.layers[0].statistics["attention"], rtol=1e-3, atol=1e-3)
+    first = cache.layers[0].statistics[Attention()].cpu()
+    torch.testing.assert_close(first, there.layers[0].statistics[Attention()], rtol=1e-3, atol=1e-3)
 
 
 def half_model(dtype: torch.dtype, backend: str) -> Any:
@@ -103,7 +104,7 @@ def test_every_valid_query_of_every_query_head_gives_one(dtype, backend, no_bloc
     _, cache = follow(half_model(dtype, backend), [H2O(999, 999)], [200, 1, 50], [0, 30])
     given = torch.tensor([[502.0] * 2, [442.0] * 2], device="cuda")
     for layer in cache.layers:
-        received = layer.statistics["attention"]
+        received = layer.statistics[Attention()]
         assert received.dtype == torch.float32
         torch.testing.assert_close(received.sum(-1), given, rtol=2e-3, atol=0)
 

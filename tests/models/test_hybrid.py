@@ -13,6 +13,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 import kvprune
 from kvprune.policies import H2O, StreamingLLM
+from kvprune.statistics import Attention
 
 from ..support.family_models import StaysDouble, attached_family, linear_of, plain_family
 from ..support.models import LAYERS, left_padded, prompt
@@ -162,12 +163,12 @@ def test_a_mask_that_hides_what_was_shown_is_refused():
 class LooksBack(kvprune.TokenPolicy):
     """Ranks hidden tokens by what they received in the layer before."""
 
-    statistics = ("attention",)
+    statistics = (Attention(),)
 
     def rank_hidden(self, tokens):
         if tokens.layer in (0, 1):
             return None
-        score = tokens.statistic("attention").sum(1, keepdim=True)
+        score = tokens.statistic(Attention()).sum(1, keepdim=True)
         budget = tokens.length - 2
         return kvprune.Ranking(score, torch.zeros_like(score, dtype=torch.bool), budget)
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprune.policies import H2O
+from kvprune.statistics import Attention
 
 from ..support.driver import Driver, Oracles, Tokens, check_each_step
 from ..support.oracles import H2OOracle, budget_oracle
@@ -65,11 +66,11 @@ def test_statistics_accumulate_in_float32(dtype):
         tokens = driver.tokens(count)
         driver.step(tokens)
         exact.step(Tokens(tokens.q.double(), tokens.k.double(), tokens.v.double()))
-    received = driver.cache.layers[0].statistics["attention"]
+    received = driver.cache.layers[0].statistics[Attention()]
     assert received.dtype == torch.float32
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(
-        received.double(), exact.cache.layers[0].statistics["attention"], rtol=8 * eps, atol=8 * eps
+        received.double(), exact.cache.layers[0].statistics[Attention()], rtol=8 * eps, atol=8 * eps
     )
 
 
@@ -80,7 +81,7 @@ def test_probabilities_are_of_float32_too(dtype):
     for count in (70, 1, 1, 3, *[1] * 20):
         driver.step(driver.tokens(count))
         queries += count
-        given = driver.cache.layers[0].statistics["attention"].sum(-1)
+        given = driver.cache.layers[0].statistics[Attention()].sum(-1)
         torch.testing.assert_close(given, torch.full_like(given, 2 * queries), rtol=1e-5, atol=0)
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import kvprune
 from kvprune.policies import H2O, StreamingLLM
 from kvprune.policy import Budget, newest
+from kvprune.statistics import Attention
 
 from ..support.models import LAYERS, prompt, tiny_model
 from ..support.oracles import budget_oracle
@@ -116,7 +117,7 @@ def test_classes_dataclasses_and_layers(policy, expected):
 class Looks(kvprune.TokenPolicy):
     """Writes down what it is shown."""
 
-    statistics = ("attention",)
+    statistics = (Attention(),)
 
     def __init__(self):
         super().__init__()
@@ -124,12 +125,12 @@ class Looks(kvprune.TokenPolicy):
 
     def rank_hidden(self, tokens):
         """Keeps everything."""
-        received = tokens.statistic("attention") if tokens.layer else None
+        received = tokens.statistic(Attention()) if tokens.layer else None
         self.tokens.append((tokens, received))
 
     def rank_slots(self, slots):
         """Keeps everything."""
-        self.slots.append((slots, slots.statistic("attention").clone()))
+        self.slots.append((slots, slots.statistic(Attention()).clone()))
 
 
 def test_what_the_views_show():

@@ -14,6 +14,7 @@ from transformers.distributed import DistributedConfig
 import kvprune
 from kvprune.policies import H2O, StreamingLLM
 from kvprune.policy import SlotView, TokenView
+from kvprune.statistics import Attention
 
 from .models import LAYERS, left_padded, prompt
 from .strategies import sdtp_pruner
@@ -25,19 +26,19 @@ class HeadShared(kvprune.TokenPolicy):
 
     budget: int = 8
 
-    statistics = ("attention",)
+    statistics = (Attention(),)
     shares_heads = True
 
     def rank_hidden(self, tokens: TokenView) -> kvprune.Ranking | None:
         """By what came of the layer before."""
         if tokens.layer == 0:
             return None
-        score = tokens.statistic("attention").mean(1, keepdim=True)
+        score = tokens.statistic(Attention()).mean(1, keepdim=True)
         return self._ranking(score, 3 * self.budget - 2 * tokens.layer)
 
     def rank_slots(self, slots: SlotView) -> kvprune.Ranking:
         """By what was received so far."""
-        return self._ranking(slots.statistic("attention").mean(1, keepdim=True), self.budget)
+        return self._ranking(slots.statistic(Attention()).mean(1, keepdim=True), self.budget)
 
     def _ranking(self, score: torch.Tensor, budget: int) -> kvprune.Ranking:
         protected = torch.zeros_like(score, dtype=torch.bool)

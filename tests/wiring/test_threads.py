@@ -12,6 +12,7 @@ import torch
 import kvprune
 from kvprune.attention import blockwise as blocks
 from kvprune.policies import H2O
+from kvprune.statistics import Attention
 from kvprune.threads import in_threads
 
 from ..support.models import fresh_model, prompt
@@ -111,7 +112,7 @@ def test_a_prompt_is_read_to_the_same_bits(mode, monkeypatch):
         cache = kvprune.ComposedCache([H2O(20, 20)])
         with mode():
             found.append(model(ids, past_key_values=cache).logits)
-            found.append(cache.layers[3].statistics["attention"])
+            found.append(cache.layers[3].statistics[Attention()])
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[3])
 
@@ -126,7 +127,7 @@ def test_blocks_are_dealt_out_once(count):
         cache = kvprune.ComposedCache([H2O(500, 500)])
         with torch.no_grad():
             logits = model(ids, past_key_values=cache).logits
-        found.append((logits, cache.layers[3].statistics["attention"]))
+        found.append((logits, cache.layers[3].statistics[Attention()]))
     for logits, mass in found[:2]:
         torch.testing.assert_close(logits, found[2][0], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(mass, found[2][1], rtol=1e-9, atol=1e-12)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from ...cache.composed import ComposedCache
 from ...policy.base import TokenPolicy
 from ...policy.composition import leaves, wanted_at
+from ...statistics import Statistic
 from ..ledger.ledger import Outcome
 from ..ledger.results import Cell, Failure
 from ..measure.flops import counting, layers_of, own_flops
@@ -41,7 +42,7 @@ class Group:
     """
 
     pruners: list[TokenPolicy]
-    observe: tuple[str, ...]
+    observe: tuple[Statistic, ...]
     pipelines: list[tuple[Job, list[TokenPolicy]]] = field(default_factory=list)
     failed: set[Cell] = field(default_factory=set)
 
@@ -78,10 +79,10 @@ def shared(jobs: Sequence[Job], worker: Worker, source: Source) -> Iterator[Outc
 def grouped(jobs: Sequence[Job], layers: int) -> tuple[list[Group], list[Job]]:
     """Sorts jobs into groups that share what they read, and jobs that cannot.
 
-    A job cannot share its reading in three cases. It reads another prompt (the line "no context").
+    A job cannot share its reading in four cases. It reads another prompt (the line "no context").
     Its reading depends on what is evicted: with positions inside the cache, or with one policy that
-    has both hooks. Or attention is observed in some layers only, which changes the last bits of
-    attention itself.
+    has both hooks. Attention is observed in some layers only, which changes the last bits of
+    attention itself. Or a policy wants a statistic per layer, such as the newest queries.
 
     Args:
         jobs: the jobs to sort.
@@ -90,11 +91,14 @@ def grouped(jobs: Sequence[Job], layers: int) -> tuple[list[Group], list[Job]]:
     Returns:
         groups of at least one job, and the jobs that cannot share.
     """
-    groups, others = dict[tuple[str, int, str, tuple[str, ...]], Group](), list[Job]()
+    groups, others = dict[tuple[str, int, str, tuple[Statistic, ...]], Group](), list[Job]()
     for job in jobs:
         policies = [] if job.cell.policy in LINES else parse(job.cell.policy)
         wanted = {wanted_at(policies, layer) for layer in range(layers)}
-        if job.cell.policy == NO_CONTEXT or len(wanted) > 1 or not _separable(policies):
+        # What is known of a layer's queries is gone once the prompt was read.
+        passing = any(statistic.per == "layer" for each in wanted for statistic in each)
+        alone = job.cell.policy == NO_CONTEXT or not _separable(policies)
+        if alone or passing or len(wanted) > 1:
             others.append(job)
             continue
         (names,) = wanted

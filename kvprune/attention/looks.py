@@ -1,0 +1,117 @@
+"""Looks: the probabilities that some queries give to slots, and how many queries see a slot.
+
+All of it by the model's own rule, evaluated at columns. Nothing here is part of a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..models.devices import without_autocast
+from ..statistics import Block
+from .inputs import Inputs, Scores, hide
+from .masks import is_known, window_of
+
+PROBABILITIES = 1 << 24
+"""Probabilities that are held at once, for all rows and heads together."""
+
+
+@torch.no_grad()
+def looks(
+    query: Tensor, columns: Tensor, inputs: Inputs, scores: Scores, heads: int, dtype: torch.dtype
+) -> Tensor:
+    """The probabilities that queries give to the slots of a layer.
+
+    Args:
+        query: `[B, Hq, w, D]`.
+        columns: `[B, w]` int64, -1 for a query that a row does not have.
+        inputs: a forward at the layer, for its slots and its rule; not for its queries.
+        scores: the steps between products and outputs.
+        heads: the key/value heads that are stored; with latent attention (MLA) one, however many
+            are attended to.
+        dtype: of the result; products are made in it.
+
+    Returns:
+        `[B, heads, G, w, S]`, detached; 0 where a query may not see a slot.
+    """
+    with without_autocast(query.device):
+        key = inputs.key.detach().to(dtype)
+        rows, attended = key.shape[:2]
+        grouped = (query.detach().to(dtype) * scores.scaling).unflatten(1, (attended, -1))
+        products = torch.matmul(grouped.flatten(2, 3), key.transpose(-1, -2))
+        products = scores.capped(products).unflatten(2, grouped.shape[2:4])
+        mask = inputs.mask.at(columns, inputs.slot_columns)
+        mask = mask.unflatten(1, (attended, -1)) if mask.shape[1] > 1 else mask[:, None]
+        sinks = scores.sinks
+        if sinks is not None:
+            sinks = sinks.detach().view(1, attended, -1, 1, 1).to(dtype)
+        found = scores.probabilities(hide(products, mask), sinks, out=None)
+        # A query that sees nothing, as padding, looks at everything alike.
+        seen = _visible(mask) & (columns >= 0)[:, None, None, :, None]
+        found = found.masked_fill(~seen, 0)
+    return found if attended == heads else found.reshape(rows, heads, -1, *found.shape[3:])
+
+
+def blocks(
+    inputs: Inputs, scores: Scores, heads: int, dtype: torch.dtype, newest: int | None
+) -> Iterator[Block]:
+    """The probabilities of a forward's queries, block after block, in order.
+
+    Args:
+        inputs, scores, heads, dtype: see `looks`.
+        newest: how many queries are wanted, the last ones; None for all.
+    """
+    rows, query_heads, count, _ = inputs.query.shape
+    start = 0 if newest is None else max(0, count - newest)
+    if newest is not None and not inputs.no_padding:
+        # Padding may be behind a row's tokens.
+        start = 0
+    size = max(1, PROBABILITIES // (rows * query_heads * inputs.key.shape[2]))
+    for first in range(start, count, size):
+        here = slice(first, first + size)
+        columns = inputs.query_columns[:, here]
+        found = looks(inputs.query[:, :, here], columns, inputs, scores, heads, dtype)
+        yield Block(found, columns, inputs.slot_columns)
+
+
+@torch.no_grad()
+def views(inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    """How many of a forward's queries may see each slot, `[B, 1|Hkv|Hq, S]`; padding sees none."""
+    queries, slots = inputs.query_columns, inputs.slot_columns
+    if is_known(inputs.mask, inputs.local):
+        return seen_by(queries, slots, window_of(inputs.mask, inputs.local)).to(dtype)
+    found = torch.zeros(())
+    size = max(1, PROBABILITIES // max(1, slots.numel()))
+    for first in range(0, queries.shape[1], size):
+        columns = queries[:, first : first + size]
+        mask = _visible(inputs.mask.at(columns, slots))
+        here = (mask & (columns >= 0)[:, None, :, None]).sum(2)
+        found = here if first == 0 else found + here
+    return found.to(dtype)
+
+
+def seen_by(queries: Tensor, slots: Tensor, window: int | None) -> Tensor:
+    """How many queries see each slot where causality and a window are all that hides.
+
+    Args:
+        queries: `[B, Q]` int64 columns, -1 for padding.
+        slots: `[B, 1|Hkv, S]` int64 columns, -1 where empty.
+        window: a query at column c sees the columns above `c - window`; None for all.
+
+    Returns:
+        `[B, 1|Hkv, S]` int64.
+    """
+    ordered = queries.sort(-1).values
+    flat = slots.flatten(1).contiguous()
+    seen = ordered.shape[-1] - torch.searchsorted(ordered, flat)
+    if window is not None:
+        seen -= ordered.shape[-1] - torch.searchsorted(ordered, flat + window)
+    return seen.masked_fill(flat < 0, 0).view_as(slots)
+
+
+def _visible(mask: Tensor) -> Tensor:
+    """A mask as bool: where it is not, what is added to scores."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
