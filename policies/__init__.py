@@ -1,7 +1,26 @@
 """The policies that ship with kvprune: one file, or one folder, for each paper."""
 
 from .h2o import H2O
+from .keydiff import KeyDiff
+from .knorm import Knorm
+from .observed_attention import ObservedAttention
+from .pyramidkv import PyramidKV
+from .random import Random
 from .sdtp import SDTP, SDTPHeads
+from .snapkv import SnapKV
 from .streaming_llm import StreamingLLM
+from .tova import TOVA
 
-__all__ = ["H2O", "SDTP", "SDTPHeads", "StreamingLLM"]
+__all__ = [
+    "H2O",
+    "SDTP",
+    "TOVA",
+    "KeyDiff",
+    "Knorm",
+    "ObservedAttention",
+    "PyramidKV",
+    "Random",
+    "SDTPHeads",
+    "SnapKV",
+    "StreamingLLM",
+]

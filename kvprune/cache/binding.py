@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,8 @@ def bind(
     for policy in leaves(policies):
         _check_layers(policy, attachment)
         _check_prunes(policy, attachment)
+        _check_queries(policy.statistics, repr(policy), attachment)
+    _check_queries(observe, "observe", attachment)
     working = checked([policy.for_model(base) for policy in policies])
     positions = positions_for(working, base, attachment.memory)
     layers: list[SlotLayer | LinearAttentionLayer] = []
@@ -98,6 +100,15 @@ def _check_prunes(policy: TokenPolicy, attachment: Attachment) -> None:
         raise KVPruneError(
             f"{policy!r} prunes hidden states, which {attachment.name} does not support: "
             f"{attachment.cannot_prune}. Use policies that evict slots"
+        )
+
+
+def _check_queries(wanted: Iterable[Statistic], who: str, attachment: Attachment) -> None:
+    asked = [part for part in parts_of(wanted) if part.reads == "queries"]
+    if asked and attachment.cannot_show_queries:
+        raise KVPruneError(
+            f"{who}: {asked[0]!r} cannot be observed on {attachment.name}: "
+            f"{attachment.cannot_show_queries}. Use policies that read no queries, as H2O"
         )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -25,6 +26,7 @@ from . import saving
 from .becoming import check_becomes, evict_all
 from .binding import attached
 from .guard import in_use
+from .session import checked_lengths
 from .wired import WiredCache
 
 
@@ -137,6 +139,43 @@ class ComposedCache(WiredCache):
             span = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
             lines.append(f"  {span}: {kept}/{self.seen} slots")
         return "\n".join(lines)
+
+    @contextmanager
+    def prompt(self, lengths: int | Sequence[int] | Tensor) -> Iterator[None]:
+        """Announces a prompt, for loops of one's own: the forwards within are its pieces.
+
+            with cache.prompt(len(ids[0])):
+                for piece in ids.split(512, dim=1):
+                    model(piece, cache=cache)
+
+        Shares are shares of the whole prompt then, and policies with `when="prompt"` are asked
+        once, when its last token was read. `generate` announces its prompts by itself.
+
+        Args:
+            lengths: how many new tokens each row has, padding not counted: one number, or `[B]`.
+                The prompt has as many columns as its longest row.
+
+        Raises:
+            KVPruneError: no whole numbers of at least 1; the cache is in use, or within another
+                announced prompt; at the end, fewer columns were read than were announced.
+        """
+        self.guard.check_usable()
+        if self.session.in_generate:
+            raise in_use("generate")
+        if self.session.prompt_end:
+            raise KVPruneError("prompt: expected one announced prompt after the other, got two")
+        new = checked_lengths(lengths)
+        end = self.seen + int(new.max())
+        self.announce_prompt(new if new.dim() else int(new), end)
+        try:
+            yield
+        finally:
+            self.session.announce(0, 0, None)
+        if self.seen < end:
+            raise KVPruneError(
+                f"prompt({lengths!r}): expected {end - self.seen} columns more before the end of "
+                f"the block. Policies that are asked at a prompt's end were not asked"
+            )
 
     def reset(self) -> None:
         """Forgets everything, also its model, and frees the memory; it is as a new one then.

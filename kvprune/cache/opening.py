@@ -49,6 +49,7 @@ class Opening:
         """A forward of `[rows, count]` tokens; see `WiredCache.open_step`."""
         state, session, attachment = self.state, self.session, self.binding.attachment
         self._check_size(rows, count)
+        self._check_promise(rows)
         state.follow(device)
         new = self._arrival(rows, count, mask, device)
         drafts = session.drafts(state.seen, count)
@@ -100,6 +101,14 @@ class Opening:
             )
         if count == 0:
             raise KVPruneError("a forward of no tokens: expected at least one new token")
+
+    def _check_promise(self, rows: int) -> None:
+        promise = self.session.promise
+        if isinstance(promise, Tensor) and promise.dim() and promise.shape[0] != rows:
+            raise KVPruneError(
+                f"a prompt with lengths of {promise.shape[0]} rows was announced: expected as many "
+                f"rows, got {rows}"
+            )
 
     def _arrival(self, rows: int, count: int, mask: Tensor | None, device: torch.device) -> Arrival:
         """The arrival of `[rows, count]` tokens; refuses a mask that does not fit."""

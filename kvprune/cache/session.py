@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import KVPruneError
 from .endings import Endings
 from .guard import in_use, this_thread
 
@@ -118,3 +120,22 @@ class Session:
         mask = torch.ones(rows, seen + 1, dtype=torch.bool, device=device)
         mask[:, -1] = ~padded.to(device)
         return mask
+
+
+def checked_lengths(lengths: Any) -> Tensor:
+    """The lengths of an announced prompt: int64, `[B]`, or without an axis where all are alike.
+
+    Raises:
+        KVPruneError: no whole numbers of at least 1.
+    """
+    try:
+        found = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.zeros(())
+    whole = found.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+    if not whole or found.dim() > 1 or not found.numel() or int(found.min()) < 1:
+        raise KVPruneError(
+            f"prompt({lengths!r}): expected how many new tokens each row has, at least 1: one "
+            f"number, or one for each row"
+        )
+    return found.to(torch.int64)

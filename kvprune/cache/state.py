@@ -158,8 +158,7 @@ class CacheState:
         if step.moment.ends:
             self.prompt_end, self.prompts = self.seen + step.moment.new, self.prompts + 1
         for index, layer in self.slot_layers():
-            if layer.records:
-                layer.forget_records(step.still_wanted(index))
+            layer.forget_records([p for p in layer.records if step.still_awaits(p, index)])
         self.seen += step.count
         self.rows, self.padding, self.read = step.rows, step.padding, step.read
         self.attended = step.attended or {}

@@ -404,6 +404,7 @@ class LayerStep:
             statistic=Statistics(statistics, look),
             group=self.step.group,
             begin=rows.begin,
+            numbers_of=rows.numbers_of,
         )
 
     def _in_sight(self, columns: Tensor) -> Tensor:

@@ -141,29 +141,24 @@ class Step:
         return Moment(new=1, since=self.moment.since + seen - lead)
 
     def awaits(self, part: Statistic, layer: int, moment: Moment) -> bool:
-        """Whether somebody is asked at this moment, or later, with what a layer observes now."""
-        prunes = self.prunes or moment.left > 0
-        return part in self._observed or any(
-            part in parts_of(policy.statistics)
-            for policy in (*self.evicters, *self._pruners)
-            if (policy in self.evicters and policy.applies(layer) and moment.comes(policy.when))
-            or (policy in self._pruners and policy.applies(layer + 1) and prunes)
-        )
+        """Whether somebody reads what a layer observes at this moment, now or later."""
+        if part in self._observed or self._pruning_awaits(part, layer, self.prunes):
+            return True
+        return any(p.applies(layer) and p.awaits(part, moment) for p in self.evicters)
 
-    def still_wanted(self, layer: int) -> list[Statistic]:
-        """The statistics per layer that somebody may ask for before the next prompt begins."""
+    def still_awaits(self, part: Statistic, layer: int) -> bool:
+        """Whether somebody reads a statistic behind this forward, before the next prompt begins."""
         after = Moment(new=0, left=self.moment.left, first=self.moment.first)
-        prunes = self.moment.left > 0
-        return [
-            *self._observed,
-            *(
-                part
-                for policy in (*self.evicters, *self._pruners)
-                if (policy in self.evicters and policy.applies(layer) and after.comes(policy.when))
-                or (policy in self._pruners and policy.applies(layer + 1) and prunes)
-                for part in parts_of(policy.statistics)
-            ),
-        ]
+        if part in self._observed or self._pruning_awaits(part, layer, now=False):
+            return True
+        return any(p.applies(layer) and p.awaits(part, after) for p in self.evicters)
+
+    def _pruning_awaits(self, part: Statistic, layer: int, now: bool) -> bool:
+        """Whether a policy that prunes reads it, now or in a later piece of the prompt."""
+        asking = (p for p in self._pruners if p.applies(layer + 1))
+        return (now or self.moment.left > 0) and any(
+            part in parts_of(policy.statistics) for policy in asking
+        )
 
     def queries_before(self, layer: int) -> list[Queries]:
         """What newest queries a policy wants of the layer before, to prune what enters `layer`."""

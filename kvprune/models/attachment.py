@@ -16,6 +16,7 @@ class Attachment:
     states: by layer, how many states it keeps instead of slots; empty where all have slots.
     cannot_prune: why its hidden states cannot be pruned; empty where they can.
     cannot_record: why drafts cannot be taken back; empty where they can.
+    cannot_show_queries: why queries cannot be seen; empty where they can.
     memory: what was found out about the model, so that it is not for every cache.
     group: the processes that share its heads; see `kvprune.models.parallel`.
     """
@@ -27,6 +28,7 @@ class Attachment:
     states: tuple[int, ...] = ()
     cannot_prune: str = ""
     cannot_record: str = ""
+    cannot_show_queries: str = ""
     group: Any = None
     memory: dict[str, Any] = field(default_factory=dict)
 

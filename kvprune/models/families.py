@@ -252,6 +252,13 @@ def cannot_record(model: PreTrainedModel) -> str:
     return ""
 
 
+def cannot_show_queries(model: PreTrainedModel) -> str:
+    """Why a layer's queries cannot be seen; empty where they can."""
+    if has_own_attention(base_of(model)):
+        return "its attention modules make queries and use them by themselves"
+    return ""
+
+
 @cache
 def _takes_keywords(module: Any) -> bool:
     parameters = inspect.signature(module.forward).parameters

@@ -7,18 +7,23 @@ padding included; it never changes. A *slot* is a place in one layer's cache.
 
 from .base import TokenPolicy, check_positions
 from .budget import Budget, Lengths, newest, split_share
+from .one_budget import OneBudget
+from .pooling import check_kernel, pooled
 from .selection import Ranking, select
 from .views import SlotView, TokenView
 
 __all__ = [
     "Budget",
     "Lengths",
+    "OneBudget",
     "Ranking",
     "SlotView",
     "TokenPolicy",
     "TokenView",
+    "check_kernel",
     "check_positions",
     "newest",
+    "pooled",
     "select",
     "split_share",
 ]

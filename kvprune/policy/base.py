@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import KVPruneError
-from ..statistics import Statistic
+from ..statistics import Statistic, parts_of
 from .moment import Moment
 from .selection import Ranking
 from .views import SlotView, TokenView
@@ -125,6 +125,13 @@ class TokenPolicy:
     def is_due(self, moment: Moment) -> bool:
         """Whether `rank_slots` is asked at this moment."""
         return moment.is_due(self.when)
+
+    def awaits(self, part: Statistic, moment: Moment) -> bool:
+        """Whether `rank_slots` reads a statistic at this moment, or later what is seen now.
+
+        Not beyond the end of this prompt where the policy is asked at ends of prompts.
+        """
+        return moment.comes(self.when) and part in parts_of(self.statistics)
 
     def __or__(self, other: TokenPolicy) -> Union:
         """`a | b` keeps what either keeps."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch import distributed as dist
 
 from ..errors import KVPruneError
 from ..statistics import Queries, Statistic, parts_of
@@ -200,6 +201,10 @@ class SlotView(_View):
         the model's own rule (scaling, soft-capping, sinks, windows, padding), where `Queries(w)` is
         among the policy's statistics; w is less where fewer were read. In order, the newest last;
         0 for a query that a row does not have.
+    order: `[B, 1|Hkv, S]` int64, the slots by column, those that are not valid first.
+    positions: `[B, 1|Hkv, S]` int64, the number of the slot's token in its row, from 0, padding not
+        counted; -1 where not valid.
+    first_head: the number of the first head among those of all processes.
     new: columns of this forward.
     left: columns of the announced prompt that are still to come.
     since: columns since the prompt's end, 0 where it ends with these.
@@ -219,6 +224,25 @@ class SlotView(_View):
     statistic: Statistics = field(repr=False)
     group: Any = field(default=None, repr=False)
     begin: Callable[[int], Tensor] | None = field(default=None, repr=False)
+    numbers_of: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def order(self) -> Tensor:
+        """See above."""
+        return self.columns.masked_fill(~self.valid, -1).argsort(dim=-1, stable=True)
+
+    @property
+    def positions(self) -> Tensor:
+        """See above."""
+        columns = self.columns.masked_fill(~self.valid, -1)
+        if self.numbers_of is not None:
+            return self.numbers_of(columns)
+        return (columns - self.first[:, None, None]).masked_fill(columns < 0, -1)
+
+    @property
+    def first_head(self) -> int:
+        """See above."""
+        return 0 if self.group is None else dist.get_rank(self.group) * self.keys.shape[1]
 
     @property
     def prompt_length(self) -> Tensor:

@@ -45,6 +45,23 @@ class RowNumbers:
             return self.first + count
         return self.lead(count)[:, -1] + 1
 
+    def numbers_of(self, columns: Tensor) -> Tensor:
+        """The numbers of tokens in their rows, from 0, padding not counted.
+
+        Args:
+            columns: `[B, H, S]` int64, -1 for none.
+
+        Returns:
+            the same shape, -1 for none.
+        """
+        number = columns - self.first[:, None, None]
+        if self.inner_padding is not None:
+            before = self.inner_padding.cumsum(-1)
+            last = before.shape[1] - 1
+            at = columns.clamp(min=0, max=last).flatten(1)
+            number = columns - before.gather(1, at).view_as(columns)
+        return number.masked_fill(columns < 0, -1)
+
     def on(self, device: torch.device) -> RowNumbers:
         """The same on a device; for a model on several, once for each."""
         if self.first.device == device:

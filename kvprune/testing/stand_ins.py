@@ -12,6 +12,7 @@ from torch import Tensor
 from ..policy.asking import shown_by
 from ..policy.base import TokenPolicy
 from ..policy.composition import leaves
+from ..policy.moment import Moment
 from ..policy.selection import Ranking
 from ..policy.views import SlotView, TokenView
 from ..statistics import Statistic
@@ -154,6 +155,10 @@ class ByHand(TokenPolicy):
     def statistics(self) -> tuple[Statistic, ...]:
         """Those of all policies."""
         return tuple(dict.fromkeys(s for p in self.policies for s in p.statistics))
+
+    def awaits(self, part: Statistic, moment: Moment) -> bool:
+        """Whether one of the policies does."""
+        return any(policy.awaits(part, moment) for policy in self.policies)
 
     def for_model(self, model: torch.nn.Module) -> ByHand:
         """The same for the policies as they are on a model."""

@@ -21,6 +21,7 @@ from ..models.families import (
     attention_of,
     cannot_prune,
     cannot_record,
+    cannot_show_queries,
     check_family,
     has_own_attention,
     linear_layers,
@@ -84,6 +85,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         states=states,
         cannot_prune=cannot_prune(model),
         cannot_record=cannot_record(model),
+        cannot_show_queries=cannot_show_queries(model),
         group=process_group(model),
     )
     before = base.__dict__.get("_kvprune")

@@ -12,7 +12,19 @@ import pytest
 from hypothesis import strategies as st
 
 import kvprune
-from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
+from kvprune.policies import (
+    H2O,
+    SDTP,
+    TOVA,
+    KeyDiff,
+    Knorm,
+    ObservedAttention,
+    PyramidKV,
+    Random,
+    SDTPHeads,
+    SnapKV,
+    StreamingLLM,
+)
 from kvprune.testing.runs import Case
 
 from .models import LAYERS
@@ -33,8 +45,8 @@ class Listed:
     """A policy as the property tests need to know it.
 
     make: with a budget of about that many tokens. bound: the most slots a layer may hold
-    with that budget; None where the policy does not evict. roomy: with a budget that no
-    test reaches.
+    after a forward in which the policy was asked; None where it does not evict. roomy: with a
+    budget that no test reaches.
     """
 
     name: str
@@ -83,6 +95,34 @@ POLICIES = [
         lambda n: H2O(heavy=n // 2, recent=n - n // 2) | StreamingLLM(sinks=1, window=n),
         lambda n: 2 * n + 1,
         lambda: H2O(heavy=500, recent=500) | StreamingLLM(sinks=1, window=1000),
+    ),
+    Listed(
+        "snapkv",
+        lambda n: SnapKV(n, window=min(3, n - 1), kernel=3),
+        lambda n: n,
+        lambda: SnapKV(500, window=3),
+    ),
+    Listed(
+        "snapkv-always",
+        lambda n: SnapKV(n, window=1, kernel=1, pooling="average", when=None),
+        lambda n: n,
+        lambda: SnapKV(500, when=None),
+    ),
+    Listed(
+        "pyramidkv",
+        lambda n: PyramidKV(n, window=1, kernel=3, beta=4),
+        lambda n: 2 * n,
+        lambda: PyramidKV(900, window=3, beta=2),
+    ),
+    Listed("tova", lambda n: TOVA(n), lambda n: n, lambda: TOVA(500)),
+    Listed("knorm", lambda n: Knorm(n), lambda n: n, lambda: Knorm(500)),
+    Listed("keydiff", lambda n: KeyDiff(n, when=None), lambda n: n, lambda: KeyDiff(500)),
+    Listed("random", lambda n: Random(n, when=3), lambda n: n, lambda: Random(500)),
+    Listed(
+        "observed",
+        lambda n: ObservedAttention(n, when="first"),
+        lambda n: n,
+        lambda: ObservedAttention(500),
     ),
     Listed("sdtp", lambda n: sdtp_pruner(0.6), None, lambda: sdtp_pruner(1.0)),
     Listed("sdtp-asked", lambda n: sdtp_pruner(0.6, 3), None, lambda: sdtp_pruner(1.0, 3)),

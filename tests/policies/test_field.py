@@ -1,0 +1,290 @@
+"""The field's methods against plain-Python oracles, which were written from the papers' maths.
+
+Whoever wrote the oracles (support/field_oracles.py) had not seen the policies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kvprune
+from kvprune.policies import (
+    TOVA,
+    KeyDiff,
+    Knorm,
+    ObservedAttention,
+    PyramidKV,
+    Random,
+    SnapKV,
+)
+from kvprune.statistics import Attention, Queries
+
+from ..support import field_oracles as oracles
+from ..support.driver import Driver
+from ..support.models import LAYERS, left_padded, prompt, tiny_model
+from ..support.strategies import chunked, head_counts, seeds
+
+DECODE = 20
+History = list[tuple[int, list[list[int]]]]
+
+
+@dataclass
+class Row:
+    """One row of a driver, token by token: what an oracle is handed.
+
+    begin: the number of the first token of the prompt that is read, for newest queries.
+    """
+
+    heads: int
+    q: Any = None
+    k: Any = None
+    v: Any = None
+    held: list[list[int]] = field(default_factory=list)
+    history: History = field(default_factory=list)
+    begin: int = 0
+
+    def read(self, q: Any, k: Any, v: Any) -> None:
+        """New tokens attend to what is held and to each other."""
+        self.held = self.held or [[] for _ in range(self.heads)]
+        start = 0 if self.q is None else self.q.shape[1]
+        for name, new in (("q", q), ("k", k), ("v", v)):
+            before = getattr(self, name)
+            both = new.numpy() if before is None else np.concatenate([before, new.numpy()], 1)
+            setattr(self, name, both)
+        new = list(range(start, self.q.shape[1]))
+        self.held = [head + new for head in self.held]
+        self.history += [(i, self.held) for i in new]
+
+    def newest(self, count: int, begin: int = 0) -> list[int]:
+        """The numbers of the newest queries."""
+        return list(range(max(begin, self.q.shape[1] - count), self.q.shape[1]))
+
+
+Oracle = Callable[[Row], list[set[int]]]
+
+# By name: the policy, the oracle, and how the policy's newest queries begin.
+METHODS: dict[str, tuple[kvprune.TokenPolicy, Oracle]] = {
+    "SnapKV": (
+        SnapKV(9, window=4, kernel=5),
+        lambda row: oracles.snapkv(row.q, row.k, row.held, row.newest(4, row.begin), 9, 4, 5),
+    ),
+    "SnapKV average": (
+        SnapKV(6, window=3, kernel=3, pooling="average"),
+        lambda row: oracles.snapkv(
+            row.q, row.k, row.held, row.newest(3, row.begin), 6, 3, 3, "average"
+        ),
+    ),
+    "SnapKV in every step": (
+        SnapKV(6, window=2, kernel=1, when=None),
+        lambda row: oracles.snapkv(row.q, row.k, row.held, row.newest(2), 6, 2, 1),
+    ),
+    "TOVA": (TOVA(7), lambda row: oracles.tova(row.q, row.k, row.held, 7)),
+    "Knorm": (Knorm(7), lambda row: oracles.knorm(row.k, row.held, 7)),
+    "Knorm in every step": (Knorm(5, when=None), lambda row: oracles.knorm(row.k, row.held, 5)),
+    "KeyDiff": (KeyDiff(7), lambda row: oracles.keydiff(row.k, row.held, 7)),
+    "KeyDiff in every step": (
+        KeyDiff(6, when=None),
+        lambda row: oracles.keydiff(row.k, row.held, 6),
+    ),
+    "ObservedAttention": (
+        ObservedAttention(7),
+        lambda row: oracles.observed_attention(row.q, row.k, row.history, 7),
+    ),
+    "ObservedAttention every three": (
+        ObservedAttention(7, when=3),
+        lambda row: oracles.observed_attention(row.q, row.k, row.history, 7),
+    ),
+}
+
+
+def drive(
+    policy: Any,
+    oracle: Oracle,
+    heads: tuple[int, int],
+    prompts: list[list[int]],
+    padding: list[int],
+    seed: int,
+    decode: int = DECODE,
+) -> None:
+    """Reads prompts, each in pieces and followed by single tokens; after each forward, exact sets.
+
+    Args:
+        policy, oracle: what is compared.
+        heads: query heads, key/value heads.
+        prompts: the sizes of each prompt's pieces.
+        padding: of each row, in the first piece.
+        seed: of the numbers.
+        decode: single tokens after each prompt.
+    """
+    driver = Driver([policy], 2, *heads, seed=seed)
+    rows = [Row(heads[1]) for _ in range(2)]
+    first = list(padding)
+    for pieces in prompts:
+        for row in rows:
+            row.begin = 0 if row.q is None else row.q.shape[1]
+        lengths = [sum(pieces) - pad for pad in padding]
+        with driver.cache.prompt(lengths) if len(pieces) > 1 else nullcontext():
+            for number, count in enumerate(pieces):
+                forward(driver, rows, count, padding)
+                padding = [0, 0]
+                last = number == len(pieces) - 1
+                settle(driver, rows, policy, oracle, first, last, 0)
+        for since in range(1, decode + 1):
+            forward(driver, rows, 1, padding)
+            settle(driver, rows, policy, oracle, first, False, since)
+
+
+def forward(driver: Driver, rows: list[Row], count: int, padding: list[int]) -> None:
+    """One forward of the driver, told to each row."""
+    tokens = driver.tokens(count)
+    driver.step(tokens, padding)
+    for number, row in enumerate(rows):
+        new = slice(padding[number], None)
+        row.read(tokens.q[number, :, new], tokens.k[number, :, new], tokens.v[number, :, new])
+
+
+def settle(
+    driver: Driver,
+    rows: list[Row],
+    policy: Any,
+    oracle: Oracle,
+    padding: list[int],
+    ends: bool,
+    since: int,
+) -> None:
+    """Asks the oracle where the policy is asked, and compares what is held."""
+    due = {None: True, "prompt": ends, 3: ends or (since > 0 and since % 3 == 0)}[policy.when]
+    for number, row in enumerate(rows):
+        if due:
+            row.held = [sorted(kept) for kept in oracle(row)]
+        for head in range(row.heads):
+            kept = [column - padding[number] for column in driver.kept(number, head)]
+            assert kept == row.held[head], (number, head, since)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@given(head_counts, st.integers(1, 24), st.integers(1, 12), st.data(), seeds)
+def test_every_step_equals_the_oracle(name, heads, length, second, data, seed):
+    """Chunks, left padding, 20 decode steps, a second turn and 20 more: exact sets."""
+    policy, oracle = METHODS[name]
+    pieces = data.draw(chunked(length))
+    padding = [0, data.draw(st.integers(0, pieces[0] - 1))]
+    # A forward of one token that was not announced is no prompt.
+    prompts = [pieces if len(pieces) > 1 or length > 1 else [2], [second + 1]]
+    drive(policy, oracle, heads, prompts, padding, seed)
+
+
+@pytest.mark.parametrize("over", ["sum", "max", "mean"])
+@pytest.mark.parametrize("decay", [1.0, 0.5, 0.0])
+@given(head_counts, st.integers(1, 20), st.data(), seeds)
+def test_attention_equals_the_oracle(over, decay, heads, length, data, seed):
+    """What is accumulated of each slot, within rounding."""
+    if over == "mean" and decay != 1:
+        with pytest.raises(kvprune.KVPruneError, match="expected decay"):
+            Attention(over, decay)
+        return
+    wanted = Attention(over, decay)
+    driver = Driver([], 2, *heads, seed=seed)
+    driver.cache.observe = (wanted,)
+    driver.reset()
+    rows, pieces = [Row(heads[1]) for _ in range(2)], [*data.draw(chunked(length)), 1, 1, 2]
+    padding = [0, data.draw(st.integers(0, pieces[0] - 1))]
+    for number, count in enumerate(pieces):
+        forward(driver, rows, count, padding if number == 0 else [0, 0])
+    layer = driver.cache.layers[0]
+    held = [layer.statistics[part] for part in wanted.parts]
+    got = wanted.value(*held)
+    for number, row in enumerate(rows):
+        expected = oracles.attention_statistic(row.q, row.k, row.history, over, decay)
+        for head, numbers in enumerate(expected):
+            columns = layer.columns[number, 0].tolist()
+            for column, value in zip(columns, got[number, head].tolist(), strict=True):
+                if column >= 0:
+                    assert value == pytest.approx(numbers[column - padding[number]], abs=1e-12)
+
+
+@given(st.integers(8, 40), st.integers(0, 7), st.sampled_from([0.2, 0.35, 0.6, 0.9]), seeds)
+def test_budgets_of_a_pyramid_are_exact_and_its_layers_are_snapkv_s(length, padding, share, seed):
+    """Layer by layer, as the oracle says; the mean over the layers is the share that was asked."""
+    ids = prompt(2, length, seed)
+    inputs = left_padded(ids, [0, padding])
+    policy = PyramidKV(share, window=2, kernel=3, beta=3)
+    cache = kvprune.ComposedCache([policy])
+    tiny_model()(**inputs, past_key_values=cache, logits_to_keep=1)
+    expected = [
+        oracles.pyramid_budgets(oracles._round_half_up(share * n), n, 2, LAYERS, 3)
+        for n in (length, length - padding)
+    ]
+    for layer in range(LAYERS):
+        alone = kvprune.ComposedCache([SnapKV(1.0, window=2, kernel=3)])
+        alone.policies = (_Fixed([e[layer] for e in expected]),)
+        tiny_model()(**inputs, past_key_values=alone, logits_to_keep=1)
+        assert torch.equal(cache.columns(layer), alone.columns(layer))
+        counts = (cache.columns(layer) >= 0).sum(-1)[:, 0].tolist()
+        tokens = (length, length - padding)
+        assert counts == [min(max(e[layer], 2), n) for e, n in zip(expected, tokens, strict=True)]
+    assert all(
+        sum(e) == LAYERS * oracles._round_half_up(share * n)
+        for e, n in zip(expected, (length, length - padding), strict=True)
+    )
+
+
+class _Fixed(SnapKV):
+    """SnapKV with given budgets by row."""
+
+    def __init__(self, budgets: list[int]) -> None:
+        super().__init__(1.0, window=2, kernel=3)
+        object.__setattr__(self, "budgets", budgets)
+
+    def _budget(self, slots):
+        return torch.tensor(self.budgets)  # type: ignore[attr-defined]
+
+
+def test_chance_is_of_the_token_alone():
+    """The same tokens stay beside padding and other rows; another seed keeps others."""
+    ids = prompt(1, 60)
+
+    def kept(policy: Random, padding: int = 0) -> list[list[list[int]]]:
+        batch = torch.cat([torch.nn.functional.pad(ids, (padding, 0)), prompt(1, 60 + padding, 5)])
+        mask = left_padded(batch, [padding, 3])["attention_mask"]
+        cache = kvprune.ComposedCache([policy])
+        tiny_model()(batch * mask, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+        return [
+            [[c - padding for c in head.tolist() if c >= 0] for head in cache.columns(layer)[0]]
+            for layer in range(LAYERS)
+        ]
+
+    assert kept(Random(20)) == kept(Random(20), padding=7)
+    assert kept(Random(20)) != kept(Random(20, seed=1))
+    flat = [head for layer in kept(Random(20)) for head in layer]
+    assert len({tuple(head) for head in flat}) == len(flat) == LAYERS * 2
+    assert all(len(head) == 20 for head in flat)
+    every = [c for seed in range(40) for layer in kept(Random(20, seed)) for h in layer for c in h]
+    counts = np.bincount(every, minlength=60)
+    # 320 draws of a third each: six standard deviations are 51.
+    assert abs(counts - 320 / 3).max() < 51
+
+
+def test_what_is_known_of_queries_is_gone_after_the_prompt():
+    """SnapKV holds its slots and nothing of its window; in the second turn it begins anew."""
+    model, ids = tiny_model(), prompt(1, 70)
+    caches = [kvprune.ComposedCache([p]) for p in (SnapKV(20, window=4), Knorm(20))]
+    for cache in caches:
+        model(ids[:, :50], past_key_values=cache, logits_to_keep=1)
+        assert not any(layer.records for layer in cache.layers)
+        model(ids[:, 50:51], past_key_values=cache)
+    assert caches[0].nbytes == caches[1].nbytes
+    always = kvprune.ComposedCache([SnapKV(20, window=4, when=None)])
+    model(ids[:, :50], past_key_values=always, logits_to_keep=1)
+    model(ids[:, 50:51], past_key_values=always)
+    ((queries, columns),) = (always.layers[0].records[q] for q in (Queries(4),))
+    assert queries.shape == (1, 4, 4, 8) and columns.tolist() == [[47, 48, 49, 50]]
