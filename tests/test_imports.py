@@ -96,6 +96,6 @@ FILES = [p for p in PACKAGE.joinpath("policies").glob("*.py") if p.stem != "__in
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_policies_know_what_authors_read_alone(path):
-    """A file of one policy imports nothing of the engine."""
+    """A file of one policy imports nothing of the engine; it may build on another policy."""
     for other in imported(path):
-        assert other.split(".")[0] in FOR_POLICIES, f"{path.name} imports {other}"
+        assert other.split(".")[0] in {*FOR_POLICIES, "policies"}, f"{path.name} imports {other}"
