@@ -35,7 +35,10 @@ class PyramidKV(SnapKV):
     Args:
         budget: what a layer keeps in all, the window included, as the mean over the layers; tokens
             (int) or a share of the prompt (float).
-        window, kernel, pooling, when: see `SnapKV`.
+        window: see `SnapKV`.
+        kernel: see `SnapKV`.
+        pooling: see `SnapKV`.
+        when: see `TokenPolicy`; by default at the end of each prompt.
         beta: how many times the budget's mean is that of the last layer, the window left out.
         layers: the layers that the policy works on; None for all. Budgets fall over these.
 

@@ -25,7 +25,8 @@ class TOVA(OneBudget):
 
     Args:
         budget: what a layer keeps; tokens (int) or a share of the prompt (float).
-        layers, when: see `TokenPolicy`.
+        when: see `TokenPolicy`; by default in every forward.
+        layers: the layers that the policy works on; None for all.
 
     Raises:
         KVPruneError: a budget that is not positive, NaN or, as a float, above 1.0.

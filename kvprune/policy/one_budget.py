@@ -15,7 +15,8 @@ class OneBudget(TokenPolicy):
 
     Args:
         budget: tokens (int) or a share of the prompt (float).
-        layers, when: see `TokenPolicy`.
+        layers: see `TokenPolicy`.
+        when: see `TokenPolicy`.
 
     Raises:
         KVPruneError: a budget that is not positive, NaN or, as a float, above 1.0.
