@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvprune
+from kvprune import KVPruneError
 from kvprune.policies import H2O, StreamingLLM
 from kvprune.testing import invariants
 from kvprune.testing.runs import Case, Run, feed
@@ -228,6 +229,11 @@ def test_a_union_keeps_what_either_keeps(first, n, second, m, length, seed):
     """After one forward: the union of what each keeps alone."""
     ids = prompt(2, length, seed)
     one, two = first.make(n), second.make(m)
+    if one.when != two.when:
+        with pytest.raises(KVPruneError, match="asked at different times"):
+            one | two
+    for policy in (one, two):
+        object.__setattr__(policy, "when", None)
     runs = [Run(tiny_model(), [policy]) for policy in (one, two, one | two)]
     for run in runs:
         run(ids)
