@@ -79,7 +79,7 @@ class Watched(TokenPolicy):
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
-        """Those of `base`."""
+        """The statistics that `base` wants."""
         return self.base.statistics
 
     @property
@@ -153,7 +153,7 @@ class ByHand(TokenPolicy):
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
-        """Those of all policies."""
+        """The statistics that any of the policies wants."""
         return tuple(dict.fromkeys(s for p in self.policies for s in p.statistics))
 
     def awaits(self, part: Statistic, moment: Moment) -> bool:
