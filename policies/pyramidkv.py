@@ -7,7 +7,7 @@ Where the sources differ:
 
 * The paper's code gives a layer that many slots beside the window; here, as in SnapKV, the budget
   counts the window.
-* No layer can keep more than the prompt has. Where the first layer would, it keeps all, and the
+* No layer can keep more than was read. Where the first layer would, it keeps all, and the
   last one so much more that the mean is still the budget that was asked for, at every share.
   (kvpress falls back to the same budget everywhere, also where the last layer would keep less than
   the window.)
@@ -64,7 +64,8 @@ class PyramidKV(SnapKV):
         room = (mean - self.window).double()
         if steps == 0:
             return mean
-        most = torch.minimum(2 * room - room / self.beta, slots.prompt_length - self.window)
+        read = slots.positions.amax((1, 2)) + 1
+        most = torch.minimum(2 * room - room / self.beta, read - self.window)
         slope = 2 * (most - room) / steps
 
         def whole(layers: int) -> Tensor:

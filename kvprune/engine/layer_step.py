@@ -124,7 +124,9 @@ class LayerStep:
         )
         if step.cache_positions is None:
             return held
-        return step.cache_positions.arrange(self), slots.values
+        arranged = step.cache_positions.arrange(self)
+        step.arranged = slots, arranged
+        return arranged, slots.values
 
     def attend(
         self,
@@ -390,6 +392,9 @@ class LayerStep:
         look: Look | None = None,
     ) -> SlotView:
         """The view of slots with these columns and statistics."""
+        keys, arranged = self.slots.keys, self.step.arranged
+        if arranged is not None and arranged[0] is self.slots:
+            keys = arranged[1]
         return SlotView(
             layer=self.index,
             num_layers=self.step.num_layers,
@@ -399,7 +404,7 @@ class LayerStep:
             seen=self.seen,
             moment=self.moment,
             lengths=rows.prompt,
-            keys=self.slots.keys.detach(),
+            keys=keys.detach(),
             values=self.slots.values.detach(),
             statistic=Statistics(statistics, look),
             group=self.step.group,

@@ -65,6 +65,8 @@ class Step:
         layer_steps: by layer, this forward there; see `layer_step.at_layer`.
         due: layers that are alike, which give up a slot together after the last of them.
         notes: what positions inside the cache remember until the forward is over.
+        arranged: the layer that stored its tokens last, and all its keys `[B, Hkv, S, D]` at their
+            positions inside the cache; None where positions are not assigned there.
         not_finite: rows with activations that are not finite, as the user was told.
     """
 
@@ -99,6 +101,7 @@ class Step:
         self.not_finite: set[int] = set()
         self.attentions = 0
         self.notes: dict[str, Any] = {}
+        self.arranged: tuple[Any, Tensor] | None = None
         self._slot_columns: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.previous = Statistics({})
         self.moment = moment
@@ -301,6 +304,7 @@ class Step:
         """
         self.layer_steps.clear()
         self.due.clear()
+        self.arranged = None
 
 
 def _gathered(tokens: Tensor, places: Tensor) -> Tensor:

@@ -193,8 +193,8 @@ class SlotView(_View):
     tokens(amount): `[B]` int64, tokens (an int) or a share of `prompt_length` (a float) as tokens.
     newest(amount): `[B, 1|Hkv, S]` bool, which are among the newest so many.
     oldest(count): `[B, 1|Hkv, S]` bool, which are among their row's first so many.
-    keys, values: `[B, Hkv, S, D]`, rotated as the model stores them; withheld from a policy that
-        promises `layers_alike`.
+    keys, values: `[B, Hkv, S, D]`, rotated as attention had them in this forward; withheld from a
+        policy that promises `layers_alike`.
     statistic(name): of statistics per slot `[B, Hkv, S]`, since the slot's column was read, as
         `slots.statistic(Attention())`; of statistics per layer what they say.
     looks(w): `[B, Hkv, G, w, S]`, the probabilities that the newest w queries give to the slots, by

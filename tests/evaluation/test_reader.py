@@ -16,7 +16,7 @@ from kvprune import KVPruneError, Ranking
 from kvprune.evaluation.measure.flops import Flops, counting
 from kvprune.evaluation.measure.reader import CacheReader, Reading, own_prefill_flops
 from kvprune.evaluation.measure.reading import read_lead, read_prompt
-from kvprune.policies import H2O, SDTP, StreamingLLM
+from kvprune.policies import H2O, SDTP, SnapKV, StreamingLLM
 
 from ..support.fake_tasks import AtTheEnd
 from ..support.family_models import attached_family
@@ -54,7 +54,7 @@ def made(chosen: tuple[list[Any], list[int]]) -> list[kvprune.TokenPolicy]:
     return [listed.make(budget) for listed, budget in zip(*chosen, strict=True)]
 
 
-@given(pipelines(), st.integers(1, 40), st.integers(1, 9), st.sampled_from(MODELS))
+@given(pipelines(always=True), st.integers(1, 40), st.integers(1, 9), st.sampled_from(MODELS))
 def test_what_is_generated_is_what_generate_generates(chosen, length, count, family):
     """Greedily, with the same policies, where it reads the prompt's last token by itself."""
     model, ids = tiny_model(family), prompt(1, length, length)
@@ -72,9 +72,10 @@ def test_what_is_generated_is_what_generate_generates(chosen, length, count, fam
 def test_the_first_token_is_told_from_what_is_left():
     """In one forward it would be dense's, whatever the budget."""
     ids, likely = prompt(1, 40), dict[str, float]()
-    for policies in ([], [H2O(1, 1)], [StreamingLLM(1, 1)]):
+    once = SnapKV(2, window=1, kernel=1)
+    for policies in ([], [H2O(1, 1)], [StreamingLLM(1, 1)], [once]):
         (likely[repr(policies)],) = reader(policies, ids).log_likelihood([7])
-    assert len(set(likely.values())) == 3
+    assert len(set(likely.values())) == 4
 
 
 @settings(max_examples=10)

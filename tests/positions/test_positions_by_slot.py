@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 import kvprune
-from kvprune.policies import H2O, StreamingLLM
+from kvprune.policies import H2O, KeyDiff, StreamingLLM
 from kvprune.positions.by_slot import SlotPositions
 from kvprune.positions.rotary import Rotation
 from kvprune.positions.sinks import SinkPositions
+from kvprune.testing import invariants
+from kvprune.testing.runs import Case
 
 from ..support.family_models import StaysDouble, attached_family, family_model
 from ..support.models import LAYERS, left_padded, prompt, tiny_model
@@ -457,3 +459,11 @@ def test_layers_that_nobody_evicts_from_keep_their_positions():
     for layer in cache.layers:
         there = layer.columns >= 0
         assert torch.equal(layer.arrived[there], layer.columns[there].int())
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("inside", [INSIDE, StreamingLLM(2, 4, positions="cache")], ids=repr)
+def test_policies_are_shown_keys_where_attention_had_them(inside, seed):
+    """Not where they came: drafts come further on, and keys would differ from those without."""
+    case = Case((2, 1, 1, 2, 1, 1), (0, 0), "llama", seed, (4, 2))
+    invariants.drafts_leave_no_trace([KeyDiff(3, when=None), inside], case)

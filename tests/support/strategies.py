@@ -156,9 +156,12 @@ seeds = st.integers(0, 2**16)
 
 
 @st.composite
-def pipelines(draw: st.DrawFn, most: int = 3) -> tuple[list[Listed], list[int]]:
-    """Some listed policies, with a budget each."""
-    chosen = draw(st.lists(listed, min_size=0, max_size=most))
+def pipelines(
+    draw: st.DrawFn, most: int = 3, always: bool = False
+) -> tuple[list[Listed], list[int]]:
+    """Some listed policies, with a budget each; with `always` such as every forward asks."""
+    each = listed.filter(lambda p: p.make(6).when is None) if always else listed
+    chosen = draw(st.lists(each, min_size=0, max_size=most))
     return chosen, [draw(budgets) for _ in chosen]
 
 

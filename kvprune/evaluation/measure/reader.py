@@ -103,7 +103,7 @@ class CacheReader:
 
         `model.generate(cache=..., do_sample=False)` gives the same tokens, if `prefill_chunk_size`
         is one less than the prompt's tokens; but there a share of the prompt is a share of all its
-        tokens.
+        tokens, and policies that are asked at a prompt's end are asked a token later.
         """
         self._ask()
         ends, found = _eos(self._model, self._tokenizer), list[int]()
