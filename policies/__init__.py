@@ -1,5 +1,6 @@
 """The policies that ship with kvprune: one file, or one folder, for each paper."""
 
+from .fastkv import FastKV
 from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import Knorm
@@ -15,6 +16,7 @@ __all__ = [
     "H2O",
     "SDTP",
     "TOVA",
+    "FastKV",
     "KeyDiff",
     "Knorm",
     "ObservedAttention",

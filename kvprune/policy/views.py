@@ -156,6 +156,7 @@ class TokenView(_View):
     oldest(count): `[B, 1, Q]` bool, which are among their row's first so many.
     statistic(name): of statistics per slot `[B, Hkv, Q]`, what these tokens got in the layer
         before, from the queries of this forward, as `tokens.statistic(Attention())`.
+    order: `[B, 1, Q]` int64, the tokens by column, those that are not valid first.
     looks(w): `[B, Hkv, G, w, Q]`, what the newest w queries of the layer before gave these tokens,
         where `Queries(w)` is among the policy's statistics.
     group: the processes that share the heads of a tensor parallel model (see
@@ -177,6 +178,11 @@ class TokenView(_View):
     def length(self) -> Tensor:
         """See above."""
         return self.lengths.tensor
+
+    @property
+    def order(self) -> Tensor:
+        """See above."""
+        return self.columns.masked_fill(~self.valid, -1).argsort(dim=-1, stable=True)[:, None]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import kvprune
 from kvprune.policies import (
     TOVA,
+    FastKV,
     KeyDiff,
     Knorm,
     ObservedAttention,
@@ -30,7 +31,7 @@ from kvprune.statistics import Attention, Queries
 
 from ..support import field_oracles as oracles
 from ..support.driver import Driver
-from ..support.models import LAYERS, left_padded, prompt, tiny_model
+from ..support.models import LAYERS, fresh_model, left_padded, prompt, tiny_model
 from ..support.strategies import chunked, head_counts, seeds
 
 DECODE = 20
@@ -236,6 +237,40 @@ def test_budgets_of_a_pyramid_are_exact_and_its_layers_are_snapkv_s(length, padd
         sum(e) == LAYERS * oracles._round_half_up(share * n)
         for e, n in zip(expected, (length, length - padding), strict=True)
     )
+
+
+@given(head_counts, st.integers(2, 30), st.data(), st.sampled_from(["max", "average"]), seeds)
+def test_fewer_tokens_go_on_where_the_oracle_says(heads, length, data, pooling, seed):
+    """FastKV in chunks, in a row with padding, by the queries of the layer before; exact sets."""
+    model: Any = fresh_model(heads=heads[0], kv_heads=heads[1])
+    policy = FastKV(0.4, layer=2, window=3, kernel=3, pooling=pooling)
+    cache = kvprune.ComposedCache([policy], observe=(Queries(100),))
+    kvprune.attach(model)
+    pieces, before = data.draw(chunked(length)), 0
+    padding = data.draw(st.integers(0, pieces[0] - 1))
+    inputs = left_padded(prompt(2, length, seed), [0, padding])
+    kept: list[list[int]] = [[], []]
+    for count in pieces:
+        columns = slice(before, before + count)
+        new = {"input_ids": inputs["input_ids"][:, columns]}
+        mask = inputs["attention_mask"][:, : before + count]
+        with torch.no_grad():
+            model(**new, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+        layer = cache.layers[1]
+        queries, _ = layer.records[Queries(100)]
+        for row, pad in enumerate((0, padding)):
+            n = before + count - pad
+            q, k = queries[row, :, -n:].numpy(), layer.keys[row, :, -n:].numpy()
+            there: Any = range(max(before - pad, 0), n)
+            if count > 1:
+                held = [list(range(n))] * heads[1]
+                budget = oracles._round_half_up(0.4 * len(there))
+                newest, options = range(max(n - 3, 0), n), (3, 3, pooling, None, there)
+                there = oracles.fastkv_tokens(q, k, held, newest, budget, *options)
+            kept[row] += sorted(c + pad for c in there)
+            got = [c for c in cache.columns(2)[row, 0].tolist() if c >= 0]
+            assert got == kept[row]
+        before += count
 
 
 class _Fixed(SnapKV):

@@ -327,18 +327,20 @@ def fastkv_tokens(
     kernel: int = 7,
     pooling: str = "max",
     scale: float | None = None,
+    ranked: Sequence[int] | None = None,
 ) -> set[int]:
     """Tokens that FastKV passes on to later layers (arXiv 2502.01068, token-selective propagation).
 
     The scores are SnapKV's per query head, pooled, but summed over all Hq query heads. The newest
-    `window` held tokens are protected. The heads must hold the same tokens. Returns one set.
+    `window` held tokens are protected. The heads must hold the same tokens. Returns one set. Where
+    a prompt comes in pieces, only the `ranked` tokens, those of the piece, can go or stay.
 
     Takes q [Hq, n, d], k [Hkv, n, d]; `queries` as in `snapkv`.
     """
     q, k = _floats(q), _floats(k)
     scale = _scale(scale, q)
     tokens = _same_for_all(held)
-    last, rest = _split(tokens, window)
+    last, rest = _split(tokens if ranked is None else ranked, window)
     scores = dict.fromkeys(rest, 0.0)
     for h in range(len(k)):
         for head in _query_heads(h, q, k):
