@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cache.composed import ComposedCache
 from .errors import KVPruneError
+from .policy.around import Around
 from .policy.base import TokenPolicy
 from .policy.selection import Ranking
 from .wiring.attach import attach, detach
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .evaluation.compare.compare import compare
 
 __all__ = [
+    "Around",
     "ComposedCache",
     "KVPruneError",
     "Ranking",

@@ -3,7 +3,7 @@
     spec     = "dense" | pipeline | "[" pipeline with "," "]" | "ComposedCache(" such a list ")"
     pipeline = union ("+" union)*
     union    = policy ("|" policy)*             binds tighter than "+"
-    policy   = name ["(" arguments ")"]         arguments as in Python, each a plain value
+    policy   = name ["(" arguments ")"]         arguments as in Python: plain values, unions
 
 So the text that `repr` prints of a policy or of a list of policies is a spec. The text that it
 prints of a cache without content is one too, but for the ": empty" at its end. Nothing is
@@ -76,6 +76,9 @@ def _written(policy: TokenPolicy) -> str:
             f"{said}: expected a policy whose repr is the call that makes it. Give "
             f"{kind.__name__} a __repr__, or make it a frozen dataclass (repr=False)"
         )
+    within = (value for value in vars(policy).values() if isinstance(value, TokenPolicy))
+    for base in within:
+        said = said.replace(repr(base), _written(base))
     text = _name_of(kind) + said.removeprefix(kind.__name__)
     if "=..." in text:
         raise KVPruneError(
@@ -247,12 +250,19 @@ class _Spec:
             self._fail(f"expected {name} to be a class that can be imported ({error})")
 
     def _value(self, node: ast.expr) -> Any:
-        """A plain value."""
+        """A plain value, or the policy that a policy is around."""
         try:
             return ast.literal_eval(node)
         except (ValueError, TypeError):
+            head = node
+            while isinstance(head, ast.BinOp):
+                head = head.left
+            name = ast.unparse(head.func if isinstance(head, ast.Call) else head)
+            if name.lower() in _known() or _COLON in name:
+                return self._union(node)
             self._fail(
-                f"expected a number, a text in quotes, None or a list, got {_spec_of(node)!r}"
+                f"expected a number, a text in quotes, None, a list or a policy, got "
+                f"{_spec_of(node)!r}"
             )
 
 

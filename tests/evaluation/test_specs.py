@@ -102,7 +102,7 @@ REFUSED = {
     "h2o(heavy='x": "unterminated string",
     "h2o)": r"unmatched '\)'",
     "h2o(heavy=1 2)": "Python's syntax.*forgot a comma",
-    "h2o(heavy=open('x'))": "expected a number, a text in quotes, None or a list",
+    "h2o(heavy=open('x'))": "expected a number, a text in quotes, None, a list or a policy",
     "h2o(heavy=x)": "expected a number",
     "h2o h2o": "Python's syntax",
     "h2o+": "Python's syntax",

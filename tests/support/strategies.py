@@ -126,6 +126,12 @@ POLICIES = [
         lambda: ObservedAttention(500),
     ),
     Listed(
+        "around",
+        lambda n: kvprune.Around(TOVA(n)),
+        lambda n: n,
+        lambda: kvprune.Around(TOVA(500)),
+    ),
+    Listed(
         "fastkv",
         lambda n: FastKV(0.6, layer=2, window=3, kernel=3),
         None,
