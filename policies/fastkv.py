@@ -21,7 +21,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvprune.errors import KVPruneError
-from kvprune.policy import Budget, Ranking, TokenPolicy, TokenView, check_kernel, pooled
+from kvprune.policy import (
+    Budget,
+    Ranking,
+    TokenPolicy,
+    TokenView,
+    check_context,
+    check_kernel,
+    check_window,
+    pooled,
+)
 from kvprune.statistics import Queries
 
 
@@ -41,7 +50,7 @@ class FastKV(TokenPolicy):
     Raises:
         KVPruneError: a number of tokens that has no room beside the window, a window below 1, a
             layer below 1, an even kernel, or another pooling. On first use with a model also: a
-            layer that the model does not have.
+            layer that the model does not have, or a window longer than its context.
     """
 
     keep: int | float = 0.25
@@ -53,15 +62,7 @@ class FastKV(TokenPolicy):
     def __post_init__(self) -> None:
         Budget(self.keep, "FastKV: keep")
         check_kernel(self.kernel, self.pooling, "FastKV")
-        if type(self.window) is not int or self.window < 1:
-            raise KVPruneError(
-                f"FastKV: window={self.window!r}: expected a number of tokens, at least 1"
-            )
-        if isinstance(self.keep, int) and self.keep <= self.window:
-            raise KVPruneError(
-                f"FastKV: keep={self.keep!r}: expected more tokens than the window "
-                f"({self.window}), which always stays, or a share of the tokens"
-            )
+        check_window(self.window, self.keep, "FastKV")
         if self.layer is not None and (type(self.layer) is not int or self.layer < 1):
             raise KVPruneError(
                 f"FastKV: layer={self.layer!r}: expected a decoder layer behind the first one, at "
@@ -74,7 +75,8 @@ class FastKV(TokenPolicy):
         return (Queries(self.window),)
 
     def for_model(self, model: Any) -> FastKV:
-        """The policy with its layer; refuses a layer that the model does not have."""
+        """The policy with its layer; refuses one that the model does not have."""
+        check_context(self.window, model, "FastKV")
         config = model.config.get_text_config(decoder=True)
         layers = getattr(config, "decoder_layers", config.num_hidden_layers)
         layer = layers // 2 if self.layer is None else self.layer

@@ -22,8 +22,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvprune.errors import KVPruneError
-from kvprune.policy import OneBudget, Ranking, SlotView, check_kernel, pooled
+from kvprune.policy import (
+    OneBudget,
+    Ranking,
+    SlotView,
+    check_context,
+    check_kernel,
+    check_window,
+    pooled,
+)
 from kvprune.statistics import Queries
 
 
@@ -53,15 +60,7 @@ class SnapKV(OneBudget):
     def __post_init__(self) -> None:
         super().__post_init__()
         name = type(self).__name__
-        if type(self.window) is not int or self.window < 1:
-            raise KVPruneError(
-                f"{name}: window={self.window!r}: expected a number of tokens, at least 1"
-            )
-        if isinstance(self.budget, int) and self.budget <= self.window:
-            raise KVPruneError(
-                f"{name}: budget={self.budget!r}: expected more tokens than the window "
-                f"({self.window}), which always stays, or a share of the prompt"
-            )
+        check_window(self.window, self.budget, name)
         check_kernel(self.kernel, self.pooling, name)
 
     @property
@@ -71,12 +70,7 @@ class SnapKV(OneBudget):
 
     def for_model(self, model: torch.nn.Module) -> SnapKV:
         """The policy itself; refuses a window that no prompt of this model fills."""
-        longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        if isinstance(longest, int) and self.window > longest:
-            raise KVPruneError(
-                f"{type(self).__name__}: window={self.window}: expected at most the model's "
-                f"context of {longest} tokens"
-            )
+        check_context(self.window, model, type(self).__name__)
         return self
 
     def rank_slots(self, slots: SlotView) -> Ranking:

@@ -53,8 +53,8 @@ class Opening:
         state.follow(device)
         new = self._arrival(rows, count, mask, device)
         drafts = session.drafts(state.seen, count)
-        drops = drops_slots(self.policies, state)
-        self._check_drafts(drafts, drops or bool(self.observe))
+        one_by_one = drafts > 0 and self._treats_drafts_apart(count - drafts)
+        self._check_drafts(drafts, one_by_one)
         if state.positions is not None:
             state.positions.check(state.rows, new.rows, state.seen)
         # Of a prompt with drafts behind it, what it would be asked for without them.
@@ -75,7 +75,7 @@ class Opening:
             self._moment(count, drafts),
             self.observe,
             drafts,
-            one_by_one=drafts > 0 and (drops or bool(self.observe)),
+            one_by_one=one_by_one,
             group=attachment.group,
             cache_positions=state.positions,
             position_ids=position_ids,
@@ -92,6 +92,15 @@ class Opening:
         left = max(end - after, 0)
         since = 0 if ends or left else after - state.prompt_end
         return Moment(lead, left, since, ends, first=state.prompts == 0)
+
+    def _treats_drafts_apart(self, lead: int) -> bool:
+        """Whether drafts behind so many tokens must not be mixed up with them.
+
+        Slots go for each, or somebody reads what the lead's tokens alone have given.
+        """
+        pruners = (p for p in self.policies if "rank_hidden" in p.hooks)
+        reads = lead > 1 and any(p.statistics for p in pruners)
+        return drops_slots(self.policies, self.state) or bool(self.observe) or reads
 
     def _check_size(self, rows: int, count: int) -> None:
         if self.state.rows is not None and self.state.batch_size != rows:

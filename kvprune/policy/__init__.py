@@ -11,6 +11,7 @@ from .one_budget import OneBudget
 from .pooling import check_kernel, pooled
 from .selection import Ranking, select
 from .views import SlotView, TokenView
+from .window import check_context, check_window
 
 __all__ = [
     "Budget",
@@ -20,8 +21,10 @@ __all__ = [
     "SlotView",
     "TokenPolicy",
     "TokenView",
+    "check_context",
     "check_kernel",
     "check_positions",
+    "check_window",
     "newest",
     "pooled",
     "select",

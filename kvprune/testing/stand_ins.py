@@ -87,6 +87,18 @@ class Watched(TokenPolicy):
         """The hooks of `base`."""
         return self.base.hooks
 
+    def applies(self, layer: int) -> bool:
+        """Where `base` does."""
+        return self.base.applies(layer)
+
+    def is_due(self, moment: Moment) -> bool:
+        """When `base` is."""
+        return self.base.is_due(moment)
+
+    def awaits(self, part: Statistic, moment: Moment) -> bool:
+        """What `base` does."""
+        return self.base.awaits(part, moment)
+
     def for_model(self, model: torch.nn.Module) -> Watched:
         """The watched version of `base` on a model, with the same list of notes."""
         return Watched(self.base.for_model(model), self.notes)
