@@ -3,6 +3,9 @@
 Where the sources differ: the paper's code leaves the first two layers alone
 (`Knorm(layers=range(2, n))` here), kvpress does not; neither protects newest slots. Norms are taken
 in float32: in bfloat16 three of four slots tie.
+
+In the first layer, equal tokens have keys of the same length but for rounding: which of them stay
+is chance there, as in the other implementations.
 """
 
 from __future__ import annotations

@@ -84,8 +84,9 @@ def check_row(subject: Subject, policies: list[Any]) -> None:
     for mine, single in zip(both.logits, one.logits, strict=True):
         close(mine[1:], single)
     for layer in set(range(len(subject.slots))) - set(subject.linear):
-        columns = together.columns(layer)[1:]
-        kept = alone.columns(layer)
+        # Heads part ways where another row's do.
+        heads = subject.slots[layer]
+        columns, kept = (c.columns(layer)[-1:].expand(-1, heads, -1) for c in (together, alone))
         assert torch.equal(columns[columns >= 0], kept[kept >= 0] + 5)
 
 

@@ -1,0 +1,119 @@
+"""Compositions of the field's methods in `generate`, on every family: rows, beams and drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import kvprune
+from kvprune.policies import (
+    H2O,
+    TOVA,
+    FastKV,
+    KeyDiff,
+    Knorm,
+    ObservedAttention,
+    PyramidKV,
+    SnapKV,
+    StreamingLLM,
+)
+
+from ..support.family_cells import check_row, stock_rows_stand_alone
+from ..support.family_models import CANNOT_PRUNE, FAMILIES, SLOW, StaysDouble, attached_family
+from ..support.models import left_padded, prompt
+from ..support.strategies import sdtp_pruner
+from .test_families import subject_of
+
+UPPER = [1, 2, 3]
+"""In the first layer equal tokens have keys that score alike but for rounding, so that which of
+them stays is chance."""
+
+PIPELINES: dict[str, list[kvprune.TokenPolicy]] = {
+    "SnapKV, then H2O": [SnapKV(0.5, window=2, kernel=3), H2O(3, 3)],
+    "FastKV, then TOVA": [FastKV(0.6, window=2, kernel=3), TOVA(6)],
+    "SDTP, then Knorm or KeyDiff": [
+        sdtp_pruner(0.6),
+        Knorm(0.4, layers=UPPER) | KeyDiff(0.4, layers=UPPER),
+    ],
+    "H2O or StreamingLLM": [H2O(2, 2) | StreamingLLM(1, 4)],
+    "split by layers": [
+        PyramidKV(0.5, window=1, kernel=3, layers=[0, 1]),
+        ObservedAttention(5, layers=[2, 3]),
+    ],
+}
+SHOWS_NO_QUERIES = ("bloom", "falcon", "falcon-alibi", "falcon-new")
+TAKES_NO_DRAFTS = (*SHOWS_NO_QUERIES, "deepseek_v3")
+
+every_family = pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[pytest.mark.slow] * (f in SLOW)) for f in FAMILIES]
+)
+every_pipeline = pytest.mark.parametrize("pipeline", PIPELINES)
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> Iterator[None]:
+    with torch.no_grad(), StaysDouble():
+        yield
+
+
+def refused(family: str, pipeline: str) -> bool:
+    """Whether the family cannot do it; the error must say so, and why."""
+    policies, why = PIPELINES[pipeline], ""
+    if family in CANNOT_PRUNE and any("rank_hidden" in p.hooks for p in policies):
+        why = CANNOT_PRUNE[family]
+    elif family in SHOWS_NO_QUERIES and any("Queries" in repr(p.statistics) for p in policies):
+        why = r"Queries\(\w+=\d\) cannot be observed on"
+    if not why:
+        return False
+    with pytest.raises(kvprune.KVPruneError, match=why):
+        attached_family(family)(prompt(1, 9), past_key_values=kvprune.ComposedCache(policies))
+    return True
+
+
+@every_family
+@every_pipeline
+def test_a_row_is_as_it_is_alone(family, pipeline):
+    """Logits and columns, in a padded batch."""
+    subject = subject_of(family)
+    if not refused(family, pipeline) and stock_rows_stand_alone(subject):
+        check_row(subject, PIPELINES[pipeline])
+
+
+@every_family
+@every_pipeline
+def test_beams(family, pipeline):
+    """Those of a row in a batch are those that it has alone."""
+    if refused(family, pipeline):
+        return
+    model: Any = attached_family(family)
+    ids, said = prompt(2, 14), []
+    for rows in (2, 1):
+        cache = kvprune.ComposedCache(PIPELINES[pipeline])
+        inputs = left_padded(ids[:rows], [0, 0][:rows])
+        options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 6}
+        said.append(model.generate(**inputs, cache=cache, **options)[:1])
+    assert torch.equal(*said)
+
+
+@every_family
+@every_pipeline
+def test_drafts(family, pipeline):
+    """The tokens that there are without them."""
+    if refused(family, pipeline):
+        return
+    model: Any = attached_family(family)
+    ids, said = torch.cat([prompt(1, 7)] * 2, 1), []
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    cache = kvprune.ComposedCache(PIPELINES[pipeline])
+    if family in TAKES_NO_DRAFTS or model._is_stateful:
+        match = "are refused: |assisted generation is not supported with stateful models"
+        with pytest.raises(ValueError, match=match):
+            model.generate(ids, cache=cache, prompt_lookup_num_tokens=3, **options)
+        return
+    for drafts in ({}, {"prompt_lookup_num_tokens": 3}):
+        cache = kvprune.ComposedCache(PIPELINES[pipeline])
+        said.append(model.generate(ids, cache=cache, **drafts, **options))
+    assert torch.equal(*said)
