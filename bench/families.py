@@ -64,6 +64,15 @@ Tests that passed on each supported release, by test file (`python -m bench.rele
 
 """
 
+COMPOSITIONS = """
+## Compositions
+
+Five pipelines of the policies that ship, unions and `layers=` splits among them, run in `generate` on every
+family above: a row in a padded batch as it does alone, with beams, and with drafts (prompt lookup) as without.
+Refused by name are, on `bloom` and the three `falcon`, policies that read queries (`SnapKV`, `PyramidKV`, `FastKV`),
+since their attention shows none; drafts on these and on `deepseek_v3`; pruning where the table has "-".
+"""
+
 REFUSALS = """
 ## Refused
 
@@ -128,7 +137,7 @@ def table(found: dict[str, dict[str, list[str]]]) -> str:
     head = HEAD.format(transformers=transformers.__version__, torch=torch.__version__.split("+")[0])
     refused = [f"| `{f}` | {reason(f)} |" for f in REFUSED if "-" not in f]
     run = releases.table(json.loads(releases.RESULTS.read_text()))
-    found_on = RELEASES + run + "\n"
+    found_on = RELEASES + run + "\n" + COMPOSITIONS
     return head + "\n".join(lines) + "\n" + found_on + REFUSALS + "\n".join(refused) + "\n"
 
 
