@@ -42,7 +42,7 @@ class FastKV(TokenPolicy):
         keep: what enters the deeper layers, the window included; tokens (int) or a share of the
             row's tokens in this forward (float).
         layer: the first decoder layer that reads fewer tokens, counted from 0; None for the middle
-            of the model, as in the paper (the 16th of 32 layers).
+            of the model, as in the paper (16 of 32: what the 16th layer's queries look at).
         window: how many of the newest queries look, and of the newest tokens stay.
         kernel: how many neighbouring tokens a score is pooled over, an odd number.
         pooling: "max" or "average".
@@ -50,7 +50,8 @@ class FastKV(TokenPolicy):
     Raises:
         KVPruneError: a number of tokens that has no room beside the window, a window below 1, a
             layer below 1, an even kernel, or another pooling. On first use with a model also: a
-            layer that the model does not have, or a window longer than its context.
+            layer that the model does not have, or that stands behind a layer without attention, or
+            a window longer than the model's context.
     """
 
     keep: int | float = 0.25
@@ -79,11 +80,20 @@ class FastKV(TokenPolicy):
         check_context(self.window, model, "FastKV")
         config = model.config.get_text_config(decoder=True)
         layers = getattr(config, "decoder_layers", config.num_hidden_layers)
-        layer = layers // 2 if self.layer is None else self.layer
-        if not 1 <= layer < layers:
+        # Before others nothing was observed: linear layers have no queries.
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+        known = [
+            i
+            for i in range(1, layers)
+            if kinds[i - 1].endswith(("full_attention", "sliding_attention", "chunked_attention"))
+        ]
+        layer = self.layer
+        if layer is None:
+            layer = min(known, key=lambda i: abs(i - layers // 2), default=layers)
+        if layer not in known:
             raise KVPruneError(
-                f"FastKV: layer={layer}: expected one from 1 to {layers - 1}, as the model has "
-                f"{layers} layers"
+                f"FastKV: layer={layer}: expected a layer behind one with attention, of {layers}: "
+                f"{', '.join(map(str, known)) or 'there is none'}"
             )
         return replace(self, layer=layer)
 

@@ -70,15 +70,12 @@ def _written(policy: TokenPolicy) -> str:
     if isinstance(policy, Union):
         return " | ".join(map(_written, leaves([policy])))
     kind = type(policy)
-    said = repr(_plain_layers(policy))
+    said = repr(_with_texts(_plain_layers(policy)))
     if not said.startswith(kind.__name__ + "(") or _hides_arguments(kind):
         raise KVPruneError(
             f"{said}: expected a policy whose repr is the call that makes it. Give "
             f"{kind.__name__} a __repr__, or make it a frozen dataclass (repr=False)"
         )
-    within = (value for value in vars(policy).values() if isinstance(value, TokenPolicy))
-    for base in within:
-        said = said.replace(repr(base), _written(base))
     text = _name_of(kind) + said.removeprefix(kind.__name__)
     if "=..." in text:
         raise KVPruneError(
@@ -88,6 +85,21 @@ def _written(policy: TokenPolicy) -> str:
     # `parse` raises an error if the repr is not a spec after all.
     parse(text)
     return text
+
+
+class _Text(str):
+    """A text that stands for itself in a repr."""
+
+    __repr__ = str.__str__
+
+
+def _with_texts(policy: TokenPolicy) -> TokenPolicy:
+    """The policy with the specs of the policies within it in their place."""
+    twin = copy.copy(policy)
+    for name, value in vars(policy).items():
+        if isinstance(value, TokenPolicy):
+            object.__setattr__(twin, name, _Text(_written(value)))
+    return twin
 
 
 def _plain_layers(policy: TokenPolicy) -> TokenPolicy:
@@ -195,6 +207,8 @@ class _Spec:
             name, value = argument.arg or "**", self._value(argument.value)
             if name not in allowed:
                 self._fail(f"{kind.__name__} has no argument {name!r}{_meant(name, allowed)}")
+            if isinstance(value, TokenPolicy) and name in ("layers", "when"):
+                self._fail(f"expected {name} to be a plain value, got the policy {value!r}")
             if name in named:
                 self._fail(f"the argument {name!r} comes twice")
             named[name] = value

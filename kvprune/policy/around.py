@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -25,44 +26,47 @@ class Around(TokenPolicy):
     """A policy around a policy: override `rerank`, which is handed what the base answers.
 
     The base is asked as it would be by itself: at its layers, when it says, with its statistics.
-    Its hooks, statistics, promises and budget are those of the whole. A subclass that reads more
-    than the base overrides what the base promises too much of, as `layers_alike = False` where it
-    reads keys, and adds statistics as `super().statistics + (mine,)`.
+    Its hooks, statistics and budget are those of the whole, and so are its promises, but for
+    `constant_budget` and `sinks_before_window` where `rerank` is overridden: say these again if
+    they still hold. A subclass that reads keys, values or `layer` says `layers_alike = False`; one
+    that wants more observed adds it, as `super().statistics + (mine,)`.
+
+    `layers` and `when` are the base's, and no arguments: they are given to the base.
 
     Args:
         base: the policy within, which ranks slots; `a | b` is one too.
-        layers: the base's; an own value is refused.
-        when: the base's; an own value is refused.
 
     Raises:
-        KVPruneError: a base that is no policy or ranks no slots, or layers or a `when` of its own.
+        KVPruneError: a base that is no policy or ranks no slots.
     """
 
     base: TokenPolicy
-    layers: Collection[int] | None = field(default=None, kw_only=True, repr=False)
-    when: int | str | None = field(default=None, kw_only=True, repr=False)
+    layers: Collection[int] | None = field(default=None, init=False, repr=False)
+    when: int | str | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        name, base = type(self).__name__, self.base
-        if not isinstance(base, TokenPolicy) or "rank_slots" not in base.hooks:
+        if not isinstance(self.base, TokenPolicy) or "rank_slots" not in self.base.hooks:
             raise KVPruneError(
-                f"{name}: base={base!r}: expected a policy that ranks slots, as SnapKV(0.25)"
+                f"{type(self).__name__}: base={self.base!r}: expected a policy that ranks slots, "
+                f"as SnapKV(0.25)"
             )
-        for field_name in ("layers", "when"):
-            own, of_base = getattr(self, field_name), getattr(base, field_name)
-            if own not in (None, of_base):
-                raise KVPruneError(
-                    f"{name}: {field_name}={own!r}: expected none, as the base's holds "
-                    f"({of_base!r}). Give it to the base"
-                )
-            object.__setattr__(self, field_name, of_base)
+        self._follow(self.base)
+
+    def _follow(self, base: TokenPolicy) -> None:
+        """Takes over the base, and all that holds for it unless the class says otherwise."""
+        inside = any(part.positions_in_cache for part in leaves([base]))
+        taken: dict[str, Any] = {name: getattr(base, name) for name in ("layers", "when")}
+        promises = {name: getattr(base, name) for name in _PROMISES} | {
+            "positions_in_cache": inside
+        }
+        if type(self).rerank is not Around.rerank:
+            # Promises about what is kept, which is another answer's now.
+            promises |= {"constant_budget": False, "sinks_before_window": None}
         kinds = type(self).__mro__
         says = set[str]().union(*(vars(kind) for kind in kinds[: kinds.index(Around)]))
-        inside = any(part.positions_in_cache for part in leaves([base]))
-        promises = {name: getattr(base, name) for name in _PROMISES}
-        for promise, value in (promises | {"positions_in_cache": inside}).items():
-            if promise not in says:
-                object.__setattr__(self, promise, value)
+        taken |= {name: value for name, value in promises.items() if name not in says}
+        for name, value in {"base": base, **taken}.items():
+            object.__setattr__(self, name, value)
 
     def rerank(self, slots: SlotView, ranking: Ranking) -> Ranking | None:
         """Ranks a layer's slots, given the base's ranking of them.
@@ -116,12 +120,15 @@ class Around(TokenPolicy):
 
     def applies(self, layer: int) -> bool:
         """Where the base does."""
-        return self.base.applies(layer)
+        return super().applies(layer) and self.base.applies(layer)
 
     def is_due(self, moment: Moment) -> bool:
         """When the base is."""
         return self.base.is_due(moment)
 
     def _around(self, base: TokenPolicy) -> Self:
-        changed: dict[str, Any] = {"base": base, "layers": None, "when": None}
-        return replace(self, **changed)
+        if base is self.base:
+            return self
+        twin = copy.copy(self)
+        twin._follow(base)
+        return twin

@@ -23,6 +23,13 @@ def leaves(policies: Iterable[TokenPolicy]) -> Iterator[TokenPolicy]:
         yield from policy.parts if isinstance(policy, Union) else (policy,)
 
 
+def nested(policies: Iterable[TokenPolicy]) -> Iterator[TokenPolicy]:
+    """The policies, those within unions and within other policies too."""
+    for policy in leaves(policies):
+        yield policy
+        yield from nested(p for p in vars(policy).values() if isinstance(p, TokenPolicy))
+
+
 def evicts(policies: Iterable[TokenPolicy]) -> bool:
     """Whether some policy drops slots."""
     return any("rank_slots" in policy.hooks for policy in policies)

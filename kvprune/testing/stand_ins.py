@@ -117,7 +117,9 @@ class Watched(TokenPolicy):
         written = tuple(name for name, now, then in before if not torch.equal(now, then))
         alike = unordered = True
         if isinstance(view, SlotView):
-            other = replace(view, layer=(view.layer + 1) % view.num_layers)
+            # The next layer that it ranks at, this one if there is no other.
+            around = [(view.layer + i) % view.num_layers for i in range(1, view.num_layers + 1)]
+            other = replace(view, layer=next(filter(self.base.applies, around), view.layer))
             alike = not self.base.layers_alike or _same(answer, self.base.rank_slots(other))
             turned = _turned(view)
             again = self.base.rank_slots(turned)

@@ -92,7 +92,9 @@ def test_layer_with_none_before_it(layer):
 def test_layer_that_the_model_has_not():
     """Known with the model."""
     cache = ComposedCache([FastKV(0.5, layer=4)])
-    with pytest.raises(KVPruneError, match="layer=4: expected one from 1 to 3"):
+    with pytest.raises(
+        KVPruneError, match="layer=4: expected a layer behind one with attention, of 4: 1, 2, 3"
+    ):
         tiny_model()(prompt(1, 5), past_key_values=cache)
 
 

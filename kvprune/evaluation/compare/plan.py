@@ -16,7 +16,7 @@ from ...errors import KVPruneError
 from ...models.fingerprint import weights_digest
 from ...models.structure import base_of, unwrapped
 from ...policy.base import TokenPolicy
-from ...policy.composition import leaves
+from ...policy.composition import leaves, nested
 from ..ledger.identity import code_digest
 from ..ledger.results import Cell
 from ..measure.reading import longest_of
@@ -294,10 +294,10 @@ def _digests(line: Line, base: Any) -> tuple[str, str]:
     cache = ComposedCache(line.policies)
     # Binding refuses whatever else is not possible with the model.
     cache.bind(base._kvprune, base)
-    working = [p.for_model(base) for p in leaves(line.policies)]
+    working = list(nested(p.for_model(base) for p in line.policies))
     modules = [m for p in working for m in vars(p).values() if isinstance(m, nn.Module)]
     weights = " ".join(weights_digest(m)[:16] for m in modules)
-    return weights, code_digest(leaves(line.policies))
+    return weights, code_digest(nested(line.policies))
 
 
 def check_device(dtype: str, device: str) -> None:
