@@ -106,7 +106,7 @@ class Around(TokenPolicy):
 
     @property
     def fixed_budget(self) -> int:
-        """The base's."""
+        """The slots that the base keeps whatever the prompt's length."""
         return self.base.fixed_budget
 
     def with_budget(self, share: float) -> Self | None:
@@ -119,11 +119,11 @@ class Around(TokenPolicy):
         return self._around(self.base.for_model(model))
 
     def applies(self, layer: int) -> bool:
-        """Where the base does."""
+        """Whether the base ranks at this layer."""
         return super().applies(layer) and self.base.applies(layer)
 
     def is_due(self, moment: Moment) -> bool:
-        """When the base is."""
+        """Whether the base is asked at this moment."""
         return self.base.is_due(moment)
 
     def _around(self, base: TokenPolicy) -> Self:

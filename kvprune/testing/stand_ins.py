@@ -88,15 +88,15 @@ class Watched(TokenPolicy):
         return self.base.hooks
 
     def applies(self, layer: int) -> bool:
-        """Where `base` does."""
+        """Whether `base` ranks at this layer."""
         return self.base.applies(layer)
 
     def is_due(self, moment: Moment) -> bool:
-        """When `base` is."""
+        """Whether `base` is asked at this moment."""
         return self.base.is_due(moment)
 
     def awaits(self, part: Statistic, moment: Moment) -> bool:
-        """What `base` does."""
+        """Whether `base` reads the statistic, now or later."""
         return self.base.awaits(part, moment)
 
     def for_model(self, model: torch.nn.Module) -> Watched:
