@@ -5,7 +5,7 @@ Where the sources differ: the paper's code leaves the first two layers alone
 in float32: in bfloat16 three of four slots tie.
 
 In the first layer, equal tokens have keys of the same length but for rounding: which of them stay
-is chance there, as in the other implementations.
+is chance there.
 """
 
 from __future__ import annotations
