@@ -91,7 +91,7 @@ def test_a_row_is_as_it_is_alone(family, pipeline):
 
 @every_cell
 def test_beams(family, pipeline):
-    """Those of a row in a batch are those that it has alone."""
+    """A row in a batch has the beams that it has alone."""
     if refused(family, pipeline):
         return
     model: Any = attached_family(family)
@@ -106,7 +106,7 @@ def test_beams(family, pipeline):
 
 @every_cell
 def test_drafts(family, pipeline):
-    """The tokens that there are without them."""
+    """Drafts lead to the tokens that there are without them."""
     if refused(family, pipeline):
         return
     model: Any = attached_family(family)

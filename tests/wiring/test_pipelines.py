@@ -43,7 +43,7 @@ def numbers_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def alone(text: str, policy: kvprune.TokenPolicy) -> str:
-    """What `generate` says to one prompt with a cache of its own; padding is not said."""
+    """Returns what `generate` says to one prompt with a cache of its own, without padding."""
     ids = torch.tensor([[int(word) for word in text.split()]])
     cache = ComposedCache([policy])
     model: Any = tiny_model()
