@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -125,9 +126,13 @@ MOVES = {
 @given(listed, budgets, st.sampled_from(sorted(MOVES)), seeds)
 def test_rows_that_are_moved_go_on_as_they_would_have(policy, budget, how, seed):
     """Repeated, selected or reordered: each row's logits and kept sets are those of its origin."""
+    made = policy.make(budget)
+    if policy.name == "knorm":
+        # In the first layer, equal tokens tie but for rounding.
+        made = replace(made, layers=range(1, LAYERS))
     ids = prompt(3, 20, seed)
     mask = left_padded(ids, [0, 8, 3])["attention_mask"]
-    run = Run(tiny_model(), [policy.make(budget)])
+    run = Run(tiny_model(), [made])
     feed(run, ids, mask, [16, 1, 3])
     twin = copy.copy(run)
     twin.cache = copy.deepcopy(run.cache)

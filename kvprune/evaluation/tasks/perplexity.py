@@ -12,7 +12,7 @@ these alone are good for.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,7 +54,7 @@ class Perplexity(Task):
         refuse_short(self.name, context, len(first) + _BARE + 1)
         draws = (seeded(self.name, context, seed, i) for i in range(count))
         size = context - len(first)
-        texts = [_tokens(tokenizer, draw, size + _FOLLOWING) for draw in draws]
+        texts = [_tokens(tokenizer, start, size + _FOLLOWING) for start in _starts(draws)]
         return [_stretch(i, first, ids, size, tokenizer) for i, ids in enumerate(texts)]
 
     def score(self, sample: Sample, reader: Reader) -> Score:
@@ -81,14 +81,24 @@ def _stretch(
     return Stretch(number, prompt, bare, (answer,), tuple(following))
 
 
-def _tokens(tokenizer: Any, draw: random.Random, count: int) -> list[int]:
-    """The `count` tokens behind a sentence's start, which is drawn in the essays' first half.
+def _starts(draws: Iterable[random.Random]) -> list[int]:
+    """Starts of sentences in the essays' first half, no two of them the same."""
+    text, found = essays(), list[int]()
+    for draw in draws:
+        start = None
+        while start is None or start in found:
+            start = text.find(". ", int(draw.random() * len(text) / 2)) + 2
+        found.append(start)
+    return found
+
+
+def _tokens(tokenizer: Any, start: int, count: int) -> list[int]:
+    """The `count` tokens from a place in the essays on.
 
     Raises:
         KVPruneError: the essays have fewer tokens from there on.
     """
     text = essays()
-    start = text.find(". ", int(draw.random() * len(text) / 2)) + 2
     characters = count * _CHARACTERS_A_TOKEN
     while True:
         ids = list(tokenizer.encode(text[start : start + characters], add_special_tokens=False))
