@@ -67,11 +67,12 @@ Tests that passed on each supported release, by test file (`python -m bench.rele
 COMPOSITIONS = """
 ## Compositions
 
-Five pipelines of the policies that ship, unions and `layers=` splits among them, run in `generate`
+Six pipelines of the policies that ship, unions and `layers=` splits among them, run in `generate`
 on every family above: a row in a padded batch as it does alone, with beams, and with drafts (prompt
 lookup) as without. Refused by name are, on `bloom` and the three `falcon`, policies that read
-queries (`SnapKV`, `PyramidKV`, `FastKV`), since their attention shows none; drafts on these and on
-`deepseek_v3`, and on models with linear layers; pruning where the table has "-".
+queries (`SnapKV`, `PyramidKV`, `FastKV`, `ExpectedAttention`), since their attention shows none;
+`ExpectedAttention` on `deepseek_v3`, which stores latent keys; drafts on all of these, and on
+models with linear layers; pruning where the table has "-".
 """
 
 REFUSALS = """

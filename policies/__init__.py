@@ -1,5 +1,6 @@
 """The policies that ship with kvprune: one file, or one folder, for each paper."""
 
+from .expected_attention import ExpectedAttention
 from .fastkv import FastKV
 from .h2o import H2O
 from .keydiff import KeyDiff
@@ -16,6 +17,7 @@ __all__ = [
     "H2O",
     "SDTP",
     "TOVA",
+    "ExpectedAttention",
     "FastKV",
     "KeyDiff",
     "Knorm",

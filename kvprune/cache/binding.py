@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..policy.base import TokenPolicy
 from ..policy.checks import checked
 from ..policy.composition import leaves, wanted_at
 from ..positions.inside import positions_for
+from ..positions.rotary import Rotation, limit_of, query_rotations
 from ..statistics import Statistic, parts_of
 from ..storage.layer import SlotLayer
 from .state import CacheState
@@ -28,6 +29,8 @@ class Binding:
 
     attachment: the model, as caches know it.
     policies: what the cache's policies are on the model; see `TokenPolicy.for_model`.
+    rotations: of queries, by layer; empty where nobody reads them before rotation.
+    limit: the position from which on these are others; None if never.
     model: what the model was when the cache was tied to it, for files; see
         `models.fingerprint.described`.
     """
@@ -35,6 +38,8 @@ class Binding:
     attachment: Attachment
     policies: tuple[TokenPolicy, ...]
     model: dict[str, str]
+    rotations: tuple[Rotation, ...] = ()
+    limit: int | None = None
 
 
 def bind(
@@ -71,7 +76,14 @@ def bind(
         arrivals = positions is not None and positions.keeps_arrivals(index)
         layers.append(SlotLayer(statistics, local, arrivals))
     model = described(base, attachment.memory)
-    return Binding(attachment, working, model), CacheState(layers, positions)
+    binding = Binding(attachment, working, model)
+    slot_layers = [layer for layer in layers if isinstance(layer, SlotLayer)]
+    if any(part.reads == "unrotated" for layer in slot_layers for part in layer.layer_parts):
+        if "query rotations" not in attachment.memory:
+            attachment.memory["query rotations"] = tuple(query_rotations(base))
+        rotations = attachment.memory["query rotations"]
+        binding = replace(binding, rotations=rotations, limit=limit_of(base))
+    return binding, CacheState(layers, positions)
 
 
 def attached(model: torch.nn.Module, what: str) -> tuple[Attachment, Any]:
@@ -104,7 +116,7 @@ def _check_prunes(policy: TokenPolicy, attachment: Attachment) -> None:
 
 
 def _check_queries(wanted: Iterable[Statistic], who: str, attachment: Attachment) -> None:
-    asked = [part for part in parts_of(wanted) if part.reads == "queries"]
+    asked = [part for part in parts_of(wanted) if part.per == "layer"]
     if asked and attachment.cannot_show_queries:
         raise KVPruneError(
             f"{who}: {asked[0]!r} cannot be observed on {attachment.name}: "

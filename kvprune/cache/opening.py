@@ -14,6 +14,7 @@ from ..errors import KVPruneError
 from ..policy.base import TokenPolicy
 from ..policy.composition import evicts
 from ..policy.moment import Moment
+from ..positions.rotary import check_reach
 from ..statistics import Statistic
 from ..storage.rows import rows_after
 from .binding import Binding
@@ -45,6 +46,7 @@ class Opening:
         mask: Tensor | None,
         device: torch.device,
         logits_to_keep: int | Tensor,
+        positions: Tensor | None,
     ) -> Step:
         """A forward of `[rows, count]` tokens; see `WiredCache.open_step`."""
         state, session, attachment = self.state, self.session, self.binding.attachment
@@ -63,6 +65,8 @@ class Opening:
         asked = asked_tokens(keep, rows, count - drafts, device, lead)
         state.settle()
         position_ids = None
+        if self.binding.rotations:
+            position_ids = self._positions_handed(positions, rows, count, device)
         if state.positions is not None:
             layers = [layer for _, layer in state.slot_layers()]
             position_ids = state.positions.open(layers, new.columns, new.padding, new.rows)
@@ -79,9 +83,29 @@ class Opening:
             group=attachment.group,
             cache_positions=state.positions,
             position_ids=position_ids,
+            rotations=self.binding.rotations,
         )
         step.read = state.read
         return step
+
+    def _positions_handed(
+        self, positions: Tensor | None, rows: int, count: int, device: torch.device
+    ) -> Tensor:
+        """The positions `[B, Q]` of a forward's tokens, as the model takes them."""
+        if positions is None:
+            return torch.arange(count, device=device).expand(rows, -1) + self.state.seen
+        if positions.dim() == 3:
+            # Several of each token, as in pictures (mrope); the first of four is that in the text.
+            turning = positions[-3:]
+            if bool((turning != turning[:1]).any()):
+                raise KVPruneError(
+                    "queries before rotation, which QueryMoments reads, of tokens with several "
+                    "positions each (mrope), as in pictures: expected a prompt of text alone. Use "
+                    "a policy that reads no such queries, as SnapKV"
+                )
+            positions = turning[0]
+        check_reach(positions, self.binding.limit)
+        return positions.to(device).expand(rows, -1)
 
     def _moment(self, count: int, drafts: int) -> Moment:
         """The moment of the tokens before the drafts."""

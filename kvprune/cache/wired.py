@@ -309,7 +309,14 @@ class WiredCache(Cache):
         """
         self.guard.ask_logits(logits_to_keep)
 
-    def open_step(self, rows: int, count: int, mask: Tensor | None, device: torch.device) -> None:
+    def open_step(
+        self,
+        rows: int,
+        count: int,
+        mask: Tensor | None,
+        device: torch.device,
+        positions: Tensor | None = None,
+    ) -> None:
         """Begins a forward of `[rows, count]` tokens.
 
         Args:
@@ -318,6 +325,8 @@ class WiredCache(Cache):
             mask: padding mask `[B, seen + Q]`, None for no padding, or a 4-D mask that the
                 user gave, `[1|B, 1|Hq, Q, seen + Q]`.
             device: where the tokens are.
+            positions: the positions that the model is handed, `[1|B, Q]` or `[n, 1|B, Q]`; None
+                where it makes them from the columns.
 
         Raises:
             KVPruneError: the cache is in use or failed, there are no tokens, the batch size
@@ -330,7 +339,8 @@ class WiredCache(Cache):
         try:
             assert self.binding is not None
             opening = Opening(self.policies, self.observe, self.binding, self.state, self.session)
-            step = opening.step(rows, count, mask, device, guard.logits_to_keep)
+            keep = guard.logits_to_keep
+            step = opening.step(rows, count, mask, device, keep, positions)
         except BaseException:
             guard.release()
             raise

@@ -18,6 +18,7 @@ from ..attention.inputs import Inputs, Scores
 from ..attention.looks import blocks, looks, seen_by, views
 from ..attention.masks import Mask
 from ..policy.moment import Moment
+from ..policy.rotary import Rotary
 from ..policy.views import SlotView, Statistics
 from ..statistics import Block, Queries, Statistic, statistic_dtype
 from ..storage.layer import SlotLayer
@@ -27,6 +28,20 @@ from .survivors import next_to_go, surviving_slots
 
 Look = Callable[[Queries], Tensor | None]
 """The probabilities that newest queries give to a layer's slots; None where none are held."""
+
+
+@dataclass(frozen=True, eq=False)
+class Queried:
+    """What policies that read queries may know of a forward at a layer.
+
+    look: see above.
+    scaling, rotary, position: see `SlotView`.
+    """
+
+    look: Look
+    scaling: float
+    rotary: Rotary | None
+    position: Tensor | None
 
 
 def at_layer(step: Step, index: int, slots: SlotLayer) -> LayerStep:
@@ -66,8 +81,8 @@ class LayerStep:
     seen: columns shown so far, these included.
     before: columns shown so far, without these.
     moment: where these tokens are between prompt and decoding.
-    positions: `[B, Q]`, those of the queries, where positions are assigned inside the cache; else
-        None.
+    positions: `[B, Q]`, those of the queries, where positions are assigned inside the cache, or
+        where somebody reads queries before rotation; else None.
     origin: `[B]`, the position of the first token, which may be pruned by now; likewise.
     """
 
@@ -153,18 +168,18 @@ class LayerStep:
         """
         if not self.step.one_by_one:
             inputs = self._inputs(query, key, value, mask)
-            output, probabilities, look = self._attend(backend, module, inputs, arguments)
+            output, probabilities, queried = self._attend(backend, module, inputs, arguments)
             # Before slots go: they are still those that were attended to.
             probabilities = self.in_order(probabilities)
-            self.evict(look)
+            self.evict(queried)
             return output, probabilities
         # Drafts may be taken back: each is stored when its turn comes, and slots go after each.
         outputs = []
         for new, piece in self._pieces():
             held = piece.store(key[:, :, new], value[:, :, new])
             inputs = piece._inputs(query[:, :, new], *held, mask)
-            output, _, look = piece._attend(backend, module, inputs, arguments)
-            piece.evict(look)
+            output, _, queried = piece._attend(backend, module, inputs, arguments)
+            piece.evict(queried)
             outputs.append(output)
         return torch.cat(outputs, 1), None
 
@@ -184,12 +199,12 @@ class LayerStep:
 
     def _attend(
         self, backend: str, module: torch.nn.Module, inputs: Inputs, arguments: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None, Look | None]:
+    ) -> tuple[Tensor, Tensor | None, Queried | None]:
         """Attention, observed where that is wanted.
 
         Returns:
-            the output and probabilities, see `attend`; and what newest queries give to the slots,
-            None where no queries are held.
+            the output and probabilities, see `attend`; and what is known of queries, None where
+            nothing of them is held.
         """
         slots, reads = self.slots, {part.reads for part in self.slots.parts}
         if not reads and not slots.layer_parts:
@@ -197,17 +212,38 @@ class LayerStep:
         scores = scores_for(module, inputs, self._heads, **arguments)
         for part in slots.layer_parts:
             if self.step.awaits(part, self.index, self.moment):
-                slots.observe_queries(part, inputs.query.detach(), self.columns)
-        look = self._look(inputs, scores) if slots.records else None
+                slots.observe_queries(part, *self._queries(part, inputs.query.detach()))
+        queried = self._queried(inputs, scores) if slots.records else None
         single = inputs.query.shape[2] == 1
         if "received" not in reads and not ("probabilities" in reads and single):
             # Attention runs as if nothing were observed.
             output, probabilities = attend(backend, module, inputs, **arguments)
             self._observe(inputs, scores, None, None)
-            return output, probabilities if not reads else None, look
+            return output, probabilities if not reads else None, queried
         found = attend_and_observe(backend, module, inputs, scores, self._heads, self._dtype)
         self._observe(inputs, scores, found.received, found.probabilities)
-        return found.output, None, look
+        return found.output, None, queried
+
+    def _queries(self, part: Statistic, query: Tensor) -> tuple[Tensor, Tensor]:
+        """What a statistic per layer reads of `[B, Hq, Q, D]` queries; see `Statistic.join`."""
+        if part.reads == "queries":
+            return query, self.columns
+        assert self.positions is not None
+        rotary, query = self.step.rotations[self.index], query.to(self._dtype)
+        unturned = rotary.turned(query, *rotary.angles(-self.positions[:, None], query))
+        return unturned, self.rows.numbers_of(self.columns[:, None])[:, 0]
+
+    def _queried(self, inputs: Inputs, scores: Scores) -> Queried:
+        """What is known of queries, for policies."""
+        rotary = position = None
+        if self.positions is not None and self.step.rotations:
+            rotary = self.step.rotations[self.index]
+            # A row that has no token here: as many as it has, which is where most models have it.
+            last = torch.full_like(self.rows.first, self.seen - 1)
+            number = self.rows.numbers_of(last[:, None, None])[:, 0, 0]
+            newest = self.positions.masked_fill(self.columns < 0, -1).amax(-1)
+            position = torch.where(newest < 0, number, newest)
+        return Queried(self._look(inputs, scores), scores.scaling, rotary, position)
 
     @property
     def _heads(self) -> int:
@@ -329,16 +365,16 @@ class LayerStep:
             piece, positions=positions, origin=self.origin if start == 0 else positions[:, 0]
         )
 
-    def evict(self, look: Look | None = None) -> None:
+    def evict(self, queried: Queried | None = None) -> None:
         """Asks the policies that are due, after attention, and drops what none keeps.
 
         Args:
-            look: what newest queries give to the slots, where queries are held.
+            queried: what is known of queries, where something of them is held.
         """
         at, step, slots = self.on(self.slots.device), self.step, self.slots
         new = at.columns.shape[1]
         if step.prunes and at.seen <= step.seen + step.count - step.drafts:
-            step.previous = self._for_next_layer(look, new)
+            step.previous = self._for_next_layer(queried, new)
         due = step.due_at(self.index, self.moment)
         if not due and slots.local is None:
             return
@@ -349,7 +385,7 @@ class LayerStep:
         if step.same_rows and columns is held and [number for number, _ in due] == [full]:
             at._evict_next(due[0][0])
             return
-        view = at.view(columns, slots.statistics | slots.records, at.rows, look)
+        view = at.view(columns, slots.statistics | slots.records, at.rows, queried)
         left = surviving_slots(due, view, new > 1, step.not_finite)
         if columns is not held:
             slots.keep(_left(view.valid if left.kept is None else left.kept, left.gone))
@@ -361,14 +397,14 @@ class LayerStep:
             # A budget that was full may have grown with the prompt.
             slots.keep_all()
 
-    def _for_next_layer(self, look: Look | None, new: int) -> Statistics:
+    def _for_next_layer(self, queried: Queried | None, new: int) -> Statistics:
         """What policies before the next layer are shown: this layer's last `new` slots."""
         slots, step = self.slots, self.step
         values = {part: value[..., -new:].clone() for part, value in slots.statistics.items()}
         # Here, since slots may go before the next layer.
         looked: dict[Queries, Tensor] = {}
         for queries in step.queries_before(self.index + 1):
-            found = None if look is None else look(queries)
+            found = None if queried is None else queried.look(queries)
             if found is not None:
                 looked[queries] = found[..., -new:].clone()
         return Statistics(values, lambda queries: looked.get(queries))
@@ -389,7 +425,7 @@ class LayerStep:
         columns: Tensor,
         statistics: Mapping[Statistic, Any],
         rows: RowNumbers,
-        look: Look | None = None,
+        queried: Queried | None = None,
     ) -> SlotView:
         """The view of slots with these columns and statistics."""
         keys, arranged = self.slots.keys, self.step.arranged
@@ -406,10 +442,13 @@ class LayerStep:
             lengths=rows.prompt,
             keys=keys.detach(),
             values=self.slots.values.detach(),
-            statistic=Statistics(statistics, look),
+            statistic=Statistics(statistics, None if queried is None else queried.look),
             group=self.step.group,
             begin=rows.begin,
             numbers_of=rows.numbers_of,
+            scaling=None if queried is None else queried.scaling,
+            rotary=None if queried is None else queried.rotary,
+            position=None if queried is None else queried.position,
         )
 
     def _in_sight(self, columns: Tensor) -> Tensor:

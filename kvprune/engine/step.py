@@ -17,6 +17,7 @@ from ..models.devices import Copies
 from ..policy.base import TokenPolicy
 from ..policy.budget import Lengths
 from ..policy.moment import Moment
+from ..policy.rotary import Rotary
 from ..policy.views import Statistics, TokenView
 from ..positions.base import Positions
 from ..statistics import Queries, Statistic, parts_of
@@ -44,7 +45,8 @@ class Step:
         group: the processes that share the heads of a tensor parallel model; None for one alone.
         cache_positions: how positions are assigned inside the cache; None where they are not.
         position_ids: `[B, Q]`, the positions of all tokens, where these are assigned inside the
-            cache; else None.
+            cache, or where somebody reads queries before rotation; else None.
+        rotations: of queries, by layer; empty where nobody reads them before rotation.
 
     Attributes:
         count: tokens of this forward, Q.
@@ -84,6 +86,7 @@ class Step:
         group: Any = None,
         cache_positions: Positions | None = None,
         position_ids: Tensor | None = None,
+        rotations: Sequence[Rotary] = (),
     ) -> None:
         self._pruners = [p for p in policies if "rank_hidden" in p.hooks]
         self.evicters = [p for p in policies if "rank_slots" in p.hooks]
@@ -92,6 +95,7 @@ class Step:
         self.cache_positions = cache_positions
         columns = new.columns
         self.position_ids = position_ids
+        self.rotations = rotations
         self._asked = asked
         self._places: Tensor | None = None
         self._parked: Tensor | None = None

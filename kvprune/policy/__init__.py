@@ -9,6 +9,7 @@ from .base import TokenPolicy, check_positions
 from .budget import Budget, Lengths, newest, split_share
 from .one_budget import OneBudget
 from .pooling import check_kernel, pooled
+from .rotary import Rotary
 from .selection import Ranking, select
 from .views import SlotView, TokenView
 from .window import check_context, check_window
@@ -18,6 +19,7 @@ __all__ = [
     "Lengths",
     "OneBudget",
     "Ranking",
+    "Rotary",
     "SlotView",
     "TokenPolicy",
     "TokenView",

@@ -13,6 +13,7 @@ from ..errors import KVPruneError
 from ..statistics import Queries, Statistic, parts_of
 from .budget import Lengths, newest
 from .moment import Moment
+from .rotary import Rotary
 
 
 class Statistics:
@@ -215,6 +216,11 @@ class SlotView(_View):
     left: columns of the announced prompt that are still to come.
     since: columns since the prompt's end, 0 where it ends with these.
     group: as in `TokenView`; Hkv are then the heads of this process.
+    scaling: what attention multiplies products of queries and keys with; None where the policy
+        names no statistic per layer.
+    rotary: how the layer turns queries and keys by their position; None where the policy names no
+        statistic that reads queries before rotation, as `QueryMoments`.
+    position: `[B]`, the position of each row's newest token, as the model knows it; likewise.
     """
 
     layer: int
@@ -231,6 +237,9 @@ class SlotView(_View):
     group: Any = field(default=None, repr=False)
     begin: Callable[[int], Tensor] | None = field(default=None, repr=False)
     numbers_of: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+    scaling: float | None = None
+    rotary: Rotary | None = field(default=None, repr=False)
+    position: Tensor | None = None
 
     @property
     def order(self) -> Tensor:

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from ..errors import KVPruneError
 from ..models.devices import device_of, without_autocast
-from ..models.families import has_alibi
+from ..models.families import has_alibi, linear_layers
 from ..models.releases import CACHE_ARGUMENTS, with_cache
 from ..models.structure import argument, decoder_layers, takes, with_argument
 
@@ -71,6 +71,45 @@ class Rotation:
         return bool(((turned - there).abs() <= near * scale).all())
 
 
+@dataclass(frozen=True)
+class _Purpose:
+    """What rotations are wanted for, and what to do where they are not known."""
+
+    name: str
+    advice: str
+
+
+_POSITIONS = _Purpose(
+    "positions inside the cache",
+    "Expected a model with RoPE, or BLOOM; use positions='original' with this one",
+)
+_QUERIES = _Purpose(
+    "queries before rotation, which QueryMoments reads,",
+    "Use a policy that reads no such queries, as SnapKV",
+)
+
+UNTURNED = Rotation(torch.zeros(0, dtype=torch.float64), 0, interleaved=False)
+"""The rotation of a layer that turns nothing."""
+
+
+def query_rotations(base: Any) -> list[Rotation]:
+    """The rotation of each layer's queries; also of models whose positions are learned (GPT-2).
+
+    Found by trial as in `rotations_of`, but with layers that are handed the same hidden states at
+    both positions, so that only what a layer itself does with positions is seen.
+
+    Raises:
+        KVPruneError: some layer does something else with positions, as latent attention (MLA).
+    """
+    config = base.config.get_text_config(decoder=True)
+    if getattr(config, "kv_lora_rank", None):
+        raise _unknown(base, _QUERIES, "it stores latent keys (MLA), unlike its queries")
+    if has_alibi(base):
+        return [UNTURNED] * config.num_hidden_layers
+    found = _rotations(base, _QUERIES, alike=True)
+    return [UNTURNED if rotation is None else rotation for rotation in found]
+
+
 def rotations_of(base: Any) -> list[Rotation | None]:
     """The rotation of each layer of a model; None for one that turns no keys (NoPE, ALiBi).
 
@@ -82,25 +121,45 @@ def rotations_of(base: Any) -> list[Rotation | None]:
     """
     if has_alibi(base):
         return [None] * base.config.num_hidden_layers
-    keys = _probe(base)
-    names = [n for n, _ in base.named_buffers() if n.endswith("inv_freq") and "original" not in n]
-    found = [base.get_buffer(name).double() for name in names]
-    rotations = [_rotation_of(base, layer, found) for layer in keys]
+    if any(linear_layers(base)):
+        raise _unknown(base, _POSITIONS, "it has linear-attention layers, which keep no keys")
+    rotations = _rotations(base, _POSITIONS, alike=False)
     if not any(rotations):
-        raise _no_positions(base)
+        raise _unknown(base, _POSITIONS, _UNEXPLAINED)
     return rotations
 
 
+def _rotations(base: Any, purpose: _Purpose, alike: bool) -> list[Rotation | None]:
+    """The rotation of each layer's keys; None for one that turns nothing, or has no keys.
+
+    Args:
+        base: the model.
+        purpose: what for.
+        alike: see `_probe`.
+    """
+    names = [n for n, _ in base.named_buffers() if n.endswith("inv_freq") and "original" not in n]
+    found = [base.get_buffer(name).double() for name in names]
+    keys = _probe(base, alike)
+    # A decoder out of an encoder-decoder model has a cache for each layer of the encoder.
+    layers = keys[: len(decoder_layers(base))]
+    return [None if k is None else _rotation_of(base, k, found, purpose) for k in layers]
+
+
 @torch.no_grad()
-def _probe(base: Any) -> list[Tensor]:
-    """Each layer's keys of one token at two positions, `[2, H, 1, D]`."""
+def _probe(base: Any, alike: bool) -> list[Any]:
+    """Each layer's keys of one token at two positions, `[2, H, 1, D]`; None for a linear layer.
+
+    Args:
+        base: the model.
+        alike: whether each layer is handed the same hidden states at both.
+    """
     device = device_of(base.get_input_embeddings())
     token = _token(base, device)
     cache: Any = DynamicCache(config=base.config)
     where = torch.tensor(PROBED, device=device)[:, None]
     training = [module for module in base.modules() if module.training]
     hooks = [
-        layer.register_forward_pre_hook(partial(_made_finite, cache), with_kwargs=True)
+        layer.register_forward_pre_hook(partial(_made_finite, cache, alike), with_kwargs=True)
         for layer in decoder_layers(base)
     ]
     base.eval()
@@ -112,11 +171,7 @@ def _probe(base: Any) -> list[Tensor]:
             hook.remove()
         for module in training:
             module.training = True
-    # A decoder out of an encoder-decoder model has a cache for each layer of the encoder.
-    layers = cache.layers[: len(decoder_layers(base))]
-    if any(getattr(layer, "keys", None) is None for layer in layers):
-        raise _no_positions(base)
-    return [layer.keys for layer in layers]
+    return [getattr(layer, "keys", None) for layer in cache.layers]
 
 
 def _token(base: Any, device: torch.device) -> dict[str, Tensor]:
@@ -132,25 +187,31 @@ def _token(base: Any, device: torch.device) -> dict[str, Tensor]:
 
 
 def _made_finite(
-    cache: Any, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    cache: Any, alike: bool, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Hands a layer other numbers where those of the layer before have overflown, as in float16.
 
-    The same ones at both positions. In the trial's own forward alone: others may run meanwhile.
+    The same ones at both positions; `alike`, those of the first at both, whatever they are. In the
+    trial's own forward alone: others may run meanwhile.
     """
     hidden = argument(layer, args, kwargs, "hidden_states")
     mine = any(argument(layer, args, kwargs, name) is cache for name in CACHE_ARGUMENTS)
-    if not mine or bool(hidden.isfinite().all()):
+    if not mine or (bool(hidden.isfinite().all()) and not alike):
         return None
+    if bool(hidden.isfinite().all()):
+        same = hidden[:1].expand_as(hidden)
+        return with_argument(layer, args, kwargs, "hidden_states", same)
     numbers = torch.randn(hidden.shape[1:], generator=torch.Generator().manual_seed(0))
     return with_argument(layer, args, kwargs, "hidden_states", numbers.to(hidden).expand_as(hidden))
 
 
-def _rotation_of(base: Any, keys: Tensor, found: list[Tensor]) -> Rotation | None:
+def _rotation_of(
+    base: Any, keys: Tensor, found: list[Tensor], purpose: _Purpose
+) -> Rotation | None:
     if not bool(keys.isfinite().all()):
         raise KVPruneError(
-            f"positions inside the cache with {type(base).__name__}: a layer's keys are not finite "
-            f"(NaN or infinite), whatever it is handed, so that nobody can tell how it turns them. "
+            f"{purpose.name} with {type(base).__name__}: a layer's keys are not finite (NaN or "
+            f"infinite), whatever it is handed, so that nobody can tell how it turns them. "
             f"Expected finite weights, and a dtype in which they do not overflow: bfloat16 or "
             f"float32"
         )
@@ -171,16 +232,17 @@ def _rotation_of(base: Any, keys: Tensor, found: list[Tensor]) -> Rotation | Non
                 guess = Rotation(frequencies, start, interleaved)
                 if guess.explains(here, there, by, near):
                     return guess
-    raise _no_positions(base)
+    raise _unknown(base, purpose, _UNEXPLAINED)
 
 
-def _no_positions(base: Any) -> KVPruneError:
-    return KVPruneError(
-        f"positions inside the cache with {type(base).__name__}: its keys are not turned by "
-        f"their position as RoPE does, nor is it known to tell positions by exact distances (the "
-        f"ALiBi of Falcon is rounded to bfloat16), so they cannot be moved. Expected a model with "
-        f"RoPE, or BLOOM; use positions='original' with this one"
-    )
+_UNEXPLAINED = (
+    "its keys are not turned by their position as RoPE does, nor is it known to tell positions by "
+    "exact distances (the ALiBi of Falcon is rounded to bfloat16), so they cannot be moved"
+)
+
+
+def _unknown(base: Any, purpose: _Purpose, why: str) -> KVPruneError:
+    return KVPruneError(f"{purpose.name} with {type(base).__name__}: {why}. {purpose.advice}")
 
 
 def limit_of(base: Any) -> int | None:
@@ -194,10 +256,15 @@ def limit_of(base: Any) -> int | None:
 
 
 def check_reach(positions: Tensor, limit: int | None) -> None:
-    """Refuses positions `[B, Q]` where the model changes its frequencies; see `limit_of`."""
+    """Refuses positions `[B, Q]` where the model changes its frequencies; see `limit_of`.
+
+    Raises:
+        KVPruneError: see above.
+    """
     if limit is not None and int(positions.max()) >= limit:
         raise KVPruneError(
-            f"positions inside the cache reach {limit}, from where on this model changes "
-            f"its frequencies: expected a smaller budget, and prompts that are read in chunks "
+            f"positions inside the cache, or of queries that are to be seen before rotation, reach "
+            f"{limit}, from where on this model changes its frequencies: expected shorter inputs; "
+            f"or, inside the cache, a smaller budget and prompts that are read in chunks "
             f"(prefill_chunk_size)"
         )

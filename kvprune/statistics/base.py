@@ -15,8 +15,11 @@ from torch import Tensor
 
 from ..errors import KVPruneError
 
-PER = ("slot", "layer")
-READS = ("received", "views", "probabilities", "queries")
+READS_OF = {
+    "slot": ("received", "views", "probabilities"),
+    "layer": ("queries", "unrotated"),
+}
+"""By what a statistic is per: what it can read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +59,8 @@ class Statistic:
         reads: what `join` is handed. For slots "received", the probabilities that each slot
             received in a forward, added up over the queries, `[B, Hkv, S]`; "views", the number of
             queries in a forward that could see the slot, the same shape; "probabilities", a `Block`
-            of queries after the other, in order. For layers "queries".
+            of queries after the other, in order. For layers "queries", as attention is handed
+            them; "unrotated", before their position turned them (RoPE).
         start: the number that a slot begins with.
         newest: how many of a forward's newest queries matter, for "probabilities"; None for all.
             Where it is small, attention runs as if nothing were observed.
@@ -83,8 +87,9 @@ class Statistic:
         Args:
             held: `[B, Hkv, S]`, where it is per slot. Where it is per layer a tuple of tensors; an
                 empty one before the first forward.
-            new: see `reads`. For "queries" a pair: `[B, Hq, Q, D]` as attention is handed them, and
-                their columns `[B, Q]` int64, -1 for padding.
+            new: see `reads`. For "queries" a pair: `[B, Hq, Q, D]`, and their columns `[B, Q]`
+                int64, -1 for padding. For "unrotated" likewise, with the numbers of the tokens in
+                their rows, from 0, in place of columns, and queries in float32 at least.
 
         Returns:
             what replaces `held`, of the same form; not the same tensors written to.
@@ -127,11 +132,11 @@ def check_statistics(wanted: Any, what: str) -> None:
 
 
 def _check_part(part: Statistic, what: str) -> None:
-    layers = part.per == "layer"
-    if part.per not in PER or part.reads not in READS or layers != (part.reads == "queries"):
+    if part.reads not in READS_OF.get(part.per, ()):
         raise KVPruneError(
             f"{what}: {part!r} has per={part.per!r} and reads={part.reads!r}: expected per 'slot' "
-            f"with reads 'received', 'views' or 'probabilities', or per 'layer' with 'queries'"
+            f"with reads 'received', 'views' or 'probabilities', or per 'layer' with 'queries' or "
+            f"'unrotated'"
         )
     if type(part).join is Statistic.join:
         raise KVPruneError(f"{what}: {part!r}: expected a statistic with a method join(held, new)")

@@ -72,7 +72,8 @@ class Driver:
         window: the sliding window; None for none.
         dtype: the dtype of queries, keys and values.
         sharpness: a factor on the queries; the higher, the sharper is the attention.
-        frequencies: the rotary frequencies for positions inside the cache; None for no rotation.
+        frequencies: the rotary frequencies for positions inside the cache, and for queries before
+            rotation; None for no rotation.
     """
 
     def __init__(
@@ -93,7 +94,9 @@ class Driver:
         self.base = _Base()
         self.base.__dict__["_kvprune"] = self.attachment
         if frequencies is not None:
-            self.attachment.memory["rotations"] = [Rotation(frequencies, 0, interleaved=False)]
+            rotations = [Rotation(frequencies, 0, interleaved=False)]
+            known = {"rotations": rotations, "query rotations": rotations}
+            self.attachment.memory.update(known)
         self.cache.bind(self.attachment, self.base)
         self.window, self.dtype, self.sharpness = window, dtype, sharpness
         self.module = _Attention(heads // kv_heads)

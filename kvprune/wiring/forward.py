@@ -108,7 +108,7 @@ def forward_of_base(
         if asks_probabilities:
             cache.step.attended = {}
         positions = cache.step.position_ids
-        if positions is not None and takes(base, "position_ids"):
+        if cache.step.cache_positions is not None and takes(base, "position_ids"):
             args, kwargs = with_argument(base, args, kwargs, "position_ids", positions)
         output = forward(*args, **kwargs)
         done = True
@@ -140,7 +140,8 @@ def _open_step(
     mask = argument(base, args, kwargs, "attention_mask")
     if mask is not None and not isinstance(mask, Tensor):
         raise KVPruneError(f"attention_mask: expected a tensor, got {type(mask).__name__}")
-    cache.open_step(tokens.shape[0], tokens.shape[1], mask, tokens.device)
+    positions = argument(base, args, kwargs, "position_ids")
+    cache.open_step(tokens.shape[0], tokens.shape[1], mask, tokens.device, positions)
     return tokens, bool(asks_probabilities)
 
 

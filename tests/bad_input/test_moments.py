@@ -7,12 +7,22 @@ from typing import Any
 import pytest
 import torch
 
+import kvprune
 from kvprune import ComposedCache, KVPruneError
-from kvprune.policies import TOVA, FastKV, KeyDiff, Knorm, ObservedAttention, PyramidKV, SnapKV
-from kvprune.statistics import Attention, Queries
+from kvprune.policies import (
+    TOVA,
+    ExpectedAttention,
+    FastKV,
+    KeyDiff,
+    Knorm,
+    ObservedAttention,
+    PyramidKV,
+    SnapKV,
+)
+from kvprune.statistics import Attention, Queries, QueryMoments
 
 from ..support.family_models import attached_family
-from ..support.models import prompt, tiny_model
+from ..support.models import fresh_model, prompt, tiny_model
 from .checks import LENGTH, NAN, assert_same_future, filled, held
 
 
@@ -67,7 +77,8 @@ def test_budget_without_room_beside_the_window(make, budget):
 
 @pytest.mark.parametrize("budget", [0, -1, 1.5, 0.0, NAN, True, "0.5", None], ids=repr)
 @pytest.mark.parametrize(
-    "make", [SnapKV, PyramidKV, TOVA, KeyDiff, Knorm, ObservedAttention, FastKV]
+    "make",
+    [SnapKV, PyramidKV, TOVA, KeyDiff, Knorm, ObservedAttention, FastKV, ExpectedAttention],
 )
 def test_budget_that_is_none(make, budget):
     """Of every policy with one budget."""
@@ -103,6 +114,45 @@ def test_queries_of_no_number(count):
     """The statistic itself says so."""
     with pytest.raises(KVPruneError, match="expected a whole number of queries, at least 1"):
         Queries(count)
+
+
+@pytest.mark.parametrize("skip", [-1, 2.0, True, None], ids=repr)
+def test_first_tokens_of_no_number(skip):
+    """Those that do not count."""
+    with pytest.raises(KVPruneError, match="expected a whole number of tokens, at least 0"):
+        QueryMoments(skip)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"sinks": -1}, "sinks=-1: expected a number of tokens, at least 0"),
+        ({"sinks": 1.0}, "sinks=1.0: expected a number of tokens"),
+        ({"sinks": 9}, r"9 tokens: expected more tokens than the sinks \(9\)"),
+        ({"future": 0}, "future=0: expected a number of tokens, at least 1"),
+        ({"future": True}, "future=True: expected"),
+        ({"epsilon": -0.1}, "epsilon=-0.1: expected a number of at least 0"),
+        ({"epsilon": NAN}, "epsilon=nan: expected"),
+        ({"epsilon": "0"}, "epsilon='0': expected"),
+    ],
+)
+def test_expectation_of_nothing(options, match):
+    """Sinks that fill a budget in tokens, a future of no tokens."""
+    with pytest.raises(KVPruneError, match=match):
+        ExpectedAttention(9, **options)
+
+
+def test_positions_beyond_the_known_frequencies():
+    """Where the model changes how it turns, nobody can turn back; the cache goes on."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model: Any = fresh_model(rope_parameters=rope, max_position_embeddings=32)
+    kvprune.attach(model)
+    cache, ids = ComposedCache([ExpectedAttention(0.5)]), prompt(1, 30)
+    model(ids, past_key_values=cache, logits_to_keep=1)
+    with pytest.raises(KVPruneError, match="reach 32, from where on this model changes"):
+        model(prompt(1, 3), past_key_values=cache)
+    assert cache.seen == 30
+    model(prompt(1, 2), past_key_values=cache)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import kvprune
 from kvprune.policies import (
     TOVA,
+    ExpectedAttention,
     FastKV,
     KeyDiff,
     Knorm,
@@ -43,6 +44,7 @@ class Row:
     """One row of a driver, token by token: what an oracle is handed.
 
     begin: the number of the first token of the prompt that is read, for newest queries.
+    padding: the columns before the first token.
     """
 
     heads: int
@@ -52,6 +54,7 @@ class Row:
     held: list[list[int]] = field(default_factory=list)
     history: History = field(default_factory=list)
     begin: int = 0
+    padding: int = 0
 
     def read(self, q: Any, k: Any, v: Any) -> None:
         """New tokens attend to what is held and to each other."""
@@ -71,6 +74,34 @@ class Row:
 
 
 Oracle = Callable[[Row], list[set[int]]]
+
+FREQUENCIES = torch.tensor([1.0, 0.3, 0.01], dtype=torch.float64)
+
+
+def turn(position: float) -> Any:
+    """The matrix `[D, D]` that turns a key by its position: three of four pairs, as RoPE does."""
+    found = np.eye(8)
+    for i, frequency in enumerate(FREQUENCIES.tolist()):
+        angle = position * frequency
+        found[i, i] = found[i + 3, i + 3] = np.cos(angle)
+        found[i, i + 3], found[i + 3, i] = -np.sin(angle), np.sin(angle)
+    return found
+
+
+def expected_attention(row: Row, budget: int, begin: int, **options: Any) -> list[set[int]]:
+    """The oracle's answer, with moments of the queries from number `begin` on."""
+    n, sinks = row.q.shape[1], options["sinks"]
+    # Here positions are columns.
+    back = np.stack([turn(i + row.padding).T for i in range(n)])
+    q = np.einsum("nde,hne->hnd", back, row.q)
+    skip = max(sinks, begin)
+    heads, size = q.shape[0], q.shape[2]
+    moments = np.zeros((heads, size)), np.zeros((heads, size, size))
+    if skip < n:
+        moments = oracles.query_moments(q, skip)
+    ahead = np.mean([turn(row.padding + n - 1 + t) for t in range(1, 9)], axis=0)
+    return oracles.expected_attention(row.k, row.v, *moments, ahead, row.held, budget, **options)
+
 
 # By name: the policy, the oracle, and how the policy's newest queries begin.
 METHODS: dict[str, tuple[kvprune.TokenPolicy, Oracle]] = {
@@ -100,6 +131,14 @@ METHODS: dict[str, tuple[kvprune.TokenPolicy, Oracle]] = {
         ObservedAttention(7),
         lambda row: oracles.observed_attention(row.q, row.k, row.history, 7),
     ),
+    "ExpectedAttention": (
+        ExpectedAttention(7, sinks=2, future=8),
+        lambda row: expected_attention(row, 7, row.begin, sinks=2),
+    ),
+    "ExpectedAttention in every step": (
+        ExpectedAttention(6, sinks=1, future=8, epsilon=0.02, when=None),
+        lambda row: expected_attention(row, 6, 0, sinks=1, epsilon=0.02),
+    ),
     "ObservedAttention every three": (
         ObservedAttention(7, when=3),
         lambda row: oracles.observed_attention(row.q, row.k, row.history, 7),
@@ -126,8 +165,8 @@ def drive(
         seed: of the numbers.
         decode: single tokens after each prompt.
     """
-    driver = Driver([policy], 2, *heads, seed=seed)
-    rows = [Row(heads[1]) for _ in range(2)]
+    driver = Driver([policy], 2, *heads, seed=seed, frequencies=FREQUENCIES)
+    rows = [Row(heads[1], padding=pad) for pad in padding]
     first = list(padding)
     for pieces in prompts:
         for row in rows:

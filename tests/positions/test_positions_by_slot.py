@@ -220,11 +220,11 @@ class Checked(kvprune.ComposedCache):
         self.raw: dict[tuple[int, int, int, int], torch.Tensor] = {}
         self.checked = 0
 
-    def open_step(self, rows, count, mask, device) -> None:
+    def open_step(self, rows, count, mask, device, positions=None) -> None:
         """A row's first new token stands behind the most that any layer and head holds."""
         held = [layer.columns for layer in self.layers if layer.is_initialized]
         most = [max([0, *((c[row] >= 0).sum(-1).max() for c in held)]) for row in range(rows)]
-        super().open_step(rows, count, mask, device)
+        super().open_step(rows, count, mask, device, positions)
         for row, columns in enumerate(self.step.columns.tolist()):
             valid = [i for i, column in enumerate(columns) if column >= 0]
             assert self._at(row, valid) == [int(most[row]) + n for n in range(len(valid))]

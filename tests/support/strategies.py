@@ -16,6 +16,7 @@ from kvprune.policies import (
     H2O,
     SDTP,
     TOVA,
+    ExpectedAttention,
     FastKV,
     KeyDiff,
     Knorm,
@@ -124,6 +125,18 @@ POLICIES = [
         lambda n: ObservedAttention(n, when="first"),
         lambda n: n,
         lambda: ObservedAttention(500),
+    ),
+    Listed(
+        "expected",
+        lambda n: ExpectedAttention(n, sinks=1, future=16, epsilon=0.02),
+        lambda n: n,
+        lambda: ExpectedAttention(500),
+    ),
+    Listed(
+        "expected-always",
+        lambda n: ExpectedAttention(n, sinks=0, future=5, when=None),
+        lambda n: n,
+        lambda: ExpectedAttention(500, when=None),
     ),
     Listed(
         "around",

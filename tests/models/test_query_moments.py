@@ -1,0 +1,78 @@
+"""Queries before rotation on every family: the same wherever a token stands."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+import kvprune
+from kvprune.statistics import Queries, QueryMoments
+
+from ..support.family_models import FAMILIES, StaysDouble, attached_family
+from ..support.models import left_padded, prompt
+
+REFUSED = {
+    **dict.fromkeys(("bloom", "falcon", "falcon-alibi", "falcon-new"), "cannot be observed on"),
+    "deepseek_v3": "latent keys",
+}
+
+
+def moments(model: Any, cache: Any, **inputs: Any) -> list[Any]:
+    """What is held of each layer's queries once the model has read something."""
+    with torch.no_grad(), StaysDouble():
+        model(**inputs, past_key_values=cache)
+    return [layer.records for layer in cache.layers if getattr(layer, "records", None)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_query_is_turned_back_to_where_it_came_from(family):
+    """A token alone at position 0, which nothing turns, and at position 11: the same queries."""
+    model: Any = attached_family(family)
+    wanted = QueryMoments(0), Queries(1)
+    ids, where = prompt(1, 1), torch.tensor([[11]])
+    if family in REFUSED:
+        with pytest.raises(kvprune.KVPruneError, match=REFUSED[family]):
+            moments(model, kvprune.ComposedCache([], observe=wanted), input_ids=ids)
+        return
+    caches = [kvprune.ComposedCache([], observe=wanted) for _ in range(2)]
+    here = moments(model, caches[0], input_ids=ids)
+    if family in ("gpt2", "opt", "gpt_bigcode"):
+        # Learned positions are part of the states that queries are made of.
+        where = torch.tensor([[0]])
+    there = moments(model, caches[1], input_ids=ids, position_ids=where)
+    assert here
+    for unmoved, moved in zip(here, there, strict=True):
+        mean, spread = wanted[0].value(moved[wanted[0]])
+        torch.testing.assert_close(mean, unmoved[wanted[1]][0][:, :, 0], rtol=1e-5, atol=1e-6)
+        assert not bool(spread.any())
+
+
+@pytest.mark.parametrize("edges", [(0, 20), (0, 1, 7, 8, 13, 20)])
+def test_pieces_and_padding_change_nothing(edges):
+    """The moments of a row read alone, in one go, which numpy takes from its queries."""
+    model, inputs = attached_family("llama"), left_padded(prompt(2, 20), [0, 6])
+    wanted = QueryMoments(3)
+    cache = kvprune.ComposedCache([], observe=(wanted,))
+    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with cache.prompt([20, 14]):
+        for start, stop in pairwise(edges):
+            found = moments(
+                model,
+                cache,
+                input_ids=inputs["input_ids"][:, start:stop],
+                attention_mask=inputs["attention_mask"][:, :stop],
+                position_ids=positions[:, start:stop],
+            )
+    for row, padding in enumerate((0, 6)):
+        alone = kvprune.ComposedCache([], observe=(wanted, QueryMoments(0), Queries(20)))
+        ids = inputs["input_ids"][row : row + 1, padding:]
+        for held, own in zip(found, moments(model, alone, input_ids=ids), strict=True):
+            mean, spread = (part[row] for part in wanted.value(held[wanted]))
+            expected = wanted.value(own[wanted])
+            torch.testing.assert_close(mean, expected[0][0], rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(spread, expected[1][0], rtol=1e-9, atol=1e-11)
+            # Another count of tokens has other moments.
+            assert not torch.allclose(mean, wanted.value(own[QueryMoments(0)])[0][0])
