@@ -93,8 +93,8 @@ class Opening:
     ) -> Tensor:
         """The positions `[B, Q]` of a forward's tokens, as the model takes them."""
         if positions is None:
-            return torch.arange(count, device=device).expand(rows, -1) + self.state.seen
-        if positions.dim() == 3:
+            positions = torch.arange(self.state.seen, self.state.seen + count, device=device)
+        elif positions.dim() == 3:
             # Several of each token, as in pictures (mrope); the first of four is that in the text.
             turning = positions[-3:]
             if bool((turning != turning[:1]).any()):
