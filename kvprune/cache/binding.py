@@ -63,6 +63,7 @@ def bind(
         _check_layers(policy, attachment)
         _check_prunes(policy, attachment)
         _check_queries(policy.statistics, repr(policy), attachment)
+        _check_across(policy, attachment)
     _check_queries(observe, "observe", attachment)
     working = checked([policy.for_model(base) for policy in policies])
     positions = positions_for(working, base, attachment.memory)
@@ -121,6 +122,15 @@ def _check_queries(wanted: Iterable[Statistic], who: str, attachment: Attachment
         raise KVPruneError(
             f"{who}: {asked[0]!r} cannot be observed on {attachment.name}: "
             f"{attachment.cannot_show_queries}. Use policies that read no queries, as H2O"
+        )
+
+
+def _check_across(policy: TokenPolicy, attachment: Attachment) -> None:
+    if attachment.group is not None and "rank_layers" in policy.hooks:
+        raise KVPruneError(
+            f"{policy!r} ranks the slots of all layers at once, of which each process of a tensor "
+            f"parallel model has only some heads: expected a policy with rank_slots, or a model in "
+            f"one process"
         )
 
 

@@ -56,7 +56,8 @@ class Opening:
         new = self._arrival(rows, count, mask, device)
         drafts = session.drafts(state.seen, count)
         one_by_one = drafts > 0 and self._treats_drafts_apart(count - drafts)
-        self._check_drafts(drafts, one_by_one)
+        moment = self._moment(count, drafts)
+        self._check_drafts(drafts, one_by_one, moment)
         if state.positions is not None:
             state.positions.check(state.rows, new.rows, state.seen)
         # Of a prompt with drafts behind it, what it would be asked for without them.
@@ -76,7 +77,7 @@ class Opening:
             state.seen,
             new,
             asked,
-            self._moment(count, drafts),
+            moment,
             self.observe,
             drafts,
             one_by_one=one_by_one,
@@ -167,9 +168,24 @@ class Opening:
         numbers = rows_after(state.rows, columns, added, padding, same)
         return Arrival(columns, complete, padding, numbers, numbers is state.rows)
 
-    def _check_drafts(self, drafts: int, one_by_one: bool) -> None:
-        """Refuses drafts on a model that cannot take them back."""
+    def _check_drafts(self, drafts: int, one_by_one: bool, moment: Moment) -> None:
+        """Refuses drafts on a model that cannot take them back, or beside all layers at once.
+
+        Args:
+            drafts: how many there are.
+            one_by_one: whether each layer treats them one by one.
+            moment: of the tokens before them.
+        """
         attachment = self.binding.attachment
+        behind = [moment, *(Moment(1, since=moment.since + i + 1) for i in range(drafts))]
+        for policy in self.binding.policies if drafts else ():
+            if "rank_layers" in policy.hooks and any(policy.is_due(each) for each in behind):
+                raise KVPruneError(
+                    f"assisted decoding and recording with {policy!r} are refused: it "
+                    f"ranks the slots of all layers at once, after the last one, while drafts are "
+                    f"taken one by one in each layer. Leave out assistant_model and "
+                    f"prompt_lookup_num_tokens"
+                )
         if drafts and attachment.cannot_record and (one_by_one or self.state.is_hybrid):
             raise KVPruneError(
                 f"assisted decoding and recording with {self.policies!r} on "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..engine.step import Step
-from ..engine.turnover import evict_together
+from ..engine.turnover import evict_across, evict_together
 from ..errors import KVPruneError
 from ..models.releases import LinearAttentionLayer
 from ..positions.base import Positions
@@ -154,6 +154,7 @@ class CacheState:
     def take_over(self, step: Step) -> None:
         """After the last layer: what the forward leaves behind."""
         self.together = evict_together(step, self.together)
+        evict_across(step)
         _hold_states(step)
         if step.moment.ends:
             self.prompt_end, self.prompts = self.seen + step.moment.new, self.prompts + 1

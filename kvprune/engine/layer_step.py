@@ -24,7 +24,7 @@ from ..statistics import Block, Queries, Statistic, statistic_dtype
 from ..storage.layer import SlotLayer
 from ..storage.rows import RowNumbers
 from .step import Step
-from .survivors import next_to_go, surviving_slots
+from .survivors import narrowed, next_to_go, surviving_slots
 
 Look = Callable[[Queries], Tensor | None]
 """The probabilities that newest queries give to a layer's slots; None where none are held."""
@@ -243,6 +243,8 @@ class LayerStep:
             number = self.rows.numbers_of(last[:, None, None])[:, 0, 0]
             newest = self.positions.masked_fill(self.columns < 0, -1).amax(-1)
             position = torch.where(newest < 0, number, newest)
+        # Looks may be asked for after the last layer; nobody wants this forward's queries then.
+        inputs = replace(inputs, query=inputs.query.new_empty(0))
         return Queried(self._look(inputs, scores), scores.scaling, rotary, position)
 
     @property
@@ -375,19 +377,24 @@ class LayerStep:
         new = at.columns.shape[1]
         if step.prunes and at.seen <= step.seen + step.count - step.drafts:
             step.previous = self._for_next_layer(queried, new)
-        due = step.due_at(self.index, self.moment)
-        if not due and slots.local is None:
+        due, late = step.due_at(self.index, self.moment), step.late_at(self.moment)
+        if not due and not late and slots.local is None:
             return
         # Once: below a budget, where there is room for more, each is a view of its own.
         held = slots.columns
         columns = at._in_sight(held)
         full = slots.turnover.policy
-        if step.same_rows and columns is held and [number for number, _ in due] == [full]:
+        alone = [number for number, _ in due] == [full] and not late
+        if step.same_rows and columns is held and alone:
             at._evict_next(due[0][0])
             return
         view = at.view(columns, slots.statistics | slots.records, at.rows, queried)
         left = surviving_slots(due, view, new > 1, step.not_finite)
-        if columns is not held:
+        if late:
+            # Nothing goes yet: what queries are to look at is still what they attended to.
+            kept = _left(view.valid if left.kept is None else left.kept, left.gone)
+            step.put_off.append((self, narrowed(view, kept)))
+        elif columns is not held:
             slots.keep(_left(view.valid if left.kept is None else left.kept, left.gone))
         elif left.gone is not None:
             slots.free(left.gone, left.by)

@@ -18,7 +18,7 @@ from ..policy.base import TokenPolicy
 from ..policy.budget import Lengths
 from ..policy.moment import Moment
 from ..policy.rotary import Rotary
-from ..policy.views import Statistics, TokenView
+from ..policy.views import SlotView, Statistics, TokenView
 from ..positions.base import Positions
 from ..statistics import Queries, Statistic, parts_of
 from ..storage.rows import PromptIds
@@ -66,6 +66,7 @@ class Step:
         previous: the statistics of the tokens in the layer before.
         layer_steps: by layer, this forward there; see `layer_step.at_layer`.
         due: layers that are alike, which give up a slot together after the last of them.
+        put_off: layers that give up slots after the last one, each with what is left there so far.
         notes: what positions inside the cache remember until the forward is over.
         arranged: the layer that stored its tokens last, and all its keys `[B, Hkv, S, D]` at their
             positions inside the cache; None where positions are not assigned there.
@@ -89,7 +90,8 @@ class Step:
         rotations: Sequence[Rotary] = (),
     ) -> None:
         self._pruners = [p for p in policies if "rank_hidden" in p.hooks]
-        self.evicters = [p for p in policies if "rank_slots" in p.hooks]
+        self.evicters = [p for p in policies if p.evicts]
+        self._across = any("rank_layers" in p.hooks for p in self.evicters)
         self.num_layers = num_layers
         self.group = group
         self.cache_positions = cache_positions
@@ -112,6 +114,7 @@ class Step:
         self._observed = observed
         self.layer_steps: dict[int, Any] = {}
         self.due: dict[Hashable, list[Any]] = {}
+        self.put_off: list[tuple[Any, SlotView]] = []
         self.seen = seen
         self.count = columns.shape[1]
         self.drafts = drafts
@@ -135,12 +138,24 @@ class Step:
         return self._places is None
 
     def due_at(self, layer: int, moment: Moment) -> list[tuple[int, TokenPolicy]]:
-        """The policies that are asked about a layer's slots at a moment, each with its number."""
+        """The policies that are asked about a layer's slots right away, each with its number."""
+        late = self.late_at(moment)
         return [
             (number, policy)
-            for number, policy in enumerate(self.evicters)
+            for number, policy in enumerate(self.evicters[: late[0][0]] if late else self.evicters)
             if policy.applies(layer) and policy.is_due(moment)
         ]
+
+    def late_at(self, moment: Moment) -> list[tuple[int, TokenPolicy]]:
+        """The policies that are asked after the last layer, each with its number.
+
+        From the first one on that sees all layers at once.
+        """
+        if not self._across:
+            return []
+        due = [each for each in enumerate(self.evicters) if each[1].is_due(moment)]
+        first = (i for i, (_, policy) in enumerate(due) if "rank_layers" in policy.hooks)
+        return due[next(first, len(due)) :]
 
     def moment_of_draft(self, seen: int) -> Moment:
         """The moment of a draft with which `seen` columns were shown."""
@@ -308,6 +323,7 @@ class Step:
         """
         self.layer_steps.clear()
         self.due.clear()
+        self.put_off.clear()
         self.arranged = None
 
 

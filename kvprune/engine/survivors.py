@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..policy.asking import answer_of, any_process
+from ..policy.asking import answer_of, answers_of, any_process
 from ..policy.base import TokenPolicy
 from ..policy.selection import (
     Ranking,
@@ -45,13 +45,19 @@ def metered(meter: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
 
 def ask_metered(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ranking | None:
     """The answer of a policy of the pipeline, metered if somebody measures costs."""
-    meters = tuple(_METERS)
-    if not meters:
+    # Contexts cost some time, in every layer and step.
+    if not _METERS:
         return answer_of(policy, hook, view)
+    with _meters():
+        return answer_of(policy, hook, view)
+
+
+@contextmanager
+def _meters() -> Iterator[None]:
     with ExitStack() as stack:
-        for meter in meters:
+        for meter in tuple(_METERS):
             stack.enter_context(meter())
-        return answer_of(policy, hook, view)
+        yield
 
 
 def comparable(
@@ -176,26 +182,83 @@ def surviving_slots(
         several: whether this forward had several tokens; only then is NaN looked for.
         told: see `comparable`.
     """
-    shown, before, heads, by = slots, slots.valid, slots.keys.shape[1], None
+    shown, before, by = slots, slots.valid, None
     # Of one alone: what another evicts may lower a budget, as that of sinks which are gone.
     alone = [policy.constant_budget and policy.when is None for _, policy in policies] == [True]
     for number, policy in policies:
         ranking = ask_metered(policy, "rank_slots", slots)
         if ranking is None:
             continue
-        check_ranking(policy, ranking, slots.columns, heads)
-        if several:
-            ranking = comparable(policy, ranking, slots.columns, shown, told)
-        selection = Selection(ranking, slots.columns, slots.valid)
-        check_leaves_some(policy, slots.layer, ranking, slots.valid, selection.least_budget)
+        selection = _selection(policy, ranking, slots, shown, several, told)
         if not selection.nothing_goes:
             by = number if alone and selection.full else None
         if selection.one_goes and slots.valid is before and number == policies[-1][0]:
             return Survivors(gone=selection.gone(), by=by)
         if not selection.nothing_goes:
-            kept = selection.kept()
-            slots = replace(slots, valid=kept, columns=slots.columns.masked_fill(~kept, -1))
+            slots = narrowed(slots, selection.kept())
     return Survivors(kept=None if slots.valid is before else slots.valid, by=by)
+
+
+def surviving_layers(
+    policies: Sequence[tuple[int, TokenPolicy]],
+    layers: list[SlotView],
+    several: bool,
+    told: set[int],
+) -> list[SlotView]:
+    """The slots that every policy in turn keeps, where some see all layers at once.
+
+    Args:
+        policies: those that are due, each with its number.
+        layers: by layer, the view that the first one sees.
+        several, told: see `surviving_slots`.
+
+    Returns:
+        the views, with what stays.
+    """
+    shown = list(layers)
+    for _, policy in policies:
+        if "rank_layers" in policy.hooks:
+            with _meters():
+                rankings = answers_of(policy, layers)
+        else:
+            rankings = [ask_metered(policy, "rank_slots", view) for view in layers]
+        for place, ranking in enumerate(rankings):
+            if ranking is None:
+                continue
+            view = layers[place]
+            selection = _selection(policy, ranking, view, shown[place], several, told)
+            if not selection.nothing_goes:
+                layers[place] = narrowed(view, selection.kept())
+    return layers
+
+
+def _selection(
+    policy: TokenPolicy,
+    ranking: Ranking,
+    slots: SlotView,
+    shown: SlotView,
+    several: bool,
+    told: set[int],
+) -> Selection:
+    """What a policy's ranking of slots comes to, checked.
+
+    Args:
+        policy, ranking: who answered, and what.
+        slots: what it ranked.
+        shown, told: see `comparable`.
+        several: see `surviving_slots`.
+    """
+    check_ranking(policy, ranking, slots.columns, slots.keys.shape[1])
+    if several:
+        ranking = comparable(policy, ranking, slots.columns, shown, told)
+    selection = Selection(ranking, slots.columns, slots.valid)
+    check_leaves_some(policy, slots.layer, ranking, slots.valid, selection.least_budget)
+    return selection
+
+
+def narrowed(slots: SlotView, kept: Tensor) -> SlotView:
+    """The view without what does not stay, `[B, 1|Hkv, S]` bool."""
+    return replace(slots, valid=kept, columns=slots.columns.masked_fill(~kept, -1))
 
 
 def next_to_go(policy: TokenPolicy, slots: SlotView) -> Tensor | None:

@@ -1,6 +1,6 @@
-"""Decoding at a full budget, for layers that are alike: after the last one, each frees a slot.
+"""What goes after the last layer.
 
-A layer by itself does so at once; see `LayerStep.evict`.
+A layer by itself frees slots at once; see `LayerStep.evict`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from ..storage.group import LayerGroup
 from .step import Step
-from .survivors import next_to_go
+from .survivors import next_to_go, surviving_layers
 
 
 def evict_together(step: Step, before: Sequence[LayerGroup]) -> list[LayerGroup]:
-    """After the last layer, the slots go that layers which are alike give up at once.
+    """In decoding at a full budget, layers that are alike each free a slot, all at once.
 
     Args:
         step: the forward.
@@ -33,3 +33,14 @@ def evict_together(step: Step, before: Sequence[LayerGroup]) -> list[LayerGroup]
             group.free(gone, number)
         groups.append(group)
     return groups
+
+
+def evict_across(step: Step) -> None:
+    """Where a policy sees all layers at once, it and those behind it are asked now."""
+    if not step.put_off:
+        return
+    layers = [at for at, _ in step.put_off]
+    late, several = step.late_at(step.moment), step.count > 1
+    views = surviving_layers(late, [view for _, view in step.put_off], several, step.not_finite)
+    for at, view in zip(layers, views, strict=True):
+        at.slots.keep(view.valid)

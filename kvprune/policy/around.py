@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -11,7 +11,7 @@ import torch
 
 from ..errors import KVPruneError
 from ..statistics import Statistic
-from .asking import answer_of
+from .asking import answer_of, answers_of
 from .base import TokenPolicy
 from .composition import leaves
 from .moment import Moment
@@ -45,7 +45,7 @@ class Around(TokenPolicy):
     when: int | str | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.base, TokenPolicy) or "rank_slots" not in self.base.hooks:
+        if not isinstance(self.base, TokenPolicy) or not self.base.evicts:
             raise KVPruneError(
                 f"{type(self).__name__}: base={self.base!r}: expected a policy that ranks slots, "
                 f"as SnapKV(0.25)"
@@ -93,6 +93,15 @@ class Around(TokenPolicy):
         if not self.base.layers_alike:
             check_ranking(self.base, ranking, slots.columns, slots.keys.shape[1])
         return self.rerank(slots, ranking)
+
+    def rank_layers(self, layers: Sequence[SlotView]) -> list[Ranking | None]:
+        """Asks the base about all layers, and answers each with `rerank`."""
+        found = answers_of(self.base, layers)
+        for place, (view, ranking) in enumerate(zip(layers, found, strict=True)):
+            if ranking is not None:
+                check_ranking(self.base, ranking, view.columns, view.keys.shape[1])
+                found[place] = self.rerank(view, ranking)
+        return found
 
     @property
     def hooks(self) -> frozenset[str]:

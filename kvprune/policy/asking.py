@@ -10,7 +10,7 @@ The processes of a tensor parallel model agree on answers that concern all heads
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,29 +26,30 @@ from .views import WITHHELD, SlotView, TokenView
 _FIELDS = ("hidden", "columns", "valid", "first", "keys", "values")
 
 
-def ask(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ranking | None:
-    """The answer of a policy's hook about a view.
+def ask(policy: TokenPolicy, hook: str, asked: TokenView | SlotView | list[SlotView]) -> Any:
+    """The answer of a policy's hook about a view, or about those of all layers.
 
     Raises:
-        KVPruneError: it wrote into the view.
+        KVPruneError: it wrote into a view.
     """
     # Compiled code knows no counters; the prompt was read without it.
     if torch.compiler.is_compiling():
-        return _answer(policy, hook, view)
-    shown, known = list(shown_by(view)), len(view.lengths.shared())
-    before = [_version(tensor) for _, tensor in shown]
+        return getattr(policy, hook)(asked)
+    views = asked if isinstance(asked, list) else [asked]
+    shown = [(view, name, tensor) for view in views for name, tensor in shown_by(view)]
+    known = [len(view.lengths.shared()) for view in views]
+    before = [_version(tensor) for _, _, tensor in shown]
     outside = torch.is_inference_mode_enabled()
-    answer = (_answer_outside if outside else _answer)(policy, hook, view)
+    if outside:
+        answer = _answer_outside(policy, hook, asked, views[0])
+    else:
+        answer = getattr(policy, hook)(asked)
     # Amounts that were asked for the first time are new tensors, whose counters begin at 0.
-    new = view.lengths.shared()[known:]
-    for (name, tensor), count in zip([*shown, *new], before + [0] * len(new), strict=True):
+    each = zip(views, known, strict=True)
+    new = [(view, *found) for view, count in each for found in view.lengths.shared()[count:]]
+    for (view, name, tensor), count in zip([*shown, *new], before + [0] * len(new), strict=True):
         if _version(tensor) != count:
             raise _wrote(policy, view, name)
-    return answer
-
-
-def _answer(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ranking | None:
-    answer: Ranking | None = getattr(policy, hook)(view)
     return answer
 
 
@@ -69,11 +70,16 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _answer_outside(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ranking | None:
-    """The answer outside of inference mode, where torch refuses to write to what was made in it."""
+def _answer_outside(policy: TokenPolicy, hook: str, asked: Any, view: TokenView | SlotView) -> Any:
+    """The answer outside of inference mode, where torch refuses to write to what was made in it.
+
+    Args:
+        policy, hook, asked: see `ask`.
+        view: the view, or the first of several, for the error.
+    """
     try:
         with torch.inference_mode(False), torch.no_grad():
-            return _answer(policy, hook, view)
+            return getattr(policy, hook)(asked)
     except RuntimeError as error:
         if "Inplace update to inference tensor" not in str(error):
             raise
@@ -86,6 +92,34 @@ def _wrote(policy: TokenPolicy, view: TokenView | SlotView, what: str) -> KVPrun
         f"got one that changed {what}. Work on a copy (`.clone()`), or use operators that make a "
         f"new tensor"
     )
+
+
+def answers_of(policy: TokenPolicy, layers: Sequence[SlotView]) -> list[Ranking | None]:
+    """A policy's answers about all layers at once; None for a layer where it does not apply.
+
+    Raises:
+        KVPruneError: not an answer for each layer that the policy applies to.
+    """
+    found: list[Ranking | None] = [None] * len(layers)
+    places = [place for place, view in enumerate(layers) if policy.applies(view.layer)]
+    if not places:
+        return found
+    views = [
+        replace(view, statistic=view.statistic.only(policy.statistics))
+        for view in (layers[place] for place in places)
+    ]
+    answers = ask(policy, "rank_layers", views)
+    if answers is None:
+        return found
+    if not isinstance(answers, Sequence) or len(answers) != len(views):
+        got = f"{len(answers)} of them" if isinstance(answers, Sequence) else repr(answers)
+        raise KVPruneError(
+            f"{policy!r}: rank_layers: expected a ranking, or None, for each of the {len(views)} "
+            f"layers that it was shown, got {got}"
+        )
+    for place, answer in zip(places, answers, strict=True):
+        found[place] = answer
+    return found
 
 
 def answer_of(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ranking | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from .composition import Union
 
 
-HOOKS = ("rank_hidden", "rank_slots")
+HOOKS = ("rank_hidden", "rank_slots", "rank_layers")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenPolicy:
-    """Base of all policies: override one hook or both; one left out keeps everything.
+    """Base of all policies: override a hook, or one for each place; one left out keeps everything.
 
     A policy with no hook, or with a misspelt one, is refused by the cache that it is handed to.
 
@@ -32,9 +32,9 @@ class TokenPolicy:
     frozen dataclasses or ordinary classes; `layers` restricts any policy to some layers
     (counted from 0; None means all).
 
-    `when` says in which forwards `rank_slots` is asked. None: in every one. "prompt": in the one
-    that ends a prompt, in each turn. "first": at the end of the first prompt alone. A number n: at
-    the end of each prompt, and whenever another n columns have come since. A prompt ends where
+    `when` says in which forwards slots are ranked. None: in every one. "prompt": in the one that
+    ends a prompt, in each turn. "first": at the end of the first prompt alone. A number n: at the
+    end of each prompt, and whenever another n columns have come since. A prompt ends where
     `generate` says, or `with cache.prompt(lengths)`; in a loop of one's own, a forward of several
     tokens that was not announced is a prompt by itself. A subclass that has another default says
     `when: int | str | None = field(default="prompt", kw_only=True)`. An ordinary class with an
@@ -77,6 +77,21 @@ class TokenPolicy:
         """Ranks a layer's slots after its attention, in the forwards that `when` says."""
         return None
 
+    def rank_layers(self, layers: Sequence[SlotView]) -> Sequence[Ranking | None] | None:
+        """Ranks the slots of all layers at once, after the last one, when `when` says.
+
+        For what compares layers, as one budget for all of them. In place of `rank_slots`: a policy
+        has one of the two. Nothing goes before the last layer has attended, and policies behind
+        this one in the pipeline are asked after it.
+
+        Args:
+            layers: the layers that the policy applies to, in order.
+
+        Returns:
+            for each of them a ranking, or None to keep everything; None to keep everything.
+        """
+        return None
+
     @property
     def statistics(self) -> tuple[Statistic, ...]:
         """What the policy wants observed; a class attribute in most policies."""
@@ -87,6 +102,11 @@ class TokenPolicy:
         """The names of the hooks that this policy overrides."""
         mine = type(self)
         return frozenset(h for h in HOOKS if getattr(mine, h) is not getattr(TokenPolicy, h))
+
+    @property
+    def evicts(self) -> bool:
+        """Whether the policy drops slots."""
+        return bool(self.hooks & {"rank_slots", "rank_layers"})
 
     def with_budget(self, share: float) -> TokenPolicy | None:
         """The policy with another budget, as comparisons at one budget need it.
@@ -123,11 +143,11 @@ class TokenPolicy:
         return self.layers is None or layer in self.layers
 
     def is_due(self, moment: Moment) -> bool:
-        """Whether `rank_slots` is asked at this moment."""
+        """Whether the policy is asked about slots at this moment."""
         return moment.is_due(self.when)
 
     def awaits(self, part: Statistic, moment: Moment) -> bool:
-        """Whether `rank_slots` reads a statistic at this moment, or later what is seen now.
+        """Whether a ranking of slots reads a statistic at this moment, or later what is seen now.
 
         Not beyond the end of this prompt where the policy is asked at ends of prompts.
         """

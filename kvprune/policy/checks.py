@@ -36,6 +36,8 @@ def checked(policies: Sequence[TokenPolicy]) -> tuple[TokenPolicy, ...]:
     return tuple(policies)
 
 
+_ANY_HOOK = f"{', '.join(HOOKS[:-1])} or {HOOKS[-1]}"
+
 _CLOSE = 0.85
 """The ratio of `difflib` from which on a name is taken for another one that is misspelt."""
 
@@ -66,13 +68,18 @@ def _check_hooks(policy: TokenPolicy) -> None:
                 f"defined in the class. Rename it; a helper of the policy's own begins with an "
                 f"underscore"
             )
+    if {"rank_slots", "rank_layers"} <= policy.hooks:
+        raise KVPruneError(
+            f"{policy!r} ranks slots twice: expected a policy with rank_slots, which is asked "
+            f"about one layer, or with rank_layers, which is asked about all at once, not both"
+        )
     # A class with `hooks` of its own may well say that there is nothing to do.
     if not policy.hooks and type(policy).hooks is TokenPolicy.hooks:
         defined = ", ".join(name for name in own if callable(own[name])) or "no method"
         raise KVPruneError(
             f"{policy!r} would keep everything: expected a policy whose class defines "
-            f"{' or '.join(HOOKS)}, got one that defines {defined}. Override a hook; "
-            f"ComposedCache([]) is dense"
+            f"{_ANY_HOOK}, got one that defines {defined}. Override a hook; ComposedCache([]) is "
+            f"dense"
         )
 
 
@@ -96,7 +103,7 @@ def _meant_by(name: str, value: Any) -> str:
     if callable(value) or isinstance(value, (classmethod, staticmethod)):
         close = difflib.get_close_matches(name, HOOKS, n=1, cutoff=_CLOSE)
         # `rank_layer` resembles no hook more than another, and is none.
-        all_hooks = [" or ".join(HOOKS)] if name.startswith("rank_") else []
+        all_hooks = [_ANY_HOOK] if name.startswith("rank_") else []
         return "".join((close or all_hooks)[:1])
     close = difflib.get_close_matches(name, _ANSWERS, n=1, cutoff=_CLOSE)
     # A value of another type could not be what is meant.

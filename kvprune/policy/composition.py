@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import KVPruneError
 from ..statistics import Statistic, parts_of
-from .asking import answer_of
+from .asking import answer_of, answers_of
 from .base import TokenPolicy
 from .budget import split_share
 from .selection import Ranking, Selection, check_leaves_some, check_ranking
@@ -32,7 +32,7 @@ def nested(policies: Iterable[TokenPolicy]) -> Iterator[TokenPolicy]:
 
 def evicts(policies: Iterable[TokenPolicy]) -> bool:
     """Whether some policy drops slots."""
-    return any("rank_slots" in policy.hooks for policy in policies)
+    return any(policy.evicts for policy in policies)
 
 
 def asking_at(policies: Iterable[TokenPolicy], layer: int) -> tuple[TokenPolicy, ...]:
@@ -43,7 +43,7 @@ def asking_at(policies: Iterable[TokenPolicy], layer: int) -> tuple[TokenPolicy,
     return tuple(
         policy
         for policy in policies
-        if ("rank_slots" in policy.hooks and policy.applies(layer))
+        if (policy.evicts and policy.applies(layer))
         or ("rank_hidden" in policy.hooks and policy.applies(layer + 1))
     )
 
@@ -127,6 +127,18 @@ class Union(TokenPolicy):
             return None
         heads = slots.keys.shape[1]
         return self._either(found, slots.layer, slots.columns, slots.valid, heads)
+
+    def rank_layers(self, layers: Sequence[SlotView]) -> list[Ranking | None]:
+        """Protects what any part keeps."""
+        answers = [answers_of(part, layers) for part in self.parts]
+        found: list[Ranking | None] = []
+        for view, *rankings in zip(layers, *answers, strict=True):
+            heads = view.keys.shape[1]
+            shape = view.layer, view.columns, view.valid, heads
+            all_say = [ranking for ranking in rankings if ranking is not None]
+            complete = len(all_say) == len(rankings)
+            found.append(self._either(all_say, *shape) if complete else None)
+        return found
 
     def _rankings(self, hook: str, view: TokenView | SlotView) -> list[Ranking] | None:
         found: list[Ranking] = []

@@ -28,6 +28,17 @@ class Ranking:
     protected: Tensor
     budget: Tensor
 
+    @classmethod
+    def only(cls, chosen: Tensor) -> Ranking:
+        """The ranking that keeps a given set, at least one in every row and head.
+
+        Args:
+            chosen: `[B, 1|Hkv, S]` bool.
+        """
+        # The budget is raised to what is protected.
+        budget = torch.zeros(chosen.shape[:2], dtype=torch.int64, device=chosen.device)
+        return cls(torch.zeros_like(chosen, dtype=torch.float32), chosen, budget)
+
 
 class Selection:
     """A ranking on its way to a kept set.

@@ -32,6 +32,6 @@ def positions_for(
     if "rotations" not in memory:
         memory["rotations"] = rotations_of(base)
     how = memory["rotations"], limit_of(base)
-    answers = {p.sinks_before_window for p in parts if "rank_slots" in p.hooks}
+    answers = {p.sinks_before_window for p in parts if p.evicts}
     sinks = answers.pop() if len(answers) == 1 else None
     return SlotPositions(*how) if sinks is None else SinkPositions(sinks, *how)

@@ -140,7 +140,7 @@ def holds_no_more_than_its_budget(policies: Policies, case: Case, bound: int | N
 
 def _was_asked(watched: Watched, layer: int) -> bool:
     """Whether a policy answered about a layer's slots in this forward, or never does."""
-    if "rank_slots" not in watched.hooks or not watched.applies(layer):
+    if not watched.evicts or not watched.applies(layer):
         return True
     return any(n.hook == "rank_slots" and n.view.layer == layer for n in watched.notes)
 
@@ -260,7 +260,7 @@ def crop_takes_back_or_refuses(policies: Policies, case: Case) -> None:
     """
     run, new = case.fed(policies), prompt(2, 4, case.seed + 1)
     seen, before = run.cache.seen, run.kept()
-    if any("rank_slots" in policy.hooks for policy in policies):
+    if any(policy.evicts for policy in policies):
         try:
             run.cache.crop(-1)
         except KVPruneError:
@@ -366,7 +366,7 @@ def bytes_are_of_kept_slots(policies: Policies, case: Case) -> None:
     least = most = 0
     for layer, slots in run.cache.slot_layers():
         kept = run.cache.columns(layer).shape[-1]
-        evicts = any("rank_slots" in p.hooks and p.applies(layer) for p in policies)
+        evicts = any(p.evicts and p.applies(layer) for p in policies)
         # Until something goes, columns that are padding in both rows have slots too, and buffers
         # grow geometrically.
         full = evicts and kept < sum(case.steps) - min(case.padding)
@@ -497,7 +497,7 @@ def _expect_constant(policy: TokenPolicy, note: Any, before: Tensor) -> None:
 def _expect_sinks_and_window(policy: TokenPolicy, run: Run, case: Case, seen: int) -> None:
     """The slots that the policy leaves have one gap, behind a row's first `sinks` tokens."""
     sinks = policy.sinks_before_window
-    if sinks is None or "rank_slots" not in policy.hooks:
+    if sinks is None or not policy.evicts:
         return
     for layer, rows in enumerate(run.kept()):
         heads = len(rows) // 2

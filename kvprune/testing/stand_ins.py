@@ -23,7 +23,7 @@ def inside(policies: Iterable[TokenPolicy]) -> dict[str, Any]:
     """The promises about positions of a policy that stands for others, or stands beside them."""
     parts = list(leaves(policies))
     # Sinks before a window are promised only where all that evict promise the same.
-    answers = {p.sinks_before_window for p in parts if "rank_slots" in p.hooks}
+    answers = {p.sinks_before_window for p in parts if p.evicts}
     return {
         "positions_in_cache": any(p.positions_in_cache for p in parts),
         "sinks_before_window": answers.pop() if len(answers) == 1 else None,
@@ -110,6 +110,10 @@ class Watched(TokenPolicy):
     def rank_slots(self, slots: SlotView) -> Ranking | None:
         """The answer of `base`."""
         return self._note("rank_slots", slots)
+
+    def rank_layers(self, layers: Sequence[SlotView]) -> Sequence[Ranking | None] | None:
+        """The answer of `base`; no notes are taken."""
+        return self.base.rank_layers(layers)
 
     def _note(self, hook: str, view: TokenView | SlotView) -> Ranking | None:
         before = [(name, tensor, tensor.clone()) for name, tensor in shown_by(view)]

@@ -193,12 +193,15 @@ class MisspeltProperty(StreamingLLM):
     [
         (
             TokenPolicy(),
-            r"would keep everything: expected .* rank_hidden or rank_slots",
+            r"would keep everything: expected .* rank_hidden, rank_slots or rank_layers",
         ),
         (Nothing(), r"Nothing\(\) would keep everything: .*got one that defines _rank_slots"),
         (Misspelt(), r"asks for Misspelt\.rank_slot: expected rank_slots"),
         (MisspeltToo(), r"asks for MisspeltToo\.rank_hiden: expected rank_hidden"),
-        (ForLater(), r"asks for ForLater\.rank_everything: expected rank_hidden or rank_slots"),
+        (
+            ForLater(),
+            r"asks for ForLater\.rank_everything: expected rank_hidden, rank_slots",
+        ),
         (ByObject(), r"asks for ByObject\.rank_slots: expected rank_slots, defined in the class"),
         (MisspeltStatistics(), r"MisspeltStatistics\.statistic: expected statistics"),
         (MisspeltPromise(), r"MisspeltPromise\.constant_budgets: expected constant_budget"),

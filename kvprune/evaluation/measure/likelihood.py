@@ -76,7 +76,7 @@ class Contexts:
         cache = copy.deepcopy(self.cache)
         # If policies evict, the tokens are read one by one: tokens of one forward attend to each
         # other as if nothing were evicted between them.
-        evicts = any("rank_slots" in p.hooks for p in cache.policies)
+        evicts = any(p.evicts for p in cache.policies)
         for some in rest.split(1 if evicts else rest.shape[1], dim=1):
             yield forward(self.model, some, cache, self.mask, some.shape[1])
 
