@@ -16,6 +16,7 @@ from .policy.around import Around
 from .policy.base import TokenPolicy
 from .policy.selection import Ranking
 from .wiring.attach import attach, detach
+from .wiring.read import read
 
 if TYPE_CHECKING:
     from . import testing
@@ -30,6 +31,7 @@ __all__ = [
     "attach",
     "compare",
     "detach",
+    "read",
     "testing",
 ]
 
