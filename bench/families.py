@@ -75,6 +75,17 @@ queries (`SnapKV`, `PyramidKV`, `FastKV`, `ExpectedAttention`), since their atte
 models with linear layers; pruning where the table has "-".
 """
 
+PICTURES = """
+## Vision-language models
+
+`attach` takes `llava`, `qwen2_vl`, `qwen2_5_vl`, `gemma3` and `smolvlm` whole, and prunes and
+evicts in the language model within, tokens of pictures among others: dense, `SnapKV` then `H2O`,
+`FastKV` then `TOVA`, `SDTP` then `Knorm`, `ExpectedAttention` and positions inside the cache, each
+as a row alone and padded, with beams and with drafts (tests/models/test_pictures.py). Where each
+token of a picture has several positions (mrope, in `qwen2_vl` and `qwen2_5_vl`), the last two are
+refused with pictures, and run on text. Other vision-language models are refused by name: attach the language model within by itself.
+"""
+
 REFUSALS = """
 ## Refused
 
@@ -139,7 +150,7 @@ def table(found: dict[str, dict[str, list[str]]]) -> str:
     head = HEAD.format(transformers=transformers.__version__, torch=torch.__version__.split("+")[0])
     refused = [f"| `{f}` | {reason(f)} |" for f in REFUSED if "-" not in f]
     run = releases.table(json.loads(releases.RESULTS.read_text()))
-    found_on = RELEASES + run + "\n" + COMPOSITIONS
+    found_on = RELEASES + run + "\n" + COMPOSITIONS + PICTURES
     return head + "\n".join(lines) + "\n" + found_on + REFUSALS + "\n".join(refused) + "\n"
 
 

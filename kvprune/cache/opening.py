@@ -66,6 +66,8 @@ class Opening:
         asked = asked_tokens(keep, rows, count - drafts, device, lead)
         state.settle()
         position_ids = None
+        if state.positions is not None or self.binding.rotations:
+            positions = _one_each(positions)
         if self.binding.rotations:
             position_ids = self._positions_handed(positions, rows, count, device)
         if state.positions is not None:
@@ -92,19 +94,9 @@ class Opening:
     def _positions_handed(
         self, positions: Tensor | None, rows: int, count: int, device: torch.device
     ) -> Tensor:
-        """The positions `[B, Q]` of a forward's tokens, as the model takes them."""
+        """The positions `[B, Q]` of a forward's tokens, from `[1|B, Q]` or none."""
         if positions is None:
             positions = torch.arange(self.state.seen, self.state.seen + count, device=device)
-        elif positions.dim() == 3:
-            # Several of each token, as in pictures (mrope); the first of four is that in the text.
-            turning = positions[-3:]
-            if bool((turning != turning[:1]).any()):
-                raise KVPruneError(
-                    "queries before rotation, which QueryMoments reads, of tokens with several "
-                    "positions each (mrope), as in pictures: expected a prompt of text alone. Use "
-                    "a policy that reads no such queries, as SnapKV"
-                )
-            positions = turning[0]
         check_reach(positions, self.binding.limit)
         return positions.to(device).expand(rows, -1)
 
@@ -222,6 +214,29 @@ class Opening:
                 f"skip it. Expected, in a later forward, rows whose new tokens are all padding or "
                 f"all none. Use one row per cache, or a new cache for all tokens"
             )
+
+
+def _one_each(positions: Tensor | None) -> Tensor | None:
+    """The positions of tokens, where each has one.
+
+    Args:
+        positions: `[1|B, Q]`, or `[n, 1|B, Q]` where tokens have several, as in pictures (mrope).
+
+    Raises:
+        KVPruneError: several that are not the same.
+    """
+    if positions is None or positions.dim() < 3:
+        return positions
+    # The first of four is the one in the text.
+    turning = positions[-3:]
+    if bool((turning != turning[:1]).any()):
+        raise KVPruneError(
+            "tokens with several positions each (mrope), as in pictures, together with positions "
+            "inside the cache or with queries before rotation, which QueryMoments reads: expected "
+            "text alone. Use positions='original', and a policy that reads no such queries, as "
+            "SnapKV"
+        )
+    return turning[0]
 
 
 def drops_slots(policies: Sequence[TokenPolicy], state: CacheState) -> bool:

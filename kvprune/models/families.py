@@ -15,7 +15,15 @@ from transformers import PreTrainedModel
 from ..errors import KVPruneError
 from .backends import BACKENDS, FLASH, backend_of, flash_attn_func
 from .releases import CACHE_ARGUMENTS, layer_types
-from .structure import Local, base_of, check_kind, class_of, decoder_layers, unsupported
+from .structure import (
+    Local,
+    base_of,
+    check_kind,
+    class_of,
+    decoder_layers,
+    sees_pictures,
+    unsupported,
+)
 
 NOT_PER_TOKEN = {"hidden_states", "attention_mask", "alibi", *CACHE_ARGUMENTS}
 """Arguments of layers that are gathered to the tokens that are left elsewhere, or not at all.
@@ -63,6 +71,14 @@ CANNOT_PRUNE = {
 
 HYBRID = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"}
 """Families some of whose layers keep a state instead of slots, and take tokens left out."""
+
+
+SEES_PICTURES = {"llava", "qwen2_vl", "qwen2_5_vl", "gemma3", "smolvlm"}
+"""Families of vision-language models that kvprune was tried with."""
+
+
+MASKS_AROUND = {"gemma3"}
+"""Of these, the families that make masks before their language model runs."""
 
 
 DROPS_CACHE = {"phi3", "phimoe", "phi4_multimodal"}
@@ -130,6 +146,11 @@ def has_alibi(base: Any) -> bool:
     return str(base.config.model_type) == "bloom"
 
 
+def makes_masks(model: PreTrainedModel) -> bool:
+    """Whether the model makes masks itself, before its language model runs."""
+    return sees_pictures(model) and model.config.model_type in MASKS_AROUND
+
+
 def drops_cache_beyond(model: Any) -> int | None:
     """The columns beyond which the model's `generate` begins anew without its cache.
 
@@ -154,6 +175,12 @@ def check_family(model: PreTrainedModel) -> None:
     for kind in (config.model_type, config.get_text_config(decoder=True).model_type):
         if kind in REFUSED:
             raise unsupported(model, REFUSED[kind])
+    if sees_pictures(model) and config.model_type not in SEES_PICTURES:
+        raise unsupported(
+            model,
+            f"of models that see pictures, only {', '.join(sorted(SEES_PICTURES))} are known. "
+            f"Attach the language model within by itself (attention must be causal there)",
+        )
     if not base._can_set_attn_implementation() and not has_own_attention(base):
         raise unsupported(model, "its attention does not go through AttentionInterface")
     if getattr(config, "reorder_and_upcast_attn", False):

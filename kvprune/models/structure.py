@@ -16,7 +16,10 @@ from .releases import parameters_of
 DECODER_LAYERS = ("layers", "h")
 
 
-INNER_MODELS = ("model", "decoder")
+LANGUAGE_MODELS = ("language_model", "text_model")
+"""The names of the language model within one that sees pictures, too."""
+
+INNER_MODELS = ("model", "decoder", *LANGUAGE_MODELS)
 """The names of the model with the decoder layers, where it is below the base model."""
 
 
@@ -27,6 +30,12 @@ def base_of(model: PreTrainedModel) -> PreTrainedModel:
     candidates = [base, *(m for m in inner if isinstance(m, PreTrainedModel))]
     found: PreTrainedModel = next((m for m in candidates if _layer_list(m) is not None), base)
     return found
+
+
+def sees_pictures(model: PreTrainedModel) -> bool:
+    """Whether the model with the decoder layers is the language model within another one."""
+    around: Any = model.base_model
+    return any(getattr(around, name, None) is base_of(model) for name in LANGUAGE_MODELS)
 
 
 def _layer_list(base: nn.Module) -> nn.ModuleList | None:

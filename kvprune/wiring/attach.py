@@ -26,6 +26,7 @@ from ..models.families import (
     has_own_attention,
     linear_layers,
     local_layers,
+    makes_masks,
 )
 from ..models.parallel import process_group
 from ..models.releases import (
@@ -36,7 +37,7 @@ from ..models.releases import (
 )
 from ..models.structure import base_of, check_kind, decoder_layers, query_heads, unwrapped
 from .attention import name_of, slot_attention
-from .forward import forward_of_base, forward_of_head
+from .forward import forward_around_base, forward_of_base, forward_of_head
 from .generate import (
     generate_batch,
     generate_with_cache,
@@ -87,6 +88,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         cannot_record=cannot_record(model),
         cannot_show_queries=cannot_show_queries(model),
         group=process_group(model),
+        masks_around=makes_masks(model),
     )
     before = base.__dict__.get("_kvprune")
     if before is not None and before.says_the_same_as(attachment):
@@ -98,11 +100,14 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     _register_functions()
     base._kvprune = attachment
     if not has_own_attention(base):
-        for config in _configs(model):
+        # Not what reads pictures.
+        for config in _configs(base):
             config._attn_implementation = name_of(backend_of(config))
     hook_layers(base, layers, attentions)
     replace_method(base, "forward", forward_of_base)
-    if model is not base:
+    if attachment.masks_around:
+        replace_method(model.base_model, "forward", forward_around_base)
+    if model is not base and model is not model.base_model:
         replace_method(model, "forward", forward_of_head)
     if hasattr(type(model), "generate"):
         replace_method(model, "generate", generate_with_cache)
@@ -153,7 +158,7 @@ def _replicate_for_data_parallel(module: Any) -> Any:
     return replica
 
 
-_REPLACED = (forward_of_base, forward_of_head, generate_with_cache)
+_REPLACED = (forward_around_base, forward_of_base, forward_of_head, generate_with_cache)
 
 _METHODS: dict[str, Callable[..., Any]] = {
     "_replicate_for_data_parallel": _replicate_for_data_parallel,

@@ -18,7 +18,7 @@ from ..models.releases import (
     checkpoints_activations,
     renamed,
 )
-from ..models.structure import argument, decoder_layers, takes, with_argument
+from ..models.structure import argument, base_of, decoder_layers, takes, with_argument
 from .methods import method_of
 
 
@@ -100,16 +100,60 @@ def forward_of_base(
     cache = cache_in(base, args, kwargs)
     if cache is None:
         return forward(*args, **kwargs)
-    tokens, asks_probabilities = _open_step(cache, base, args, kwargs)
+    known: Any = base.__dict__.get("_kvprune")
+    if known is not None and known.masks_around and cache.guard.own_step() is not None:
+        # The step was begun around the base, so that masks were made within it.
+        args, kwargs = _placed(cache, base, args, kwargs)
+        return forward(*args, **kwargs)
+    return _in_step(cache, base, base, forward, args, kwargs)
+
+
+def forward_around_base(
+    around: Any, inner: Callable[..., Any] | None, *args: Any, **kwargs: Any
+) -> Any:
+    """The forward of a model that makes masks and runs its language model, the base, with them.
+
+    Masks are made within a step of the cache, so this is where it begins.
+
+    Args:
+        around: the model.
+        inner: what was the model's own forward; None for the one of its class.
+        args, kwargs: of the call.
+    """
+    forward = method_of(around, "forward", inner)
+    kwargs = renamed(kwargs, cache_name(around))
+    cache = cache_in(around, args, kwargs)
+    if cache is None:
+        return forward(*args, **kwargs)
+    return _in_step(cache, around, base_of(around), forward, args, kwargs)
+
+
+def _in_step(
+    cache: ComposedCache,
+    module: nn.Module,
+    base: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """A forward within a step of the cache.
+
+    Args:
+        cache: the cache.
+        module: the module whose forward it is: the base, or a model around it.
+        base: the model that has the decoder layers.
+        forward: what is run.
+        args, kwargs: its arguments.
+    """
+    tokens, asks_probabilities = _open_step(cache, module, base, args, kwargs)
     done = False
     try:
         if tokens.dim() == 2:
             cache.note_ids(tokens)
         if asks_probabilities:
             cache.step.attended = {}
-        positions = cache.step.position_ids
-        if cache.step.cache_positions is not None and takes(base, "position_ids"):
-            args, kwargs = with_argument(base, args, kwargs, "position_ids", positions)
+        if module is base:
+            args, kwargs = _placed(cache, base, args, kwargs)
         output = forward(*args, **kwargs)
         done = True
     finally:
@@ -117,13 +161,27 @@ def forward_of_base(
     return output
 
 
+def _placed(
+    cache: ComposedCache, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The base's arguments, with the positions that the cache assigns, if it does."""
+    step = cache.step
+    if step.cache_positions is None or not takes(base, "position_ids"):
+        return args, kwargs
+    return with_argument(base, args, kwargs, "position_ids", step.position_ids)
+
+
 def _open_step(
-    cache: ComposedCache, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    cache: ComposedCache,
+    module: nn.Module,
+    base: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[Tensor, bool]:
     """Begins a step; the forward's ids or embeddings, and whether it is asked for attentions."""
-    _check_forward(base, args, kwargs)
+    _check_forward(module, base, args, kwargs)
     cache.bind(base._kvprune, base)
-    asks_probabilities = argument(base, args, kwargs, "output_attentions")
+    asks_probabilities = argument(module, args, kwargs, "output_attentions")
     if asks_probabilities is None:
         asks_probabilities = base.config.output_attentions
     if asks_probabilities and cache.attends_in_pieces:
@@ -132,27 +190,29 @@ def _open_step(
             "policy that evicts: attention is computed piece by piece, and the probabilities are "
             "never there as a whole. Leave it out, or use policies without statistics"
         )
-    tokens = argument(base, args, kwargs, "input_ids")
+    tokens = argument(module, args, kwargs, "input_ids")
     if tokens is None:
-        tokens = argument(base, args, kwargs, "inputs_embeds")
+        tokens = argument(module, args, kwargs, "inputs_embeds")
     if tokens is None:
         raise KVPruneError("a forward without tokens: expected input_ids or inputs_embeds")
-    mask = argument(base, args, kwargs, "attention_mask")
+    mask = argument(module, args, kwargs, "attention_mask")
     if mask is not None and not isinstance(mask, Tensor):
         raise KVPruneError(f"attention_mask: expected a tensor, got {type(mask).__name__}")
-    positions = argument(base, args, kwargs, "position_ids")
+    positions = argument(module, args, kwargs, "position_ids")
     cache.open_step(tokens.shape[0], tokens.shape[1], mask, tokens.device, positions)
     return tokens, bool(asks_probabilities)
 
 
-def _check_forward(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_forward(
+    module: nn.Module, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     count, known = len(decoder_layers(base)), base._kvprune.num_layers
     if count != known:
         raise KVPruneError(
             f"the model had {known} decoder layers when kvprune was attached, and has {count} now: "
             f"call kvprune.attach(model) again, and use a new cache"
         )
-    if argument(base, args, kwargs, "use_cache") is False:
+    if argument(module, args, kwargs, "use_cache") is False:
         raise KVPruneError("use_cache=False with a ComposedCache: leave out one of the two")
     if base.training and checkpoints_activations(base):
         raise KVPruneError(

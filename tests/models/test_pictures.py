@@ -1,0 +1,145 @@
+"""Vision-language models: the language model within is attached, with tokens of pictures."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
+
+import kvprune
+from kvprune import ComposedCache, KVPruneError
+from kvprune.policies import H2O, TOVA, ExpectedAttention, FastKV, Knorm, SnapKV, StreamingLLM
+
+from ..support.models import LAYERS, prompt
+from ..support.picture_models import (
+    LENGTH,
+    MROPE,
+    PICTURES,
+    TEXT,
+    TOWER,
+    attached_picture_model,
+    picture_model,
+    picture_prompt,
+    row_of,
+)
+from ..support.strategies import sdtp_pruner
+
+PIPELINES: dict[str, list[kvprune.TokenPolicy]] = {
+    "dense": [],
+    "SnapKV, then H2O": [SnapKV(0.5, window=2, kernel=3), H2O(4, 4)],
+    "FastKV, then TOVA": [FastKV(0.6, window=2, kernel=3), TOVA(6)],
+    "SDTP, then Knorm": [sdtp_pruner(0.6), Knorm(8, layers=[1, 2, 3])],
+    "ExpectedAttention": [ExpectedAttention(8, sinks=2, future=9)],
+    "inside": [StreamingLLM(2, 6, positions="cache")],
+}
+SEVERAL = ("ExpectedAttention", "inside")
+"""Pipelines that need one position for each token."""
+
+every_cell = pytest.mark.parametrize(
+    ("family", "pipeline"), [(f, p) for f in PICTURES for p in PIPELINES]
+)
+
+
+def said(family: str, pipeline: str, inputs: dict[str, Any], **options: Any) -> Any:
+    """What the model says with a new cache."""
+    model, cache = attached_picture_model(family), ComposedCache(PIPELINES[pipeline])
+    options = {"max_new_tokens": 6, "do_sample": False, **options}
+    return model.generate(**inputs, cache=cache, **options)[:, inputs["input_ids"].shape[1] :]
+
+
+def refused(family: str, pipeline: str) -> bool:
+    """Whether the family cannot do it with pictures; the error must say why, and read nothing."""
+    if family not in MROPE or pipeline not in SEVERAL:
+        return False
+    cache = ComposedCache(PIPELINES[pipeline])
+    with pytest.raises(KVPruneError, match=r"several positions each \(mrope\), as in pictures"):
+        attached_picture_model(family).generate(**picture_prompt(family, 1), cache=cache)
+    assert cache.seen == 0
+    return True
+
+
+@every_cell
+def test_rows_beams_and_drafts(family, pipeline):
+    """A row in a padded batch says what it says alone; drafts and the batch change no beams."""
+    if refused(family, pipeline):
+        return
+    both = picture_prompt(family, 2, padding=3)
+    first, second = row_of(both, 0), row_of(both, 1, padding=3)
+    rows = said(family, pipeline, both)
+    alone = said(family, pipeline, first)
+    assert torch.equal(rows[:1], alone)
+    assert torch.equal(rows[1:], said(family, pipeline, second))
+    assert torch.equal(said(family, pipeline, first, prompt_lookup_num_tokens=3), alone)
+    beams = [said(family, pipeline, each, num_beams=3)[0] for each in (both, first)]
+    assert torch.equal(*beams)
+
+
+@pytest.mark.parametrize("family", PICTURES)
+def test_dense_is_stock(family):
+    """With a cache of ours, with stock's, before attaching and after detaching."""
+    model, inputs = picture_model(family), picture_prompt(family, 2, padding=3)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    stock = model.generate(**inputs, **options)
+    tower = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
+    kvprune.attach(model)
+    for cache in (ComposedCache([]), ComposedCache([H2O(500, 500)]), DynamicCache(), None):
+        assert torch.equal(model.generate(**inputs, cache=cache, **options), stock)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.generate(**inputs, cache=ComposedCache([]), **options), stock)
+    kvprune.detach(model)
+    assert torch.equal(model.generate(**inputs, **options), stock)
+    after = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
+    assert after == tower
+    with pytest.raises(KVPruneError, match="attach"):
+        model.generate(**inputs, cache=ComposedCache([]), **options)
+
+
+@pytest.mark.parametrize("family", PICTURES)
+@torch.no_grad()
+def test_a_picture_is_read_once_and_asked_about(family, tmp_path):
+    """`kvprune.read` takes pictures; copies and files of the cache go on alike."""
+    model, inputs = attached_picture_model(family), picture_prompt(family, 1)
+    cache = ComposedCache([SnapKV(10, window=2, kernel=3)])
+    logits = kvprune.read(model, cache, **inputs)
+    assert [cache.columns(layer).shape[-1] for layer in (1, 3)] == [10, 10]
+    whole = said_by(model, inputs)
+    assert int(logits.argmax()) == int(whole[0, LENGTH])
+    cache.save(tmp_path / "cache")
+    loaded = ComposedCache.load(tmp_path / "cache", cache.policies, model)
+    ids, answers = torch.cat([inputs["input_ids"], prompt(1, 3)], 1), []
+    for held in (copy.deepcopy(cache), loaded, cache):
+        options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+        answers.append(model.generate(ids, cache=held, **options))
+    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
+
+
+def said_by(model: Any, inputs: dict[str, Any]) -> Any:
+    """All that a model says with SnapKV."""
+    cache = ComposedCache([SnapKV(10, window=2, kernel=3)])
+    return model.generate(**inputs, cache=cache, max_new_tokens=4, do_sample=False)
+
+
+@pytest.mark.parametrize("family", MROPE)
+def test_text_alone_has_one_position_each(family):
+    """So all policies run there."""
+    model, ids = attached_picture_model(family), prompt(2, 12)
+    for pipeline in SEVERAL:
+        cache = ComposedCache(PIPELINES[pipeline])
+        model.generate(ids, cache=cache, max_new_tokens=4, do_sample=False)
+        assert max(cache.columns(layer).shape[-1] for layer in range(LAYERS)) <= 11
+
+
+def test_other_families_are_refused_by_name():
+    """And with what to do instead."""
+    config: Any = AutoConfig.for_model(
+        "paligemma",
+        text_config={"model_type": "gemma", **TEXT},
+        vision_config={"model_type": "siglip_vision_model", **TOWER, "projection_dim": 32},
+    )
+    model = AutoModelForImageTextToText.from_config(config)
+    match = "'paligemma'.*only gemma3, llava, qwen2_5_vl, qwen2_vl, smolvlm are known"
+    with pytest.raises(KVPruneError, match=match):
+        kvprune.attach(model)
