@@ -83,7 +83,8 @@ evicts in the language model within, tokens of pictures among others: dense, `Sn
 `FastKV` then `TOVA`, `SDTP` then `Knorm`, `ExpectedAttention` and positions inside the cache, each
 as a row alone and padded, with beams and with drafts (tests/models/test_pictures.py). Where each
 token of a picture has several positions (mrope, in `qwen2_vl` and `qwen2_5_vl`), the last two are
-refused with pictures, and run on text. Other vision-language models are refused by name: attach the language model within by itself.
+refused with pictures, and run on text. Other vision-language models are refused by name: attach the
+language model within by itself.
 """
 
 REFUSALS = """
