@@ -29,6 +29,7 @@ class Binding:
 
     attachment: the model, as caches know it.
     policies: what the cache's policies are on the model; see `TokenPolicy.for_model`.
+    reads: what the statistics of any layer read; see `Statistic`.
     rotations: of queries, by layer; empty where nobody reads them before rotation.
     limit: the position from which on these are others; None if never.
     model: what the model was when the cache was tied to it, for files; see
@@ -38,6 +39,7 @@ class Binding:
     attachment: Attachment
     policies: tuple[TokenPolicy, ...]
     model: dict[str, str]
+    reads: frozenset[str] = frozenset()
     rotations: tuple[Rotation, ...] = ()
     limit: int | None = None
 
@@ -65,6 +67,7 @@ def bind(
         _check_queries(policy.statistics, repr(policy), attachment)
         _check_across(policy, attachment)
     _check_queries(observe, "observe", attachment)
+    _check_survival(policies, observe)
     working = checked([policy.for_model(base) for policy in policies])
     positions = positions_for(working, base, attachment.memory)
     layers: list[SlotLayer | LinearAttentionLayer] = []
@@ -77,9 +80,10 @@ def bind(
         arrivals = positions is not None and positions.keeps_arrivals(index)
         layers.append(SlotLayer(statistics, local, arrivals))
     model = described(base, attachment.memory)
-    binding = Binding(attachment, working, model)
     slot_layers = [layer for layer in layers if isinstance(layer, SlotLayer)]
-    if any(part.reads == "unrotated" for layer in slot_layers for part in layer.layer_parts):
+    parts = (part for layer in slot_layers for part in (*layer.parts, *layer.layer_parts))
+    binding = Binding(attachment, working, model, frozenset(part.reads for part in parts))
+    if "unrotated" in binding.reads:
         if "query rotations" not in attachment.memory:
             attachment.memory["query rotations"] = tuple(query_rotations(base))
         rotations = attachment.memory["query rotations"]
@@ -122,6 +126,18 @@ def _check_queries(wanted: Iterable[Statistic], who: str, attachment: Attachment
         raise KVPruneError(
             f"{who}: {asked[0]!r} cannot be observed on {attachment.name}: "
             f"{attachment.cannot_show_queries}. Use policies that read no queries, as H2O"
+        )
+
+
+def _check_survival(policies: Sequence[TokenPolicy], observe: Iterable[Statistic]) -> None:
+    asked = [s for policy in leaves(policies) for s in policy.statistics] + list(observe)
+    reads = [part for part in parts_of(asked) if part.reads == "survival"]
+    unions = [p for p in policies if "rank_hidden" in p.hooks and len(list(leaves([p]))) > 1]
+    if reads and unions:
+        raise KVPruneError(
+            f"{reads[0]!r} beside {unions[0]!r}: the parts of a union judge hidden states apart, "
+            f"so that nobody knows how far a token came. Expected policies that prune one after "
+            f"the other: ComposedCache([a, b])"
         )
 
 

@@ -87,6 +87,7 @@ class Opening:
             cache_positions=state.positions,
             position_ids=position_ids,
             rotations=self.binding.rotations,
+            reads=self.binding.reads,
         )
         step.read = state.read
         return step

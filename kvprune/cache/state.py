@@ -153,6 +153,8 @@ class CacheState:
 
     def take_over(self, step: Step) -> None:
         """After the last layer: what the forward leaves behind."""
+        if step.judged is not None:
+            step.judged.tell(layer for _, layer in self.slot_layers())
         self.together = evict_together(step, self.together)
         evict_across(step)
         _hold_states(step)

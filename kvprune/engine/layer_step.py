@@ -17,6 +17,7 @@ from ..attention.dispatch import attend, attend_and_observe, scores_for
 from ..attention.inputs import Inputs, Scores
 from ..attention.looks import blocks, looks, seen_by, views
 from ..attention.masks import Mask
+from ..errors import KVPruneError
 from ..policy.moment import Moment
 from ..policy.rotary import Rotary
 from ..policy.views import SlotView, Statistics
@@ -25,6 +26,9 @@ from ..storage.layer import SlotLayer
 from ..storage.rows import RowNumbers
 from .step import Step
 from .survivors import narrowed, next_to_go, surviving_slots
+
+_NOT_OF_ATTENTION = {"hidden", "survival"}
+"""What statistics read that attention does not give."""
 
 Look = Callable[[Queries], Tensor | None]
 """The probabilities that newest queries give to a layer's slots; None where none are held."""
@@ -123,6 +127,20 @@ class LayerStep:
         """The notes of positions inside the cache, until the step is over."""
         return self.step.notes
 
+    def show(self, hidden: Tensor) -> None:
+        """Lets statistics say something of the hidden states that enter the layer, `[B, Q, C]`.
+
+        Raises:
+            KVPruneError: they do not answer with a finite number for each token.
+        """
+        for part in self.slots.parts:
+            if part.reads == "hidden":
+                with torch.no_grad():
+                    numbers = part.numbers(hidden.detach(), self.index)
+                columns = self.step.columns_on(hidden.device)[0]
+                _check_numbers(part, numbers, columns)
+                self.step.shown.setdefault(self.index, []).append((part, numbers, columns))
+
     def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Appends new tokens `[B, Hkv, Q, D]`; returns all that the layer then holds."""
         step, slots = self.step, self.slots
@@ -206,7 +224,8 @@ class LayerStep:
             the output and probabilities, see `attend`; and what is known of queries, None where
             nothing of them is held.
         """
-        slots, reads = self.slots, {part.reads for part in self.slots.parts}
+        slots = self.slots
+        reads = {part.reads for part in slots.parts} - _NOT_OF_ATTENTION
         if not reads and not slots.layer_parts:
             return *attend(backend, module, inputs, **arguments), None
         scores = scores_for(module, inputs, self._heads, **arguments)
@@ -282,6 +301,8 @@ class LayerStep:
         """
         slots, several = self.slots, inputs.query.shape[2] > 1
         for part in slots.parts:
+            if part.reads in _NOT_OF_ATTENTION:
+                continue
             if part.reads == "received":
                 slots.observe(part, received, several)
             elif part.reads == "views":
@@ -306,6 +327,8 @@ class LayerStep:
         votes = (self.columns >= 0)[:, None, :, None]
         given = (probabilities.detach().to(self._dtype) * votes).unflatten(1, (self._heads, -1))
         for part in slots.parts:
+            if part.reads in _NOT_OF_ATTENTION:
+                continue
             new: Any = Block(given, self.columns, slots.columns)
             if part.reads == "received":
                 new = given.sum((2, 3))
@@ -374,6 +397,9 @@ class LayerStep:
             queried: what is known of queries, where something of them is held.
         """
         at, step, slots = self.on(self.slots.device), self.step, self.slots
+        for part, numbers, columns in step.shown.get(self.index, ()):
+            numbers, columns = numbers.to(slots.device, self._dtype), columns.to(slots.device)
+            slots.observe_tokens(part, numbers, columns)
         new = at.columns.shape[1]
         if step.prunes and at.seen <= step.seen + step.count - step.drafts:
             step.previous = self._for_next_layer(queried, new)
@@ -465,6 +491,25 @@ class LayerStep:
             return columns
         oldest = local.oldest(self.seen, self.rows.first)
         return columns.masked_fill(columns < oldest[:, None, None], -1)
+
+
+def _check_numbers(part: Statistic, numbers: Any, columns: Tensor) -> None:
+    fits = isinstance(numbers, Tensor) and numbers.dim() == 3 and numbers.is_floating_point()
+    if not fits or (numbers.shape[0], numbers.shape[2]) != columns.shape:
+        got = type(numbers).__name__
+        if isinstance(numbers, Tensor):
+            got = f"{numbers.dtype} of shape {list(numbers.shape)}"
+        rows, count = columns.shape
+        raise KVPruneError(
+            f"{part!r}: expected floats of shape [{rows}, 1 or the key/value heads, {count}], one "
+            f"for each token and head, got {got}"
+        )
+    wrong = (numbers.isnan() & (columns >= 0)[:, None]).flatten(1).any(-1)
+    if bool(wrong.any()):
+        raise KVPruneError(
+            f"{part!r}: expected numbers that can be compared, got NaN in rows "
+            f"{wrong.nonzero().flatten().tolist()}"
+        )
 
 
 def _left(kept: Tensor, gone: Tensor | None) -> Tensor:

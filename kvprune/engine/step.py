@@ -23,6 +23,7 @@ from ..positions.base import Positions
 from ..statistics import Queries, Statistic, parts_of
 from ..storage.rows import PromptIds
 from .arrival import Arrival
+from .judged import Judged
 from .survivors import surviving_tokens
 
 
@@ -47,6 +48,7 @@ class Step:
         position_ids: `[B, Q]`, the positions of all tokens, where these are assigned inside the
             cache, or where somebody reads queries before rotation; else None.
         rotations: of queries, by layer; empty where nobody reads them before rotation.
+        reads: what the statistics of any layer read; see `Statistic`.
 
     Attributes:
         count: tokens of this forward, Q.
@@ -70,6 +72,9 @@ class Step:
         notes: what positions inside the cache remember until the forward is over.
         arranged: the layer that stored its tokens last, and all its keys `[B, Hkv, S, D]` at their
             positions inside the cache; None where positions are not assigned there.
+        shown: by layer, what statistics say of the hidden states that entered it, each with the
+            tokens' columns.
+        judged: how pruning judges the tokens; None where nobody asks.
         not_finite: rows with activations that are not finite, as the user was told.
     """
 
@@ -88,6 +93,7 @@ class Step:
         cache_positions: Positions | None = None,
         position_ids: Tensor | None = None,
         rotations: Sequence[Rotary] = (),
+        reads: frozenset[str] = frozenset(),
     ) -> None:
         self._pruners = [p for p in policies if "rank_hidden" in p.hooks]
         self.evicters = [p for p in policies if p.evicts]
@@ -114,6 +120,9 @@ class Step:
         self._observed = observed
         self.layer_steps: dict[int, Any] = {}
         self.due: dict[Hashable, list[Any]] = {}
+        self.reads = reads
+        self.shown: dict[int, list[tuple[Statistic, Tensor, Tensor]]] = {}
+        self.judged = Judged(seen, columns.shape[1]) if "survival" in reads else None
         self.put_off: list[tuple[Any, SlotView]] = []
         self.seen = seen
         self.count = columns.shape[1]
@@ -231,7 +240,7 @@ class Step:
             asked = asked.gather(1, self._copies.on(self._places, device)[:, :lead])
         # For this layer alone: one without attention observes nothing for the next.
         self.previous = Statistics({})
-        kept = surviving_tokens(self._pruners, tokens, asked, self.not_finite)
+        kept = surviving_tokens(self._pruners, tokens, asked, self.not_finite, self.judged)
         if kept is None or torch.equal(kept, tokens.valid):
             return hidden
         return self._narrow(kept, hidden)
@@ -324,6 +333,7 @@ class Step:
         self.layer_steps.clear()
         self.due.clear()
         self.put_off.clear()
+        self.shown.clear()
         self.arranged = None
 
 

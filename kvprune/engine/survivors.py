@@ -22,6 +22,7 @@ from ..policy.selection import (
     wrong,
 )
 from ..policy.views import SlotView, TokenView
+from .judged import Judged
 
 _METERS: list[Callable[[], AbstractContextManager[Any]]] = []
 """Contexts in which policies answer; empty but while costs are measured."""
@@ -117,14 +118,19 @@ def _not_finite(view: TokenView | SlotView) -> Tensor:
     else:
         shown, valid = [(view.hidden, valid[..., None])], valid[:, None]
     per_slot = ((part, value) for part, value in view.statistic.tensors() if part.per == "slot")
-    shown += [(value, valid) for _, value in per_slot]
+    # What a slot begins with says nothing of the model, as the infinity of `Survival`.
+    shown += [(value, valid & (value != part.start)) for part, value in per_slot]
     # Not at padding and in empty slots, where anything may stand.
     each = [(~tensor.isfinite() & there).flatten(1).any(-1) for tensor, there in shown]
     return torch.stack(each).any(0)
 
 
 def surviving_tokens(
-    policies: Sequence[TokenPolicy], tokens: TokenView, asked: Tensor, told: set[int]
+    policies: Sequence[TokenPolicy],
+    tokens: TokenView,
+    asked: Tensor,
+    told: set[int],
+    judged: Judged | None = None,
 ) -> Tensor | None:
     """The tokens that every policy in turn lets enter a layer.
 
@@ -133,6 +139,7 @@ def surviving_tokens(
         tokens: the view that the first one sees.
         asked: `[B, Q]` bool, tokens that the engine itself protects.
         told: see `comparable`.
+        judged: takes down how each policy ranks; None where nobody asks.
 
     Returns:
         `[B, Q]` bool, or None where no policy ranked.
@@ -149,6 +156,8 @@ def surviving_tokens(
         selection = Selection(with_asked, columns, valid)
         check_leaves_some(policy, tokens.layer, ranking, valid, selection.least_budget)
         kept = selection.kept()[:, 0]
+        if judged is not None:
+            judged.judge(ranking.score[:, 0], tokens.valid, kept, tokens.columns)
         tokens = replace(tokens, valid=kept, columns=tokens.columns.masked_fill(~kept, -1))
         ranked = True
     return tokens.valid if ranked else None

@@ -2,15 +2,19 @@
 
 from .attention import Attention, Views
 from .base import Block, Statistic, check_statistics, parts_of, statistic_dtype
+from .gate import Gate
 from .moments import QueryMoments
 from .queries import Queries
+from .survival import Survival
 
 __all__ = [
     "Attention",
     "Block",
+    "Gate",
     "Queries",
     "QueryMoments",
     "Statistic",
+    "Survival",
     "Views",
     "check_statistics",
     "parts_of",

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import KVPruneError
 
 READS_OF = {
-    "slot": ("received", "views", "probabilities"),
+    "slot": ("received", "views", "probabilities", "hidden", "survival"),
     "layer": ("queries", "unrotated"),
 }
 """By what a statistic is per: what it can read."""
@@ -59,8 +59,10 @@ class Statistic:
         reads: what `join` is handed. For slots "received", the probabilities that each slot
             received in a forward, added up over the queries, `[B, Hkv, S]`; "views", the number of
             queries in a forward that could see the slot, the same shape; "probabilities", a `Block`
-            of queries after the other, in order. For layers "queries", as attention is handed
-            them; "unrotated", before their position turned them (RoPE).
+            of queries after the other, in order; "hidden", what `numbers` says of the tokens that
+            were written; "survival", how far tokens came through pruning. The last two are `[B,
+            1|Hkv, S]`, NaN for slots that nothing is said of. For layers "queries", as attention is
+            handed them; "unrotated", before their position turned them (RoPE).
         start: the number that a slot begins with.
         newest: how many of a forward's newest queries matter, for "probabilities"; None for all.
             Where it is small, attention runs as if nothing were observed.
@@ -95,6 +97,18 @@ class Statistic:
             what replaces `held`, of the same form; not the same tensors written to.
         """
         raise KVPruneError(f"{self!r}: expected a statistic with a method join(held, new)")
+
+    def numbers(self, hidden: Tensor, layer: int) -> Tensor:
+        """What is said of new tokens, where "hidden" is read.
+
+        Args:
+            hidden: `[B, Q, C]`, detached, what enters the decoder layer.
+            layer: its number.
+
+        Returns:
+            `[B, 1|Hkv, Q]` floats.
+        """
+        raise KVPruneError(f"{self!r}: expected a statistic with a method numbers(hidden, layer)")
 
     def value(self, *held: Any) -> Any:
         """What a policy is shown, from what is held for each of `parts`."""
@@ -135,8 +149,8 @@ def _check_part(part: Statistic, what: str) -> None:
     if part.reads not in READS_OF.get(part.per, ()):
         raise KVPruneError(
             f"{what}: {part!r} has per={part.per!r} and reads={part.reads!r}: expected per 'slot' "
-            f"with reads 'received', 'views' or 'probabilities', or per 'layer' with 'queries' or "
-            f"'unrotated'"
+            f"with reads 'received', 'views', 'probabilities', 'hidden' or 'survival', or per "
+            f"'layer' with 'queries' or 'unrotated'"
         )
     if type(part).join is Statistic.join:
         raise KVPruneError(f"{what}: {part!r}: expected a statistic with a method join(held, new)")

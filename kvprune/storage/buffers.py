@@ -83,6 +83,27 @@ def watched(*tensors: Tensor) -> bool:
     return not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors)
 
 
+def numbers_at(slots: Tensor, numbers: Tensor, columns: Tensor) -> Tensor:
+    """Numbers of tokens, for the slots that hold these.
+
+    Args:
+        slots: `[B, 1|H, S]` int64, their columns, -1 for none.
+        numbers: `[B, 1|H, n]` floats.
+        columns: `[B, n]` int64, of the tokens, -1 for none.
+
+    Returns:
+        `[B, 1|H, S]`, NaN for slots of other tokens.
+    """
+    ordered, order = columns.sort(-1)
+    flat = slots.flatten(1).contiguous()
+    place = torch.searchsorted(ordered, flat).clamp(max=columns.shape[1] - 1)
+    there = ((ordered.gather(1, place) == flat) & (flat >= 0)).view_as(slots)
+    index = order.gather(1, place).view_as(slots)
+    heads = max(slots.shape[1], numbers.shape[1])
+    found = numbers.expand(-1, heads, -1).gather(-1, index.expand(-1, heads, -1))
+    return found.masked_fill(~there, torch.nan)
+
+
 def widened(columns: Tensor, size: int, fill: int) -> Tensor:
     return torch.nn.functional.pad(columns, (0, size - columns.shape[-1]), value=fill)
 

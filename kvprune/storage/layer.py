@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import KVPruneError
 from ..models.structure import Local
 from ..statistics import Block, Statistic, statistic_dtype
-from .buffers import SLACK, extended, gathered, put, roomier, watched, widened
+from .buffers import SLACK, extended, gathered, numbers_at, put, roomier, watched, widened
 from .plain import Plain
 from .turnover import Stage, Turnover
 
@@ -362,6 +362,20 @@ class SlotLayer:
         else:
             # In its place, since layers that decode together share it.
             before.copy_(value)
+
+    def observe_tokens(self, part: Statistic, numbers: Tensor, columns: Tensor) -> None:
+        """Joins numbers of tokens to a statistic per slot, also to what is recorded.
+
+        Args:
+            part: the statistic.
+            numbers: `[B, 1|Hkv, n]`.
+            columns: `[B, n]` int64, of the tokens, -1 for none.
+        """
+        self.observe(part, numbers_at(self.columns, numbers, columns))
+        for past in self._record:
+            if past.columns is not None and part in past.statistics:
+                new = numbers_at(past.columns, numbers, columns)
+                past.statistics[part] = part.join(past.statistics[part], new)
 
     def observe_queries(self, part: Statistic, queries: Tensor, columns: Tensor) -> None:
         """Joins a forward's queries to a statistic per layer; see `Statistic.join`.

@@ -52,6 +52,7 @@ def _before_layer(
         return None
     # Layers hand keywords that they do not know on to their attention.
     args, kwargs = _enter(cache, index, layer, args, kwargs)
+    _show(cache, index, layer, args, kwargs)
     return args, {**kwargs, "kvprune_layer": cache.at_layer(index)}
 
 
@@ -78,6 +79,18 @@ def _enter(
         # with the arguments that the hook was handed, not with those that it returns.
         return torch.compiler.disable(_gather)(cache.step, index, layer, args, kwargs)
     return _gather(cache.step, index, layer, args, kwargs)
+
+
+def _show(
+    cache: ComposedCache,
+    index: int,
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Shows the hidden states that enter a layer to statistics that read them, if some do."""
+    if "hidden" in cache.step.reads:
+        cache.at_layer(index).show(argument(layer, args, kwargs, "hidden_states"))
 
 
 def _gather(
@@ -109,7 +122,11 @@ def _before_bare_layer(
 ) -> Arguments | None:
     """Pre-hook of a decoder layer whose attention has a hook of its own."""
     cache = cache_in(layer, args, kwargs)
-    return None if cache is None else _enter(cache, index, layer, args, kwargs)
+    if cache is None:
+        return None
+    args, kwargs = _enter(cache, index, layer, args, kwargs)
+    _show(cache, index, layer, args, kwargs)
+    return args, kwargs
 
 
 def _before_own_attention(

@@ -1,0 +1,54 @@
+"""What a small module says of a token when it is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import KVPruneError
+from .base import Statistic
+
+
+@dataclass(frozen=True, repr=False)
+class Gate(Statistic):
+    """A number for each slot, `[B, Hkv, S]`, out of its token's hidden state.
+
+    It is made once, when the token is written, and does not change.
+
+    Args:
+        module: is called as `module(hidden, layer)` with `[B, Q, C]`, what enters decoder layer
+            `layer` (before its norm), and returns `[B, 1|Hkv, Q]` floats; for all layers one.
+
+    Raises:
+        KVPruneError: not a module of torch.
+
+    Sources: KVzap (arXiv 2601.07891), DMS (arXiv 2506.05345).
+    """
+
+    module: nn.Module
+
+    reads: ClassVar[str] = "hidden"
+    checked: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.module, nn.Module):
+            raise KVPruneError(
+                f"Gate({self.module!r}): expected a torch.nn.Module that is called with hidden "
+                f"states [B, Q, C] and the number of a layer"
+            )
+
+    def numbers(self, hidden: Tensor, layer: int) -> Tensor:
+        """What the module says of the tokens that enter a layer."""
+        found: Tensor = self.module(hidden, layer)
+        return found
+
+    def join(self, held: Tensor, new: Tensor) -> Tensor:
+        """Takes the new numbers, where there are any (elsewhere they are NaN)."""
+        return torch.where(new.isnan(), held, new)
+
+    def __repr__(self) -> str:
+        # Not the module's own, which says all its layers, and a file knows statistics by this.
+        return f"Gate({type(self.module).__name__})"
