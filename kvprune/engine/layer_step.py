@@ -189,7 +189,7 @@ class LayerStep:
             output, probabilities, queried = self._attend(backend, module, inputs, arguments)
             # Before slots go: they are still those that were attended to.
             probabilities = self.in_order(probabilities)
-            self.evict(queried)
+            self.evict(queried, module)
             return output, probabilities
         # Drafts may be taken back: each is stored when its turn comes, and slots go after each.
         outputs = []
@@ -197,7 +197,7 @@ class LayerStep:
             held = piece.store(key[:, :, new], value[:, :, new])
             inputs = piece._inputs(query[:, :, new], *held, mask)
             output, _, queried = piece._attend(backend, module, inputs, arguments)
-            piece.evict(queried)
+            piece.evict(queried, module)
             outputs.append(output)
         return torch.cat(outputs, 1), None
 
@@ -390,11 +390,14 @@ class LayerStep:
             piece, positions=positions, origin=self.origin if start == 0 else positions[:, 0]
         )
 
-    def evict(self, queried: Queried | None = None) -> None:
+    def evict(
+        self, queried: Queried | None = None, attention: torch.nn.Module | None = None
+    ) -> None:
         """Asks the policies that are due, after attention, and drops what none keeps.
 
         Args:
             queried: what is known of queries, where something of them is held.
+            attention: the layer's attention; None where no model runs.
         """
         at, step, slots = self.on(self.slots.device), self.step, self.slots
         for part, numbers, columns in step.shown.get(self.index, ()):
@@ -412,9 +415,9 @@ class LayerStep:
         full = slots.turnover.policy
         alone = [number for number, _ in due] == [full] and not late
         if step.same_rows and columns is held and alone:
-            at._evict_next(due[0][0])
+            at._evict_next(due[0][0], queried, attention)
             return
-        view = at.view(columns, slots.statistics | slots.records, at.rows, queried)
+        view = at.view(columns, slots.statistics | slots.records, at.rows, queried, attention)
         left = surviving_slots(due, view, new > 1, step.not_finite)
         if late:
             # Nothing goes yet: what queries are to look at is still what they attended to.
@@ -442,14 +445,20 @@ class LayerStep:
                 looked[queries] = found[..., -new:].clone()
         return Statistics(values, lambda queries: looked.get(queries))
 
-    def _evict_next(self, number: int) -> None:
+    def _evict_next(
+        self, number: int, queried: Queried | None, attention: torch.nn.Module | None
+    ) -> None:
         """One slot goes in every row and head by the policy that is full: now, or with others'."""
         policy, slots = self.step.evicters[number], self.slots
-        alike = slots.alike() if policy.layers_alike and not self.step.one_by_one else None
+        # What is held per layer is another in each.
+        together = policy.layers_alike and not self.step.one_by_one and not slots.layer_parts
+        alike = slots.alike() if together else None
         if alike is not None:
             self.step.due.setdefault(alike, []).append(self)
             return
-        gone = next_to_go(policy, self.view(slots.columns, slots.statistics, self.rows))
+        held = slots.statistics | slots.records
+        view = self.view(slots.columns, held, self.rows, queried, attention)
+        gone = next_to_go(policy, view)
         if gone is not None:
             slots.free(gone, number)
 
@@ -459,6 +468,7 @@ class LayerStep:
         statistics: Mapping[Statistic, Any],
         rows: RowNumbers,
         queried: Queried | None = None,
+        attention: torch.nn.Module | None = None,
     ) -> SlotView:
         """The view of slots with these columns and statistics."""
         keys, arranged = self.slots.keys, self.step.arranged
@@ -482,6 +492,7 @@ class LayerStep:
             scaling=None if queried is None else queried.scaling,
             rotary=None if queried is None else queried.rotary,
             position=None if queried is None else queried.position,
+            attention=attention,
         )
 
     def _in_sight(self, columns: Tensor) -> Tensor:

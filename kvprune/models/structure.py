@@ -98,6 +98,40 @@ def query_heads(base: Any) -> int:
     return int(getattr(config, "decoder_attention_heads", config.num_attention_heads))
 
 
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
+"""The names of the projection of attention's outputs."""
+
+
+@torch.no_grad()
+def output_weight(attention: nn.Module) -> Tensor:
+    """What each query head's output is multiplied with, `[Hq * Dv, C]`.
+
+    Raises:
+        KVPruneError: the attention has no projection that is known.
+    """
+    named = (getattr(attention, name, None) for name in OUTPUTS)
+    projection = next((module for module in named if isinstance(module, nn.Module)), None)
+    if projection is None:
+        raise KVPruneError(
+            f"output_weight: {type(attention).__name__} has no projection named "
+            f"{', '.join(OUTPUTS)}: expected another model, or a policy that does not ask for it"
+        )
+    weight = getattr(projection, "weight", None)
+    if isinstance(projection, nn.Linear) and weight is not None and weight.is_floating_point():
+        return weight.detach().T
+    # Adapters, quantised weights, and layers of other forms: what they make of each unit vector.
+    size = getattr(projection, "in_features", None) or getattr(projection, "nx", None)
+    if size is None:
+        raise KVPruneError(
+            f"output_weight: {type(projection).__name__} does not say how many inputs it has: "
+            f"expected a linear layer, or a policy that does not ask for it"
+        )
+    like = next(p for p in projection.parameters() if p.is_floating_point())
+    unit = torch.eye(size, device=like.device, dtype=like.dtype)
+    found: Tensor = projection(unit) - projection(torch.zeros_like(unit[:1]))
+    return found
+
+
 def unsupported(model: nn.Module, reason: str) -> KVPruneError:
     """The error that refuses a family by name."""
     config = getattr(model, "config", None)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..errors import KVPruneError
+from ..models.structure import output_weight
 from ..statistics import Queries, Statistic, parts_of
 from .budget import Lengths, newest
 from .moment import Moment
@@ -215,6 +216,8 @@ class SlotView(_View):
     new: columns of this forward.
     left: columns of the announced prompt that are still to come.
     since: columns since the prompt's end, 0 where it ends with these.
+    output_weight: `[Hkv, G, Dv, C]`, what a value is multiplied with on its way out of the layer's
+        attention (W_o), by key/value head and query head; read only, without a bias.
     group: as in `TokenView`; Hkv are then the heads of this process.
     scaling: what attention multiplies products of queries and keys with; None where the policy
         names no statistic per layer.
@@ -240,6 +243,7 @@ class SlotView(_View):
     scaling: float | None = None
     rotary: Rotary | None = field(default=None, repr=False)
     position: Tensor | None = None
+    attention: Any = field(default=None, repr=False)
 
     @property
     def order(self) -> Tensor:
@@ -258,6 +262,19 @@ class SlotView(_View):
     def first_head(self) -> int:
         """See above."""
         return 0 if self.group is None else dist.get_rank(self.group) * self.keys.shape[1]
+
+    @property
+    def output_weight(self) -> Tensor:
+        """See above.
+
+        Raises:
+            KVPruneError: the model's attention has no projection that is known, or this is no
+                forward, but `with_policies`.
+        """
+        if self.attention is None:
+            raise KVPruneError("output_weight: known in a forward of the model alone")
+        heads, size = self.values.shape[1], self.values.shape[-1]
+        return output_weight(self.attention).unflatten(0, (heads, -1, size))
 
     @property
     def prompt_length(self) -> Tensor:

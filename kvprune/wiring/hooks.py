@@ -148,7 +148,7 @@ def _after_own_attention(
     layer.step.attentions += 1
     layer.observe(output[1])
     output = (output[0], layer.in_order(output[1]), *output[2:])
-    layer.evict()
+    layer.evict(attention=attention)
     return output
 
 
