@@ -426,3 +426,30 @@ def test_what_is_no_attached_model_is_refused(tmp_path, model):
     """Also what is no model at all."""
     with pytest.raises(kvprune.KVPruneError, match="expected a model that kvprune is attached to"):
         kvprune.ComposedCache.load(tmp_path / "a", [], model)
+
+
+@torch.no_grad()
+def test_a_file_of_an_earlier_format_goes_on(tmp_path):
+    """It calls accumulated attention by a text, and knows nothing of prompts, nor of their ids."""
+    model, ids = tiny_model(), prompt(2, 30)
+    cache = kvprune.ComposedCache([H2O(6, 6)])
+    model(ids[:, :20], past_key_values=cache, logits_to_keep=1)
+    assert cache.binding is not None
+    contents = saving.contents_of(cache.state, cache.binding.model, cache.policies)
+    numbers, tensors = contents.numbers, contents.tensors
+    for name in ("prompt_end", "prompts"):
+        del numbers[name]
+    del tensors["rows.prompt_ids"]
+    for layer in numbers["layers"]:
+        layer["statistics"] = ["attention"] * len(layer["statistics"])
+    part = f".statistics.{Attention()!r}"
+    old = {n.replace(part, ".statistics.attention"): tensor for n, tensor in tensors.items()}
+    assert old.keys() != tensors.keys()
+    saving.write(tmp_path / "old", saving.Contents(numbers, old))
+    loaded = kvprune.ComposedCache.load(tmp_path / "old", cache.policies, model)
+    for at in range(20, 30):
+        new = ids[:, at : at + 1]
+        logits = [model(new, past_key_values=each).logits for each in (cache, loaded)]
+        assert torch.equal(*logits)
+    for layer in range(LAYERS):
+        assert torch.equal(cache.columns(layer), loaded.columns(layer))
