@@ -96,8 +96,10 @@ class ExpectedAttention(OneBudget):
         heads = keys.shape[1]
         mean, spread = mean.unflatten(1, (heads, -1)), spread.unflatten(1, (heads, -1))
         logits = []
-        for group in range(mean.shape[2]):
-            linear = (keys @ mean[:, :, group].mT)[..., 0]
-            square = ((keys @ spread[:, :, group]) * keys).sum(-1)
-            logits.append(linear * slots.scaling + square * slots.scaling**2 / 2)
+        # As precise as the moments, whatever precision the model runs in.
+        with torch.autocast(keys.device.type, enabled=False):
+            for group in range(mean.shape[2]):
+                linear = (keys @ mean[:, :, group].mT)[..., 0]
+                square = ((keys @ spread[:, :, group]) * keys).sum(-1)
+                logits.append(linear * slots.scaling + square * slots.scaling**2 / 2)
         return torch.stack(logits, 2)

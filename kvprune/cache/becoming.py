@@ -9,6 +9,7 @@ import torch
 from ..engine.arrival import Arrival
 from ..engine.layer_step import at_layer
 from ..engine.step import Step
+from ..engine.turnover import evict_across
 from ..errors import KVPruneError
 from ..policy.base import TokenPolicy
 from ..policy.composition import evicts
@@ -93,3 +94,5 @@ def evict_all(binding: Binding, state: CacheState) -> None:
     step = Step(binding.policies, len(state.layers), 0, new, asked, moment, group=group)
     for index, layer in state.slot_layers():
         at_layer(step, index, layer).evict()
+    evict_across(step)
+    step.let_go()

@@ -15,7 +15,7 @@ from ..models.releases import LinearAttentionLayer
 from ..models.structure import base_of, unwrapped
 from ..policy.base import TokenPolicy
 from ..policy.checks import checked
-from ..policy.composition import leaves, wanted_at
+from ..policy.composition import judges_apart, leaves, wanted_at
 from ..positions.inside import positions_for
 from ..positions.rotary import Rotation, limit_of, query_rotations
 from ..statistics import Statistic, parts_of
@@ -130,9 +130,9 @@ def _check_queries(wanted: Iterable[Statistic], who: str, attachment: Attachment
 
 
 def _check_survival(policies: Sequence[TokenPolicy], observe: Iterable[Statistic]) -> None:
-    asked = [s for policy in leaves(policies) for s in policy.statistics] + list(observe)
+    asked = [s for policy in policies for s in policy.statistics] + list(observe)
     reads = [part for part in parts_of(asked) if part.reads == "survival"]
-    unions = [p for p in policies if "rank_hidden" in p.hooks and len(list(leaves([p]))) > 1]
+    unions = [p for p in policies if "rank_hidden" in p.hooks and judges_apart(p)]
     if reads and unions:
         raise KVPruneError(
             f"{reads[0]!r} beside {unions[0]!r}: the parts of a union judge hidden states apart, "

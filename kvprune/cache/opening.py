@@ -15,7 +15,7 @@ from ..policy.base import TokenPolicy
 from ..policy.composition import evicts
 from ..policy.moment import Moment
 from ..positions.rotary import check_reach
-from ..statistics import Statistic
+from ..statistics import Statistic, parts_of
 from ..storage.rows import rows_after
 from .binding import Binding
 from .session import Session
@@ -66,13 +66,13 @@ class Opening:
         asked = asked_tokens(keep, rows, count - drafts, device, lead)
         state.settle()
         position_ids = None
-        if state.positions is not None or self.binding.rotations:
+        if state.positions is not None or self._awaits_positions(moment):
             positions = _one_each(positions)
-        if self.binding.rotations:
-            position_ids = self._positions_handed(positions, rows, count, device)
         if state.positions is not None:
             layers = [layer for _, layer in state.slot_layers()]
             position_ids = state.positions.open(layers, new.columns, new.padding, new.rows)
+        elif self._awaits_positions(moment):
+            position_ids = self._positions_handed(positions, rows, count, device)
         step = Step(
             self.binding.policies,
             len(state.layers),
@@ -91,6 +91,18 @@ class Opening:
         )
         step.read = state.read
         return step
+
+    def _awaits_positions(self, moment: Moment) -> bool:
+        """Whether somebody reads queries before rotation at this moment, or later."""
+        if not self.binding.rotations:
+            return False
+        policies, observe = self.binding.policies, self.observe
+        parts = parts_of([s for policy in policies for s in policy.statistics] + list(observe))
+        return any(
+            part in observe or any(policy.awaits(part, moment) for policy in policies)
+            for part in parts
+            if part.reads == "unrotated"
+        )
 
     def _positions_handed(
         self, positions: Tensor | None, rows: int, count: int, device: torch.device

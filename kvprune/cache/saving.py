@@ -56,6 +56,9 @@ def contents_of(
         state: what the cache holds.
         model: see `models.fingerprint.described`.
         policies: of the cache.
+
+    Raises:
+        KVPruneError: two statistics look alike.
     """
     assert state.rows is not None
     tensors = {"rows.first": state.rows.first, "rows.prompt_length": state.rows.prompt.tensor}
@@ -74,6 +77,11 @@ def contents_of(
             del held["columns"]
         tensors |= {f"layers.{index}.{name}": tensor for name, tensor in held.items()}
         observed = [repr(part) for part in layer.parts]
+        if len(set(observed)) < len(observed):
+            raise KVPruneError(
+                f"save: expected statistics that a file can tell apart, got {observed}: give each "
+                f"a __repr__ of its own (modules of a Gate: weights, or an extra_repr)"
+            )
         layers.append({**layer.numbers(), "columns_of": owner, "statistics": observed})
     numbers = {
         "model": model,

@@ -31,6 +31,7 @@ class CacheState:
         seen: columns shown so far, padding included.
         prompt_end: the column behind the last prompt's; 0 before a prompt has ended.
         prompts: how many prompts have ended.
+        mid_prompt: whether the last forward left some of an announced prompt to come.
         rows: what is known of each row; None before the first forward.
         padding: `[B, n]` bool, which columns are padding; those behind are not. None while none is.
         read: the ids that were read as prompt, to know them again; None while there are none.
@@ -51,6 +52,7 @@ class CacheState:
         self.positions = positions
         self.seen = 0
         self.prompt_end = self.prompts = 0
+        self.mid_prompt = False
         self.rows: RowNumbers | None = None
         self.padding: Tensor | None = None
         self.read: PromptIds | None = None
@@ -124,6 +126,11 @@ class CacheState:
 
     def make_way(self, step: Step) -> None:
         """Before the layers run: slots go that a later mask hides, free slots take the token."""
+        moment = step.moment
+        if (moment.ends or moment.left) and not self.mid_prompt:
+            # A prompt begins, and with it what is known of a layer.
+            for _, layer in self.slot_layers():
+                layer.forget_records()
         if step.padding is not self.padding:
             self._hide(step.padding)
         if self.is_hybrid and self.seen and not step.complete:
@@ -158,6 +165,7 @@ class CacheState:
         self.together = evict_together(step, self.together)
         evict_across(step)
         _hold_states(step)
+        self.mid_prompt = step.moment.left > 0
         if step.moment.ends:
             self.prompt_end, self.prompts = self.seen + step.moment.new, self.prompts + 1
         for index, layer in self.slot_layers():

@@ -380,7 +380,8 @@ class WiredCache(Cache):
     @property
     def attends_in_pieces(self) -> bool:
         """Whether the next forward never has its attention probabilities as a whole."""
-        observes = any(layer.parts for _, layer in self.state.slot_layers())
+        each = (layer.parts for _, layer in self.state.slot_layers())
+        observes = any(part.of_attention for parts in each for part in parts)
         return observes or (self.session.recording and drops_slots(self.policies, self.state))
 
     def at_layer(self, layer: int) -> LayerStep:

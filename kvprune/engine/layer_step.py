@@ -18,17 +18,16 @@ from ..attention.inputs import Inputs, Scores
 from ..attention.looks import blocks, looks, seen_by, views
 from ..attention.masks import Mask
 from ..errors import KVPruneError
+from ..models.devices import without_autocast
 from ..policy.moment import Moment
 from ..policy.rotary import Rotary
 from ..policy.views import SlotView, Statistics
 from ..statistics import Block, Queries, Statistic, statistic_dtype
+from ..storage.buffers import numbers_at
 from ..storage.layer import SlotLayer
 from ..storage.rows import RowNumbers
 from .step import Step
 from .survivors import narrowed, next_to_go, surviving_slots
-
-_NOT_OF_ATTENTION = {"hidden", "survival"}
-"""What statistics read that attention does not give."""
 
 Look = Callable[[Queries], Tensor | None]
 """The probabilities that newest queries give to a layer's slots; None where none are held."""
@@ -131,14 +130,14 @@ class LayerStep:
         """Lets statistics say something of the hidden states that enter the layer, `[B, Q, C]`.
 
         Raises:
-            KVPruneError: they do not answer with a finite number for each token.
+            KVPruneError: they do not answer with a number for each token.
         """
         for part in self.slots.parts:
             if part.reads == "hidden":
                 with torch.no_grad():
                     numbers = part.numbers(hidden.detach(), self.index)
                 columns = self.step.columns_on(hidden.device)[0]
-                _check_numbers(part, numbers, columns)
+                _check_numbers(part, numbers, columns, hidden)
                 self.step.shown.setdefault(self.index, []).append((part, numbers, columns))
 
     def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,13 +224,14 @@ class LayerStep:
             nothing of them is held.
         """
         slots = self.slots
-        reads = {part.reads for part in slots.parts} - _NOT_OF_ATTENTION
+        reads = {part.reads for part in slots.parts if part.of_attention}
         if not reads and not slots.layer_parts:
             return *attend(backend, module, inputs, **arguments), None
         scores = scores_for(module, inputs, self._heads, **arguments)
         for part in slots.layer_parts:
             if self.step.awaits(part, self.index, self.moment):
-                slots.observe_queries(part, *self._queries(part, inputs.query.detach()))
+                with without_autocast(inputs.query.device):
+                    slots.observe_queries(part, *self._queries(part, inputs.query.detach()))
         queried = self._queried(inputs, scores) if slots.records else None
         single = inputs.query.shape[2] == 1
         if "received" not in reads and not ("probabilities" in reads and single):
@@ -301,7 +301,7 @@ class LayerStep:
         """
         slots, several = self.slots, inputs.query.shape[2] > 1
         for part in slots.parts:
-            if part.reads in _NOT_OF_ATTENTION:
+            if not part.of_attention:
                 continue
             if part.reads == "received":
                 slots.observe(part, received, several)
@@ -327,7 +327,7 @@ class LayerStep:
         votes = (self.columns >= 0)[:, None, :, None]
         given = (probabilities.detach().to(self._dtype) * votes).unflatten(1, (self._heads, -1))
         for part in slots.parts:
-            if part.reads in _NOT_OF_ATTENTION:
+            if not part.of_attention:
                 continue
             new: Any = Block(given, self.columns, slots.columns)
             if part.reads == "received":
@@ -401,8 +401,13 @@ class LayerStep:
         """
         at, step, slots = self.on(self.slots.device), self.step, self.slots
         for part, numbers, columns in step.shown.get(self.index, ()):
-            numbers, columns = numbers.to(slots.device, self._dtype), columns.to(slots.device)
-            slots.observe_tokens(part, numbers, columns)
+            columns = columns.to(slots.device)
+            if numbers.shape[1] not in (1, slots.heads):
+                raise _no_numbers(part, numbers, columns)
+            # Of drafts, those whose turn it is.
+            here = (columns >= at.before) & (columns < at.seen)
+            numbers, columns = numbers.to(slots.device, self._dtype), columns.masked_fill(~here, -1)
+            slots.observe(part, numbers_at(slots.columns, numbers, columns))
         new = at.columns.shape[1]
         if step.prunes and at.seen <= step.seen + step.count - step.drafts:
             step.previous = self._for_next_layer(queried, new)
@@ -421,8 +426,10 @@ class LayerStep:
         left = surviving_slots(due, view, new > 1, step.not_finite)
         if late:
             # Nothing goes yet: what queries are to look at is still what they attended to.
-            kept = _left(view.valid if left.kept is None else left.kept, left.gone)
-            step.put_off.append((self, narrowed(view, kept)))
+            if left.kept is not None or left.gone is not None:
+                kept = _left(view.valid if left.kept is None else left.kept, left.gone)
+                view = narrowed(view, kept)
+            step.put_off.append((self, view))
         elif columns is not held:
             slots.keep(_left(view.valid if left.kept is None else left.kept, left.gone))
         elif left.gone is not None:
@@ -504,23 +511,37 @@ class LayerStep:
         return columns.masked_fill(columns < oldest[:, None, None], -1)
 
 
-def _check_numbers(part: Statistic, numbers: Any, columns: Tensor) -> None:
+def _check_numbers(part: Statistic, numbers: Any, columns: Tensor, hidden: Tensor) -> None:
+    """Refuses what a statistic says of hidden states, where it is not a number for each token.
+
+    Args:
+        part: the statistic.
+        numbers: what it says.
+        columns: `[B, Q]` int64, of the tokens.
+        hidden: `[B, Q, C]`.
+    """
     fits = isinstance(numbers, Tensor) and numbers.dim() == 3 and numbers.is_floating_point()
     if not fits or (numbers.shape[0], numbers.shape[2]) != columns.shape:
-        got = type(numbers).__name__
-        if isinstance(numbers, Tensor):
-            got = f"{numbers.dtype} of shape {list(numbers.shape)}"
-        rows, count = columns.shape
-        raise KVPruneError(
-            f"{part!r}: expected floats of shape [{rows}, 1 or the key/value heads, {count}], one "
-            f"for each token and head, got {got}"
-        )
-    wrong = (numbers.isnan() & (columns >= 0)[:, None]).flatten(1).any(-1)
+        raise _no_numbers(part, numbers, columns)
+    # A token whose state is not finite has none; other rows do not notice.
+    judged = (columns >= 0) & hidden.isfinite().all(-1)
+    wrong = (numbers.isnan() & judged[:, None]).flatten(1).any(-1)
     if bool(wrong.any()):
         raise KVPruneError(
             f"{part!r}: expected numbers that can be compared, got NaN in rows "
             f"{wrong.nonzero().flatten().tolist()}"
         )
+
+
+def _no_numbers(part: Statistic, numbers: Any, columns: Tensor) -> KVPruneError:
+    got = type(numbers).__name__
+    if isinstance(numbers, Tensor):
+        got = f"{numbers.dtype} of shape {list(numbers.shape)}"
+    rows, count = columns.shape
+    return KVPruneError(
+        f"{part!r}: expected floats of shape [{rows}, 1 or the key/value heads, {count}], one for "
+        f"each token and head, got {got}"
+    )
 
 
 def _left(kept: Tensor, gone: Tensor | None) -> Tensor:

@@ -72,6 +72,7 @@ class Step:
         notes: what positions inside the cache remember until the forward is over.
         arranged: the layer that stored its tokens last, and all its keys `[B, Hkv, S, D]` at their
             positions inside the cache; None where positions are not assigned there.
+        around: whether it began around the model with the decoder layers, before masks were made.
         shown: by layer, what statistics say of the hidden states that entered it, each with the
             tokens' columns.
         judged: how pruning judges the tokens; None where nobody asks.
@@ -97,6 +98,7 @@ class Step:
     ) -> None:
         self._pruners = [p for p in policies if "rank_hidden" in p.hooks]
         self.evicters = [p for p in policies if p.evicts]
+        self.around = False
         self._across = any("rank_layers" in p.hooks for p in self.evicters)
         self.num_layers = num_layers
         self.group = group

@@ -6,6 +6,7 @@ A layer by itself frees slots at once; see `LayerStep.evict`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..storage.group import LayerGroup
 from .step import Step
@@ -39,8 +40,16 @@ def evict_across(step: Step) -> None:
     """Where a policy sees all layers at once, it and those behind it are asked now."""
     if not step.put_off:
         return
-    layers = [at for at, _ in step.put_off]
     late, several = step.late_at(step.moment), step.count > 1
-    views = surviving_layers(late, [view for _, view in step.put_off], several, step.not_finite)
-    for at, view in zip(layers, views, strict=True):
-        at.slots.keep(view.valid)
+    layers = [at.slots for at, _ in step.put_off]
+    # Some statistics are known only now, as `Survival`.
+    views = [
+        replace(view, statistic=view.statistic.renewed(at.slots.statistics | at.slots.records))
+        for at, view in step.put_off
+    ]
+    left = surviving_layers(late, views, several, step.not_finite)
+    for slots, view in zip(layers, left, strict=True):
+        if bool((view.valid == (slots.columns >= 0)).all()):
+            slots.keep_all()
+        else:
+            slots.keep(view.valid)

@@ -17,7 +17,6 @@ class Attachment:
     cannot_prune: why its hidden states cannot be pruned; empty where they can.
     cannot_record: why drafts cannot be taken back; empty where they can.
     cannot_show_queries: why queries cannot be seen; empty where they can.
-    masks_around: whether masks are made around the model with the decoder layers, before it runs.
     memory: what was found out about the model, so that it is not for every cache.
     group: the processes that share its heads; see `kvprune.models.parallel`.
     """
@@ -31,7 +30,6 @@ class Attachment:
     cannot_record: str = ""
     cannot_show_queries: str = ""
     group: Any = None
-    masks_around: bool = False
     memory: dict[str, Any] = field(default_factory=dict)
 
     def says_the_same_as(self, other: Attachment) -> bool:

@@ -38,6 +38,11 @@ def sees_pictures(model: PreTrainedModel) -> bool:
     return any(getattr(around, name, None) is base_of(model) for name in LANGUAGE_MODELS)
 
 
+def has_several_positions(base: PreTrainedModel) -> bool:
+    """Whether tokens of pictures have several positions each (mrope)."""
+    return "mrope_section" in (getattr(base.config, "rope_parameters", None) or {})
+
+
 def _layer_list(base: nn.Module) -> nn.ModuleList | None:
     lists = (getattr(base, name, None) for name in DECODER_LAYERS)
     return next((x for x in lists if isinstance(x, nn.ModuleList) and len(x)), None)

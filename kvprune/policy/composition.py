@@ -30,6 +30,12 @@ def nested(policies: Iterable[TokenPolicy]) -> Iterator[TokenPolicy]:
         yield from nested(p for p in vars(policy).values() if isinstance(p, TokenPolicy))
 
 
+def judges_apart(policy: TokenPolicy) -> bool:
+    """Whether there is a union in a policy, at whatever depth."""
+    within = [value for value in vars(policy).values() if isinstance(value, TokenPolicy)]
+    return isinstance(policy, Union) or any(judges_apart(each) for each in within)
+
+
 def evicts(policies: Iterable[TokenPolicy]) -> bool:
     """Whether some policy drops slots."""
     return any(policy.evicts for policy in policies)

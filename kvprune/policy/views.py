@@ -59,6 +59,10 @@ class Statistics:
 
         return Statistics(changed, changed_looks, self._named)
 
+    def renewed(self, values: Mapping[Statistic, Any]) -> Statistics:
+        """The same looks, with other values."""
+        return Statistics(values, self._looks, self._named)
+
     def __call__(self, statistic: Statistic) -> Any:
         held = [self._values.get(part) for part in self._parts(statistic)]
         if any(each is None for each in held):

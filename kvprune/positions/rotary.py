@@ -137,9 +137,10 @@ def _rotations(base: Any, purpose: _Purpose, alike: bool) -> list[Rotation | Non
         purpose: what for.
         alike: see `_probe`.
     """
+    keys = _probe(base, alike)
+    # Behind the trial, which puts back what a long forward has stretched.
     names = [n for n, _ in base.named_buffers() if n.endswith("inv_freq") and "original" not in n]
     found = [base.get_buffer(name).double() for name in names]
-    keys = _probe(base, alike)
     # A decoder out of an encoder-decoder model has a cache for each layer of the encoder.
     layers = keys[: len(decoder_layers(base))]
     return [None if k is None else _rotation_of(base, k, found, purpose) for k in layers]

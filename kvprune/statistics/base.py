@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -77,6 +77,15 @@ class Statistic:
     newest: ClassVar[int | None] = None
     adds: ClassVar[bool] = False
     checked: ClassVar[bool] = True
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        # It holds nothing of a sequence, and a copy of what it holds (a module) is not equal.
+        return self
+
+    @property
+    def of_attention(self) -> bool:
+        """Whether it is a number per slot that attention gives."""
+        return self.reads in ("received", "views", "probabilities")
 
     @property
     def parts(self) -> tuple[Statistic, ...]:

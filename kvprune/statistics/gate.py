@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,5 +51,11 @@ class Gate(Statistic):
         return torch.where(new.isnan(), held, new)
 
     def __repr__(self) -> str:
-        # Not the module's own, which says all its layers, and a file knows statistics by this.
-        return f"Gate({type(self.module).__name__})"
+        # A file knows statistics by this: other weights, another gate.
+        said = hashlib.sha256(repr(self.module).encode())
+        for name, tensor in sorted(self.module.state_dict().items()):
+            if isinstance(tensor, Tensor):
+                whole = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+                said.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                said.update(bytes(whole.tolist()))
+        return f"Gate({type(self.module).__name__}, {said.hexdigest()[:12]})"

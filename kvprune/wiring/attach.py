@@ -88,7 +88,6 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         cannot_record=cannot_record(model),
         cannot_show_queries=cannot_show_queries(model),
         group=process_group(model),
-        masks_around=makes_masks(model),
     )
     before = base.__dict__.get("_kvprune")
     if before is not None and before.says_the_same_as(attachment):
@@ -105,7 +104,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
             config._attn_implementation = name_of(backend_of(config))
     hook_layers(base, layers, attentions)
     replace_method(base, "forward", forward_of_base)
-    if attachment.masks_around:
+    if makes_masks(model):
         replace_method(model.base_model, "forward", forward_around_base)
     if model is not base and model is not model.base_model:
         replace_method(model, "forward", forward_of_head)

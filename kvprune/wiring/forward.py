@@ -100,8 +100,8 @@ def forward_of_base(
     cache = cache_in(base, args, kwargs)
     if cache is None:
         return forward(*args, **kwargs)
-    known: Any = base.__dict__.get("_kvprune")
-    if known is not None and known.masks_around and cache.guard.own_step() is not None:
+    begun = cache.guard.own_step()
+    if begun is not None and begun.around:
         # The step was begun around the base, so that masks were made within it.
         args, kwargs = _placed(cache, base, args, kwargs)
         return forward(*args, **kwargs)
@@ -152,6 +152,7 @@ def _in_step(
             cache.note_ids(tokens)
         if asks_probabilities:
             cache.step.attended = {}
+        cache.step.around = module is not base
         if module is base:
             args, kwargs = _placed(cache, base, args, kwargs)
         output = forward(*args, **kwargs)

@@ -10,7 +10,10 @@ from torch import Tensor
 from ..cache.binding import attached
 from ..cache.composed import ComposedCache
 from ..errors import KVPruneError
-from ..models.structure import takes, unwrapped
+from ..models.releases import generate_cache_name
+from ..models.structure import has_several_positions, takes, unwrapped
+
+_OURS = {"past_key_values", "cache_position", "logits_to_keep", "use_cache", "return_dict"}
 
 
 @torch.no_grad()
@@ -51,20 +54,29 @@ def read(
             `inputs` that cannot be cut into chunks.
     """
     _, base = attached(model, "read")
-    if not takes(unwrapped(model), "logits_to_keep"):
+    inner: Any = unwrapped(model)
+    if not takes(inner, "logits_to_keep"):
         raise KVPruneError(
             f"read: {type(model).__name__} gives no logits of tokens: expected a model with a "
             f"language-model head, as AutoModelForCausalLM gives one"
         )
     rows, count = _check(cache, input_ids, attention_mask, chunk, inputs)
+    if cache.seen and inputs and has_several_positions(base):
+        raise KVPruneError(
+            f"read: {', '.join(inputs)} behind {cache.seen} tokens on {type(model).__name__}, "
+            f"where tokens of pictures have several positions each: expected them with the first "
+            f"tokens. Hand them in together, or to generate"
+        )
     before, size = cache.seen, chunk or count
-    given: dict[str, Any] = dict(inputs)
-    positions, lengths = None, torch.full((rows,), count)
+    given: dict[str, Any] = {**inputs, "return_dict": True}
+    lengths, masked = torch.full((rows,), count), {}
     if attention_mask is not None:
         lengths = attention_mask[:, before:].sum(-1)
-        if takes(base, "position_ids") and not inputs:
-            # As `generate` counts them.
-            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        masked = {"attention_mask": attention_mask}
+    positions = None
+    if takes(inner, "position_ids") and "position_ids" not in inputs:
+        known = {**inputs, **masked, generate_cache_name(): cache}
+        positions = inner._prepare_position_ids_for_generation(input_ids, known)
     cache.guard.check_usable()
     cache.announce_prompt(lengths.to(input_ids.device), before + count)
     try:
@@ -73,7 +85,7 @@ def read(
             if attention_mask is not None:
                 given["attention_mask"] = attention_mask[:, :stop]
             if positions is not None:
-                given["position_ids"] = positions[:, start:stop]
+                given["position_ids"] = positions[..., start:stop]
             piece = input_ids[:, start - before : stop - before]
             output = model(piece, past_key_values=cache, logits_to_keep=1, **given)
     finally:
@@ -97,6 +109,9 @@ def _check(cache: Any, ids: Any, mask: Any, chunk: Any, inputs: dict[str, Any]) 
         )
     if chunk is not None and (type(chunk) is not int or chunk < 1):
         raise KVPruneError(f"read: chunk={chunk!r}: expected a number of tokens, at least 1")
+    ours = sorted(_OURS & inputs.keys())
+    if ours:
+        raise KVPruneError(f"read: {', '.join(ours)}: expected none, as read itself says these")
     if chunk is not None and inputs:
         raise KVPruneError(
             f"read: chunk={chunk} with {', '.join(inputs)}: expected one of both, since nobody "

@@ -18,6 +18,7 @@ from kvprune.policies import (
     Knorm,
     ObservedAttention,
     PyramidKV,
+    Random,
     SnapKV,
     StreamingLLM,
 )
@@ -128,3 +129,50 @@ def test_drafts(family, pipeline):
         cache = kvprune.ComposedCache(PIPELINES[pipeline])
         said.append(model.generate(ids, cache=cache, **drafts, **options))
     assert torch.equal(*said)
+
+
+PRUNERS: dict[str, kvprune.TokenPolicy] = {
+    "SDTP": sdtp_pruner(0.6),
+    "FastKV": FastKV(0.6, window=2, kernel=3),
+}
+EVICTERS: dict[str, kvprune.TokenPolicy] = {
+    "H2O": H2O(3, 3),
+    "StreamingLLM": StreamingLLM(2, 5),
+    "StreamingLLM inside": StreamingLLM(2, 5, positions="cache"),
+    "SnapKV": SnapKV(0.5, window=2, kernel=3),
+    "PyramidKV": PyramidKV(0.5, window=1, kernel=3, beta=4),
+    "TOVA": TOVA(6),
+    "ObservedAttention": ObservedAttention(6, when=3),
+    "ExpectedAttention": ExpectedAttention(7, sinks=1, future=9, when=2),
+    "KeyDiff": KeyDiff(6, when=None, layers=UPPER),
+    "Knorm": Knorm(6, layers=UPPER),
+    "Random": Random(6, when=None),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "pruner", "evicter"),
+    [
+        pytest.param(family, pruner, evicter, marks=[pytest.mark.slow] * (family != "llama"))
+        for family in ("llama", "mistral-window", "gemma3_text", "gpt_neox")
+        for pruner in PRUNERS
+        for evicter in EVICTERS
+    ],
+)
+def test_every_pair_of_pruner_and_evicter(family, pruner, evicter):
+    """A row as it is alone, beams as of one row, and drafts of two kinds as without."""
+    model: Any = attached_family(family)
+    policies = [PRUNERS[pruner], EVICTERS[evicter]]
+    check_row(subject_of(family), policies)
+    twice = torch.cat([prompt(1, 7)] * 2, 1)
+
+    def said(ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        cache = kvprune.ComposedCache(policies)
+        return model.generate(ids, cache=cache, max_new_tokens=6, do_sample=False, **options)
+
+    both = torch.cat([twice, prompt(1, 14, 3)])
+    assert torch.equal(said(both, num_beams=3)[:1], said(twice, num_beams=3))
+    alone = said(twice)
+    assert torch.equal(said(twice, prompt_lookup_num_tokens=3), alone)
+    assistant = attached_family("mistral" if family != "mistral" else "llama")
+    assert torch.equal(said(twice, assistant_model=assistant), alone)

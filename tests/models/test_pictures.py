@@ -143,3 +143,36 @@ def test_other_families_are_refused_by_name():
     match = "'paligemma'.*only gemma3, llava, qwen2_5_vl, qwen2_vl, smolvlm are known"
     with pytest.raises(KVPruneError, match=match):
         kvprune.attach(model)
+
+
+@pytest.mark.parametrize("family", PICTURES)
+@torch.no_grad()
+def test_questions_read_behind_pictures_in_a_padded_batch(family):
+    """As when all is read at once; with a mask and without."""
+    model, inputs = attached_picture_model(family), picture_prompt(family, 2, padding=3)
+    question = prompt(2, 4).clamp(max=50)
+    ids = torch.cat([inputs["input_ids"], question], 1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
+    options: dict[str, Any] = {"max_new_tokens": 1, "output_logits": True, "do_sample": False}
+    kinds = {n: v for n, v in inputs.items() if n.endswith("type_ids")}
+    longer = {n: torch.nn.functional.pad(v, (0, 4)) for n, v in kinds.items()}
+    everything = {**inputs, **longer, "input_ids": ids, "attention_mask": mask}
+    whole = model.generate(
+        **everything, cache=ComposedCache([]), return_dict_in_generate=True, **options
+    ).logits[0]
+    cache = ComposedCache([])
+    kvprune.read(model, cache, **inputs)
+    logits = kvprune.read(model, cache, question, mask)
+    torch.testing.assert_close(logits, whole.to(logits.dtype), rtol=1e-5, atol=1e-6)
+    if family in MROPE:
+        with pytest.raises(KVPruneError, match="expected them with the first tokens"):
+            kvprune.read(model, cache, **{**inputs, "attention_mask": None})
+
+
+def test_the_language_model_attached_by_itself_too():
+    """After the whole model; both go on."""
+    model, inputs = kvprune.attach(picture_model("gemma3")), picture_prompt("gemma3", 1)
+    kvprune.attach(model.model.language_model)
+    cache = ComposedCache([H2O(4, 4)])
+    model.generate(**inputs, cache=cache, max_new_tokens=3, do_sample=False)
+    assert cache.columns(1).shape[-1] == 8

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import kvprune
+from kvprune.policies import ExpectedAttention, SnapKV, StreamingLLM
 from kvprune.statistics import Queries, QueryMoments
 
 from ..support.family_models import FAMILIES, StaysDouble, attached_family
-from ..support.models import left_padded, prompt
+from ..support.models import fresh_model, left_padded, prompt
 
 REFUSED = {
     **dict.fromkeys(("bloom", "falcon", "falcon-alibi", "falcon-new"), "cannot be observed on"),
@@ -76,3 +77,52 @@ def test_pieces_and_padding_change_nothing(edges):
             torch.testing.assert_close(spread, expected[1][0], rtol=1e-9, atol=1e-11)
             # Another count of tokens has other moments.
             assert not torch.allclose(mean, wanted.value(own[QueryMoments(0)])[0][0])
+
+
+@torch.no_grad()
+def test_observing_changes_no_answer():
+    """What is known of a layer begins anew with each prompt, whoever else asks."""
+    model: Any = attached_family("llama")
+    kept = []
+    for observe in ((), (QueryMoments(2), Queries(30))):
+        cache = kvprune.ComposedCache(
+            [ExpectedAttention(12, sinks=2, future=9), SnapKV(11, window=9)], observe=observe
+        )
+        for seed, count in ((1, 30), (2, 20), (3, 4)):
+            model(prompt(1, count, seed), past_key_values=cache, logits_to_keep=1)
+        kept.append([cache.columns(layer).tolist() for layer in range(4)])
+    assert kept[0] == kept[1]
+
+
+@torch.no_grad()
+def test_moments_are_precise_under_autocast():
+    """In float32, the covariance too."""
+    model: Any = kvprune.attach(fresh_model(dtype=torch.float32))
+    cache = kvprune.ComposedCache([], observe=(QueryMoments(0),))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(prompt(1, 20), past_key_values=cache, logits_to_keep=1)
+    held = cache.layers[0].records[QueryMoments(0)]
+    assert [part.dtype for part in held] == [torch.float32] * 3
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    "policies",
+    [
+        [StreamingLLM(2, 6, positions="cache")],
+        [ExpectedAttention(8, sinks=2, future=9)],
+        [StreamingLLM(2, 6, positions="cache"), ExpectedAttention(7, sinks=2, future=9)],
+    ],
+    ids=["inside", "moments", "both"],
+)
+def test_frequencies_that_a_long_forward_has_stretched(policies):
+    """They are read when they are as they were; decoding may run beyond, where nobody looks."""
+    model: Any = kvprune.attach(fresh_model(rope_parameters=DYNAMIC, max_position_embeddings=32))
+    options: dict[str, Any] = {"do_sample": False}
+    model.generate(prompt(1, 40), max_new_tokens=2, **options)
+    said = model.generate(
+        prompt(1, 24), cache=kvprune.ComposedCache(policies), max_new_tokens=12, **options
+    )
+    assert said.shape == (1, 36)

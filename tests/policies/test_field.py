@@ -137,7 +137,7 @@ METHODS: dict[str, tuple[kvprune.TokenPolicy, Oracle]] = {
     ),
     "ExpectedAttention in every step": (
         ExpectedAttention(6, sinks=1, future=8, epsilon=0.02, when=None),
-        lambda row: expected_attention(row, 6, 0, sinks=1, epsilon=0.02),
+        lambda row: expected_attention(row, 6, row.begin, sinks=1, epsilon=0.02),
     ),
     "ObservedAttention every three": (
         ObservedAttention(7, when=3),
@@ -289,6 +289,8 @@ def test_fewer_tokens_go_on_where_the_oracle_says(heads, length, data, pooling, 
     padding = data.draw(st.integers(0, pieces[0] - 1))
     inputs = left_padded(prompt(2, length, seed), [0, padding])
     kept: list[list[int]] = [[], []]
+    # Queries begin anew with each prompt.
+    cache.announce_prompt(torch.tensor([length, length - padding]), length)
     for count in pieces:
         columns = slice(before, before + count)
         new = {"input_ids": inputs["input_ids"][:, columns]}

@@ -274,3 +274,24 @@ def test_a_policy_ranks_slots_in_one_way():
 
     with pytest.raises(KVPruneError, match="ranks slots twice: expected a policy with rank_slots"):
         ComposedCache([Both(6)])
+
+
+@torch.no_grad()
+def test_other_policies_for_a_cache_that_was_read():
+    """`with_policies`, as `compare` uses it, asks all layers at once too, and those behind."""
+    model, ids = tiny_model(), prompt(1, 30)
+    read_once = ComposedCache([])
+    model(ids, past_key_values=read_once, logits_to_keep=1)
+    for policies, twin in (
+        ([Each(8)], [Knorm(8)]),
+        ([StreamingLLM(4, 16), Each(8), Knorm(5)], [StreamingLLM(4, 16), Knorm(8), Knorm(5)]),
+    ):
+        found = [kept(read_once.with_policies(each, model)) for each in (policies, twin)]
+        assert found[0] == found[1]
+    assert read_once.columns(0).shape[-1] == 30
+
+
+def test_a_budget_that_is_not_reached_drops_nothing():
+    """And no buffer is made anew."""
+    cache = read(ComposedCache([Each(99)]), [0, 20])
+    assert all(layer.whole and layer.columns.shape[-1] == 20 for layer in cache.layers)

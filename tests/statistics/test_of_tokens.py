@@ -18,7 +18,7 @@ import kvprune
 from kvprune import ComposedCache, KVPruneError, Ranking
 from kvprune.policies import H2O, SDTP, FastKV
 from kvprune.policy import OneBudget, SlotView, TokenView
-from kvprune.statistics import Gate, Survival
+from kvprune.statistics import Gate, Statistic, Survival
 
 from ..support.models import LAYERS, left_padded, prompt, tiny_model
 from ..support.strategies import chunked, sdtp_pruner, seeds
@@ -130,6 +130,10 @@ def test_saliency_evicts_after_the_last_layer(tmp_path):
     model(ids, past_key_values=cache, logits_to_keep=1)
     kept = [sorted(cache.columns(layer)[0, 0].tolist()) for layer in range(LAYERS)]
     assert kept == [kept[0]] * LAYERS and len(kept[0]) == 7
+    watched = ComposedCache([sdtp_pruner(0.6), BySurvival(7)])
+    with torch.enable_grad():
+        model(ids, past_key_values=watched, logits_to_keep=1)
+    assert torch.equal(watched.columns(0).sort().values, cache.columns(0).sort().values)
     dense = ComposedCache([sdtp_pruner(0.6)])
     model(ids, past_key_values=dense, logits_to_keep=1)
     assert set(kept[0]) <= set(dense.columns(LAYERS - 1)[0, 0].tolist())
@@ -161,12 +165,23 @@ def test_drafts_that_are_taken_back_leave_what_is_known():
         torch.testing.assert_close(one, other)
 
 
+class Both(Noted):
+    """A policy that prunes and evicts."""
+
+    def __init__(self) -> None:
+        super().__init__(sdtp_pruner(0.6))
+
+    def rank_slots(self, slots: SlotView) -> None:
+        """Keeps everything."""
+
+
 def test_a_union_that_prunes_is_refused():
     """Its parts judge apart."""
     union = SDTP(keep=0.8) | FastKV(0.5)
     for cache in (
         ComposedCache([union, BySurvival(5)]),
         ComposedCache([sdtp_pruner(0.6) | sdtp_pruner(0.7)], observe=(Survival(),)),
+        ComposedCache([kvprune.Around(Both() | Both())], observe=(Survival(),)),
     ):
         with pytest.raises(KVPruneError, match=r"Survival\(\) beside .* judge hidden states apart"):
             tiny_model()(prompt(1, 20), past_key_values=cache)
@@ -245,14 +260,15 @@ class Answers(nn.Module):
         (lambda x: x[..., :-1], r"for each token and head, got torch.float64 of shape \[1, 1, 8\]"),
         (lambda x: x > 0, "got torch.bool"),
         (lambda x: "high", "got str"),
+        (lambda x: torch.cat([x] * 3, 1), r"the key/value heads, 9\], one .*, got .* \[1, 3, 9\]"),
         (lambda x: x * torch.nan, r"can be compared, got NaN in rows \[0\]"),
     ],
-    ids=["no head axis", "too few", "bool", "str", "nan"],
+    ids=["no head axis", "too few", "bool", "str", "heads", "nan"],
 )
 def test_modules_that_do_not_answer(answer, match):
     """Named, with what was expected."""
     cache = ComposedCache([], observe=(Gate(Answers(answer)),))
-    with pytest.raises(KVPruneError, match=r"Gate\(Answers\): .*" + match):
+    with pytest.raises(KVPruneError, match=r"Gate\(Answers, \w+\): .*" + match):
         tiny_model()(prompt(1, 9), past_key_values=cache)
 
 
@@ -261,3 +277,103 @@ def test_a_gate_that_is_no_module():
     nothing: Any = max
     with pytest.raises(KVPruneError, match=r"expected a torch.nn.Module"):
         Gate(nothing)
+
+
+class Scaled(nn.Module):
+    """The mean of a state, times a weight."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float64))
+
+    def forward(self, hidden: Tensor, layer: int) -> Tensor:
+        """`[B, 1, Q]`."""
+        return (hidden.mean(-1) * self.weight)[:, None]
+
+
+class ByGate(OneBudget):
+    """Keeps the largest numbers of a gate."""
+
+    def __init__(self, budget: int, gate: Gate) -> None:
+        super().__init__(budget)
+        object.__setattr__(self, "gate", gate)
+
+    @property
+    def statistics(self) -> tuple[Gate, ...]:
+        """The gate."""
+        return (self.__dict__["gate"],)
+
+    def rank_slots(self, slots: SlotView) -> Ranking:
+        """By its numbers."""
+        score = slots.statistic(self.__dict__["gate"])
+        return Ranking(score, torch.zeros_like(slots.valid), slots.tokens(self.budget))
+
+
+@torch.no_grad()
+def test_a_gate_in_copies_and_files(tmp_path):
+    """A copy goes on with the very module; a file knows another module from this one."""
+    model, ids, gates = tiny_model(), prompt(1, 30), [Gate(Scaled(w)) for w in (1.0, -1.0)]
+    cache = ComposedCache([ByGate(9, gates[0])], observe=(gates[1],))
+    model(ids, past_key_values=cache, logits_to_keep=1)
+    cache.save(tmp_path / "cache")
+    policies = [ByGate(9, gates[1]), ByGate(8, gates[0])]
+    loaded = ComposedCache.load(tmp_path / "cache", policies, model)
+    for part in gates:
+        held = [c.layers[0].statistics[part] for c in (cache, loaded)]
+        assert torch.equal(*held)
+    twin = copy.deepcopy(cache)
+    for each in (cache, twin):
+        model(ids[:, :1], past_key_values=each)
+    assert torch.equal(cache.columns(0), twin.columns(0))
+    with pytest.raises(KVPruneError, match="which observed"):
+        ComposedCache.load(tmp_path / "cache", [ByGate(9, Gate(Scaled(2.0)))], model)
+    alike = ComposedCache([], observe=(Gate(Says()), Gate(Says())))
+    model(ids, past_key_values=alike, logits_to_keep=1)
+    with pytest.raises(KVPruneError, match="that a file can tell apart"):
+        alike.save(tmp_path / "alike")
+
+
+@torch.no_grad()
+def test_a_row_that_is_not_finite_does_not_end_the_batch():
+    """The gate says nothing of it; the other row keeps what it keeps alone."""
+    model: Any = tiny_model()
+    embeds = model.get_input_embeddings()(prompt(2, 20)).clone()
+    alone = ComposedCache([ByGate(9, Gate(Scaled(1.0)))])
+    model(inputs_embeds=embeds[1:], past_key_values=alone, logits_to_keep=1)
+    embeds[0, 5] = torch.nan
+    cache = ComposedCache([ByGate(9, Gate(Scaled(1.0)))])
+    model(inputs_embeds=embeds, past_key_values=cache, logits_to_keep=1)
+    for layer in range(LAYERS):
+        assert torch.equal(
+            cache.columns(layer)[1:].sort().values, alone.columns(layer).sort().values
+        )
+
+
+@dataclass(frozen=True)
+class Times(Statistic):
+    """How often a token was shown; once, if all is right."""
+
+    reads = "hidden"
+    checked = False
+
+    def numbers(self, hidden: Tensor, layer: int) -> Tensor:
+        """One for each."""
+        return torch.ones_like(hidden[..., 0])[:, None]
+
+    def join(self, held: Tensor, new: Tensor) -> Tensor:
+        """Adds up."""
+        return held + new.nan_to_num(0)
+
+
+@torch.no_grad()
+def test_every_token_is_shown_once():
+    """Drafts as well, whether they are taken back or not."""
+    cache = ComposedCache([H2O(12, 12)], observe=(Times(),))
+    tiny_model()(prompt(1, 20), past_key_values=cache, logits_to_keep=1)
+    cache.activate_past_recording()
+    tiny_model()(prompt(1, 4), past_key_values=cache)
+    cache.crop(-2)
+    tiny_model()(prompt(1, 3), past_key_values=cache)
+    for layer in cache.layers:
+        times = layer.statistics[Times()]
+        assert bool((times == 1)[(layer.columns >= 0).expand_as(times)].all())

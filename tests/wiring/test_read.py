@@ -134,3 +134,22 @@ def test_models_and_caches_that_are_none_of_ours():
         with pytest.raises(KVPruneError, match="reads nothing else"):
             kvprune.read(tiny_model(), cache, IDS)
         tiny_model()(IDS, past_key_values=cache)
+
+
+@pytest.mark.parametrize("more", [{}, {"output_hidden_states": True}, {"return_dict": False}])
+@torch.no_grad()
+def test_padded_rows_have_the_positions_that_generate_counts(more):
+    """Whatever else the forward is handed."""
+    if "return_dict" in more:
+        with pytest.raises(KVPruneError, match="return_dict: expected none"):
+            kvprune.read(tiny_model(), ComposedCache([]), IDS, **more)
+        return
+    model, inputs = tiny_model(), left_padded(prompt(2, 20), [0, 6])
+    cache = ComposedCache([])
+    logits = kvprune.read(model, cache, **inputs, **more)
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    whole = model.generate(**inputs, **options)
+    ids = torch.cat([inputs["input_ids"], logits.argmax(-1, keepdim=True)], 1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    options["max_new_tokens"] = 7
+    assert torch.equal(model.generate(ids, attention_mask=mask, cache=cache, **options), whole)
