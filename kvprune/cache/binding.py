@@ -83,7 +83,7 @@ def bind(
     slot_layers = [layer for layer in layers if isinstance(layer, SlotLayer)]
     parts = (part for layer in slot_layers for part in (*layer.parts, *layer.layer_parts))
     binding = Binding(attachment, working, model, frozenset(part.reads for part in parts))
-    if "unrotated" in binding.reads:
+    if binding.reads & {"unrotated", "rotations"}:
         if "query rotations" not in attachment.memory:
             attachment.memory["query rotations"] = tuple(query_rotations(base))
         rotations = attachment.memory["query rotations"]

@@ -101,7 +101,7 @@ class Opening:
         return any(
             part in observe or any(policy.awaits(part, moment) for policy in policies)
             for part in parts
-            if part.reads == "unrotated"
+            if part.reads in ("unrotated", "rotations")
         )
 
     def _positions_handed(

@@ -166,7 +166,7 @@ class WiredCache(Cache):
         drops = evicts(self.policies) or self.seen - back < state.fixed
         if back > state.recorded and drops:
             raise KVPruneError(
-                f"crop: {self!r} evicts, and what was evicted cannot come back: expected at most "
+                f"crop: what {list(self.policies)!r} evicted cannot come back: expected at most "
                 f"the {state.recorded} columns of the last forward that were recorded. Call "
                 f"activate_past_recording() before a forward that may have to be undone, or take "
                 f"a copy.deepcopy of the cache"

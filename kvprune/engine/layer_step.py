@@ -228,11 +228,12 @@ class LayerStep:
         if not reads and not slots.layer_parts:
             return *attend(backend, module, inputs, **arguments), None
         scores = scores_for(module, inputs, self._heads, **arguments)
-        for part in slots.layer_parts:
-            if self.step.awaits(part, self.index, self.moment):
+        awaited = [p for p in slots.layer_parts if self.step.awaits(p, self.index, self.moment)]
+        for part in awaited:
+            if part.reads != "rotations":
                 with without_autocast(inputs.query.device):
                     slots.observe_queries(part, *self._queries(part, inputs.query.detach()))
-        queried = self._queried(inputs, scores) if slots.records else None
+        queried = self._queried(inputs, scores) if slots.records or awaited else None
         single = inputs.query.shape[2] == 1
         if "received" not in reads and not ("probabilities" in reads and single):
             # Attention runs as if nothing were observed.
@@ -496,9 +497,7 @@ class LayerStep:
             group=self.step.group,
             begin=rows.begin,
             numbers_of=rows.numbers_of,
-            scaling=None if queried is None else queried.scaling,
-            rotary=None if queried is None else queried.rotary,
-            position=None if queried is None else queried.position,
+            queried=queried,
             attention=attention,
         )
 

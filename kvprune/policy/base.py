@@ -131,7 +131,10 @@ class TokenPolicy:
     def for_model(self, model: torch.nn.Module) -> TokenPolicy:
         """The policy that works on `model`: itself, or a copy with what it needs of the model.
 
-        Called once, before a cache with this policy is first used with `model`.
+        Called once, before a cache with this policy is first used with the model.
+
+        Args:
+            model: the model that has the decoder layers, without its head.
 
         Raises:
             KVPruneError: the policy cannot work on this model.

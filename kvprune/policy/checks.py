@@ -27,12 +27,12 @@ def checked(policies: Sequence[TokenPolicy]) -> tuple[TokenPolicy, ...]:
     if not is_list or not all(isinstance(p, TokenPolicy) for p in policies):
         raise KVPruneError(
             f"ComposedCache: expected a list of policies, as ComposedCache([H2O()]), got "
-            f"{policies!r}"
+            f"{_short(policies)}"
         )
     for policy in leaves(policies):
         _check_hooks(policy)
         check_statistics(policy.statistics, f"{policy!r}: statistics")
-        _check_when(policy)
+        _check_fields(policy)
     return tuple(policies)
 
 
@@ -41,6 +41,12 @@ _ANY_HOOK = f"{', '.join(HOOKS[:-1])} or {HOOKS[-1]}"
 _CLOSE = 0.85
 """The ratio of `difflib` from which on a name is taken for another one that is misspelt."""
 
+
+_FIELDS = (
+    ("when", "int | str | None", "'prompt'"),
+    ("layers", "Collection[int] | None", "(1, 2)"),
+)
+"""Options that every policy has: their types, and an example of a default."""
 
 _ANSWERS: dict[str, tuple[type, ...]] = {
     "statistics": (tuple, list, str),
@@ -60,8 +66,10 @@ def _check_hooks(policy: TokenPolicy) -> None:
         KVPruneError: no hook, or a name that is nearly that of a hook or of a class attribute.
     """
     own = dict(_own_attributes(policy))
+    # What a base like `Around` adds is a hook of its policies.
+    more = ("rerank",) if hasattr(type(policy), "rerank") else ()
     for name, value in own.items():
-        meant = _meant_by(name, value)
+        meant = "" if name in more else _meant_by(name, value, (*HOOKS, *more))
         if meant:
             raise KVPruneError(
                 f"{policy!r}: nothing asks for {type(policy).__name__}.{name}: expected {meant}, "
@@ -96,12 +104,17 @@ def _own_attributes(policy: TokenPolicy) -> Iterator[tuple[str, Any]]:
                 yield name, value
 
 
-def _meant_by(name: str, value: Any) -> str:
+def _short(value: Any) -> str:
+    said = repr(value)
+    return said if len(said) < 200 else f"{said[:200]}... ({type(value).__name__})"
+
+
+def _meant_by(name: str, value: Any, hooks: Sequence[str]) -> str:
     """The name that was meant; empty where it is a name of the policy's own."""
     if name.startswith("_"):
         return ""
     if callable(value) or isinstance(value, (classmethod, staticmethod)):
-        close = difflib.get_close_matches(name, HOOKS, n=1, cutoff=_CLOSE)
+        close = difflib.get_close_matches(name, hooks, n=1, cutoff=_CLOSE)
         # `rank_layer` resembles no hook more than another, and is none.
         all_hooks = [_ANY_HOOK] if name.startswith("rank_") else []
         return "".join((close or all_hooks)[:1])
@@ -112,15 +125,16 @@ def _meant_by(name: str, value: Any) -> str:
     return ""
 
 
-def _check_when(policy: TokenPolicy) -> None:
+def _check_fields(policy: TokenPolicy) -> None:
     check_when(policy.when, repr(policy))
     for kind in type(policy).__mro__:
         if kind is TokenPolicy:
             return
         # A dataclass goes by annotated fields alone, so this would be lost without a word.
-        if "when" in vars(kind) and "when" not in inspect.get_annotations(kind):
-            raise KVPruneError(
-                f"{policy!r}: {kind.__name__} says when = {vars(kind)['when']!r} without a type, "
-                f"which changes nothing: expected a field, as `when: int | str | None = "
-                f"field(default='prompt', kw_only=True)`"
-            )
+        for name, kinds, example in _FIELDS:
+            if name in vars(kind) and name not in inspect.get_annotations(kind):
+                raise KVPruneError(
+                    f"{policy!r}: {kind.__name__} says {name} = {vars(kind)[name]!r} without a "
+                    f"type, which changes nothing: expected a field of a dataclass, as `{name}: "
+                    f"{kinds} = field(default={example}, kw_only=True)`"
+                )

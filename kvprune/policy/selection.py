@@ -123,7 +123,20 @@ def first_to_go(score: Tensor, free: Tensor, columns: Tensor) -> Tensor:
 
 
 def select(ranking: Ranking, columns: Tensor, valid: Tensor) -> Tensor:
-    """The kept set, `[B, H, S]` bool; see `Selection`."""
+    """The kept set of a ranking: the one place where this is decided.
+
+    First the protected stay, then the best-scored, up to the budget; ties go to the newer column.
+    What is not valid neither counts nor stays. Where the protected exceed the budget, the budget is
+    raised to them.
+
+    Args:
+        ranking: what a policy answers.
+        columns: `[B, 1|H, S]` int64, unique within a row and head.
+        valid: the same shape, bool.
+
+    Returns:
+        `[B, H, S]` bool.
+    """
     return Selection(ranking, columns, valid).kept()
 
 

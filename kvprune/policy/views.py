@@ -87,9 +87,16 @@ class Statistics:
 
     def _not_observed(self, statistic: Any) -> KVPruneError:
         named = list(self._values) if self._named is None else list(self._named)
+        if statistic in named:
+            return KVPruneError(
+                f"nothing of {statistic!r} is known here: before layer 0, and behind a layer "
+                f"without attention, hidden states have no statistics; those of a layer end with "
+                f"the prompt, unless a policy asks for them later. Return None there, to keep "
+                f"everything"
+            )
         return KVPruneError(
             f"statistic {statistic!r} was not observed here: expected one of {named}. Name it in "
-            f"the policy's class attribute `statistics`; before layer 0 there is none."
+            f"the policy's class attribute `statistics`"
         )
 
 
@@ -223,11 +230,10 @@ class SlotView(_View):
     output_weight: `[Hkv, G, Dv, C]`, what a value is multiplied with on its way out of the layer's
         attention (W_o), by key/value head and query head; read only, without a bias.
     group: as in `TokenView`; Hkv are then the heads of this process.
-    scaling: what attention multiplies products of queries and keys with; None where the policy
-        names no statistic per layer.
-    rotary: how the layer turns queries and keys by their position; None where the policy names no
-        statistic that reads queries before rotation, as `QueryMoments`.
-    position: `[B]`, the position of each row's newest token, as the model knows it; likewise.
+    scaling: what attention multiplies products of queries and keys with. This and the next two
+        where the policy names `Rotations()` or `QueryMoments()`; scaling with `Queries(w)` too.
+    rotary: how the layer turns queries and keys by their position.
+    position: `[B]`, the position of each row's newest token, as the model knows it.
     """
 
     layer: int
@@ -244,9 +250,7 @@ class SlotView(_View):
     group: Any = field(default=None, repr=False)
     begin: Callable[[int], Tensor] | None = field(default=None, repr=False)
     numbers_of: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
-    scaling: float | None = None
-    rotary: Rotary | None = field(default=None, repr=False)
-    position: Tensor | None = None
+    queried: Any = field(default=None, repr=False)
     attention: Any = field(default=None, repr=False)
 
     @property
@@ -266,6 +270,33 @@ class SlotView(_View):
     def first_head(self) -> int:
         """See above."""
         return 0 if self.group is None else dist.get_rank(self.group) * self.keys.shape[1]
+
+    @property
+    def scaling(self) -> float:
+        """See above."""
+        found: float = self._of_queries("scaling")
+        return found
+
+    @property
+    def rotary(self) -> Rotary:
+        """See above."""
+        found: Rotary = self._of_queries("rotary")
+        return found
+
+    @property
+    def position(self) -> Tensor:
+        """See above."""
+        found: Tensor = self._of_queries("position")
+        return found
+
+    def _of_queries(self, name: str) -> Any:
+        found = getattr(self.queried, name, None)
+        if found is None:
+            raise KVPruneError(
+                f"slots.{name}: expected a policy with statistics = (Rotations(), ...), or another "
+                f"statistic of queries, out of kvprune.statistics"
+            )
+        return found
 
     @property
     def output_weight(self) -> Tensor:

@@ -3,7 +3,7 @@
 from .attention import Attention, Views
 from .base import Block, Statistic, check_statistics, parts_of, statistic_dtype
 from .gate import Gate
-from .moments import QueryMoments
+from .moments import QueryMoments, Rotations
 from .queries import Queries
 from .survival import Survival
 
@@ -13,6 +13,7 @@ __all__ = [
     "Gate",
     "Queries",
     "QueryMoments",
+    "Rotations",
     "Statistic",
     "Survival",
     "Views",

@@ -17,7 +17,7 @@ from ..errors import KVPruneError
 
 READS_OF = {
     "slot": ("received", "views", "probabilities", "hidden", "survival"),
-    "layer": ("queries", "unrotated"),
+    "layer": ("queries", "unrotated", "rotations"),
 }
 """By what a statistic is per: what it can read."""
 
@@ -62,7 +62,8 @@ class Statistic:
             of queries after the other, in order; "hidden", what `numbers` says of the tokens that
             were written; "survival", how far tokens came through pruning. The last two are `[B,
             1|Hkv, S]`, NaN for slots that nothing is said of. For layers "queries", as attention is
-            handed them; "unrotated", before their position turned them (RoPE).
+            handed them; "unrotated", before their position turned them (RoPE); "rotations",
+            nothing.
         start: the number that a slot begins with.
         newest: how many of a forward's newest queries matter, for "probabilities"; None for all.
             Where it is small, attention runs as if nothing were observed.
@@ -159,7 +160,7 @@ def _check_part(part: Statistic, what: str) -> None:
         raise KVPruneError(
             f"{what}: {part!r} has per={part.per!r} and reads={part.reads!r}: expected per 'slot' "
             f"with reads 'received', 'views', 'probabilities', 'hidden' or 'survival', or per "
-            f"'layer' with 'queries' or 'unrotated'"
+            f"'layer' with 'queries', 'unrotated' or 'rotations'"
         )
     if type(part).join is Statistic.join:
         raise KVPruneError(f"{what}: {part!r}: expected a statistic with a method join(held, new)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,6 +41,13 @@ class Gate(Statistic):
                 f"Gate({self.module!r}): expected a torch.nn.Module that is called with hidden "
                 f"states [B, Q, C] and the number of a layer"
             )
+        try:
+            inspect.signature(self.module.forward).bind(None, 0)
+        except TypeError as error:
+            raise KVPruneError(
+                f"Gate: {type(self.module).__name__}.forward ({error}): expected one that takes "
+                f"hidden states [B, Q, C] and the number of a layer"
+            ) from error
 
     def numbers(self, hidden: Tensor, layer: int) -> Tensor:
         """What the module says of the tokens that enter a layer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -70,6 +70,21 @@ class QueryMoments(Statistic):
         """Mean and covariance."""
         count, mean, squares = held[0]
         return mean, squares / _per_row(count.clamp(min=1), 4)
+
+
+@dataclass(frozen=True)
+class Rotations(Statistic):
+    """Nothing is observed: a policy that names it may ask for the rotations of a layer.
+
+    These are `slots.rotary`, `slots.position` and `slots.scaling`.
+    """
+
+    per: ClassVar[str] = "layer"
+    reads: ClassVar[str] = "rotations"
+
+    def join(self, held: tuple[Tensor, ...], new: Any) -> tuple[Tensor, ...]:
+        """Is not asked."""
+        return held
 
 
 def _per_row(numbers: Tensor, axes: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from kvprune import ComposedCache, KVPruneError, Ranking, TokenPolicy
+from kvprune import Around, ComposedCache, KVPruneError, Ranking, TokenPolicy
 from kvprune.policies import H2O, StreamingLLM
 from kvprune.statistics import Attention
 
@@ -152,6 +152,19 @@ class MisspeltToo(H2O):
         """Nobody asks for this."""
 
 
+class MisspeltWrapper(Around):
+    """Its answer would never count."""
+
+    def re_rank(self, slots, ranking):
+        """Nobody asks for this."""
+
+
+class SaysLayers(H2O):
+    """A class attribute that every object has of its own."""
+
+    layers = (1,)
+
+
 class ForLater(H2O):
     """Has a hook that there is not."""
 
@@ -198,6 +211,11 @@ class MisspeltProperty(StreamingLLM):
         (Nothing(), r"Nothing\(\) would keep everything: .*got one that defines _rank_slots"),
         (Misspelt(), r"asks for Misspelt\.rank_slot: expected rank_slots"),
         (MisspeltToo(), r"asks for MisspeltToo\.rank_hiden: expected rank_hidden"),
+        (MisspeltWrapper(h2o()), r"MisspeltWrapper\.re_rank: expected rerank"),
+        (
+            SaysLayers(4, 4),
+            r"SaysLayers says layers = \(1,\) without a type, which changes nothing",
+        ),
         (
             ForLater(),
             r"asks for ForLater\.rank_everything: expected rank_hidden, rank_slots",
@@ -485,11 +503,18 @@ class AsksEarly(TokenPolicy):
         return tokens.statistic(Attention())
 
 
-@pytest.mark.parametrize("policy", [Asks(), AsksTokens(), AsksEarly()], ids=repr)
-def test_statistic_that_was_not_named(policy):
-    """The error says where to name it, and that there is none before layer 0."""
+@pytest.mark.parametrize(
+    ("policy", "match"),
+    [
+        (Asks(), "Attention.* was not observed.*Name it in .*`statistics`"),
+        (AsksTokens(), "Attention.* was not observed.*Name it in .*`statistics`"),
+        (AsksEarly(), "nothing of Attention.* is known here: before layer 0"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_statistic_that_was_not_named(policy, match):
+    """The error says where to name it, or that there is none before layer 0."""
     cache = ComposedCache([policy])
-    match = "Attention.* was not observed.*Name it in .*`statistics`; before layer 0 there is none"
     with pytest.raises(KVPruneError, match=match):
         tiny_model()(prompt(2, LENGTH), past_key_values=cache)
     assert_unusable(cache, FAILED)

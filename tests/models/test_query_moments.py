@@ -10,7 +10,8 @@ import torch
 
 import kvprune
 from kvprune.policies import ExpectedAttention, SnapKV, StreamingLLM
-from kvprune.statistics import Queries, QueryMoments
+from kvprune.policy import SlotView
+from kvprune.statistics import Queries, QueryMoments, Rotations
 
 from ..support.family_models import FAMILIES, StaysDouble, attached_family
 from ..support.models import fresh_model, left_padded, prompt
@@ -126,3 +127,56 @@ def test_frequencies_that_a_long_forward_has_stretched(policies):
         prompt(1, 24), cache=kvprune.ComposedCache(policies), max_new_tokens=12, **options
     )
     assert said.shape == (1, 36)
+
+
+class TurnedBack(kvprune.TokenPolicy):
+    """Keeps everything, and its keys as they were before rotation."""
+
+    statistics = (Rotations(),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: list[torch.Tensor] = []
+
+    def rank_slots(self, slots: SlotView) -> None:
+        """Turns the newest key back."""
+        assert slots.scaling == pytest.approx(slots.keys.shape[-1] ** -0.5)
+        turn = slots.rotary.angles(-slots.position[:, None, None], slots.keys)
+        self.keys.append(slots.rotary.turned(slots.keys[:, :, -1:], *turn))
+
+
+@torch.no_grad()
+def test_rotations_alone_observe_nothing():
+    """A token's keys come back to the same wherever it stands, as no record is kept."""
+    model, found = attached_family("llama"), []
+    for where in (0, 17):
+        policy = TurnedBack()
+        cache = kvprune.ComposedCache([policy])
+        ids, position = prompt(1, 1), torch.tensor([[where]])
+        with StaysDouble():
+            model(input_ids=ids, position_ids=position, past_key_values=cache)
+        assert not any(layer.records for layer in cache.layers)
+        found.append(policy.keys)
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-6)
+
+
+class Unnamed(kvprune.TokenPolicy):
+    """Asks for what it did not name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def rank_slots(self, slots: SlotView) -> None:
+        """Asks."""
+        getattr(slots, self.name)
+
+
+@pytest.mark.parametrize("name", ["rotary", "position", "scaling"])
+def test_what_must_be_named_first(name):
+    """The error says how."""
+    cache = kvprune.ComposedCache([Unnamed(name)])
+    match = rf"slots.{name}: expected a policy with statistics = \(Rotations\(\)"
+    with pytest.raises(kvprune.KVPruneError, match=match):
+        attached_family("llama")(prompt(1, 5), past_key_values=cache)

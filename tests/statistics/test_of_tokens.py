@@ -277,6 +277,8 @@ def test_a_gate_that_is_no_module():
     nothing: Any = max
     with pytest.raises(KVPruneError, match=r"expected a torch.nn.Module"):
         Gate(nothing)
+    with pytest.raises(KVPruneError, match=r"Gate: Linear.forward .*takes hidden states"):
+        Gate(nn.Linear(3, 3))
 
 
 class Scaled(nn.Module):
