@@ -41,7 +41,7 @@ comparison: $(READY) ## the published comparison (two hours of two cores); goes 
 peers: $(READY) ## kvpress beside kvprune, in an environment of its own; ARGS="speed --repeats 2"
 	$(BIN)/python -m bench.peers $(ARGS)
 
-speed: $(READY) ## time, memory and FLOPs against dense (45 minutes of two cores); ARGS="--parts whole"
+speed: $(READY) ## time, memory and FLOPs against dense (50 minutes of two cores); ARGS="--parts whole"
 	$(BIN)/python -m bench.speed $(ARGS)
 	$(BIN)/python -m bench.performance
 

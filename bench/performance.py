@@ -36,6 +36,7 @@ NOTHING = "\nNothing has been measured with this version yet.\n"
 
 SECTIONS = {
     "prefill": ("Prefill", ("prefill",)),
+    "field": ("Methods of the field", ("field",)),
     "decode": ("Decoding", ("decode",)),
     "whole": ("End to end", ("whole",)),
     "stream": ("How costs grow", ("stream",)),
@@ -45,6 +46,7 @@ SECTIONS = {
 
 TABLES = {
     "prefill": tables.of_prefill,
+    "field": tables.of_prefill,
     "decode": tables.of_decode,
     "whole": tables.of_whole,
     "stream": tables.of_stream,

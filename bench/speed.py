@@ -1,6 +1,6 @@
 """Measures time, FLOPs and memory of each policy against the dense model, in one process.
 
-    python -m bench.speed                             # all of it: 45 minutes of two slow cores
+    python -m bench.speed                             # all of it: 50 minutes of two slow cores
     python -m bench.speed --parts attach decode-8192  # some of it
     python -m bench.performance                       # docs/performance.md, from the results
 
@@ -37,6 +37,7 @@ ROOT = Path(__file__).parent.parent
 MEASURES = {
     "attach": attached.measure,
     "prefill": prefill.measure,
+    "field": prefill.measure,
     "decode": decode.measure,
     "whole": whole.measure,
     "stream": stream.measure,

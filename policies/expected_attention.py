@@ -87,7 +87,6 @@ class ExpectedAttention(OneBudget):
         """The logarithm of each slot's expected weight, up to what all share: `[B, Hkv, G, S]`."""
         mean, covariance = slots.statistic(*self.statistics)
         keys, rotary = slots.keys.to(mean.dtype), slots.rotary
-        assert rotary is not None and slots.position is not None and slots.scaling is not None
         ahead = slots.position[:, None] + torch.arange(1, self.future + 1, device=mean.device)
         turn = [part.mean(1)[:, None, None] for part in rotary.angles(ahead, mean)]
         mean = rotary.turned(mean[:, :, None], *turn)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .attached import WITH, WITHOUT
-from .candidates import BOTH, DENSE, HEAVY, PRUNED, STREAMING
+from .candidates import BOTH, DENSE, FASTKV, FIELD, HEAVY, PRUNED, STREAMING
 from .decode import BUDGETED
 from .numbers import Slope, Spread, exponent, growth, ratios
 from .results import Found, groups, the_one
@@ -46,7 +46,9 @@ class Bar:
 
 def bars(found: list[Found]) -> list[Bar]:
     """All bars that can be told from these results."""
-    return [bar for each in (_prefill, _decode, _whole, _stream, _attach) for bar in each(found)]
+    return [
+        bar for each in (_prefill, _field, _decode, _whole, _stream, _attach) for bar in each(found)
+    ]
 
 
 def of_limit(rows: dict[str, Any], name: str) -> Spread:
@@ -80,6 +82,17 @@ def _prefill(found: list[Found]) -> Iterator[Bar]:
         yield Bar(what, "at most 64", f"{beyond:.1f}", beyond <= 64)
         what = f"StreamingLLM, prefill of {tokens:,}"
         yield Bar.at_most(what, 1.02, _to_dense(rows, STREAMING))
+
+
+def _field(found: list[Found]) -> Iterator[Bar]:
+    most = {"ExpectedAttention": 1.06, "ObservedAttention": 1.08}
+    for one in groups(found, "field"):
+        rows, tokens = one["found"], one["part"]["context"]
+        for name in (kind.__name__ for kind in FIELD):
+            what = f"{name}, prefill of {tokens:,}"
+            yield Bar.at_most(what, most.get(name, 1.03), _to_dense(rows, name))
+        what = f"{FASTKV}, prefill of {tokens:,}: time to dense over FLOPs to dense"
+        yield Bar.at_most(what, 1.05, of_limit(rows, FASTKV))
 
 
 def _to_dense(rows: dict[str, Any], name: str) -> Spread:

@@ -11,11 +11,28 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 import kvprune
-from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
+from kvprune.policies import (
+    H2O,
+    SDTP,
+    TOVA,
+    ExpectedAttention,
+    FastKV,
+    KeyDiff,
+    Knorm,
+    ObservedAttention,
+    PyramidKV,
+    SDTPHeads,
+    SnapKV,
+    StreamingLLM,
+)
 
 DENSE, STREAMING, HEAVY, PRUNED, BOTH = "dense", "StreamingLLM", "H2O", "SDTP", "SDTP + H2O"
 NAMES = (DENSE, STREAMING, HEAVY, PRUNED, BOTH)
 STREAMING_INSIDE, HEAVY_INSIDE = f'{STREAMING}(positions="cache")', f'{HEAVY}(positions="cache")'
+
+FASTKV = "FastKV"
+FIELD = (SnapKV, TOVA, PyramidKV, KeyDiff, Knorm, ObservedAttention, ExpectedAttention)
+"""Methods of the field that have one budget; FastKV prunes."""
 
 LEFT = 0.35
 """The share of a prompt's tokens that SDTP lets into the last layers."""
@@ -59,6 +76,18 @@ def candidates(model: Any, budget: int) -> dict[str, Make]:
         name: partial(kvprune.ComposedCache, given)
         for name, given in policies(model, budget).items()
     }
+    return {DENSE: lambda: DynamicCache(config=model.config), **composed}
+
+
+def methods(model: Any) -> dict[str, Make]:
+    """Makers of fresh caches for each method of the field by name, the dense one first.
+
+    Those with a budget keep an eighth of the prompt.
+    """
+    composed: dict[str, Make] = {
+        kind.__name__: partial(kvprune.ComposedCache, [kind(0.125)]) for kind in FIELD
+    }
+    composed[FASTKV] = partial(kvprune.ComposedCache, [FastKV(0.25)])
     return {DENSE: lambda: DynamicCache(config=model.config), **composed}
 
 

@@ -14,8 +14,10 @@ CHUNK = 512
 """Tokens of a stream that are read at once."""
 
 # Estimates of how long a run takes. A turn of all candidates takes `_ALL` dense prefills, a turn
-# of those with a budget takes `_BUDGETED`, and a step takes `_STEP` seconds.
+# of those with a budget `_BUDGETED`, one of the field's methods `_FIELD`, and a step takes `_STEP`
+# seconds.
 _ALL, _BUDGETED, _STEP = 4.6, 3.0, 0.08
+_FIELD = 8.8
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Sizes:
         parts = [
             _attach(first),
             *(_prefill("prefill", n, 5 if n < 2048 else 4 if n <= 4096 else 3) for n in contexts),
+            _field(max(layers)),
             _decode(last, tuple(sorted(self.budgets))),
             _whole(last, self.new),
             _stream(self.stream, min(self.budgets)),
@@ -109,6 +112,12 @@ def _prefill(
     seconds = each * (repeats + 1.1)
     name = f"{group}-{context}"
     return Part(name, "prefill", context, repeats, seconds, shape, dtype, rows, budgets)
+
+
+def _field(context: int) -> Part:
+    """A part in which the methods of the field read the prompt."""
+    part = _prefill("field", context, 3)
+    return replace(part, kind="field", seconds=part.seconds * _FIELD / _ALL)
 
 
 def _decode(context: int, budgets: tuple[int, ...]) -> Part:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvprune.evaluation.measure.flops import Flops
 
-from .candidates import Make, candidates, random_prompt
+from .candidates import Make, candidates, methods, random_prompt
 from .clock import Clock, Tick, tidy, turns
 from .count import counted
 from .models import Pair
@@ -27,7 +27,8 @@ def measure(pair: Pair, part: Part, clock: Clock, tick: Tick) -> dict[str, Any]:
     some, on what the cache holds after the prompt.
     """
     model, (budget,) = pair.attached, part.budgets
-    ids, runs = random_prompt(model, part.rows, part.context), candidates(model, budget)
+    ids = random_prompt(model, part.rows, part.context)
+    runs = methods(model) if part.kind == "field" else candidates(model, budget)
     flops, done = Flops.measured(model), 0
     rows: dict[str, dict[str, Any]] = {}
     for turn in range(part.repeats + 1):

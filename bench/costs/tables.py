@@ -140,6 +140,7 @@ def title(one: Found) -> str:
     part, about = one["part"], one["about"]
     kinds = {
         "prefill": f"Prefill of {part['context']:,} tokens",
+        "field": f"Prefill of {part['context']:,} tokens by methods of the field",
         "decode": f"Steps after {part['context']:,} tokens",
         "whole": f"End to end: {part['context']:,} tokens and {part['new']} new ones",
         "stream": f"A stream of {part['context']:,} tokens",

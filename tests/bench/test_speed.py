@@ -78,13 +78,13 @@ def test_one_command_measures_all_and_a_page_is_made_of_it(asked, monkeypatch, t
     assert run(monkeypatch, *asked) == 0
     found = results.read(tmp_path / "results")
     names = {"attach-128", "prefill-128", "decode-128", "whole-128", "stream-2048"}
-    others = {"bfloat16-128", "batch-128", "layer-128"}
+    others = {"bfloat16-128", "batch-128", "layer-128", "field-128"}
     assert {one["part"]["name"] for one in found} == names | others
     for one in found:
         assert {"command", "torch", "transformers", "machine", "dtype"} <= set(one["about"])
     assert {one["about"]["dtype"] for one in found} == {"torch.float32", "torch.bfloat16"}
     said = capsys.readouterr().out
-    assert said.startswith("8 parts, about ") and "layer-128: 100%; 0 min left in all" in said
+    assert said.startswith("9 parts, about ") and "layer-128: 100%; 0 min left in all" in said
     performance.write(found, tmp_path / "page.md")
     assert "\n## How costs grow\n" in (tmp_path / "page.md").read_text()
 
@@ -132,10 +132,10 @@ def test_a_gpu_s_results_do_not_take_the_place_of_a_cpu_s():
     assert speed.options(["--device", "cuda"]).results == speed.ROOT / "build" / "speed-cuda"
 
 
-def test_the_whole_plan_takes_three_quarters_of_an_hour():
+def test_the_whole_plan_takes_less_than_an_hour():
     """Of which the layers of a 7B model take no more than seven."""
     parts = Sizes().parts()
-    assert 30 * 60 < sum(part.seconds for part in parts) < 47 * 60
+    assert 30 * 60 < sum(part.seconds for part in parts) < 54 * 60
     assert sum(part.seconds for part in parts if part.shape == LAYER) < 7 * 60
     assert len({part.name for part in parts}) == len(parts)
 

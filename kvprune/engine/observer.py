@@ -1,0 +1,261 @@
+"""What statistics observe of a forward at one layer: queries, attention, hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..attention.inputs import Inputs, Scores
+from ..attention.looks import blocks, looks, seen_by, views
+from ..errors import KVPruneError
+from ..models.devices import without_autocast
+from ..policy.moment import Moment
+from ..policy.rotary import Rotary
+from ..statistics import Block, Queries, Statistic, statistic_dtype
+from ..storage.buffers import numbers_at
+from ..storage.layer import SlotLayer
+from ..storage.rows import RowNumbers
+from .step import Step
+
+Look = Callable[[Queries], Tensor | None]
+"""The probabilities that newest queries give to a layer's slots; None where none are held."""
+
+
+@dataclass(frozen=True, eq=False)
+class Queried:
+    """What policies that read queries may know of a forward at a layer.
+
+    look: see above.
+    scaling, rotary, position: see `SlotView`.
+    """
+
+    look: Look
+    scaling: float
+    rotary: Rotary | None
+    position: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Observer:
+    """One forward, or a piece of one, at one layer: where it is, and what statistics observe of it.
+
+    step: the forward.
+    index: the layer.
+    slots: the layer's slots.
+    columns: `[B, Q]` int64, of the queries.
+    slot_columns: the same `[B, 1, Q]`.
+    complete: it is known that none of these columns is -1.
+    seen: columns shown so far, these included.
+    before: columns shown so far, without these.
+    moment: where these tokens are between prompt and decoding.
+    positions: `[B, Q]`, those of the queries, where positions are assigned inside the cache, or
+        where somebody reads queries before rotation; else None.
+    origin: `[B]`, the position of the first token, which may be pruned by now; likewise.
+    """
+
+    step: Step
+    index: int
+    slots: SlotLayer
+    columns: Tensor
+    slot_columns: Tensor
+    complete: bool
+    seen: int
+    before: int
+    moment: Moment
+    positions: Tensor | None = None
+    origin: Tensor | None = None
+
+    def on(self, device: torch.device) -> Self:
+        """The same where the layer is, if that is not where the step's tokens are."""
+        if self.columns.device == device:
+            return self
+        columns, slot_columns = self.step.columns_on(device)
+        positions, origin = (self.step.on(t, device) for t in (self.positions, self.origin))
+        return replace(
+            self, columns=columns, slot_columns=slot_columns, positions=positions, origin=origin
+        )
+
+    @property
+    def rows(self) -> RowNumbers:
+        """The rows' numbers, where the columns are."""
+        return self.step.rows.on(self.columns.device)
+
+    @property
+    def padding(self) -> Tensor | None:
+        """The step's padding, where the columns are."""
+        return self.step.padding_on(self.columns.device)
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """The notes of positions inside the cache, until the step is over."""
+        return self.step.notes
+
+    def show(self, hidden: Tensor) -> None:
+        """Lets statistics say something of the hidden states that enter the layer, `[B, Q, C]`.
+
+        Raises:
+            KVPruneError: they do not answer with a number for each token.
+        """
+        for part in self.slots.parts:
+            if part.reads == "hidden":
+                with torch.no_grad():
+                    numbers = part.numbers(hidden.detach(), self.index)
+                columns = self.step.columns_on(hidden.device)[0]
+                _check_numbers(part, numbers, columns, hidden)
+                self.step.shown.setdefault(self.index, []).append((part, numbers, columns))
+
+    def _observe_shown(self) -> None:
+        """Joins what was said of hidden states to the slots of their tokens; see `show`."""
+        slots = self.slots
+        for part, numbers, columns in self.step.shown.get(self.index, ()):
+            columns = columns.to(slots.device)
+            if numbers.shape[1] not in (1, slots.heads):
+                raise _no_numbers(part, numbers, columns)
+            # Of drafts, those whose turn it is.
+            here = (columns >= self.before) & (columns < self.seen)
+            numbers, columns = numbers.to(slots.device, self._dtype), columns.masked_fill(~here, -1)
+            slots.observe(part, numbers_at(slots.columns, numbers, columns))
+
+    def _observe_queries(self, inputs: Inputs, scores: Scores) -> Queried | None:
+        """Joins queries to the statistics per layer.
+
+        Returns:
+            what is known of queries; None where nothing of them is held.
+        """
+        slots = self.slots
+        awaited = [p for p in slots.layer_parts if self.step.awaits(p, self.index, self.moment)]
+        for part in awaited:
+            if part.reads != "rotations":
+                with without_autocast(inputs.query.device):
+                    slots.observe_queries(part, *self._queries(part, inputs.query.detach()))
+        return self._queried(inputs, scores) if slots.records or awaited else None
+
+    def _queries(self, part: Statistic, query: Tensor) -> tuple[Tensor, Tensor]:
+        """What a statistic per layer reads of `[B, Hq, Q, D]` queries; see `Statistic.join`."""
+        if part.reads == "queries":
+            return query, self.columns
+        assert self.positions is not None
+        rotary, query = self.step.rotations[self.index], query.to(self._dtype)
+        unturned = rotary.turned(query, *rotary.angles(-self.positions[:, None], query))
+        return unturned, self.rows.numbers_of(self.columns[:, None])[:, 0]
+
+    def _queried(self, inputs: Inputs, scores: Scores) -> Queried:
+        """What is known of queries, for policies."""
+        rotary = position = None
+        if self.positions is not None and self.step.rotations:
+            rotary = self.step.rotations[self.index]
+            # A row that has no token here: as many as it has, which is where most models have it.
+            last = torch.full_like(self.rows.first, self.seen - 1)
+            number = self.rows.numbers_of(last[:, None, None])[:, 0, 0]
+            newest = self.positions.masked_fill(self.columns < 0, -1).amax(-1)
+            position = torch.where(newest < 0, number, newest)
+        # Looks may be asked for after the last layer; nobody wants this forward's queries then.
+        inputs = replace(inputs, query=inputs.query.new_empty(0))
+        return Queried(self._look(inputs, scores), scores.scaling, rotary, position)
+
+    @property
+    def _heads(self) -> int:
+        """The key/value heads that are stored."""
+        return self.slots.heads
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The dtype of statistics."""
+        return statistic_dtype(self.slots.dtype)
+
+    def _look(self, inputs: Inputs, scores: Scores) -> Look:
+        """What newest queries give to the slots, each computed once."""
+        known: dict[Queries, Tensor] = {}
+
+        def look(queries: Queries) -> Tensor | None:
+            held = self.slots.records.get(queries)
+            if held is not None and queries not in known:
+                query, columns = held
+                known[queries] = looks(query, columns, inputs, scores, self._heads, self._dtype)
+            return known.get(queries)
+
+        return look
+
+    def _observe(
+        self, inputs: Inputs, scores: Scores, received: Tensor | None, probabilities: Tensor | None
+    ) -> None:
+        """Joins what this forward gave to the statistics per slot.
+
+        Args:
+            inputs, scores: of attention.
+            received: `[B, Hkv, S]`, where some statistic reads it.
+            probabilities: `[B, Hkv, G, 1, S]` of a single query, where they are known.
+        """
+        slots, several = self.slots, inputs.query.shape[2] > 1
+        for part in slots.parts:
+            if not part.of_attention:
+                continue
+            if part.reads == "received":
+                slots.observe(part, received, several)
+            elif part.reads == "views":
+                slots.observe(part, views(inputs, self._dtype), several)
+            elif probabilities is not None:
+                slots.observe(part, Block(probabilities, self.columns, slots.columns))
+            else:
+                each = blocks(inputs, scores, self._heads, self._dtype, part.newest)
+                for block in each:
+                    slots.observe(part, block, several)
+
+    def observe(self, probabilities: Tensor) -> None:
+        """Adds what slots received to their statistics, for attention that was computed elsewhere.
+
+        Args:
+            probabilities: `[B, Hq, Q, S]`.
+        """
+        slots, several = self.slots, self.columns.shape[1] > 1
+        if not slots.parts:
+            return
+        # Padding does not vote.
+        votes = (self.columns >= 0)[:, None, :, None]
+        given = (probabilities.detach().to(self._dtype) * votes).unflatten(1, (self._heads, -1))
+        for part in slots.parts:
+            if not part.of_attention:
+                continue
+            new: Any = Block(given, self.columns, slots.columns)
+            if part.reads == "received":
+                new = given.sum((2, 3))
+            elif part.reads == "views":
+                new = seen_by(self.columns, slots.columns, window=None).to(self._dtype)
+            slots.observe(part, new, several)
+
+
+def _check_numbers(part: Statistic, numbers: Any, columns: Tensor, hidden: Tensor) -> None:
+    """Refuses what a statistic says of hidden states, where it is not a number for each token.
+
+    Args:
+        part: the statistic.
+        numbers: what it says.
+        columns: `[B, Q]` int64, of the tokens.
+        hidden: `[B, Q, C]`.
+    """
+    fits = isinstance(numbers, Tensor) and numbers.dim() == 3 and numbers.is_floating_point()
+    if not fits or (numbers.shape[0], numbers.shape[2]) != columns.shape:
+        raise _no_numbers(part, numbers, columns)
+    # A token whose state is not finite has none; other rows do not notice.
+    judged = (columns >= 0) & hidden.isfinite().all(-1)
+    wrong = (numbers.isnan() & judged[:, None]).flatten(1).any(-1)
+    if bool(wrong.any()):
+        raise KVPruneError(
+            f"{part!r}: expected numbers that can be compared, got NaN in rows "
+            f"{wrong.nonzero().flatten().tolist()}"
+        )
+
+
+def _no_numbers(part: Statistic, numbers: Any, columns: Tensor) -> KVPruneError:
+    got = type(numbers).__name__
+    if isinstance(numbers, Tensor):
+        got = f"{numbers.dtype} of shape {list(numbers.shape)}"
+    rows, count = columns.shape
+    return KVPruneError(
+        f"{part!r}: expected floats of shape [{rows}, 1 or the key/value heads, {count}], one for "
+        f"each token and head, got {got}"
+    )
