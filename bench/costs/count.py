@@ -39,7 +39,8 @@ def counted(model: Any, ids: Tensor, make: Make, flops: Flops, clock: Clock) -> 
         "live": live.peak,
         "peak": beyond,
         "held": held(cache),
-        "flops": rows * flops.of_prompt(tokens, entered) + sum(own),
+        # The last forward's: a cache may have tried before how the model turns its keys.
+        "flops": rows * flops.of_prompt(tokens, entered[-len(layers_of(model)) :]) + sum(own),
         "counted_flops": counter.get_total_flops(),
     }
 

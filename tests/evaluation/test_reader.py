@@ -16,11 +16,11 @@ from kvprune import KVPruneError, Ranking
 from kvprune.evaluation.measure.flops import Flops, counting
 from kvprune.evaluation.measure.reader import CacheReader, Reading, own_prefill_flops
 from kvprune.evaluation.measure.reading import read_lead, read_prompt
-from kvprune.policies import H2O, SDTP, SnapKV, StreamingLLM
+from kvprune.policies import H2O, SDTP, ExpectedAttention, SnapKV, StreamingLLM
 
 from ..support.fake_tasks import AtTheEnd
 from ..support.family_models import attached_family
-from ..support.models import LAYERS, prompt, tiny_model
+from ..support.models import LAYERS, fresh_model, prompt, tiny_model
 from ..support.strategies import pipelines, sdtp_pruner
 
 
@@ -295,3 +295,13 @@ def test_what_a_policy_computes_is_counted_and_an_error_leaves_nothing():
     assert not _get_current_dispatch_mode_stack()
     # Of the prompt in each layer, of its last token once for all of them.
     assert own_prefill_flops(model, ids, [Multiplies()]) == 120 * (LAYERS + 1)
+
+
+@pytest.mark.parametrize(
+    "policy", [StreamingLLM(2, 6, positions="cache"), ExpectedAttention(8)], ids=repr
+)
+def test_what_a_cache_reads_before_its_first_use_is_no_token_of_the_prompt(policy):
+    """A new model's first cache tries how the model turns its keys."""
+    model = kvprune.attach(fresh_model())
+    lead = Reading.of(model, prompt(1, 20)[0].tolist(), kvprune.ComposedCache([policy]))
+    assert lead.entered == [19] * LAYERS

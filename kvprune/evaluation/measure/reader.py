@@ -18,6 +18,7 @@ from ...models.families import cannot_record
 from ...models.structure import argument, unwrapped
 from ...policy.base import TokenPolicy
 from ...storage.layer import SlotLayer
+from ...wiring.forward import cache_in
 from ..ledger.results import Cost
 from .flops import Flops, layers_of, own_flops
 from .reading import forward, read_last, read_lead, read_prompt
@@ -260,7 +261,9 @@ def _entering(model: Any) -> Iterator[list[int]]:
     entered: list[int] = []
 
     def note(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.append(argument(layer, args, kwargs, "hidden_states").shape[1])
+        # Not what a cache reads of a model before its first use, as how it turns its keys.
+        if cache_in(layer, args, kwargs) is not None:
+            entered.append(argument(layer, args, kwargs, "hidden_states").shape[1])
 
     hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in layers_of(model)]
     try:
