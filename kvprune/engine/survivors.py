@@ -118,7 +118,7 @@ def _not_finite(view: TokenView | SlotView) -> Tensor:
     else:
         shown, valid = [(view.hidden, valid[..., None])], valid[:, None]
     per_slot = ((part, value) for part, value in view.statistic.tensors() if part.per == "slot")
-    # What a slot begins with says nothing of the model, as the infinity of `Survival`.
+    # The number that a slot begins with is not the model's, as the infinity of `Survival`.
     shown += [(value, valid & (value != part.start)) for part, value in per_slot]
     # Not at padding and in empty slots, where anything may stand.
     each = [(~tensor.isfinite() & there).flatten(1).any(-1) for tensor, there in shown]

@@ -1,4 +1,4 @@
-"""What a small module says of a token when it is written."""
+"""A number that a small module gives to a token when the token is written."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Gate(Statistic):
             ) from error
 
     def numbers(self, hidden: Tensor, layer: int) -> Tensor:
-        """What the module says of the tokens that enter a layer."""
+        """The module's answer about the tokens that enter a layer."""
         found: Tensor = self.module(hidden, layer)
         return found
 

@@ -67,6 +67,7 @@ def read(
             f"where tokens of pictures have several positions each: expected them with the first "
             f"tokens. Hand them in together, or to generate"
         )
+    cache.guard.check_usable()
     before, size = cache.seen, chunk or count
     given: dict[str, Any] = {**inputs, "return_dict": True}
     lengths, masked = torch.full((rows,), count), {}
@@ -77,7 +78,6 @@ def read(
     if takes(inner, "position_ids") and "position_ids" not in inputs:
         known = {**inputs, **masked, generate_cache_name(): cache}
         positions = inner._prepare_position_ids_for_generation(input_ids, known)
-    cache.guard.check_usable()
     cache.announce_prompt(lengths.to(input_ids.device), before + count)
     try:
         for start in range(before, before + count, size):

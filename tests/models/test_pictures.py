@@ -45,7 +45,7 @@ every_cell = pytest.mark.parametrize(
 
 
 def said(family: str, pipeline: str, inputs: dict[str, Any], **options: Any) -> Any:
-    """What the model says with a new cache."""
+    """The model's answer with a new cache."""
     model, cache = attached_picture_model(family), ComposedCache(PIPELINES[pipeline])
     options = {"max_new_tokens": 6, "do_sample": False, **options}
     return model.generate(**inputs, cache=cache, **options)[:, inputs["input_ids"].shape[1] :]

@@ -1,4 +1,4 @@
-"""What a view says of a layer: its output projection, and newest queries at a full budget."""
+"""Views know the layer's output projection, and newest queries at a full budget."""
 
 from __future__ import annotations
 

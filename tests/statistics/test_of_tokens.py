@@ -33,7 +33,7 @@ class Noted(kvprune.TokenPolicy):
 
     @property
     def statistics(self) -> Any:
-        """Those of the base."""
+        """The statistics of the base."""
         return self.base.statistics
 
     def for_model(self, model: nn.Module) -> Noted:
@@ -198,7 +198,7 @@ class Says(nn.Module):
 
 
 def entering(model: Any, ids: Tensor) -> list[Tensor]:
-    """What each layer says of a dense reading of one row, `[2, n]`."""
+    """The gate's numbers in each layer for a dense reading of one row, `[2, n]`."""
     found: list[Tensor] = []
     hooks = [
         layer.register_forward_pre_hook(lambda _, args: found.append(args[0]))
