@@ -93,12 +93,13 @@ class ExpectedAttention(OneBudget):
         # Sigma's rows are turned, and then its columns.
         spread = rotary.turned(rotary.turned(covariance, *turn).mT, *turn)
         heads = keys.shape[1]
-        mean, spread = mean.unflatten(1, (heads, -1)), spread.unflatten(1, (heads, -1))
+        mean = (mean * slots.scaling).unflatten(1, (heads, -1))
+        spread = (spread * (slots.scaling**2 / 2)).unflatten(1, (heads, -1))
         logits = []
         # As precise as the moments, whatever precision the model runs in.
         with torch.autocast(keys.device.type, enabled=False):
             for group in range(mean.shape[2]):
-                linear = (keys @ mean[:, :, group].mT)[..., 0]
-                square = ((keys @ spread[:, :, group]) * keys).sum(-1)
-                logits.append(linear * slots.scaling + square * slots.scaling**2 / 2)
+                # k mu + k Sigma k = (k Sigma + mu) k; in place, as there are many keys.
+                weight = (keys @ spread[:, :, group]).add_(mean[:, :, group])
+                logits.append(weight.mul_(keys).sum(-1))
         return torch.stack(logits, 2)

@@ -53,9 +53,9 @@ class Rotation:
         a, b = (part[..., ::2], part[..., 1::2]) if self.interleaved else part.chunk(2, -1)
         # In place where that is allowed: large tensors made anew cost more than the sums.
         pair = ((a * cosine).addcmul_(b, sine, value=-1), (b * cosine).addcmul_(a, sine))
-        moved = torch.stack(pair, -1).flatten(-2) if self.interleaved else torch.cat(pair, -1)
+        moved = [torch.stack(pair, -1).flatten(-2)] if self.interleaved else list(pair)
         before, behind = keys[..., : self.start], keys[..., self.start + size :]
-        return torch.cat([before, moved.to(keys.dtype), behind], -1)
+        return torch.cat([before, *(part.to(keys.dtype) for part in moved), behind], -1)
 
     def explains(self, here: Tensor, there: Tensor, by: Tensor, near: float) -> bool:
         """Whether `there` is `here` moved on, up to `near` of each pair's length."""

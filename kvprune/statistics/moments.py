@@ -51,7 +51,8 @@ class QueryMoments(Statistic):
         # A matrix product would spread what is not finite in a query of padding.
         queries = queries.masked_fill(~there[:, None, :, None], 0)
         mean = queries.sum(2) / _per_row(count.clamp(min=1), 3)
-        away = (queries - mean[:, :, None]).masked_fill(~there[:, None, :, None], 0)
+        # In place: the queries are a copy, and large tensors made anew cost more than the sums.
+        away = queries.sub_(mean[:, :, None]).mul_(there[:, None, :, None])
         squares = away.transpose(-1, -2) @ away
         if not held:
             return count, mean, squares
