@@ -15,6 +15,7 @@ from .errors import KVPruneError
 from .policy.around import Around
 from .policy.base import TokenPolicy
 from .policy.selection import Ranking
+from .storage.quantized import Quantized
 from .wiring.attach import attach, detach
 from .wiring.read import read
 
@@ -26,6 +27,7 @@ __all__ = [
     "Around",
     "ComposedCache",
     "KVPruneError",
+    "Quantized",
     "Ranking",
     "TokenPolicy",
     "attach",

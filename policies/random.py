@@ -43,7 +43,7 @@ class Random(OneBudget):
 
     def rank_slots(self, slots: SlotView) -> Ranking:
         """Ranks slots by a hash."""
-        heads = torch.arange(slots.keys.shape[1], device=slots.columns.device)
+        heads = torch.arange(slots.heads, device=slots.columns.device)
         heads = (heads + slots.first_head)[:, None]
         number = _mixed(_mixed(_mixed(heads + self.seed * 2**31) + slots.layer) + slots.positions)
         # The upper bits, as many as float64 holds.

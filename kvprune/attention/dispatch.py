@@ -22,6 +22,7 @@ from ..models.heads import for_backend
 from ..models.releases import ALL_ATTENTION_FUNCTIONS
 from . import flash, fused
 from .blockwise import block_by_block
+from .hadamard import hadamard
 from .inputs import Inputs, Scores, hide
 from .masks import additive
 
@@ -40,6 +41,9 @@ def attend(
     Returns:
         `[B, Q, Hq, Dv]`, and the probabilities `[B, Hq, Q, S]` where the backend returns them.
     """
+    if inputs.turned:
+        turned, probabilities = attend(backend, module, inputs.with_turned_queries(), **arguments)
+        return hadamard(turned), probabilities
     if backend == FLASH:
         flashed = flash.attention(inputs, **arguments)
         if flashed is not None:
@@ -107,11 +111,15 @@ def attend_and_observe(
             are attended to.
         dtype: of what slots receive.
     """
+    if inputs.turned:
+        inputs = inputs.with_turned_queries()
+        found = attend_and_observe(backend, module, inputs, scores, heads, dtype)
+        return replace(found, output=hadamard(found.output))
     inputs = _as_autocast_has_it(inputs)
     probabilities = None
-    found = fused.attention(backend, module, inputs, scores)
-    if found is not None:
-        output, received = found
+    fast = fused.attention(backend, module, inputs, scores)
+    if fast is not None:
+        output, received = fast
     elif inputs.query.shape[2] == 1:
         output, probabilities = _one_query(inputs, scores, dtype)
         received = probabilities.sum(2)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..models.structure import Local
+from .hadamard import hadamard
 from .masks import Mask
 
 
@@ -27,6 +28,7 @@ class Inputs:
     no_gaps: it is known that no slot is empty.
     count: the tokens of this forward, also those that were pruned before this layer.
     local: what the layer's queries can see; None for everything.
+    turned: keys and values are turned; see `hadamard`.
     """
 
     query: Tensor
@@ -39,6 +41,11 @@ class Inputs:
     no_gaps: bool
     count: int
     local: Local | None
+    turned: bool = False
+
+    def with_turned_queries(self) -> Inputs:
+        """Queries, keys and values that are all turned: products are as they would be."""
+        return replace(self, query=hadamard(self.query), turned=False)
 
     @property
     def slot_columns(self) -> Tensor:

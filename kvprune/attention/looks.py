@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..models.devices import without_autocast
 from ..statistics import Block
+from .hadamard import hadamard
 from .inputs import Inputs, Scores, hide
 from .masks import is_known, window_of
 
@@ -40,6 +41,7 @@ def looks(
     with without_autocast(query.device):
         key = inputs.key.detach().to(dtype)
         rows, attended = key.shape[:2]
+        query = hadamard(query) if inputs.turned else query
         grouped = (query.detach().to(dtype) * scores.scaling).unflatten(1, (attended, -1))
         products = torch.matmul(grouped.flatten(2, 3), key.transpose(-1, -2))
         products = scores.capped(products).unflatten(2, grouped.shape[2:4])

@@ -10,9 +10,10 @@ import torch
 
 from ..errors import KVPruneError
 from ..models.attachment import Attachment
+from ..models.families import hands_on_what_is_stored
 from ..models.fingerprint import described
 from ..models.releases import LinearAttentionLayer
-from ..models.structure import base_of, unwrapped
+from ..models.structure import base_of, head_sizes, unwrapped
 from ..policy.base import TokenPolicy
 from ..policy.checks import checked
 from ..policy.composition import judges_apart, leaves, wanted_at
@@ -20,6 +21,8 @@ from ..positions.inside import positions_for
 from ..positions.rotary import Rotation, limit_of, query_rotations
 from ..statistics import Statistic, parts_of
 from ..storage.layer import SlotLayer
+from ..storage.plain import Plain
+from ..storage.quantized import Quantized
 from .state import CacheState
 
 
@@ -47,6 +50,7 @@ class Binding:
 def bind(
     policies: Sequence[TokenPolicy],
     observe: tuple[Statistic, ...],
+    store: Quantized | None,
     attachment: Attachment,
     base: torch.nn.Module,
 ) -> tuple[Binding, CacheState]:
@@ -55,12 +59,15 @@ def bind(
     Args:
         policies: of the cache.
         observe: statistics that are wanted beside those of the policies.
+        store: how keys and values are held; None for as the model made them.
         attachment: the model's.
         base: the model that has the decoder layers.
 
     Raises:
-        KVPruneError: a policy cannot work on the model.
+        KVPruneError: a policy, or the store, cannot work on the model.
     """
+    if store is not None:
+        store.check_sizes(head_sizes(base))
     for policy in leaves(policies):
         _check_layers(policy, attachment)
         _check_prunes(policy, attachment)
@@ -69,7 +76,8 @@ def bind(
     _check_queries(observe, "observe", attachment)
     _check_survival(policies, observe)
     working = checked([policy.for_model(base) for policy in policies])
-    positions = positions_for(working, base, attachment.memory)
+    positions = positions_for(working, base, attachment.memory, rewritable=store is None)
+    direct = hands_on_what_is_stored(base)
     layers: list[SlotLayer | LinearAttentionLayer] = []
     for index in range(attachment.num_layers):
         if attachment.states and attachment.states[index]:
@@ -78,7 +86,7 @@ def bind(
         local = attachment.local[index] if attachment.local else None
         statistics = tuple(dict.fromkeys(wanted_at(working, index) + parts_of(observe)))
         arrivals = positions is not None and positions.keeps_arrivals(index)
-        layers.append(SlotLayer(statistics, local, arrivals))
+        layers.append(SlotLayer(statistics, local, arrivals, store or Plain, direct))
     model = described(base, attachment.memory)
     slot_layers = [layer for layer in layers if isinstance(layer, SlotLayer)]
     parts = (part for layer in slot_layers for part in (*layer.parts, *layer.layer_parts))

@@ -22,6 +22,7 @@ from ..errors import KVPruneError
 from ..policy.base import TokenPolicy
 from ..policy.checks import checked
 from ..statistics import Statistic, check_statistics
+from ..storage.quantized import Quantized
 from . import saving
 from .becoming import check_becomes, evict_all
 from .binding import attached
@@ -43,15 +44,18 @@ class ComposedCache(WiredCache):
             dense.
         observe: statistics to observe though no policy wants them, as `(Attention(),)`, for
             policies that come later, by `with_policies` or `load`; see `kvprune.statistics`.
+        store: how keys and values are held, as `Quantized(bits=4)`; None for as the model made
+            them.
 
     Raises:
-        KVPruneError: not a list of policies, or unknown statistics or layers.
+        KVPruneError: not a list of policies, or unknown statistics, layers or stores.
 
     Attributes:
         seen: columns shown so far, padding included: the logical length. Positions, masks
             and `get_seq_length()` follow it, whatever was evicted.
         policies: as they were handed in.
         observe: likewise.
+        store: likewise.
         state: what is held; for the library's own use, as are the three below.
         session: what `generate` has said.
         guard: who uses the cache.
@@ -59,11 +63,19 @@ class ComposedCache(WiredCache):
     """
 
     def __init__(
-        self, policies: Sequence[TokenPolicy] = (), observe: Sequence[Statistic] = ()
+        self,
+        policies: Sequence[TokenPolicy] = (),
+        observe: Sequence[Statistic] = (),
+        store: Quantized | None = None,
     ) -> None:
         wanted = tuple(observe) if isinstance(observe, list) else observe
         check_statistics(wanted, "ComposedCache: observe")
-        super().__init__(checked(policies), tuple(wanted))
+        if store is not None and not isinstance(store, Quantized):
+            raise KVPruneError(
+                f"ComposedCache: store={store!r}: expected a store, as kvprune.Quantized(bits=4), "
+                f"or None"
+            )
+        super().__init__(checked(policies), tuple(wanted), store)
 
     # What a user reads.
 
@@ -116,7 +128,8 @@ class ComposedCache(WiredCache):
         return sum({(at, s.data_ptr()): s.nbytes() for at, s in storages}.values())
 
     def __repr__(self) -> str:
-        head = f"ComposedCache([{', '.join(map(repr, self.policies))}])"
+        store = "" if self.store is None else f", store={self.store!r}"
+        head = f"ComposedCache([{', '.join(map(repr, self.policies))}]{store})"
         try:
             return f"{head}: {self._described()}"
         except Exception as error:
@@ -230,12 +243,16 @@ class ComposedCache(WiredCache):
                 f"copy.deepcopy(cache) keeps them in memory"
             )
         self.state.settle()
-        contents = saving.contents_of(self.state, self.binding.model, self.policies)
+        contents = saving.contents_of(self.state, self.binding.model, self.policies, self.store)
         saving.write(Path(path), contents)
 
     @classmethod
     def load(
-        cls, path: str | PathLike[str], policies: Sequence[TokenPolicy], model: torch.nn.Module
+        cls,
+        path: str | PathLike[str],
+        policies: Sequence[TokenPolicy],
+        model: torch.nn.Module,
+        store: Quantized | None = None,
     ) -> ComposedCache:
         """A cache that goes on, bit for bit, where the one that was saved stopped.
 
@@ -244,18 +261,21 @@ class ComposedCache(WiredCache):
             policies: the same, or others whose statistics were observed: what they say counts
                 from the next step on. Budgets may differ; what was dropped does not come back.
             model: the one that the cache was saved with, attached.
+            store: the one that the cache was saved with: codes are not made anew.
 
         Raises:
-            KVPruneError: there is no such file, it is damaged, of another version or model, or
-                lacks a statistic that a policy needs; or the model is not attached.
+            KVPruneError: there is no such file, it is damaged, of another version, model or store,
+                or lacks a statistic that a policy needs; or the model is not attached.
         """
-        cache = cls(policies)
+        cache = cls(policies, store=store)
         attachment, base = attached(model, "load")
         cache.bind(attachment, base)
         assert cache.binding is not None
         contents = saving.read(Path(path))
         known = cache.binding.model
-        saving.check_fits(cache.state, known, cache.policies, Path(path), contents.numbers)
+        saving.check_fits(
+            cache.state, known, cache.policies, cache.store, Path(path), contents.numbers
+        )
         saving.restore(cache.state, contents, base)
         return cache
 
@@ -284,7 +304,7 @@ class ComposedCache(WiredCache):
         self.guard.check_usable()
         if self.session.in_generate:
             raise in_use("generate")
-        twin = type(self)(policies)
+        twin = type(self)(policies, store=self.store)
         twin.bind(*attached(model, "with_policies"))
         assert twin.binding is not None
         mine = self.policies, self.binding, self.state

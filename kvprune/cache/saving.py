@@ -1,12 +1,13 @@
 """A cache as a file: one safetensors file, whose header says in JSON what it is.
 
 Metadata: `kvprune_cache`, the version of this format; `numbers`, JSON (the model, the policies'
-reprs, how many columns were seen, each layer's slots); `digest`, SHA-256 over the version, the
-numbers and every tensor. Tensors: `rows.first`, `rows.prompt_length`, `rows.prompt_ids` (not in
-files of earlier releases: then a prompt is not known again), `padding` and, by layer, keys, values,
-columns, statistics, the free slot (`hole`) and, where positions are assigned inside the cache,
-those that keys came with and `positions.*`. Only slots in use are written; layers that share one
-tensor of columns share it in the file.
+reprs, the store's, how many columns were seen, each layer's slots); `digest`, SHA-256 over the
+version, the numbers and every tensor. Tensors: `rows.first`, `rows.prompt_length`,
+`rows.prompt_ids` (not in files of earlier releases: then a prompt is not known again), `padding`
+and, by layer, keys and values (`codes` with a store that quantises), columns, statistics, the free
+slot (`hole`) and, where positions are assigned inside the cache, those that keys came with and
+`positions.*`. Only slots in use are written; layers that share one tensor of columns share it in
+the file.
 
 Reading runs no code of the file. The digest finds damage; it is no signature.
 """
@@ -33,6 +34,7 @@ from ..policy.base import TokenPolicy
 from ..policy.budget import Lengths
 from ..policy.composition import evicts
 from ..statistics import Attention
+from ..storage.quantized import Quantized
 from ..storage.rows import PromptIds, RowNumbers, inner_padding_of
 from .state import CacheState
 
@@ -48,7 +50,10 @@ class Contents:
 
 
 def contents_of(
-    state: CacheState, model: dict[str, str], policies: Sequence[TokenPolicy]
+    state: CacheState,
+    model: dict[str, str],
+    policies: Sequence[TokenPolicy],
+    store: Quantized | None,
 ) -> Contents:
     """The contents of the file of a cache, from which `restore` brings it back.
 
@@ -56,6 +61,7 @@ def contents_of(
         state: what the cache holds.
         model: see `models.fingerprint.described`.
         policies: of the cache.
+        store: likewise.
 
     Raises:
         KVPruneError: two statistics look alike.
@@ -92,6 +98,7 @@ def contents_of(
         "layers": layers,
         "fixed": state.seen if evicts(policies) else state.fixed,
         "positions": None if state.positions is None else state.positions.way,
+        "store": None if store is None else repr(store),
     }
     return Contents(numbers, tensors)
 
@@ -100,6 +107,7 @@ def check_fits(
     state: CacheState,
     model: dict[str, str],
     policies: Sequence[TokenPolicy],
+    store: Quantized | None,
     path: Path,
     numbers: dict[str, Any],
 ) -> None:
@@ -109,18 +117,26 @@ def check_fits(
         state: what the cache holds: empty layers.
         model: see `models.fingerprint.described`.
         policies: of the cache.
+        store: likewise.
         path: of the file.
         numbers: of the file.
 
     Raises:
-        KVPruneError: it is of another model, positions were assigned in another way, or a policy
-            wants a statistic that was not observed.
+        KVPruneError: it is of another model or store, positions were assigned in another way, or
+            a policy wants a statistic that was not observed.
     """
     if numbers["model"]["digest"] != model["digest"]:
         raise KVPruneError(
             f"{path}: expected a cache of this model ({model['name']}: its config, its "
             f"precision and its weights), got one of another ({numbers['model']['name']}). "
             f"Load it with the model that it was saved with"
+        )
+    # Earlier releases had no stores.
+    held = numbers.get("store")
+    if held != (None if store is None else repr(store)):
+        raise KVPruneError(
+            f"{path}: saved with store={held}: expected the same store, got {store!r}. Load it "
+            f"with store={held}, or read the prompt again"
         )
     way = None if state.positions is None else state.positions.way
     if numbers["positions"] != way:

@@ -18,6 +18,7 @@ from ..policy.base import TokenPolicy
 from ..policy.composition import evicts
 from ..statistics import Statistic
 from ..storage.layer import SlotLayer
+from ..storage.quantized import Quantized
 from ..storage.rows import PromptIds
 from .binding import Binding, bind
 from .endings import Endings
@@ -33,10 +34,12 @@ class WiredCache(Cache):
     Args:
         policies: a pipeline, checked.
         observe: statistics that are observed though no policy wants them, checked.
+        store: how keys and values are held; None for as the model made them.
 
     Attributes:
         policies: see above.
         observe: see above.
+        store: see above.
         state: what is held.
         session: what `generate` has said.
         guard: who uses the cache.
@@ -45,9 +48,14 @@ class WiredCache(Cache):
 
     layers: list[Any]  # SlotLayer, or LinearAttentionLayer in hybrid models
 
-    def __init__(self, policies: tuple[TokenPolicy, ...], observe: tuple[Statistic, ...]) -> None:
+    def __init__(
+        self,
+        policies: tuple[TokenPolicy, ...],
+        observe: tuple[Statistic, ...],
+        store: Quantized | None,
+    ) -> None:
         super().__init__(layers=[])
-        self.policies, self.observe = policies, observe
+        self.policies, self.observe, self.store = policies, observe, store
         self._begin()
 
     def _begin(self) -> None:
@@ -234,7 +242,7 @@ class WiredCache(Cache):
                 f"object it was first used with, got another ({attachment.name}), or the same one "
                 f"after it was detached or its layers were changed. Make a new ComposedCache"
             )
-        binding, state = bind(self.policies, self.observe, attachment, model)
+        binding, state = bind(self.policies, self.observe, self.store, attachment, model)
         self.binding = binding
         self._hold(state)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..attention.dispatch import attend, attend_and_observe, scores_for
 from ..attention.inputs import Inputs
 from ..attention.masks import Mask
+from ..policy.stored import Stored
 from ..policy.views import SlotView, Statistics
 from ..statistics import Queries, Statistic
 from ..storage.layer import SlotLayer
@@ -57,7 +58,7 @@ class LayerStep(Observer):
         """Appends new tokens `[B, Hkv, Q, D]`; returns all that the layer then holds."""
         step, slots = self.step, self.slots
         arrived = None if self.positions is None else self.positions[:, None]
-        held = slots.append(
+        slots.append(
             keys,
             values,
             self.slot_columns,
@@ -67,11 +68,16 @@ class LayerStep(Observer):
             in_free_slot=step.count == 1,
             arrived=arrived,
         )
-        if step.cache_positions is None:
-            return held
-        arranged = step.cache_positions.arrange(self)
-        step.arranged = slots, arranged
-        return arranged, slots.values
+        if step.cache_positions is not None:
+            arranged = step.cache_positions.arrange(self)
+            step.arranged = slots, arranged
+            return arranged, slots.values
+        return slots.turned() if self._turned else (slots.keys, slots.values)
+
+    @property
+    def _turned(self) -> bool:
+        """Whether attention is handed keys and values as a store turned them; see `hadamard`."""
+        return self.slots.direct and self.slots.store.turns and self.step.cache_positions is None
 
     def attend(
         self,
@@ -125,6 +131,7 @@ class LayerStep(Observer):
             no_gaps=self.slots.complete,
             count=self.step.count,
             local=self.slots.local,
+            turned=self._turned,
         )
 
     def _attend(
@@ -287,9 +294,15 @@ class LayerStep(Observer):
         attention: torch.nn.Module | None = None,
     ) -> SlotView:
         """The view of slots with these columns and statistics."""
-        keys, arranged = self.slots.keys, self.step.arranged
-        if arranged is not None and arranged[0] is self.slots:
-            keys = arranged[1]
+        slots, arranged = self.slots, self.step.arranged
+
+        def read(name: str) -> Tensor:
+            # Keys as attention had them.
+            if name == "keys" and arranged is not None and arranged[0] is slots:
+                return arranged[1]
+            found: Tensor = getattr(slots, name)
+            return found
+
         return SlotView(
             layer=self.index,
             num_layers=self.step.num_layers,
@@ -299,8 +312,7 @@ class LayerStep(Observer):
             seen=self.seen,
             moment=self.moment,
             lengths=rows.prompt,
-            keys=keys.detach(),
-            values=self.slots.values.detach(),
+            stored=Stored(slots.heads, read),
             statistic=Statistics(statistics, None if queried is None else queried.look),
             group=self.step.group,
             begin=rows.begin,

@@ -257,7 +257,7 @@ def _selection(
         shown, told: see `comparable`.
         several: see `surviving_slots`.
     """
-    check_ranking(policy, ranking, slots.columns, slots.keys.shape[1])
+    check_ranking(policy, ranking, slots.columns, slots.heads)
     if several:
         ranking = comparable(policy, ranking, slots.columns, shown, told)
     selection = Selection(ranking, slots.columns, slots.valid)
@@ -278,5 +278,5 @@ def next_to_go(policy: TokenPolicy, slots: SlotView) -> Tensor | None:
     ranking = ask_metered(policy, "rank_slots", slots)
     if ranking is None:
         return None
-    check_ranking(policy, ranking, slots.columns, slots.keys.shape[1])
+    check_ranking(policy, ranking, slots.columns, slots.heads)
     return first_to_go(ranking.score, slots.valid & ~ranking.protected, slots.columns)

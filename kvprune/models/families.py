@@ -279,6 +279,12 @@ def cannot_record(model: PreTrainedModel) -> str:
     return ""
 
 
+def hands_on_what_is_stored(base: Any) -> bool:
+    """Whether attention is handed the keys and values that the cache returned, as they are."""
+    latent = getattr(base.config.get_text_config(decoder=True), "kv_lora_rank", None)
+    return not latent and not has_own_attention(base)
+
+
 def cannot_show_queries(model: PreTrainedModel) -> str:
     """Why a layer's queries cannot be seen; empty where they can."""
     if has_own_attention(base_of(model)):

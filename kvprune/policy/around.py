@@ -91,7 +91,7 @@ class Around(TokenPolicy):
             return None
         # Of layers that are asked together the heads are not shown: the engine looks alone.
         if not self.base.layers_alike:
-            check_ranking(self.base, ranking, slots.columns, slots.keys.shape[1])
+            check_ranking(self.base, ranking, slots.columns, slots.heads)
         return self.rerank(slots, ranking)
 
     def rank_layers(self, layers: Sequence[SlotView]) -> list[Ranking | None]:
@@ -99,7 +99,7 @@ class Around(TokenPolicy):
         found = answers_of(self.base, layers)
         for place, (view, ranking) in enumerate(zip(layers, found, strict=True)):
             if ranking is not None:
-                check_ranking(self.base, ranking, view.columns, view.keys.shape[1])
+                check_ranking(self.base, ranking, view.columns, view.heads)
                 found[place] = self.rerank(view, ranking)
         return found
 

@@ -21,9 +21,10 @@ from torch import distributed as dist
 from ..errors import KVPruneError
 from .base import TokenPolicy
 from .selection import Ranking
-from .views import WITHHELD, SlotView, TokenView
+from .stored import withheld
+from .views import SlotView, TokenView
 
-_FIELDS = ("hidden", "columns", "valid", "first", "keys", "values")
+_FIELDS = ("hidden", "columns", "valid", "first")
 
 
 def ask(policy: TokenPolicy, hook: str, asked: TokenView | SlotView | list[SlotView]) -> Any:
@@ -37,16 +38,16 @@ def ask(policy: TokenPolicy, hook: str, asked: TokenView | SlotView | list[SlotV
         return getattr(policy, hook)(asked)
     views = asked if isinstance(asked, list) else [asked]
     shown = [(view, name, tensor) for view in views for name, tensor in shown_by(view)]
-    known = [len(view.lengths.shared()) for view in views]
+    known = [dict(_made(view)).keys() for view in views]
     before = [_version(tensor) for _, _, tensor in shown]
     outside = torch.is_inference_mode_enabled()
     if outside:
         answer = _answer_outside(policy, hook, asked, views[0])
     else:
         answer = getattr(policy, hook)(asked)
-    # Amounts that were asked for the first time are new tensors, whose counters begin at 0.
+    # What was asked for the first time are new tensors, whose counters begin at 0.
     each = zip(views, known, strict=True)
-    new = [(view, *found) for view, count in each for found in view.lengths.shared()[count:]]
+    new = [(view, *made) for view, names in each for made in _made(view) if made[0] not in names]
     for (view, name, tensor), count in zip([*shown, *new], before + [0] * len(new), strict=True):
         if _version(tensor) != count:
             raise _wrote(policy, view, name)
@@ -57,13 +58,18 @@ def shown_by(view: TokenView | SlotView) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a view, by the names that a policy knows them by."""
     for name in _FIELDS:
         value = getattr(view, name, None)
-        if value is not None and value is not WITHHELD:
+        if value is not None:
             yield name, value
     for statistic, value in view.statistic.tensors():
         yield f"statistic({statistic!r})", value
     yield "length" if isinstance(view, TokenView) else "prompt_length", view.lengths.tensor
-    for amount, tokens in view.lengths.shared():
-        yield f"tokens({amount})", tokens
+    yield from _made(view)
+
+
+def _made(view: TokenView | SlotView) -> list[tuple[str, Tensor]]:
+    """The tensors that were made when somebody asked for them, in that order."""
+    amounts = [(f"tokens({amount})", tokens) for amount, tokens in view.lengths.shared()]
+    return amounts if isinstance(view, TokenView) else [*amounts, *view.stored.made.items()]
 
 
 def _version(tensor: Tensor) -> int:
@@ -127,8 +133,8 @@ def answer_of(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ran
     if not policy.applies(view.layer):
         return None
     shown: dict[str, Any] = {"statistic": view.statistic.only(policy.statistics)}
-    if hook == "rank_slots" and policy.layers_alike:
-        shown |= {"keys": WITHHELD, "values": WITHHELD}
+    if isinstance(view, SlotView) and policy.layers_alike:
+        shown["stored"] = withheld(view.heads)
     ranking = ask(policy, hook, replace(view, **shown))
     shared = hook == "rank_hidden" or policy.shares_heads
     if shared and view.group is not None and isinstance(ranking, Ranking):

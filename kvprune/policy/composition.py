@@ -131,7 +131,7 @@ class Union(TokenPolicy):
         found = self._rankings("rank_slots", slots)
         if found is None:
             return None
-        heads = slots.keys.shape[1]
+        heads = slots.heads
         return self._either(found, slots.layer, slots.columns, slots.valid, heads)
 
     def rank_layers(self, layers: Sequence[SlotView]) -> list[Ranking | None]:
@@ -139,7 +139,7 @@ class Union(TokenPolicy):
         answers = [answers_of(part, layers) for part in self.parts]
         found: list[Ranking | None] = []
         for view, *rankings in zip(layers, *answers, strict=True):
-            heads = view.keys.shape[1]
+            heads = view.heads
             shape = view.layer, view.columns, view.valid, heads
             all_say = [ranking for ranking in rankings if ranking is not None]
             complete = len(all_say) == len(rankings)

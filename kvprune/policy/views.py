@@ -15,6 +15,7 @@ from ..statistics import Queries, Statistic, parts_of
 from .budget import Lengths, newest
 from .moment import Moment
 from .rotary import Rotary
+from .stored import Stored
 
 
 class Statistics:
@@ -98,21 +99,6 @@ class Statistics:
             f"statistic {statistic!r} was not observed here: expected one of {named}. Name it in "
             f"the policy's class attribute `statistics`"
         )
-
-
-class _Withheld:
-    """Stands for the keys and values of a view whose policy promised not to look at them."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise KVPruneError(
-            f"keys and values (.{name}) were asked for by a policy that promises `layers_alike`, "
-            f"to rank by what is the same question for every layer: expected layers_alike = False"
-        )
-
-
-WITHHELD: Any = _Withheld()
 
 
 class _View:
@@ -212,8 +198,10 @@ class SlotView(_View):
     tokens(amount): `[B]` int64, tokens (an int) or a share of `prompt_length` (a float) as tokens.
     newest(amount): `[B, 1|Hkv, S]` bool, which are among the newest so many.
     oldest(count): `[B, 1|Hkv, S]` bool, which are among their row's first so many.
-    keys, values: `[B, Hkv, S, D]`, rotated as attention had them in this forward; withheld from a
-        policy that promises `layers_alike`.
+    heads: key/value heads, Hkv.
+    keys, values: `[B, Hkv, S, D]`, rotated as attention had them in this forward, and read from
+        where they are held when they are asked for; withheld from a policy that promises
+        `layers_alike`.
     statistic(name): of statistics per slot `[B, Hkv, S]`, since the slot's column was read, as
         `slots.statistic(Attention())`; of statistics per layer what they say.
     looks(w): `[B, Hkv, G, w, S]`, the probabilities that the newest w queries give to the slots, by
@@ -244,8 +232,7 @@ class SlotView(_View):
     seen: int
     moment: Moment = field(repr=False)
     lengths: Lengths = field(repr=False)
-    keys: Tensor
-    values: Tensor
+    stored: Stored = field(repr=False)
     statistic: Statistics = field(repr=False)
     group: Any = field(default=None, repr=False)
     begin: Callable[[int], Tensor] | None = field(default=None, repr=False)
@@ -259,6 +246,23 @@ class SlotView(_View):
         return self.columns.masked_fill(~self.valid, -1).argsort(dim=-1, stable=True)
 
     @property
+    def heads(self) -> int:
+        """See above."""
+        return self.stored.heads
+
+    @property
+    def keys(self) -> Tensor:
+        """See above."""
+        found: Tensor = self.stored.keys
+        return found
+
+    @property
+    def values(self) -> Tensor:
+        """See above."""
+        found: Tensor = self.stored.values
+        return found
+
+    @property
     def positions(self) -> Tensor:
         """See above."""
         columns = self.columns.masked_fill(~self.valid, -1)
@@ -269,7 +273,7 @@ class SlotView(_View):
     @property
     def first_head(self) -> int:
         """See above."""
-        return 0 if self.group is None else dist.get_rank(self.group) * self.keys.shape[1]
+        return 0 if self.group is None else dist.get_rank(self.group) * self.heads
 
     @property
     def scaling(self) -> float:
@@ -308,8 +312,8 @@ class SlotView(_View):
         """
         if self.attention is None:
             raise KVPruneError("output_weight: known in a forward of the model alone")
-        heads, size = self.values.shape[1], self.values.shape[-1]
-        return output_weight(self.attention).unflatten(0, (heads, -1, size))
+        size = self.values.shape[-1]
+        return output_weight(self.attention).unflatten(0, (self.heads, -1, size))
 
     @property
     def prompt_length(self) -> Tensor:

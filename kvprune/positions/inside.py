@@ -14,7 +14,7 @@ from .sinks import SinkPositions
 
 
 def positions_for(
-    policies: Sequence[TokenPolicy], base: Any, memory: dict[str, Any]
+    policies: Sequence[TokenPolicy], base: Any, memory: dict[str, Any], rewritable: bool
 ) -> Positions | None:
     """The positions that some policy wants assigned inside the cache; None if none does.
 
@@ -22,6 +22,7 @@ def positions_for(
         policies: a pipeline.
         base: the model.
         memory: of the model, where its rotations are kept.
+        rewritable: whether keys may be turned where they are held, and not only copies of them.
 
     Raises:
         KVPruneError: the model has no RoPE.
@@ -34,4 +35,6 @@ def positions_for(
     how = memory["rotations"], limit_of(base)
     answers = {p.sinks_before_window for p in parts if p.evicts}
     sinks = answers.pop() if len(answers) == 1 else None
-    return SlotPositions(*how) if sinks is None else SinkPositions(sinks, *how)
+    if sinks is None or not rewritable:
+        return SlotPositions(*how)
+    return SinkPositions(sinks, *how)

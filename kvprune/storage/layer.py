@@ -14,7 +14,11 @@ from ..models.structure import Local
 from ..statistics import Block, Statistic, statistic_dtype
 from .buffers import SLACK, extended, gathered, numbers_at, put, roomier, watched, widened
 from .plain import Plain
+from .quantized import Quantized, QuantizedSlots
 from .turnover import Stage, Turnover
+
+Store = type[Plain] | Quantized
+"""Makes what holds keys and values."""
 
 _ARRIVED = "arrived"
 
@@ -40,12 +44,15 @@ class SlotLayer:
         statistics: what is observed here, per slot or per layer.
         local: what the layer's queries can see; None for everything.
         arrivals: whether slots keep the position that their key came with.
+        store: makes what holds keys and values.
+        direct: whether attention is handed keys and values as `update` returns them.
 
     Attributes:
         parts: the statistics per slot.
         layer_parts: the statistics per layer.
         records: what is held of the latter; those of which nothing is held are left out.
         local: see above.
+        store, direct: see above.
         held: keys and values; None before the first tokens.
         used: slots in use.
         seen: the cache's logical length, as far as the layer knows it.
@@ -66,7 +73,10 @@ class SlotLayer:
         statistics: tuple[Statistic, ...] = (),
         local: Local | None = None,
         arrivals: bool = False,
+        store: Store = Plain,
+        direct: bool = True,
     ) -> None:
+        self.store, self.direct = store, direct
         self.parts = tuple(s for s in statistics if s.per == "slot")
         self.layer_parts = tuple(s for s in statistics if s.per == "layer")
         self.local = local
@@ -79,7 +89,7 @@ class SlotLayer:
         self.gaps = False
         self.whole = True
         self.turnover = Turnover()
-        self.held: Plain | None = None
+        self.held: Plain | QuantizedSlots | None = None
         self._columns: Tensor | None = None
         # Numbers per slot: statistics, and with `arrivals` positions.
         self._numbers: dict[Statistic | str, Tensor] = {}
@@ -116,6 +126,11 @@ class SlotLayer:
     def keys(self) -> Tensor:
         """`[B, Hkv, S, D]`; None before the first tokens, as in transformers."""
         return None if self.held is None else self.held.keys(self.used)  # type: ignore[return-value]
+
+    def turned(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as the store turned them."""
+        assert isinstance(self.held, QuantizedSlots)
+        return self.held.turned(self.used)
 
     @property
     def values(self) -> Tensor:
@@ -193,11 +208,13 @@ class SlotLayer:
     def numbers(self) -> dict[str, Any]:
         """With `named_tensors`, all that brings the layer back as it is (see `restore`)."""
         numbers = {"used": self.used, "capacity": self.capacity}
-        return {**numbers, "gaps": self.gaps, "whole": self.whole}
+        held = {} if self.held is None else self.held.numbers()
+        return {**numbers, "gaps": self.gaps, "whole": self.whole, **held}
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The slots in use, and the free slot; `columns` is one object where layers share it."""
-        held = {"keys": self.keys, "values": self.values, "columns": self.columns}
+        assert self.held is not None
+        held = {**self.held.named_tensors(self.used), "columns": self.columns}
         held |= {f"statistics.{part!r}": value for part, value in self.statistics.items()}
         for part, record in self.records.items():
             held |= {f"records.{part!r}.{i}": tensor for i, tensor in enumerate(record)}
@@ -216,7 +233,7 @@ class SlotLayer:
         self.turnover = Turnover().freed(tensors.get("hole"), None)
         room = numbers["capacity"] - self.used
         self._columns = roomier(tensors["columns"], room, -1)
-        self.held = Plain(tensors["keys"], tensors["values"], room)
+        self.held = self.store.restored(numbers, tensors, room)
         stored: dict[Statistic | str, Tensor] = {
             part: tensors[f"statistics.{part!r}"] for part in self.parts
         }
@@ -247,7 +264,7 @@ class SlotLayer:
         whole: bool = True,
         in_free_slot: bool = False,
         arrived: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> None:
         """Stores new tokens.
 
         Args:
@@ -260,10 +277,6 @@ class SlotLayer:
             in_free_slot: whether a single token may take the free slot, if there is one; else the
                 new tokens come behind the others, in order.
             arrived: `[B, 1, Q]`, the positions that the keys came with; read with `arrivals`.
-
-        Returns:
-            keys and values of all slots in use; where the new ones have another dtype, of the wider
-            of the two, as in `DynamicCache`.
         """
         free_slot = self.turnover.slot
         if in_free_slot and free_slot is not None and not self._record:
@@ -274,7 +287,6 @@ class SlotLayer:
             self._extend(keys, values, columns, arrived)
         self.turnover = self.turnover.stored(single=complete and columns.shape[-1] == 1)
         self.whole, self.seen = self.whole and whole, seen
-        return self.keys, self.values
 
     def columns_after(self, columns: Tensor, in_free_slot: bool) -> Tensor:
         """The `columns` after `append` will have stored new tokens; see there."""
@@ -320,7 +332,7 @@ class SlotLayer:
             columns = columns.expand(-1, self._columns.shape[1], -1)
             self._columns = extended(self._columns, columns, start)
         if self.held is None:
-            self.held = Plain.of(keys, values)
+            self.held = self.store.of(keys, values)
         else:
             self.held.append(keys, values, start)
         for name, value in self._new_numbers(keys, arrived).items():
@@ -407,7 +419,8 @@ class SlotLayer:
             index: `[B, 1, n]` int64, each slot of a row once.
             there: `[B, 1, n]` bool, which of these are meant; None for all.
         """
-        assert self.held is not None
+        # Others are read-only: what is held in codes is never coded again.
+        assert isinstance(self.held, Plain)
         self.held.rewrite_keys(keys, self.used, index, there)
 
     def keep_all(self) -> None:
@@ -466,7 +479,7 @@ class SlotLayer:
         return (
             turnover.policy,
             self.columns.shape,
-            self.keys.shape[1],
+            self.heads,
             self.parts,
             self.columns.device,
         )

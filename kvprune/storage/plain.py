@@ -1,12 +1,13 @@
 """Keys and values of one layer's slots, held as the model made them.
 
-Another way to hold them has the verbs of `Plain`. The layer knows which slots are in use, which
-token each holds and which of them go; see `kvprune.storage.layer`.
+Another way to hold them has the verbs of `Plain`; see `quantized.py`. The layer knows which slots
+are in use, which token each holds and which of them go; see `layer.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +18,16 @@ from .buffers import extended, gathered, put, roomier, watched
 class Plain:
     """Buffers with room for more slots than are in use, of the widest dtype that was stored.
 
-    keys: `[B, Hkv, capacity, D]`.
-    values: `[B, Hkv, capacity, Dv]`.
-
     Args:
-        keys, values: see above.
-        room: slots to add behind them.
+        keys: `[B, Hkv, capacity, D]`.
+        values: `[B, Hkv, capacity, Dv]`.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, room: int = 0) -> None:
-        self._keys, self._values = roomier(keys, room, 0), roomier(values, room, 0)
+    turns = False
+    """Whether attention is handed vectors that are turned; see `hadamard`."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self._keys, self._values = keys, values
         # Whether a forward with gradients attended to the buffers as they are now.
         self._saved = False
 
@@ -36,6 +37,13 @@ class Plain:
         held = cls(extended(None, keys, 0), extended(None, values, 0))
         held._saved = torch.is_grad_enabled()
         return held
+
+    @classmethod
+    def restored(
+        cls, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor], room: int
+    ) -> Plain:
+        """What had these `numbers` and `named_tensors`, with room for more slots."""
+        return cls(roomier(tensors["keys"], room, 0), roomier(tensors["values"], room, 0))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,3 +124,11 @@ class Plain:
     def tensors(self) -> Iterator[Tensor]:
         """All that is held, for counting bytes."""
         yield from (self._keys, self._values)
+
+    def numbers(self) -> dict[str, Any]:
+        """With `named_tensors`, what brings it back; see `restored`."""
+        return {}
+
+    def named_tensors(self, used: int) -> dict[str, Tensor]:
+        """The slots in use."""
+        return {"keys": self.keys(used), "values": self.values(used)}

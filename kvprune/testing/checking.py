@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..errors import KVPruneError
 from ..policy.base import TokenPolicy
 from ..policy.checks import checked
 from . import invariants
-from .runs import Case, feed
+from .runs import STORES, Case, feed
 
 FAMILIES = ("llama", "qwen3", "mistral-window", "gpt_neox")
 
@@ -92,7 +93,7 @@ def check(
         return
     for case in _cases(FAMILIES, examples, f"{seed} roomy"):
         # The prompt in one forward; `generate` adds the tokens behind it.
-        case = Case((sum(case.steps[:-4]),), case.padding, case.family, case.seed)
+        case = replace(case, steps=(sum(case.steps[:-4]),))
         _try(invariants.equals_dense, "1, a roomy budget is dense", _pipeline(roomy), case, {})
 
 
@@ -102,7 +103,7 @@ def _pipeline(policy: TokenPolicy | Sequence[TokenPolicy]) -> tuple[TokenPolicy,
 
 def _cases(families: Sequence[str], examples: int, seed: str) -> list[Case]:
     """Cases: a prompt in one to three forwards, single tokens, a second turn and single tokens."""
-    draw, cases = random.Random(seed), []
+    draw, stores, cases = random.Random(seed), random.Random(f"{seed} stores"), list[Case]()
     for number in range(examples):
         length = draw.randint(2, 24)
         cuts = sorted(draw.sample(range(1, length), min(draw.randint(0, 2), length - 1)))
@@ -114,7 +115,8 @@ def _cases(families: Sequence[str], examples: int, seed: str) -> list[Case]:
         )
         steps += [1, 1, draw.randint(2, 7), 1, 1]
         family = families[number % len(families)]
-        cases.append(Case(tuple(steps), padding, family, draw.randint(0, 2**16)))
+        token_seed, store = draw.randint(0, 2**16), stores.choice(STORES)
+        cases.append(Case(tuple(steps), padding, family, token_seed, store=store))
     return cases
 
 

@@ -23,7 +23,7 @@ from ..storage.buffers import SLACK
 from ..storage.layer import SlotLayer
 from .models import LAYERS, left_padded, prompt
 from .runs import Case, Run, feed
-from .stand_ins import ByHand, Fails, Watched
+from .stand_ins import ByHand, Fails, ReadBack, Watched
 
 Policies = Sequence[TokenPolicy]
 
@@ -51,12 +51,20 @@ def expect_same(what: str, got: Run, expected: Run) -> None:
 
 
 def equals_dense(policies: Policies, case: Case, new: int = 8) -> None:
-    """Roomy policies generate the same tokens as DynamicCache, with the same logits."""
+    """Roomy policies generate the same tokens as DynamicCache, with the same logits.
+
+    With a store, as a cache without policies that holds plainly what the store reads back.
+    """
     inputs: Any = {"input_ids": case.ids * case.mask, "attention_mask": case.mask}
     options: Any = {"max_new_tokens": new, "do_sample": False, "output_logits": True}
     options["return_dict_in_generate"] = True
-    expected = case.dense.generate(**inputs, **options)
-    got = case.model.generate(**inputs, cache=ComposedCache(policies), **options)
+    if case.store is None:
+        expected = case.dense.generate(**inputs, **options)
+    else:
+        reference = ComposedCache(store=ReadBack.like(case.store))
+        expected = case.model.generate(**inputs, cache=reference, **options)
+    cache = ComposedCache(policies, store=case.store)
+    got = case.model.generate(**inputs, cache=cache, **options)
     same = torch.equal(got.sequences, expected.sequences)
     expect(same, "generated tokens", expected.sequences, got.sequences)
     for step, (mine, other) in enumerate(zip(got.logits, expected.logits, strict=True)):
@@ -100,7 +108,7 @@ def keeps_what_it_saw(policies: Policies, case: Case) -> None:
         for layer, slots in run.cache.slot_layers():
             columns = run.cache.columns(layer)
             expect(columns.dtype == torch.int64, "dtype of columns", torch.int64, columns.dtype)
-            heads = (1, slots.keys.shape[1])
+            heads = (1, slots.heads)
             shape = tuple(columns.shape[:2])
             expect(shape in [(2, h) for h in heads], "rows and heads", f"2 and {heads}", shape)
             for row in range(2):
@@ -225,7 +233,7 @@ def copies_and_files_go_on(policies: Policies, case: Case) -> None:
     copied, loaded = _copied(run), copy.copy(run)
     with tempfile.TemporaryDirectory() as folder:
         run.cache.save(Path(folder) / "cache")
-        loaded.cache = ComposedCache.load(Path(folder) / "cache", policies, case.model)
+        loaded.cache = ComposedCache.load(Path(folder) / "cache", policies, case.model, case.store)
     got = [feed(each, new, torch.ones_like(new), steps) for each in (copied, loaded)]
     expect(run.kept() == before, "columns of a cache whose copy went on", before, run.kept())
     expected = feed(run, new, torch.ones_like(new), steps)
@@ -243,7 +251,7 @@ def values_belong_to_their_columns(policies: Policies, case: Case) -> None:
     # Positions inside the cache rotate keys anew.
     for name in ("values",) if run.cache.state.positions is not None else ("values", "keys"):
         for row in range(2):
-            for head in range(slots.keys.shape[1]):
+            for head in range(slots.heads):
                 columns = slots.columns[row, min(head, slots.columns.shape[1] - 1)]
                 there = columns >= 0
                 mine = getattr(slots, name)[row, head][there]
@@ -371,8 +379,7 @@ def bytes_are_of_kept_slots(policies: Policies, case: Case) -> None:
         # grow geometrically.
         full = evicts and kept < sum(case.steps) - min(case.padding)
         slack = SLACK if full else max(SLACK, sum(case.steps) // 8) + min(case.padding)
-        entries = slots.keys[:, :, 0].numel() + slots.values[:, :, 0].numel()
-        least += kept * entries * slots.keys.element_size()
+        least += kept * _bytes_of_keys_and_values(slots)
         most += (kept + slack) * _bytes_of_a_slot(slots)
         most += 0 if slots.turnover.slot is None else slots.turnover.slot.nbytes
     others = [
@@ -392,9 +399,15 @@ def bytes_are_of_kept_slots(policies: Policies, case: Case) -> None:
 
 def _bytes_of_a_slot(slots: SlotLayer) -> int:
     """The bytes of one slot in every row and head: key, value, column, statistics and arrival."""
-    parts: list[Tensor] = [slots.keys, slots.values, slots.columns[..., None]]
-    parts += [number[..., None] for number in slots._numbers.values()]
-    return sum(part[:, :, 0].numel() * part.element_size() for part in parts)
+    parts = [slots.columns, *slots._numbers.values()]
+    numbers = sum(part[:, :, 0].numel() * part.element_size() for part in parts)
+    return numbers + _bytes_of_keys_and_values(slots)
+
+
+def _bytes_of_keys_and_values(slots: SlotLayer) -> int:
+    """The bytes of one slot's key and value in every row and head, as they are held."""
+    assert slots.held is not None
+    return sum(part[:, :, 0].numel() * part.element_size() for part in slots.held.tensors())
 
 
 # 11. Errors inside a forward.

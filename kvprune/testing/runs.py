@@ -11,7 +11,11 @@ from torch import Tensor
 
 from ..cache.composed import ComposedCache
 from ..policy.base import TokenPolicy
+from ..storage.quantized import Quantized
 from .models import left_padded, plain_model, positions, prompt, tiny_model
+
+STORES = (None, Quantized(8, 4), Quantized(4, 8), Quantized(4, 4, rotate=False))
+"""The stores with which invariants are tried; None holds keys and values as they are."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Case:
         family: the family of the tiny model.
         seed: the seed of the tokens.
         heads: the model's query heads and key/value heads.
+        store: of the caches; see `ComposedCache`.
     """
 
     steps: tuple[int, ...]
@@ -31,6 +36,7 @@ class Case:
     family: str = "llama"
     seed: int = 0
     heads: tuple[int, int] = (4, 2)
+    store: Quantized | None = None
 
     @property
     def model(self) -> Any:
@@ -54,7 +60,7 @@ class Case:
 
     def run(self, policies: Sequence[TokenPolicy]) -> Run:
         """A new cache with these policies, which has read nothing yet."""
-        return Run(self.model, policies)
+        return Run(self.model, policies, self.store)
 
     def fed(self, policies: Sequence[TokenPolicy]) -> Run:
         """A new cache with these policies, which has read everything."""
@@ -66,8 +72,10 @@ class Case:
 class Run:
     """Forwards of one cache on one model, with the padding mask kept beside it."""
 
-    def __init__(self, model: Any, policies: Sequence[TokenPolicy]) -> None:
-        self.model, self.cache = model, ComposedCache(policies)
+    def __init__(
+        self, model: Any, policies: Sequence[TokenPolicy], store: Quantized | None = None
+    ) -> None:
+        self.model, self.cache = model, ComposedCache(policies, store=store)
         self.mask: Tensor | None = None
 
     def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -88,7 +96,7 @@ class Run:
         """The kept columns by layer, and then by row and head, flattened."""
         found = []
         for index, layer in self.cache.slot_layers():
-            columns = self.cache.columns(index).expand(-1, layer.keys.shape[1], -1)
+            columns = self.cache.columns(index).expand(-1, layer.heads, -1)
             found.append([[int(c) for c in head if c >= 0] for head in columns.flatten(0, 1)])
         return found
 

@@ -14,8 +14,11 @@ from ..policy.base import TokenPolicy
 from ..policy.composition import leaves
 from ..policy.moment import Moment
 from ..policy.selection import Ranking
+from ..policy.stored import Stored
 from ..policy.views import SlotView, TokenView
 from ..statistics import Statistic
+from ..storage.plain import Plain
+from ..storage.quantized import Quantized
 from .naive import naive_select
 
 
@@ -116,6 +119,9 @@ class Watched(TokenPolicy):
         return self.base.rank_layers(layers)
 
     def _note(self, hook: str, view: TokenView | SlotView) -> Ranking | None:
+        if isinstance(view, SlotView) and not self.base.layers_alike:
+            # Made now, so that it is seen whether they change.
+            _ = view.keys, view.values
         before = [(name, tensor, tensor.clone()) for name, tensor in shown_by(view)]
         answer: Ranking | None = getattr(self.base, hook)(view)
         written = tuple(name for name, now, then in before if not torch.equal(now, then))
@@ -138,8 +144,7 @@ def _turned(slots: SlotView) -> SlotView:
         slots,
         columns=slots.columns.flip(-1),
         valid=slots.valid.flip(-1),
-        keys=slots.keys.flip(2),
-        values=slots.values.flip(2),
+        stored=Stored(slots.heads, lambda name: getattr(slots, name).flip(2)),
         statistic=slots.statistic.with_slots(lambda value: value.flip(-1)),
     )
 
@@ -234,3 +239,43 @@ class Fails(TokenPolicy):
         """Raises if this is the hook and the layer to raise at, and the column was reached."""
         if self.hook == "rank_slots" and slots.layer == self.at and slots.seen > self.column:
             raise RuntimeError("as planned")
+
+
+@dataclass(frozen=True)
+class ReadBack(Quantized):
+    """A store that holds plainly what a `Quantized` would read back: the reference of stores."""
+
+    @classmethod
+    def like(cls, store: Quantized) -> ReadBack:
+        """The reference of a store."""
+        return cls(store.bits, store.group, store.rotate)
+
+    @property
+    def turns(self) -> bool:
+        """False: it is held turned back."""
+        return False
+
+    def of(self, keys: Tensor, values: Tensor) -> Any:
+        """See `Quantized.of`."""
+        held = super().of(keys, values)
+        return _PlainlyReadBack(self, held.keys(keys.shape[2]), held.values(keys.shape[2]))
+
+
+class _PlainlyReadBack(Plain):
+    """Plain buffers, written to by way of codes."""
+
+    def __init__(self, store: ReadBack, keys: Tensor, values: Tensor) -> None:
+        super().__init__(keys, values)
+        self._store = store
+
+    def append(self, keys: Tensor, values: Tensor, used: int) -> None:
+        """See `Plain.append`."""
+        super().append(*self._read_back(keys, values), used)
+
+    def put(self, slot: Tensor, keys: Tensor, values: Tensor) -> None:
+        """See `Plain.put`."""
+        super().put(slot, *self._read_back(keys, values))
+
+    def _read_back(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        held = Quantized.of(self._store, keys, values)
+        return held.keys(keys.shape[2]), held.values(keys.shape[2])

@@ -64,7 +64,7 @@ def move(run: Run, what: str) -> torch.Tensor:
 def contents_of(cache: kvprune.ComposedCache) -> saving.Contents:
     """The contents of the file that `save` would write."""
     assert cache.binding is not None
-    return saving.contents_of(cache.state, cache.binding.model, cache.policies)
+    return saving.contents_of(cache.state, cache.binding.model, cache.policies, cache.store)
 
 
 def assert_same_cache(one: kvprune.ComposedCache, two: kvprune.ComposedCache) -> None:
@@ -435,7 +435,7 @@ def test_a_file_of_an_earlier_format_goes_on(tmp_path):
     cache = kvprune.ComposedCache([H2O(6, 6)])
     model(ids[:, :20], past_key_values=cache, logits_to_keep=1)
     assert cache.binding is not None
-    contents = saving.contents_of(cache.state, cache.binding.model, cache.policies)
+    contents = saving.contents_of(cache.state, cache.binding.model, cache.policies, cache.store)
     numbers, tensors = contents.numbers, contents.tensors
     for name in ("prompt_end", "prompts"):
         del numbers[name]

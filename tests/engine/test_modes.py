@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import kvprune
 from kvprune.policies import H2O, StreamingLLM
+from kvprune.storage.plain import Plain
 
 from ..support.models import fresh_model, prompt
 from ..support.strategies import sdtp_pruner
@@ -80,7 +81,7 @@ def cut_off(cache: kvprune.ComposedCache) -> None:
     """What the cache holds has no gradients from here on."""
     for _, layer in cache.slot_layers():
         held = layer.held
-        if held is not None:
+        if isinstance(held, Plain):
             held._keys, held._values = held._keys.detach(), held._values.detach()
     inside: Any = cache.state.positions
     if hasattr(inside, "_home"):

@@ -27,7 +27,7 @@ from kvprune.policies import (
     SnapKV,
     StreamingLLM,
 )
-from kvprune.testing.runs import Case
+from kvprune.testing.runs import STORES, Case
 
 from .models import LAYERS
 
@@ -198,6 +198,9 @@ def evicting_pipelines(draw: st.DrawFn, least: int, most: int) -> list[tuple[Lis
     return [(p, draw(budgets)) for p in chosen]
 
 
+stores = st.sampled_from(STORES)
+
+
 @st.composite
 def chunked(draw: st.DrawFn, total: int) -> list[int]:
     """A way of cutting `total` tokens into forwards."""
@@ -219,4 +222,4 @@ def cases(
     padding[0] = padding[0] if later else 0
     steps += [1, 1, draw(st.integers(2, 7)), 1, 1] if later else []
     family, seed = draw(families), draw(seeds)
-    return Case(tuple(steps), (padding[0], padding[1]), family, seed, draw(heads))
+    return Case(tuple(steps), (padding[0], padding[1]), family, seed, draw(heads), draw(stores))

@@ -1,0 +1,49 @@
+"""Keys and values of a view's slots, which may have to be made before they can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import KVPruneError
+
+
+class Stored:
+    """The keys and values of a view's slots, read when they are asked for.
+
+    Args:
+        heads: key/value heads, Hkv.
+        read: gives keys `[B, Hkv, S, D]` or values `[B, Hkv, S, Dv]`, by name.
+
+    Attributes:
+        made: what was asked for so far, by name.
+    """
+
+    def __init__(self, heads: int, read: Callable[[str], Tensor]) -> None:
+        self.heads, self._read = heads, read
+        self.made: dict[str, Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("keys", "values"):
+            raise AttributeError(name)
+        if name not in self.made:
+            found = self._read(name).detach()
+            # With a counter of its own, from 0, which tells whether somebody writes to it. Compiled
+            # code knows no counters.
+            self.made[name] = found if torch.compiler.is_compiling() else found.data
+        return self.made[name]
+
+
+def withheld(heads: int) -> Stored:
+    """Stands for what a policy promised not to look at."""
+    return Stored(heads, _refuse)
+
+
+def _refuse(name: str) -> Tensor:
+    raise KVPruneError(
+        f"{name} were asked for by a policy that promises `layers_alike`, to rank by what is the "
+        f"same question for every layer: expected layers_alike = False"
+    )

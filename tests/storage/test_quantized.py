@@ -1,0 +1,209 @@
+"""Keys and values in few bits: what is read back, what it weighs, and who is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import kvprune
+from kvprune import ComposedCache, KVPruneError, Quantized
+from kvprune.attention.hadamard import hadamard
+from kvprune.policies import H2O, StreamingLLM
+from kvprune.policy.views import SlotView
+from kvprune.storage.codes import encode
+
+from ..support.models import prompt, tiny_model
+from ..support.naive_codes import read_back, turned
+
+STORES = [
+    Quantized(bits, group, rotate)
+    for bits in (4, 8)
+    for group in (8, 16)
+    for rotate in (True, False)
+]
+every_store = pytest.mark.parametrize("store", STORES, ids=repr)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Random numbers, with one in sixteen much larger."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
+    numbers[..., ::16] *= 8
+    return numbers.to(dtype)
+
+
+@every_store
+@pytest.mark.parametrize("size", [16, 48, 80])
+def test_what_is_read_back_is_what_the_oracle_says(store, size):
+    keys, values = drawn(2, 2, 5, size), drawn(2, 2, 5, size, seed=1)
+    held = store.of(keys[:, :, :3], values[:, :, :3])
+    held.append(keys[:, :, 3:4], values[:, :, 3:4], 3)
+    held.append(keys[:, :, 4:], values[:, :, 4:], 4)
+    for got, given in ((held.keys(5), keys), (held.values(5), values)):
+        for mine, vector in zip(got.flatten(0, 2), given.flatten(0, 2), strict=True):
+            expected = read_back(vector.numpy(), store.bits, store.group, store.rotate)
+            torch.testing.assert_close(mine, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 12, 64, 80, 96, 576])
+def test_the_rotation_is_hadamards_and_undoes_itself(size):
+    vectors = drawn(3, size)
+    got = hadamard(vectors)
+    for mine, vector in zip(got, vectors, strict=True):
+        torch.testing.assert_close(mine, torch.from_numpy(turned(vector.numpy())))
+    torch.testing.assert_close(hadamard(got), vectors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_dtype_is_that_of_the_model(dtype):
+    held = Quantized(8, 16).of(drawn(1, 2, 3, 32, dtype=dtype), drawn(1, 2, 3, 16, dtype=dtype))
+    assert held.keys(3).dtype == held.values(3).dtype == held.dtype == dtype
+
+
+def test_equal_numbers_are_read_back_as_they_are():
+    keys = torch.full((1, 1, 2, 16), -0.5)
+    held = Quantized(4, 16, rotate=False).of(keys, torch.zeros_like(keys))
+    assert torch.equal(held.keys(2), keys) and not held.values(2).any()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e6])
+def test_what_half_precision_does_not_hold_is_not_finite_in_its_own_group_alone(wrong):
+    keys = drawn(1, 1, 2, 32)
+    keys[0, 0, 0, 0] = wrong
+    found = Quantized(4, 16, rotate=False).of(keys, keys).keys(2)
+    assert not found[0, 0, 0, :16].isfinite().any()
+    assert found[0, 0, 0, 16:].isfinite().all() and found[0, 0, 1].isfinite().all()
+
+
+def test_four_bits_in_groups_of_32_are_exactly_the_share_that_is_promised():
+    assert encode(torch.zeros(64), 4, 32).nbytes / (64 * 2) == 0.3125
+    assert encode(torch.zeros(64), 8, 32).nbytes / (64 * 2) == 0.5625
+
+
+class Reads(kvprune.TokenPolicy):
+    """Ranks by keys, and notes whether the store was asked for more than that."""
+
+    read: tuple[str, ...] = ()
+
+    def rank_slots(self, slots: SlotView) -> kvprune.Ranking:
+        score = slots.keys.square().sum(-1)
+        Reads.read = tuple(slots.stored.made)
+        budget = torch.full((len(score),), 6)
+        return kvprune.Ranking(score, torch.zeros_like(slots.valid), budget)
+
+
+def test_a_policy_is_shown_keys_as_the_model_made_them_and_what_it_asks_for_alone():
+    model = tiny_model("llama")
+    cache, plain = (ComposedCache([Reads()], store=s) for s in (Quantized(8, 8), None))
+    for each in (cache, plain):
+        model(prompt(1, 12), past_key_values=each)
+    assert Reads.read == ("keys",)
+    for mine, other in zip(cache.layers, plain.layers, strict=True):
+        torch.testing.assert_close(mine.keys, other.keys, rtol=0.1, atol=0.1)
+
+
+class Writes(kvprune.TokenPolicy):
+    """Writes into the keys that it is shown."""
+
+    def rank_slots(self, slots: SlotView) -> None:
+        slots.keys.zero_()
+
+
+@pytest.mark.parametrize("store", [None, Quantized(8, 8)])
+def test_a_policy_that_writes_into_keys_is_refused(store):
+    with pytest.raises(KVPruneError, match="wrote into its view at layer 0"):
+        tiny_model("llama")(prompt(1, 9), past_key_values=ComposedCache([Writes()], store=store))
+
+
+def test_the_bytes_of_a_cache_are_those_of_its_codes():
+    model = tiny_model("llama")
+    cache, plain = (ComposedCache(store=store) for store in (Quantized(4, 8), None))
+    for each in (cache, plain):
+        model(prompt(1, 1000), past_key_values=each)
+    # Of float64, 8 bytes a number; 4 bits and 32 bits a group of 8 are one byte.
+    columns = cache.layers[0].columns.nbytes
+    assert cache.nbytes - plain.nbytes < 0
+    assert (plain.nbytes - columns) / (cache.nbytes - columns) == pytest.approx(8, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Quantized(3), "bits=3: expected 4 or 8"),
+        (lambda: Quantized(True), "bits=True: expected 4 or 8"),
+        (lambda: Quantized(8.0), "bits=8.0: expected 4 or 8"),
+        (lambda: Quantized(4, 0), "group=0: expected a number"),
+        (lambda: Quantized(4, 6), "group=6: expected a number .* a multiple of 4"),
+        (lambda: Quantized(4, 32, rotate=1), "rotate=1: expected True or False"),
+        (lambda: ComposedCache(store=Quantized), "expected a store, as kvprune.Quantized"),
+        (lambda: ComposedCache(store=4), "store=4: expected a store"),
+    ],
+)
+def test_bad_stores_are_refused(make: Any, message: str):
+    with pytest.raises(KVPruneError, match=message):
+        make()
+
+
+def test_a_group_that_does_not_divide_the_head_size_is_refused_before_anything_is_read():
+    cache = ComposedCache(store=Quantized(4, 32))
+    with pytest.raises(KVPruneError, match=r"8 and 8 numbers a head: .* one of \[4, 8\]"):
+        tiny_model("llama")(prompt(1, 4), past_key_values=cache)
+    assert cache.seen == 0 and cache.binding is None
+    # The cache was not spoilt: it may be used with a model that fits.
+    cache.reset()
+
+
+def test_codes_have_no_gradients():
+    model = tiny_model("llama")
+    embeddings = model.get_input_embeddings()(prompt(1, 5)).detach().requires_grad_()
+    cache = ComposedCache(store=Quantized(4, 8))
+    expected = pytest.raises(KVPruneError, match=r"expected a forward within torch.no_grad\(\)")
+    with expected, torch.enable_grad():
+        model(inputs_embeds=embeddings, past_key_values=cache)
+
+
+@pytest.mark.parametrize("other", [None, Quantized(8, 8), Quantized(4, 4)])
+def test_a_file_of_another_store_is_refused(tmp_path: Path, other):
+    model = tiny_model("llama")
+    for store, wanted in ((Quantized(4, 8), other), (other, Quantized(4, 8))):
+        cache = ComposedCache([H2O(4, 4)], store=store)
+        model(prompt(1, 20), past_key_values=cache)
+        cache.save(tmp_path / "cache")
+        with pytest.raises(KVPruneError, match="expected the same store"):
+            ComposedCache.load(tmp_path / "cache", [H2O(4, 4)], model, wanted)
+
+
+def test_sinks_inside_the_cache_turn_copies_of_what_is_held():
+    """What is held in codes is never coded anew, however long the stream."""
+    model = tiny_model("llama")
+    cache = ComposedCache([StreamingLLM(2, 6, positions="cache")], store=Quantized(8, 8))
+    model(prompt(1, 8), past_key_values=cache)
+    layer = cache.layers[0]
+
+    def sinks() -> torch.Tensor:
+        place = [int((layer.columns[0, 0] == column).nonzero()) for column in (0, 1)]
+        return layer.held.named_tensors(layer.used)["codes"][:, :, place]
+
+    before = sinks()
+    for token in prompt(1, 40).split(1, 1):
+        model(token, past_key_values=cache)
+    assert torch.equal(sinks(), before)
+
+
+def test_with_no_store_nothing_is_new():
+    model = tiny_model("llama")
+    one, two = ComposedCache(), DynamicCache(config=model.config)
+    got = model.generate(prompt(1, 9), cache=one, max_new_tokens=5)
+    assert torch.equal(got, model.generate(prompt(1, 9), cache=two, max_new_tokens=5))
+    assert one.store is None and "store" not in repr(one)
