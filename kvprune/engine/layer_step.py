@@ -58,6 +58,8 @@ class LayerStep(Observer):
         """Appends new tokens `[B, Hkv, Q, D]`; returns all that the layer then holds."""
         step, slots = self.step, self.slots
         arrived = None if self.positions is None else self.positions[:, None]
+        if step.cache_positions is not None:
+            keys = step.cache_positions.to_hold(self, keys)
         slots.append(
             keys,
             values,

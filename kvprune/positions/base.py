@@ -20,6 +20,7 @@ class AtLayer(Protocol):
     slots: its slots.
     slot_columns: `[B, 1, Q]` int64, the columns of the forward's tokens; one object for all layers.
     before: columns shown before these tokens.
+    positions: `[B, Q]`, those of the forward's tokens.
     origin: `[B]`, the position of the first token, which may be pruned by now.
     rows: the rows' numbers.
     padding: `[B, n]` bool, which columns are padding; those behind are not. None for none.
@@ -34,6 +35,8 @@ class AtLayer(Protocol):
     def slot_columns(self) -> Tensor: ...
     @property
     def before(self) -> int: ...
+    @property
+    def positions(self) -> Tensor | None: ...
     @property
     def origin(self) -> Tensor | None: ...
     @property
@@ -67,6 +70,10 @@ class Positions(ABC):
         Raises:
             KVPruneError: they run to where the model changes its frequencies.
         """
+
+    def to_hold(self, at: AtLayer, keys: Tensor) -> Tensor:
+        """New keys `[B, Hkv, Q, D]` as the layer is to hold them."""
+        return keys
 
     @abstractmethod
     def arrange(self, at: AtLayer) -> Tensor:

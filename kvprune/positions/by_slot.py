@@ -33,10 +33,14 @@ class SlotPositions(Positions):
     Args:
         rotations: by layer; see `rotations_of`.
         limit: the position from which on the model changes its frequencies; None if never.
+        as_first: whether layers hold all keys as if their tokens stood at position 0. A store that
+            rounds then rounds a token alike, wherever it came.
     """
 
-    def __init__(self, rotations: list[Rotation | None], limit: int | None) -> None:
-        self._rotations, self.limit = rotations, limit
+    def __init__(
+        self, rotations: list[Rotation | None], limit: int | None, as_first: bool = False
+    ) -> None:
+        self._rotations, self.limit, self._as_first = rotations, limit, as_first
         # No position so far, nor a difference of two, was as large.
         self._reach = 0
         # Of the layers that turn alike the first; by it, angles of -n, ..., n positions.
@@ -89,6 +93,14 @@ class SlotPositions(Positions):
         self._reach = max(self._reach, most + columns.shape[1])
         return positions
 
+    def to_hold(self, at: AtLayer, keys: Tensor) -> Tensor:
+        """New keys `[B, Hkv, Q, D]`: as they came, or as if they stood at position 0."""
+        rotation = self._rotations[at.index]
+        if rotation is None or not self._as_first:
+            return keys
+        assert at.positions is not None
+        return rotation.turned(keys, *rotation.angles(-at.positions[:, None], keys))
+
     def arrange(self, at: AtLayer) -> Tensor:
         """The keys of all slots `[B, Hkv, S, D]` at their positions, once new tokens are stored.
 
@@ -96,13 +108,18 @@ class SlotPositions(Positions):
             at: a forward at a layer.
         """
         slots, rotation = at.slots, self._rotations[at.index]
-        if rotation is None or slots.whole or at.before == 0:
+        as_they_came = not self._as_first and (slots.whole or at.before == 0)
+        if rotation is None or as_they_came:
             return slots.keys
         place, held = _places(at, slots.columns)
         assert at.origin is not None
-        by = at.origin[:, None, None] + place - slots.arrived
-        angles = self._angles(at.index, rotation, by.masked_fill(~held, 0), slots.keys)
-        return rotation.turned(slots.keys, *angles)
+        by = torch.where(held, at.origin[:, None, None] + place, slots.arrived)
+        if not self._as_first:
+            by = by - slots.arrived
+        # An empty slot has any number.
+        by = by.masked_fill(slots.columns < 0, 0)
+        keys = slots.keys
+        return rotation.turned(keys, *self._angles(at.index, rotation, by, keys))
 
     def _angles(
         self, layer: int, rotation: Rotation, by: Tensor, keys: Tensor

@@ -36,5 +36,5 @@ def positions_for(
     answers = {p.sinks_before_window for p in parts if p.evicts}
     sinks = answers.pop() if len(answers) == 1 else None
     if sinks is None or not rewritable:
-        return SlotPositions(*how)
+        return SlotPositions(*how, as_first=not rewritable)
     return SinkPositions(sinks, *how)

@@ -51,9 +51,9 @@ def policies(name: str, layers: int = LAYERS) -> list[kvprune.TokenPolicy]:
 OPERATORS = {
     "dense": (72, 24),
     "no policy": (79, 32),
-    "StreamingLLM": (79, 65),
-    "H2O": (98, 63),
-    "SDTP + H2O": (98, 63),
+    "StreamingLLM": (78, 61),
+    "H2O": (97, 59),
+    "SDTP + H2O": (97, 59),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -142,12 +142,12 @@ def test_the_bytes_of_a_cache_are_those_of_its_codes():
     [
         (lambda: Quantized(3), "bits=3: expected 4 or 8"),
         (lambda: Quantized(True), "bits=True: expected 4 or 8"),
-        (lambda: Quantized(8.0), "bits=8.0: expected 4 or 8"),
+        (lambda: Quantized(cast(int, 8.0)), "bits=8.0: expected 4 or 8"),
         (lambda: Quantized(4, 0), "group=0: expected a number"),
         (lambda: Quantized(4, 6), "group=6: expected a number .* a multiple of 4"),
-        (lambda: Quantized(4, 32, rotate=1), "rotate=1: expected True or False"),
-        (lambda: ComposedCache(store=Quantized), "expected a store, as kvprune.Quantized"),
-        (lambda: ComposedCache(store=4), "store=4: expected a store"),
+        (lambda: Quantized(4, 32, rotate=cast(bool, 1)), "rotate=1: expected True or False"),
+        (lambda: ComposedCache(store=cast(Any, Quantized)), "expected a store, as kvprune.Quant"),
+        (lambda: ComposedCache(store=cast(Any, 4)), "store=4: expected a store"),
     ],
 )
 def test_bad_stores_are_refused(make: Any, message: str):
