@@ -21,6 +21,7 @@ from ..models.attachment import Attachment
 from ..policy.base import TokenPolicy
 from ..positions.rotary import Rotation
 from ..statistics import Attention
+from ..storage.quantized import Quantized
 from ..wiring.attention import slot_attention
 
 D = 8
@@ -74,6 +75,7 @@ class Driver:
         sharpness: a factor on the queries; the higher, the sharper is the attention.
         frequencies: the rotary frequencies for positions inside the cache, and for queries before
             rotation; None for no rotation.
+        store: how keys and values are held; see `ComposedCache`.
     """
 
     def __init__(
@@ -87,8 +89,9 @@ class Driver:
         dtype: torch.dtype = torch.float64,
         sharpness: float = 2.0,
         frequencies: Tensor | None = None,
+        store: Quantized | None = None,
     ) -> None:
-        self.cache = ComposedCache(policies)
+        self.cache = ComposedCache(policies, store=store)
         self.rows, self.heads, self.kv_heads = rows, heads, kv_heads
         self.attachment = Attachment("driver", 1, heads)
         self.base = _Base()

@@ -20,6 +20,8 @@ from kvprune.storage.buffers import SLACK
 
 from ..support.driver import Driver
 from ..support.naive_cache import NaiveCache, Rule, either, heavy_hitters, sinks_and_window
+from ..support.naive_codes import read_back_all
+from ..support.strategies import stores
 
 MOST_COLUMNS, MOST_ROWS = 40, 4
 
@@ -51,12 +53,16 @@ class CacheMachine(RuleBasedStateMachine):
         heads=st.sampled_from([(2, 2), (4, 2), (4, 1)]),
         seed=st.integers(0, 99),
         grad=st.booleans(),
+        store=stores,
     )
-    def begin(self, chosen, rows, heads, seed, grad):
+    def begin(self, chosen, rows, heads, seed, grad, store):
         policies, rules = chosen
         self.evicts = bool(policies)
         inside = any(p.positions_in_cache for p in leaves(policies))
-        self.driver = Driver(policies, rows, *heads, seed=seed, frequencies=FREQUENCIES)
+        # Inside the cache a store rounds keys before they are turned, and the naive cache does not.
+        self.store = None if inside else store
+        how = {"seed": seed, "frequencies": FREQUENCIES, "store": self.store}
+        self.driver = Driver(policies, rows, *heads, **how)
         self.naive = NaiveCache(rules, FREQUENCIES.numpy() if inside else None)
         self.recording, self.grad = False, grad
 
@@ -75,7 +81,10 @@ class CacheMachine(RuleBasedStateMachine):
         # Where autograd may watch, nothing is written in place.
         with torch.set_grad_enabled(self.grad):
             got = self.driver.step(tokens, padding)
-        arrays = (tokens.q.numpy(), tokens.k.numpy(), tokens.v.numpy())
+        arrays = [tokens.q.numpy(), tokens.k.numpy(), tokens.v.numpy()]
+        if self.store is not None:
+            how = (self.store.bits, self.store.group, self.store.rotate)
+            arrays[1:] = [read_back_all(array, *how) for array in arrays[1:]]
         expected = self.naive.read(*arrays, padding, self.recording)
         for row, output in enumerate(expected):
             mine = got[row, padding[row] :].transpose(0, 1)
@@ -190,7 +199,9 @@ class CacheMachine(RuleBasedStateMachine):
             path = Path(folder) / "cache"
             self.cache.save(path)
             old = self.driver.cache
-            self.driver.cache = kvprune.ComposedCache.load(path, old.policies, self.driver.base)
+            self.driver.cache = kvprune.ComposedCache.load(
+                path, old.policies, self.driver.base, self.store
+            )
         self.naive.past, self.recording = [], False
 
     @rule()
