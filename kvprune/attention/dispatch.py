@@ -20,6 +20,7 @@ from ..models.backends import FLASH
 from ..models.devices import autocast_dtype
 from ..models.heads import for_backend
 from ..models.releases import ALL_ATTENTION_FUNCTIONS
+from ..statistics import statistic_dtype
 from . import flash, fused
 from .blockwise import block_by_block
 from .hadamard import hadamard
@@ -44,6 +45,10 @@ def attend(
     if inputs.turned:
         turned, probabilities = attend(backend, module, inputs.with_turned_queries(), **arguments)
         return hadamard(turned), probabilities
+    if inputs.coded is not None:
+        scores = scores_for(module, inputs, inputs.key.shape[1], **arguments)
+        output, found = _one_query(inputs, scores, statistic_dtype(inputs.query.dtype))
+        return output, found.flatten(1, 2)[:, :, None] if backend == "eager" else None
     if backend == FLASH:
         flashed = flash.attention(inputs, **arguments)
         if flashed is not None:
@@ -192,7 +197,7 @@ def _one_query(inputs: Inputs, how: Scores, dtype: torch.dtype) -> tuple[Tensor,
     query, key, value = inputs.query, inputs.key, inputs.value
     rows, heads, _, size = query.shape
     grouped = (query * how.scaling).reshape(rows, key.shape[1], -1, size)
-    scores = how.capped(torch.matmul(grouped, key.transpose(-1, -2))).to(dtype)
+    scores = how.capped(inputs.products(grouped)).to(dtype)
     if not (inputs.mask.plainly_causal and inputs.no_gaps):
         here = inputs.mask.at(inputs.query_columns, inputs.slot_columns)
         if here.shape[1] == heads:
@@ -200,7 +205,7 @@ def _one_query(inputs: Inputs, how: Scores, dtype: torch.dtype) -> tuple[Tensor,
         scores = hide(scores, here)
     sinks = None if how.sinks is None else how.sinks.view(1, key.shape[1], -1, 1).to(scores.dtype)
     probabilities = how.probabilities(scores, sinks, out=None)
-    output = torch.matmul(how.dropped(probabilities, value.dtype), value)
+    output = inputs.weighted(how.dropped(probabilities, value.dtype))
     given = probabilities.detach()
     if not inputs.no_padding:
         # Padding does not vote.

@@ -39,7 +39,8 @@ def looks(
         `[B, heads, G, w, S]`, detached; 0 where a query may not see a slot.
     """
     with without_autocast(query.device):
-        key = inputs.key.detach().to(dtype)
+        key = inputs.key if inputs.coded is None else inputs.coded[0].vectors(dtype)
+        key = key.detach().to(dtype)
         rows, attended = key.shape[:2]
         query = hadamard(query) if inputs.turned else query
         grouped = (query.detach().to(dtype) * scores.scaling).unflatten(1, (attended, -1))

@@ -10,10 +10,10 @@ import torch
 
 from ..errors import KVPruneError
 from ..models.attachment import Attachment
-from ..models.families import hands_on_what_is_stored
+from ..models.families import hands_on_what_is_stored, head_sizes
 from ..models.fingerprint import described
 from ..models.releases import LinearAttentionLayer
-from ..models.structure import base_of, head_sizes, unwrapped
+from ..models.structure import base_of, unwrapped
 from ..policy.base import TokenPolicy
 from ..policy.checks import checked
 from ..policy.composition import judges_apart, leaves, wanted_at

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import nan
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..attention.coded import Coded
 from ..attention.dispatch import attend, attend_and_observe, scores_for
 from ..attention.inputs import Inputs
 from ..attention.masks import Mask
@@ -20,6 +22,7 @@ from ..policy.stored import Stored
 from ..policy.views import SlotView, Statistics
 from ..statistics import Queries, Statistic
 from ..storage.layer import SlotLayer
+from ..storage.quantized import QuantizedSlots
 from ..storage.rows import RowNumbers
 from .observer import Observer, Queried
 from .step import Step
@@ -74,7 +77,18 @@ class LayerStep(Observer):
             arranged = step.cache_positions.arrange(self)
             step.arranged = slots, arranged
             return arranged, slots.values
+        if self._coded(keys) is not None:
+            # Shapes without numbers: attention reads the codes.
+            nothing, shape = keys.new_full((), nan), (*keys.shape[:2], slots.used)
+            return nothing.expand(*shape, keys.shape[3]), nothing.expand(*shape, values.shape[3])
         return slots.turned() if self._turned else (slots.keys, slots.values)
+
+    def _coded(self, new: Tensor) -> tuple[Coded, Coded] | None:
+        """Keys and values as codes, where a single query `[B, H, 1, D]` attends to these."""
+        held, inside = self.slots.held, self.step.cache_positions is not None
+        if not isinstance(held, QuantizedSlots) or not self.slots.direct or inside:
+            return None
+        return held.coded(self.slots.used) if new.shape[2] == 1 else None
 
     @property
     def _turned(self) -> bool:
@@ -134,6 +148,7 @@ class LayerStep(Observer):
             count=self.step.count,
             local=self.slots.local,
             turned=self._turned,
+            coded=self._coded(query),
         )
 
     def _attend(

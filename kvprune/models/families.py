@@ -279,6 +279,17 @@ def cannot_record(model: PreTrainedModel) -> str:
     return ""
 
 
+def head_sizes(base: Any) -> tuple[int, ...]:
+    """The numbers of stored keys and values, of all layers, as far as the model says them."""
+    config = base.config.get_text_config(decoder=True)
+    latent = getattr(config, "kv_lora_rank", None)
+    if latent:
+        return int(latent), int(config.qk_rope_head_dim)
+    modules = (getattr(layer, name, None) for layer in decoder_layers(base) for name in ATTENTION)
+    sizes = (getattr(m, name, None) for m in modules for name in ("head_dim", "head_size"))
+    return tuple(dict.fromkeys(size for size in sizes if isinstance(size, int)))
+
+
 def hands_on_what_is_stored(base: Any) -> bool:
     """Whether attention is handed the keys and values that the cache returned, as they are."""
     latent = getattr(base.config.get_text_config(decoder=True), "kv_lora_rank", None)

@@ -199,13 +199,3 @@ class Local:
         if self.chunked:
             return query - (query - first) % self.size
         return torch.full_like(first, query - self.size + 1)
-
-
-def head_sizes(base: Any) -> tuple[int, ...]:
-    """The numbers of a stored key and of a stored value, as the config has them."""
-    config = base.config.get_text_config(decoder=True)
-    latent = getattr(config, "kv_lora_rank", None)
-    if latent:
-        return int(latent), int(config.qk_rope_head_dim)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(size), int(size)

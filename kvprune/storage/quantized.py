@@ -1,4 +1,4 @@
-"""Keys and values of one layer's slots in 8 or 4 bits, with the verbs of `Plain`.
+"""Keys and values of one layer's slots in few bits, with the verbs of `Plain`.
 
 Each token's key and value are quantised by themselves when they are written, so that pieces, beams,
 drafts and eviction change nothing; codes are moved, never made anew.
@@ -13,25 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention.coded import Coded
 from ..attention.hadamard import hadamard
 from ..errors import KVPruneError
 from .buffers import extended, gathered, put, roomier, watched
-from .codes import decode, encode, width
+from .codes import bytes_of, encode
 
-BITS = (4, 8)
+BITS = (4, 5, 8)
 
 
 @dataclass(frozen=True)
 class Quantized:
     """A store that holds keys and values in few bits: `ComposedCache(policies, store=Quantized())`.
 
-    At 4 bits and groups of 32 a slot's key and value take 0.3125 of what they take in bfloat16. The
-    model attends to what is read back, also in the forward that writes it.
+    By default a slot's key and value take 0.3125 of what they take in bfloat16, as they do with
+    `bits=4, group=32`. The model attends to what is read back, also in the forward that writes it.
 
     Args:
-        bits: of each number, 4 or 8.
-        group: numbers that share a scale and a zero point, a multiple of 4 that divides the head
-            sizes of the model.
+        bits: of each number, 4, 5 or 8; a pair for keys and values, as (5, 4).
+        group: numbers that share a scale and a zero point, which take 32 bits together; it divides
+            the head sizes of the model. 5 bits need head sizes that 8 divides.
         rotate: whether vectors are turned by Hadamard's matrix before, so that no number of a group
             is much larger than the others.
 
@@ -40,23 +41,33 @@ class Quantized:
             divide, when the cache is first used; where keys or values want a gradient.
 
     Source: QuaRot (arXiv 2404.00456) for the rotation, KIVI (arXiv 2402.02750) for groups with zero
-    points; here keys are in groups along the head, by token, as values.
+    points; here both keys and values are grouped within a token, and keys have the more bits, since
+    an error in a key costs more.
     """
 
-    bits: int = 4
-    group: int = 32
+    bits: int | tuple[int, int] = (5, 4)
+    group: int = 64
     rotate: bool = True
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in BITS:
-            raise KVPruneError(f"Quantized: bits={self.bits!r}: expected 4 or 8")
-        if type(self.group) is not int or self.group < 4 or self.group % 4:
+        pair = self.bits if isinstance(self.bits, tuple) else (self.bits, self.bits)
+        if len(pair) != 2 or any(type(bits) is not int or bits not in BITS for bits in pair):
             raise KVPruneError(
-                f"Quantized: group={self.group!r}: expected a number of numbers that share a "
-                f"scale, a multiple of 4, as 32"
+                f"Quantized: bits={self.bits!r}: expected 4, 5 or 8, or two of these, for keys and "
+                f"values"
+            )
+        if type(self.group) is not int or self.group < 2 or self.group % 2:
+            raise KVPruneError(
+                f"Quantized: group={self.group!r}: expected how many numbers share a scale, an "
+                f"even number, as 32"
             )
         if type(self.rotate) is not bool:
             raise KVPruneError(f"Quantized: rotate={self.rotate!r}: expected True or False")
+
+    @property
+    def each(self) -> tuple[int, int]:
+        """The bits of keys and of values."""
+        return self.bits if isinstance(self.bits, tuple) else (self.bits, self.bits)
 
     @property
     def turns(self) -> bool:
@@ -67,35 +78,37 @@ class Quantized:
         """Holds the first tokens' keys and values.
 
         Raises:
-            KVPruneError: their sizes are no multiples of the group, or they want a gradient.
+            KVPruneError: the group does not divide their sizes, or they want a gradient.
         """
         sizes = keys.shape[-1], values.shape[-1]
         self.check_sizes(sizes)
-        return QuantizedSlots(self, sizes, keys.dtype, self.codes(keys, values))
+        return QuantizedSlots(self, sizes, keys.dtype, *self.written(keys, values))
 
     def restored(
         self, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor], room: int
     ) -> QuantizedSlots:
         """What had these `numbers` and `named_tensors`, with room for more slots."""
         dtype: torch.dtype = getattr(torch, numbers["dtype"])
-        codes = roomier(tensors["codes"], room, 0)
-        return QuantizedSlots(self, tuple(numbers["sizes"]), dtype, codes)
+        buffers = (roomier(tensors[name], room, 0) for name in ("codes", "grids"))
+        return QuantizedSlots(self, tuple(numbers["sizes"]), dtype, *buffers)
 
     def check_sizes(self, sizes: Sequence[int]) -> None:
-        """Refuses head sizes that the group does not divide.
+        """Refuses head sizes of a model that the group does not divide.
 
         Raises:
             KVPruneError: see above.
         """
+        said = f"this model's keys and values have {' and '.join(map(str, sizes))} numbers a head"
         if any(size % self.group for size in sizes):
-            fit = [n for n in range(4, min(sizes) + 1, 4) if not any(size % n for size in sizes)]
+            fit = [n for n in range(2, min(sizes) + 1, 2) if not any(size % n for size in sizes)]
             raise KVPruneError(
-                f"{self!r}: this model's keys and values have {' and '.join(map(str, sizes))} "
-                f"numbers a head: expected a group that divides these, one of {fit}"
+                f"{self!r}: {said}: expected a group that divides these, one of {fit}"
             )
+        if 5 in self.each and any(size % 8 for size in sizes):
+            raise KVPruneError(f"{self!r}: {said}, which 8 does not divide: expected 4 or 8 bits")
 
-    def codes(self, keys: Tensor, values: Tensor) -> Tensor:
-        """What is written of keys `[B, Hkv, Q, D]` and values `[B, Hkv, Q, Dv]`.
+    def written(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and grids of keys `[B, Hkv, Q, D]`, and behind them those of values.
 
         Raises:
             KVPruneError: they want a gradient.
@@ -106,7 +119,9 @@ class Quantized:
                 f"a cache without a store"
             )
         both = (hadamard(keys), hadamard(values)) if self.rotate else (keys, values)
-        return torch.cat([encode(each, self.bits, self.group) for each in both], -1)
+        each = [encode(v, bits, self.group) for v, bits in zip(both, self.each, strict=True)]
+        codes, grids = zip(*each, strict=True)
+        return torch.cat(codes, -1), torch.cat(grids, -1)
 
 
 class QuantizedSlots:
@@ -116,14 +131,20 @@ class QuantizedSlots:
         store: how numbers are held.
         sizes: D and Dv.
         dtype: of keys and values, the widest that was stored.
-        codes: `[B, Hkv, capacity, n]` uint8, those of a slot's key and then those of its value.
+        codes, grids: `[B, Hkv, capacity, n]`, those of a slot's key and then those of its value;
+            see `Coded`.
     """
 
     def __init__(
-        self, store: Quantized, sizes: Sequence[int], dtype: torch.dtype, codes: Tensor
+        self,
+        store: Quantized,
+        sizes: Sequence[int],
+        dtype: torch.dtype,
+        codes: Tensor,
+        grids: Tensor,
     ) -> None:
         self._store, self._sizes, self.dtype = store, sizes, dtype
-        self._codes = codes
+        self._codes, self._grids = codes, grids
 
     @property
     def heads(self) -> int:
@@ -132,50 +153,65 @@ class QuantizedSlots:
 
     def keys(self, used: int) -> Tensor:
         """`[B, Hkv, used, D]`, made anew."""
-        return self._read(0, used, as_held=False)
+        return self._turned_back(self.coded(used)[0])
 
     def values(self, used: int) -> Tensor:
         """`[B, Hkv, used, Dv]`, made anew."""
-        return self._read(1, used, as_held=False)
+        return self._turned_back(self.coded(used)[1])
+
+    def _turned_back(self, coded: Coded) -> Tensor:
+        vectors = coded.vectors(self.dtype)
+        return hadamard(vectors) if self._store.rotate else vectors
 
     def turned(self, used: int) -> tuple[Tensor, Tensor]:
         """Keys and values without being turned back."""
-        return self._read(0, used, as_held=True), self._read(1, used, as_held=True)
+        keys, values = self.coded(used)
+        return keys.vectors(self.dtype), values.vectors(self.dtype)
 
-    def _read(self, which: int, used: int, as_held: bool) -> Tensor:
-        store = self._store
-        widths = [width(size, store.bits, store.group) for size in self._sizes]
-        codes = self._codes[:, :, :used].split(widths, -1)[which]
-        vectors = decode(codes, self._sizes[which], store.bits, store.group, self.dtype)
-        return vectors if as_held or not store.rotate else hadamard(vectors)
+    def coded(self, used: int) -> tuple[Coded, Coded]:
+        """Keys and values as they are held."""
+        group, (size, width), bits = self._store.group, self._sizes, self._store.each
+        first = bytes_of(size, bits[0]), 2 * (size // group)
+        codes, grids = self._codes[:, :, :used], self._grids[:, :, :used]
+        return (
+            Coded(codes[..., : first[0]], grids[..., : first[1]], bits[0], group, size),
+            Coded(codes[..., first[0] :], grids[..., first[1] :], bits[1], group, width),
+        )
 
     def append(self, keys: Tensor, values: Tensor, used: int) -> None:
         """Puts new ones `[B, Hkv, Q, D|Dv]` behind the first `used` slots."""
-        self._codes = extended(self._codes, self._written(keys, values), used)
+        codes, grids = self._written(keys, values)
+        self._codes = extended(self._codes, codes, used)
+        self._grids = extended(self._grids, grids, used)
 
     def put(self, slot: Tensor, keys: Tensor, values: Tensor) -> None:
         """Puts one token `[B, Hkv, 1, D|Dv]` into the slots `[B, 1|Hkv, 1]`."""
-        self._codes = put(self._codes, slot, self._written(keys, values))
+        codes, grids = self._written(keys, values)
+        self._codes, self._grids = put(self._codes, slot, codes), put(self._grids, slot, grids)
 
-    def _written(self, keys: Tensor, values: Tensor) -> Tensor:
+    def _written(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         self.dtype = torch.promote_types(self.dtype, keys.dtype)
-        return self._store.codes(keys, values)
+        return self._store.written(keys, values)
 
     def gather(self, order: Tensor) -> None:
         """Goes on with the slots `order` `[B, 1|Hkv, n]` alone, in that order, and one to spare."""
-        self._codes = gathered(self._codes, order, 0 if watched(self._codes) else 1)
+        spare = 0 if watched(self._codes) else 1
+        self._codes = gathered(self._codes, order, spare)
+        self._grids = gathered(self._grids, order, spare)
 
     def select_rows(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was."""
         self._codes = self._codes.index_select(0, rows)
+        self._grids = self._grids.index_select(0, rows)
 
     def move(self, device: torch.device | str) -> None:
         """Moves everything to a device, without waiting for it."""
         self._codes = self._codes.to(device, non_blocking=True)
+        self._grids = self._grids.to(device, non_blocking=True)
 
     def tensors(self) -> Iterator[Tensor]:
         """All that is held, for counting bytes."""
-        yield self._codes
+        yield from (self._codes, self._grids)
 
     def numbers(self) -> dict[str, Any]:
         """With `named_tensors`, what brings it back; see `Quantized.restored`."""
@@ -183,4 +219,4 @@ class QuantizedSlots:
 
     def named_tensors(self, used: int) -> dict[str, Tensor]:
         """The slots in use."""
-        return {"codes": self._codes[:, :, :used]}
+        return {"codes": self._codes[:, :, :used], "grids": self._grids[:, :, :used]}

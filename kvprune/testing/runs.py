@@ -14,7 +14,7 @@ from ..policy.base import TokenPolicy
 from ..storage.quantized import Quantized
 from .models import left_padded, plain_model, positions, prompt, tiny_model
 
-STORES = (None, Quantized(8, 4), Quantized(4, 8), Quantized(4, 4, rotate=False))
+STORES = (None, Quantized(8, 4), Quantized(4, 8), Quantized((5, 4), 4, rotate=False))
 """The stores with which invariants are tried; None holds keys and values as they are."""
 
 

@@ -83,8 +83,9 @@ class CacheMachine(RuleBasedStateMachine):
             got = self.driver.step(tokens, padding)
         arrays = [tokens.q.numpy(), tokens.k.numpy(), tokens.v.numpy()]
         if self.store is not None:
-            how = (self.store.bits, self.store.group, self.store.rotate)
-            arrays[1:] = [read_back_all(array, *how) for array in arrays[1:]]
+            how = (self.store.group, self.store.rotate)
+            for number, bits in enumerate(self.store.each, 1):
+                arrays[number] = read_back_all(arrays[number], bits, *how)
         expected = self.naive.read(*arrays, padding, self.recording)
         for row, output in enumerate(expected):
             mine = got[row, padding[row] :].transpose(0, 1)
@@ -227,17 +228,22 @@ class CacheMachine(RuleBasedStateMachine):
         for slot, column in enumerate(columns):
             if column >= 0:
                 key, value, score = naive.slots[column]
-                assert np.array_equal(layer.keys[row, head, slot].numpy(), key)
-                assert np.array_equal(layer.values[row, head, slot].numpy(), value)
+                # What a store reads back was computed.
+                most = 0 if self.store is None else 1e-12
+                for mine, other in ((layer.keys, key), (layer.values, value)):
+                    assert np.abs(mine[row, head, slot].numpy() - other).max() <= most
                 for received in layer.statistics.values():
                     assert float(received[row, head, slot]) == pytest.approx(score, rel=1e-9)
 
     @invariant()
     def memory_is_freed(self):
-        """But for what is on record, no layer has room for much more than its budget."""
+        """But for what is on record, no layer has room for much more than its budget.
+
+        Padding of a first prompt has slots until something goes: 11, beside a budget of at most 8.
+        """
         if not hasattr(self, "driver") or not self.evicts or self.naive.past:
             return
-        assert self.cache.layers[0].capacity <= 12 + SLACK
+        assert self.cache.layers[0].capacity <= 11 + 8 + 1 + SLACK
 
 
 TestCache = CacheMachine.TestCase

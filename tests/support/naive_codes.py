@@ -1,4 +1,4 @@
-"""What a quantised store reads back of a vector, number by number, in float64 or float32."""
+"""What a quantised store reads back of a vector, number by number, in float64."""
 
 from __future__ import annotations
 
@@ -26,19 +26,36 @@ def turned(vector: np.ndarray) -> np.ndarray:
     return found
 
 
+def half(number: float) -> float:
+    """The number in half precision, by way of float32, as torch rounds it."""
+    return float(np.float16(np.float32(number)))
+
+
+def codes_of(numbers: list[float], scale: float, zero: float, most: int) -> list[int]:
+    """The number of the point of the grid that is nearest to each number."""
+    if scale == 0:
+        return [0 for _ in numbers]
+    return [min(max(round((number - zero) / scale), 0), most) for number in numbers]
+
+
 def read_back(vector: np.ndarray, bits: int, group: int, rotate: bool) -> np.ndarray:
     """The vector that is read back where this one was written."""
     vector = turned(vector) if rotate else vector
-    found = np.zeros_like(vector)
+    found, most = np.zeros_like(vector), 2**bits - 1
     for start in range(0, len(vector), group):
-        numbers = vector[start : start + group]
+        numbers = [float(number) for number in vector[start : start + group]]
         low, high = min(numbers), max(numbers)
-        # Half precision.
-        scale = type(low)(np.float16((high - low) / (2**bits - 1)))
-        zero = type(low)(np.float16(low))
-        for i, number in enumerate(numbers):
-            code = 0 if scale == 0 else round((number - zero) / scale)
-            found[start + i] = zero + scale * min(max(code, 0), 2**bits - 1)
+        scale, zero = half((high - low) / most), half(low)
+        codes = codes_of(numbers, scale, zero, most)
+        # The line through the points (code, number) that is nearest to them.
+        mean, middle = sum(codes) / group, sum(numbers) / group
+        spread = sum((code - mean) ** 2 for code in codes)
+        if spread > 0:
+            each = zip(codes, numbers, strict=True)
+            scale = sum((code - mean) * number for code, number in each) / spread
+        scale, zero = half(scale), half(middle - scale * mean)
+        codes = codes_of(numbers, scale, zero, most)
+        found[start : start + group] = [zero + scale * code for code in codes]
     return turned(found) if rotate else found
 
 
