@@ -21,6 +21,9 @@ from .codes import bytes_of, encode
 
 BITS = (4, 5, 8)
 
+MOST = 64
+"""The most numbers of a group that nobody named."""
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -32,7 +35,8 @@ class Quantized:
     Args:
         bits: of each number, 4, 5 or 8; a pair for keys and values, as (5, 4).
         group: numbers that share a scale and a zero point, which take 32 bits together; it divides
-            the head sizes of the model. 5 bits need head sizes that 8 divides.
+            the head sizes of the model. None for the largest even number up to 64 that does. 5 bits
+            need head sizes that 8 divides.
         rotate: whether vectors are turned by Hadamard's matrix before, so that no number of a group
             is much larger than the others.
 
@@ -46,7 +50,7 @@ class Quantized:
     """
 
     bits: int | tuple[int, int] = (5, 4)
-    group: int = 64
+    group: int | None = None
     rotate: bool = True
 
     def __post_init__(self) -> None:
@@ -56,7 +60,8 @@ class Quantized:
                 f"Quantized: bits={self.bits!r}: expected 4, 5 or 8, or two of these, for keys and "
                 f"values"
             )
-        if type(self.group) is not int or self.group < 2 or self.group % 2:
+        group = self.group
+        if group is not None and (type(group) is not int or group < 2 or group % 2):
             raise KVPruneError(
                 f"Quantized: group={self.group!r}: expected how many numbers share a scale, an "
                 f"even number, as 32"
@@ -68,6 +73,12 @@ class Quantized:
     def each(self) -> tuple[int, int]:
         """The bits of keys and of values."""
         return self.bits if isinstance(self.bits, tuple) else (self.bits, self.bits)
+
+    def group_of(self, size: int) -> int:
+        """The group of vectors of a size."""
+        if self.group is not None:
+            return self.group
+        return max(n for n in range(2, min(size, MOST) + 1, 2) if size % n == 0)
 
     @property
     def turns(self) -> bool:
@@ -99,7 +110,7 @@ class Quantized:
             KVPruneError: see above.
         """
         said = f"this model's keys and values have {' and '.join(map(str, sizes))} numbers a head"
-        if any(size % self.group for size in sizes):
+        if any(size % (self.group or 2) for size in sizes):
             fit = [n for n in range(2, min(sizes) + 1, 2) if not any(size % n for size in sizes)]
             raise KVPruneError(
                 f"{self!r}: {said}: expected a group that divides these, one of {fit}"
@@ -119,7 +130,10 @@ class Quantized:
                 f"a cache without a store"
             )
         both = (hadamard(keys), hadamard(values)) if self.rotate else (keys, values)
-        each = [encode(v, bits, self.group) for v, bits in zip(both, self.each, strict=True)]
+        each = [
+            encode(vectors, bits, self.group_of(vectors.shape[-1]))
+            for vectors, bits in zip(both, self.each, strict=True)
+        ]
         codes, grids = zip(*each, strict=True)
         return torch.cat(codes, -1), torch.cat(grids, -1)
 
@@ -170,13 +184,14 @@ class QuantizedSlots:
 
     def coded(self, used: int) -> tuple[Coded, Coded]:
         """Keys and values as they are held."""
-        group, (size, width), bits = self._store.group, self._sizes, self._store.each
-        first = bytes_of(size, bits[0]), 2 * (size // group)
-        codes, grids = self._codes[:, :, :used], self._grids[:, :, :used]
-        return (
-            Coded(codes[..., : first[0]], grids[..., : first[1]], bits[0], group, size),
-            Coded(codes[..., first[0] :], grids[..., first[1] :], bits[1], group, width),
-        )
+        found, start, begin = list[Coded](), 0, 0
+        for size, bits in zip(self._sizes, self._store.each, strict=True):
+            group = self._store.group_of(size)
+            stop, end = start + bytes_of(size, bits), begin + 2 * (size // group)
+            codes, grids = self._codes[:, :, :used, start:stop], self._grids[:, :, :used, begin:end]
+            found.append(Coded(codes, grids, bits, group, size))
+            start, begin = stop, end
+        return found[0], found[1]
 
     def append(self, keys: Tensor, values: Tensor, used: int) -> None:
         """Puts new ones `[B, Hkv, Q, D|Dv]` behind the first `used` slots."""

@@ -25,6 +25,7 @@ STORES = [
     for group in (8, 16)
     for rotate in (True, False)
 ]
+STORES.append(Quantized())
 every_store = pytest.mark.parametrize("store", STORES, ids=repr)
 
 
@@ -53,7 +54,8 @@ def test_what_is_read_back_is_what_the_oracle_says(store, size):
         (held.keys(5), held.values(5)), (keys, values), store.each, strict=True
     ):
         for mine, vector in zip(got.flatten(0, 2), given.flatten(0, 2), strict=True):
-            expected = read_back(vector.numpy(), bits, store.group, store.rotate)
+            group = store.group_of(size)
+            expected = read_back(vector.numpy(), bits, group, store.rotate)
             torch.testing.assert_close(mine, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
 
 
