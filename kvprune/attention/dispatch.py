@@ -47,8 +47,11 @@ def attend(
         return hadamard(turned), probabilities
     if inputs.coded is not None:
         scores = scores_for(module, inputs, inputs.key.shape[1], **arguments)
+        # Here padding has probabilities, as in the stock function.
+        inputs = replace(inputs, no_padding=True)
         output, found = _one_query(inputs, scores, statistic_dtype(inputs.query.dtype))
-        return output, found.flatten(1, 2)[:, :, None] if backend == "eager" else None
+        shown = found.flatten(1, 2)[:, :, None].to(output.dtype)
+        return output, shown if backend == "eager" else None
     if backend == FLASH:
         flashed = flash.attention(inputs, **arguments)
         if flashed is not None:
@@ -181,7 +184,7 @@ def scores_for(
 def _as_autocast_has_it(inputs: Inputs) -> Inputs:
     """The dtypes that autocast gives a backend: it does not look into our kernels and `out=`."""
     dtype = autocast_dtype(inputs.query.device)
-    if dtype is None:
+    if dtype is None or inputs.coded is not None:
         return inputs
     states = {name: getattr(inputs, name) for name in ("query", "key", "value")}
     cast = {n: t if t.dtype == torch.float64 else t.to(dtype) for n, t in states.items()}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from ..models.devices import without_autocast
+from .constants import constant
 
 
 def hadamard(vectors: Tensor) -> Tensor:
@@ -23,19 +22,18 @@ def hadamard(vectors: Tensor) -> Tensor:
     if block == 1:
         return vectors
     wide = torch.promote_types(vectors.dtype, torch.float32)
-    matrix = _matrix(block, wide, vectors.device)
+    matrix = constant(_hadamard_matrix, block, wide, vectors.device)
     with without_autocast(vectors.device):
+        if block == size:
+            return (vectors.to(wide) @ matrix).to(vectors.dtype)
         turned = vectors.to(wide).unflatten(-1, (size // block, block)) @ matrix
     return turned.flatten(-2).to(vectors.dtype)
 
 
-@lru_cache(maxsize=32)
-def _matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Sylvester's matrix `[size, size]`, symmetric, and its own inverse."""
-    # A tensor that is made in inference mode could not be used where gradients are on.
-    with torch.inference_mode(False):
-        matrix = torch.ones(1, 1, dtype=dtype, device=device)
-        while len(matrix) < size:
-            above = torch.cat([matrix, matrix], 1)
-            matrix = torch.cat([above, torch.cat([matrix, -matrix], 1)])
-        return matrix * size**-0.5
+    matrix = torch.ones(1, 1, dtype=dtype, device=device)
+    while len(matrix) < size:
+        above = torch.cat([matrix, matrix], 1)
+        matrix = torch.cat([above, torch.cat([matrix, -matrix], 1)])
+    return matrix * size**-0.5

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..models.devices import without_autocast
 from ..models.structure import Local
 from ..statistics import statistic_dtype
 from .coded import Coded
@@ -50,23 +49,21 @@ class Inputs:
     coded: tuple[Coded, Coded] | None = None
 
     def with_turned_queries(self) -> Inputs:
-        """Queries, keys and values that are all turned: products are as they would be."""
+        """The same with turned queries: products with turned keys are those of the originals."""
         return replace(self, query=hadamard(self.query), turned=False)
 
     def products(self, grouped: Tensor) -> Tensor:
         """`[B, Hkv, G, D]` of a single query times every key: `[B, Hkv, G, S]`."""
         if self.coded is None:
             return torch.matmul(grouped, self.key.transpose(-1, -2))
-        with without_autocast(grouped.device):
-            return self.coded[0].products(grouped.to(statistic_dtype(grouped.dtype)))
+        return self.coded[0].products(grouped.to(statistic_dtype(grouped.dtype)))
 
     def weighted(self, probabilities: Tensor) -> Tensor:
         """The values' sums by `[B, Hkv, G, S]`: `[B, Hkv, G, Dv]`."""
         if self.coded is None:
             return torch.matmul(probabilities, self.value)
-        with without_autocast(probabilities.device):
-            wide = probabilities.to(statistic_dtype(probabilities.dtype))
-            return self.coded[1].weighted(wide).to(self.query.dtype)
+        wide = probabilities.to(statistic_dtype(probabilities.dtype))
+        return self.coded[1].weighted(wide).to(self.query.dtype)
 
     @property
     def slot_columns(self) -> Tensor:

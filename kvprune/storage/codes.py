@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..attention.coded import bit_masks
+from ..attention.constants import constant
+
 HALF = torch.float16
 """The dtype of scales and zero points."""
 
@@ -15,56 +18,51 @@ def bytes_of(size: int, bits: int) -> int:
 
 
 @torch.no_grad()
-def encode(vectors: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+def encode(vectors: Tensor, most: Tensor | float, group: int) -> tuple[Tensor, Tensor]:
     """The codes of vectors.
 
-    The grid of a group spans its numbers. It is then fitted to them once, by least squares, given
-    their codes; that loses a sixth less than the span itself.
+    The grid of a group first spans its numbers. It is then fitted to them by least squares, given
+    their codes, and each number gets the code of the nearest point of that grid.
 
     Args:
         vectors: `[..., D]` float.
-        bits: 8, 5 or 4.
+        most: the largest code, a number or a tensor that broadcasts over `[..., groups, group]`.
         group: numbers that share a grid; it divides D.
 
     Returns:
-        codes `[..., n]` uint8 and grids `[..., 2 * D / group]`; see `Coded`. What is not finite, or
-        beyond half precision, is read back as not finite, with its vector.
+        codes `[..., D]` uint8 and grids `[..., 2 * D / group]`; see `Coded`. If a number is not
+        finite, or a grid is beyond half precision, the whole vector is read back as not finite.
     """
     groups = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     groups = groups.unflatten(-1, (-1, group))
     low, high = groups.aminmax(dim=-1, keepdim=True)
-    most = 2**bits - 1
-    scale, zero = _in_half((high - low) / most, low)
-    codes = _nearest(groups, scale, zero, most)
-    mean, middle = codes.mean(-1, keepdim=True), groups.mean(-1, keepdim=True)
-    away = codes - mean
-    fitted = (away * groups).sum(-1, keepdim=True) / away.square().sum(-1, keepdim=True)
+    scale = (high - low) / most
+    codes = _nearest(groups, scale, low, most)
+    spread, mean = torch.var_mean(codes, -1, correction=0, keepdim=True)
+    together = ((codes - mean) * groups).mean(-1, keepdim=True)
     # Where all codes are the same there is nothing to fit.
-    fitted = torch.where(fitted.isfinite(), fitted, scale)
-    scale, zero = _in_half(fitted, middle - fitted * mean)
-    codes = _nearest(groups, scale, zero, most).to(torch.uint8).flatten(-2)
-    grid = torch.cat([scale, zero], -2).flatten(-2).to(HALF)
-    return _packed(codes, bits), grid
+    half_scale = torch.where(spread > 0, together / spread, scale).to(HALF)
+    scale = half_scale.to(groups.dtype)
+    # The zero point goes with the scale as it is rounded.
+    half_zero = torch.addcmul(groups.mean(-1, keepdim=True), scale, mean, value=-1).to(HALF)
+    codes = _nearest(groups, scale, half_zero.to(groups.dtype), most).to(torch.uint8)
+    return codes.flatten(-2), torch.cat([half_scale, half_zero], -2).flatten(-2)
 
 
-def _in_half(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    return scale.to(HALF).to(scale.dtype), zero.to(HALF).to(zero.dtype)
-
-
-def _nearest(groups: Tensor, scale: Tensor, zero: Tensor, most: int) -> Tensor:
+def _nearest(groups: Tensor, scale: Tensor, zero: Tensor, most: Tensor | float) -> Tensor:
     """The number of the nearest point of each grid, as float."""
-    # A group of equal numbers has a scale of 0: all of them are its zero point.
-    return ((groups - zero) / scale).nan_to_num_(0).round_().clamp_(0, most)
+    # With a scale of 0 all codes are read back as the zero point, whatever they are.
+    codes = ((groups - zero) / scale).nan_to_num_(0).round_().clamp_(min=0)
+    return codes.clamp_(max=most)  # type: ignore[call-overload, no-any-return]
 
 
-def _packed(codes: Tensor, bits: int) -> Tensor:
+def packed(codes: Tensor, bits: int) -> Tensor:
     """`[..., D]` codes, a byte each, in so many bits."""
     if bits == 8:
         return codes
-    first, second = (codes & 15).chunk(2, -1)
+    first, second = (codes if bits == 4 else codes & 15).chunk(2, -1)
     nibbles = first | (second << 4)
     if bits == 4:
         return nibbles
-    places = torch.arange(8, dtype=torch.uint8, device=codes.device)
-    upper = ((codes >> 4).unflatten(-1, (8, -1)) << places[:, None]).sum(-2, dtype=torch.uint8)
-    return torch.cat([nibbles, upper], -1)
+    upper = (codes >> 4).unflatten(-1, (8, -1)) * constant(bit_masks, codes.device)
+    return torch.cat([nibbles, upper.sum(-2, dtype=torch.uint8)], -1)

@@ -14,23 +14,26 @@ import torch
 from torch import Tensor
 
 from ..attention.coded import Coded
+from ..attention.constants import constant
 from ..attention.hadamard import hadamard
 from ..errors import KVPruneError
+from ..models.devices import without_autocast
 from .buffers import extended, gathered, put, roomier, watched
-from .codes import bytes_of, encode
+from .codes import bytes_of, encode, packed
 
 BITS = (4, 5, 8)
 
 MOST = 64
-"""The most numbers of a group that nobody named."""
+"""The largest group that is chosen by default."""
 
 
 @dataclass(frozen=True)
 class Quantized:
     """A store that holds keys and values in few bits: `ComposedCache(policies, store=Quantized())`.
 
-    By default a slot's key and value take 0.3125 of what they take in bfloat16, as they do with
-    `bits=4, group=32`. The model attends to what is read back, also in the forward that writes it.
+    By default a slot's key and value take 0.3125 of what they take in bfloat16, where 64 divides
+    the head size; so they do with `bits=4, group=32`. The model attends to what is read back, also
+    in the forward that writes it.
 
     Args:
         bits: of each number, 4, 5 or 8; a pair for keys and values, as (5, 4).
@@ -66,6 +69,8 @@ class Quantized:
                 f"Quantized: group={self.group!r}: expected how many numbers share a scale, an "
                 f"even number, as 32"
             )
+        if pair[0] == pair[1]:
+            object.__setattr__(self, "bits", pair[0])
         if type(self.rotate) is not bool:
             raise KVPruneError(f"Quantized: rotate={self.rotate!r}: expected True or False")
 
@@ -112,9 +117,8 @@ class Quantized:
         said = f"this model's keys and values have {' and '.join(map(str, sizes))} numbers a head"
         if any(size % (self.group or 2) for size in sizes):
             fit = [n for n in range(2, min(sizes) + 1, 2) if not any(size % n for size in sizes)]
-            raise KVPruneError(
-                f"{self!r}: {said}: expected a group that divides these, one of {fit}"
-            )
+            expected = f"a group that divides these, one of {fit}" if fit else "even numbers"
+            raise KVPruneError(f"{self!r}: {said}: expected {expected}")
         if 5 in self.each and any(size % 8 for size in sizes):
             raise KVPruneError(f"{self!r}: {said}, which 8 does not divide: expected 4 or 8 bits")
 
@@ -129,13 +133,34 @@ class Quantized:
                 f"{self!r}: codes have no gradients: expected a forward within torch.no_grad(), or "
                 f"a cache without a store"
             )
-        both = (hadamard(keys), hadamard(values)) if self.rotate else (keys, values)
-        each = [
-            encode(vectors, bits, self.group_of(vectors.shape[-1]))
-            for vectors, bits in zip(both, self.each, strict=True)
-        ]
-        codes, grids = zip(*each, strict=True)
-        return torch.cat(codes, -1), torch.cat(grids, -1)
+        with without_autocast(keys.device):
+            return self._written(keys, values)
+
+    def _written(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if keys.shape == values.shape and keys.dtype == values.dtype:
+            # Both at once: in decoding, operators cost more by their number than by their work.
+            both = torch.stack([keys, values])
+            codes, grids = map(
+                tuple, self._encoded(both, constant(_largest_codes, self.each, keys.device))
+            )
+        else:
+            each = zip((keys, values), self.each, strict=True)
+            found = [self._encoded(vectors, 2**bits - 1) for vectors, bits in each]
+            codes, grids = tuple(c for c, _ in found), tuple(g for _, g in found)
+        written = [packed(each, bits) for each, bits in zip(codes, self.each, strict=True)]
+        return torch.cat(written, -1), torch.cat(grids, -1)
+
+    def _encoded(self, vectors: Tensor, most: Tensor | float) -> tuple[Tensor, Tensor]:
+        # Wide before it is turned: lengths add up, beyond what half precision holds.
+        wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+        return encode(
+            hadamard(wide) if self.rotate else wide, most, self.group_of(vectors.shape[-1])
+        )
+
+
+def _largest_codes(each: tuple[int, int], device: torch.device) -> Tensor:
+    """The largest codes of keys and of values, `[2, 1, 1, 1, 1, 1]`."""
+    return torch.tensor([2.0**bits - 1 for bits in each], device=device).view(2, *(1,) * 5)
 
 
 class QuantizedSlots:
@@ -174,8 +199,11 @@ class QuantizedSlots:
         return self._turned_back(self.coded(used)[1])
 
     def _turned_back(self, coded: Coded) -> Tensor:
-        vectors = coded.vectors(self.dtype)
-        return hadamard(vectors) if self._store.rotate else vectors
+        if not self._store.rotate:
+            return coded.vectors(self.dtype)
+        # Rounded to the dtype once.
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return hadamard(coded.vectors(wide)).to(self.dtype)
 
     def turned(self, used: int) -> tuple[Tensor, Tensor]:
         """Keys and values without being turned back."""
@@ -184,14 +212,14 @@ class QuantizedSlots:
 
     def coded(self, used: int) -> tuple[Coded, Coded]:
         """Keys and values as they are held."""
-        found, start, begin = list[Coded](), 0, 0
-        for size, bits in zip(self._sizes, self._store.each, strict=True):
-            group = self._store.group_of(size)
-            stop, end = start + bytes_of(size, bits), begin + 2 * (size // group)
-            codes, grids = self._codes[:, :, :used, start:stop], self._grids[:, :, :used, begin:end]
-            found.append(Coded(codes, grids, bits, group, size))
-            start, begin = stop, end
-        return found[0], found[1]
+        bits, sizes = self._store.each, self._sizes
+        groups = [self._store.group_of(size) for size in sizes]
+        codes, grids = self._codes[:, :, :used], self._grids[:, :, :used]
+        first, begin = bytes_of(sizes[0], bits[0]), 2 * (sizes[0] // groups[0])
+        return (
+            Coded(codes[..., :first], grids[..., :begin], bits[0], groups[0], sizes[0]),
+            Coded(codes[..., first:], grids[..., begin:], bits[1], groups[1], sizes[1]),
+        )
 
     def append(self, keys: Tensor, values: Tensor, used: int) -> None:
         """Puts new ones `[B, Hkv, Q, D|Dv]` behind the first `used` slots."""
@@ -205,7 +233,8 @@ class QuantizedSlots:
         self._codes, self._grids = put(self._codes, slot, codes), put(self._grids, slot, grids)
 
     def _written(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self.dtype = torch.promote_types(self.dtype, keys.dtype)
+        for vectors in (keys, values):
+            self.dtype = torch.promote_types(self.dtype, vectors.dtype)
         return self._store.written(keys, values)
 
     def gather(self, order: Tensor) -> None:

@@ -17,6 +17,7 @@ from ..policy.selection import Ranking
 from ..policy.stored import Stored
 from ..policy.views import SlotView, TokenView
 from ..statistics import Statistic
+from ..storage.buffers import roomier
 from ..storage.plain import Plain
 from ..storage.quantized import Quantized
 from .naive import naive_select
@@ -259,6 +260,11 @@ class ReadBack(Quantized):
         """See `Quantized.of`."""
         held = super().of(keys, values)
         return _PlainlyReadBack(self, held.keys(keys.shape[2]), held.values(keys.shape[2]))
+
+    def restored(self, numbers: Any, tensors: Any, room: int) -> Any:
+        """See `Quantized.restored`."""
+        buffers = (roomier(tensors[name], room, 0) for name in ("keys", "values"))
+        return _PlainlyReadBack(self, *buffers)
 
 
 class _PlainlyReadBack(Plain):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from kvprune.attention.hadamard import hadamard
 from kvprune.policies import H2O, StreamingLLM
 from kvprune.policy.views import SlotView
 
-from ..support.models import prompt, tiny_model
+from ..support.models import fresh_model, prompt, tiny_model
 from ..support.naive_codes import read_back, turned
 
 STORES = [
@@ -99,24 +100,23 @@ def test_bytes_are_exactly_the_share_that_is_promised():
         assert sum(tensor.nbytes for tensor in held.tensors()) / (2 * 10 * 64 * 2) == share
 
 
+@dataclass(frozen=True)
 class Reads(kvprune.TokenPolicy):
-    """Ranks by keys, and notes whether the store was asked for more than that."""
+    """Reads keys, and keeps everything."""
 
-    read: tuple[str, ...] = ()
+    read: list[tuple[str, ...]] = field(default_factory=list)
 
-    def rank_slots(self, slots: SlotView) -> kvprune.Ranking:
-        score = slots.keys.square().sum(-1)
-        Reads.read = tuple(slots.stored.made)
-        budget = torch.full((len(score),), 6)
-        return kvprune.Ranking(score, torch.zeros_like(slots.valid), budget)
+    def rank_slots(self, slots: SlotView) -> None:
+        assert slots.keys.shape[1] == slots.heads
+        self.read.append(tuple(slots.stored.made))
 
 
 def test_a_policy_is_shown_keys_as_the_model_made_them_and_what_it_asks_for_alone():
-    model = tiny_model("llama")
-    cache, plain = (ComposedCache([Reads()], store=s) for s in (Quantized(8, 8), None))
+    model, policy = tiny_model("llama"), Reads()
+    cache, plain = (ComposedCache([policy], store=store) for store in (Quantized(8, 8), None))
     for each in (cache, plain):
         model(prompt(1, 12), past_key_values=each)
-    assert Reads.read == ("keys",)
+    assert set(policy.read) == {("keys",)}
     for mine, other in zip(cache.layers, plain.layers, strict=True):
         torch.testing.assert_close(mine.keys, other.keys, rtol=0.1, atol=0.1)
 
@@ -216,3 +216,60 @@ def test_with_no_store_nothing_is_new():
     got = model.generate(prompt(1, 9), cache=one, max_new_tokens=5)
     assert torch.equal(got, model.generate(prompt(1, 9), cache=two, max_new_tokens=5))
     assert one.store is None and "store" not in repr(one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_store
+def test_autocast_writes_and_reads_the_same(store, dtype):
+    model = fresh_model(dtype=torch.float32, hidden_size=64, head_dim=16)
+    kvprune.attach(model)
+    keys = drawn(1, 2, 6, 16, dtype=torch.float32)
+    held = store.of(keys, keys)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        under = store.of(keys, keys)
+        assert torch.equal(under.keys(6), held.keys(6))
+        cache = ComposedCache([H2O(4, 4)], store=store)
+        for ids in (prompt(1, 12), prompt(1, 1), prompt(1, 1)):
+            assert model(ids, past_key_values=cache).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-6, 1e-5, 1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("bits", [8, 5, 4])
+def test_nothing_is_read_back_worse_than_the_mean_of_its_group(bits, size):
+    keys = drawn(1, 1, 64, 64, dtype=torch.float32) * size
+    lost = Quantized(bits, 32).of(keys, keys).keys(64) - keys
+    assert lost.norm() <= 1.01 * keys.norm()
+    if size >= 1e-3:
+        assert lost.norm() <= 0.08 * keys.norm()
+
+
+def test_finite_keys_of_half_precision_are_read_back_finite():
+    keys = torch.full((1, 1, 1, 64), 900.0, dtype=torch.float16)
+    assert (Quantized(8, 32).of(keys, keys).keys(1) - keys).abs().max() <= 4
+
+
+@pytest.mark.parametrize("kind", [StreamingLLM, H2O])
+def test_positions_inside_the_cache_are_those_without_a_store(kind):
+    policy = kind(3, 5, positions="cache")
+    model, found = tiny_model("llama"), []
+    for store in (None, Quantized(8, 2)):
+        cache = ComposedCache([policy], store=store)
+        steps = [prompt(2, 12), *prompt(2, 12, seed=3).split(1, 1)]
+        logits = [model(ids, past_key_values=cache).logits[:, -1] for ids in steps]
+        found.append(torch.stack(logits))
+    # Another position moves logits by whole units.
+    assert (found[0] - found[1]).abs().max() < 0.2
+
+
+def test_attentions_are_those_of_the_stock_function():
+    model, found = fresh_model(backend="eager", dtype=torch.bfloat16), []
+    kvprune.attach(model)
+    mask = torch.ones(2, 17, dtype=torch.long)
+    mask[0, 16] = 0
+    for store in (None, Quantized(8, 2)):
+        cache = ComposedCache(store=store)
+        model(prompt(2, 16), past_key_values=cache)
+        more = {"past_key_values": cache, "output_attentions": True}
+        found.append(model(prompt(2, 1), attention_mask=mask, **more).attentions[0])
+    assert found[0].dtype == found[1].dtype == torch.bfloat16
+    torch.testing.assert_close(*found, rtol=0.1, atol=0.05)

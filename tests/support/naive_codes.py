@@ -45,7 +45,7 @@ def read_back(vector: np.ndarray, bits: int, group: int, rotate: bool) -> np.nda
     for start in range(0, len(vector), group):
         numbers = [float(number) for number in vector[start : start + group]]
         low, high = min(numbers), max(numbers)
-        scale, zero = half((high - low) / most), half(low)
+        scale, zero = (high - low) / most, low
         codes = codes_of(numbers, scale, zero, most)
         # The line through the points (code, number) that is nearest to them.
         mean, middle = sum(codes) / group, sum(numbers) / group
@@ -53,7 +53,8 @@ def read_back(vector: np.ndarray, bits: int, group: int, rotate: bool) -> np.nda
         if spread > 0:
             each = zip(codes, numbers, strict=True)
             scale = sum((code - mean) * number for code, number in each) / spread
-        scale, zero = half(scale), half(middle - scale * mean)
+        scale = half(scale)
+        zero = half(middle - scale * mean)
         codes = codes_of(numbers, scale, zero, most)
         found[start : start + group] = [zero + scale * code for code in codes]
     return turned(found) if rotate else found

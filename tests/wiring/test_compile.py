@@ -24,12 +24,13 @@ from ..support.strategies import POLICIES
         for name, policies in FIXED.items()
     ],
 )
-def test_a_decode_step_is_one_graph(policies):
+@pytest.mark.parametrize("store", [None, kvprune.Quantized(4, 8)], ids=repr)
+def test_a_decode_step_is_one_graph(policies, store):
     """Bit for bit, and compiled no more than twice: behind the prompt, and at a full budget."""
     model, ids, counter = kvprune.attach(fresh_model()), prompt(1, 28), CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(model.forward, backend=counter, fullgraph=True)
-    caches = [kvprune.ComposedCache(policies) for _ in range(2)]
+    caches = [kvprune.ComposedCache(policies, store=store) for _ in range(2)]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         for cache in caches:
