@@ -72,7 +72,8 @@ class Coded:
             return self.codes.to(dtype)
         half, device = self.size // 2, self.codes.device
         nibbles = self.codes if self.bits == 4 else self.codes[..., :half]
-        numbers = (nibbles[..., None, :] >> constant(_halves, device)).bitwise_and_(15).flatten(-2)
+        # One half after the other: broadcasting over short rows is slow.
+        numbers = torch.cat([nibbles & 15, nibbles >> 4], -1)
         if self.bits == 5:
             fifth = self.codes[..., None, half:] & constant(bit_masks, device)
             numbers.add_(fifth.ne(0).flatten(-2), alpha=16)
@@ -88,11 +89,6 @@ def _groups(size: int, group: int, dtype: torch.dtype, device: torch.device) -> 
     """Which numbers are of which group, `[groups, D]`: 1 or 0."""
     own = torch.eye(size // group, dtype=dtype, device=device)
     return own.repeat_interleave(group, 1)
-
-
-def _halves(device: torch.device) -> Tensor:
-    """By how many bits each half of a byte is moved, `[2, 1]`."""
-    return torch.tensor([[0], [4]], dtype=torch.uint8, device=device)
 
 
 def bit_masks(device: torch.device) -> Tensor:
