@@ -2,6 +2,8 @@
 
     python -m bench.stores                                   # 200 + 200 questions: hours
     python -m bench.stores --samples 30 --stores 5-4-64 8-8-32 --policies none
+    python -m bench.stores --choose                          # what defaults are chosen by: minutes
+    python -m bench.stores --steps                           # a decode step's time: a minute
 
 The questions are the final splits of SQuAD and HotpotQA (see `kvprune.evaluation.tasks.articles`),
 on which nothing was chosen. What is lost is the gold answer's log-likelihood, in nats a token,
@@ -9,25 +11,34 @@ paired with the dense model's on the same question. Bytes are those that a cache
 prompt, over those of its keys and values in bfloat16 with nothing evicted (float32 counts at two
 bytes a number where there is no store). A store is named BITS-BITS-GROUP, for keys and values;
 `plain` is none.
+
+`--choose` reads texts of the choosing splits, and says how far the model's predictions of their
+second halves are from the dense model's: the mean Kullback-Leibler divergence, in nats a token.
+`--steps` takes turns between stores, and compares each step with the plain one of its own turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvprune
 from kvprune.evaluation.data.assets import demo_model
+from kvprune.evaluation.data.questions import hotpotqa, squad
 from kvprune.evaluation.report.statistics import interval
 from kvprune.evaluation.tasks import task
 from kvprune.policies import H2O, SDTP, SnapKV
 
 from .about import write
+from .costs.candidates import random_prompt
 
 OUT = Path(__file__).parent / "results" / "stores.json"
 
@@ -66,6 +77,58 @@ def scored(
     return float(found.mean()), held / (2 * numbers)
 
 
+CHOSEN_BY, TOKENS = 4, 640
+"""The texts of each data set for `--choose`, and the tokens of each."""
+
+
+@torch.no_grad()
+def divergence(model: Any, tokenizer: Any, stores: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of `--choose`, one for each store."""
+    room = (TOKENS, TOKENS)
+    questions = [
+        q for read in (squad, hotpotqa) for q in read("choose", CHOSEN_BY, room, tokenizer)
+    ]
+    prompts = [torch.tensor([q.encoded(tokenizer)[0][-TOKENS:]]) for q in questions]
+
+    def predicted(ids: Tensor, store: kvprune.Quantized | None) -> Tensor:
+        cache = kvprune.ComposedCache(store=store)
+        logits = model(ids, past_key_values=cache, logits_to_keep=TOKENS // 2).logits
+        return logits[0].log_softmax(-1)
+
+    rows = []
+    dense = [predicted(ids, None) for ids in prompts]
+    for name in stores:
+        each = []
+        for ids, before in zip(prompts, dense, strict=True):
+            away = before - predicted(ids, store_of(name))
+            each.append(float((before.exp() * away).sum(-1).mean()))
+        low, high = interval(each)
+        rows.append({"store": name, "divergence": sum(each) / len(each), "low": low, "high": high})
+        print(rows[-1], flush=True)
+    return rows
+
+
+@torch.no_grad()
+def steps(model: Any, stores: Sequence[str], context: int, count: int = 25) -> list[dict[str, Any]]:
+    """Rows of `--steps`: the median of a step over the plain one of its turn."""
+    ids = random_prompt(model, 1, context)
+    caches = {n: kvprune.ComposedCache(store=store_of(n)) for n in ("plain", *stores)}
+    seconds: dict[str, list[float]] = {name: [] for name in caches}
+    for cache in caches.values():
+        model(ids, past_key_values=cache, logits_to_keep=1)
+    for _ in range(count):
+        for name, cache in caches.items():
+            start = time.perf_counter()
+            model(ids[:, :1], past_key_values=cache)
+            seconds[name].append(time.perf_counter() - start)
+    rows = []
+    for name, each in seconds.items():
+        ratios = [a / b for a, b in zip(each[3:], seconds["plain"][3:], strict=True)]
+        rows.append({"store": name, "context": context, "ratio": statistics.median(ratios)})
+        print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     """Measures, and writes JSON after each task."""
     parser = argparse.ArgumentParser(
@@ -76,6 +139,8 @@ def main() -> None:
     parser.add_argument("--stores", nargs="+", default=["plain", "8-8-32", "5-4-64", "4-4-32"])
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.25, 0.125])
+    parser.add_argument("--choose", action="store_true")
+    parser.add_argument("--steps", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
@@ -83,6 +148,13 @@ def main() -> None:
     path = demo_model()
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = kvprune.attach(AutoModelForCausalLM.from_pretrained(path))
+    stores = [name for name in args.stores if name != "plain"]
+    if args.choose:
+        write(args.out, args, model, divergence(model, tokenizer, stores))
+        return
+    if args.steps:
+        write(args.out, args, model, steps(model, stores, args.context))
+        return
     wanted = [
         (policy, share, store)
         for policy in args.policies
