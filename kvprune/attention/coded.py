@@ -7,13 +7,16 @@ keys need not be read back; likewise values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..models.devices import without_autocast
 from .constants import constant
+
+BLOCK = 1 << 12
+"""Slots that are read at once: what is made on the way is wider than what is wanted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +38,37 @@ class Coded:
     group: int
     size: int
 
+    def blocks(self) -> list[Coded]:
+        """The same in pieces of so many slots; itself, where it is short."""
+        if self.codes.shape[2] <= BLOCK:
+            return [self]
+        pieces = zip(self.codes.split(BLOCK, 2), self.grid.split(BLOCK, 2), strict=True)
+        return [replace(self, codes=codes, grid=grid) for codes, grid in pieces]
+
     def vectors(self, dtype: torch.dtype) -> Tensor:
         """The vectors themselves, of a dtype."""
+        blocks = self.blocks()
+        if len(blocks) == 1:
+            return self._vectors(dtype)
+        found = self.codes.new_empty((*self.codes.shape[:3], self.size), dtype=dtype)
+        for place, block in zip(found.split(BLOCK, 2), blocks, strict=True):
+            place.copy_(block._vectors(dtype))
+        return found
+
+    def products(self, queries: Tensor) -> Tensor:
+        """`[B, H, G, D]` times every vector: `[B, H, G, S]`."""
+        found = [block._products(queries) for block in self.blocks()]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """The sums of all vectors by weights `[B, H, G, S]`: `[B, H, G, D]`."""
+        blocks = self.blocks()
+        if len(blocks) == 1:
+            return self._weighted(weights)
+        each = zip(blocks, weights.split(BLOCK, -1), strict=True)
+        return torch.stack([block._weighted(mine) for block, mine in each]).sum(0)
+
+    def _vectors(self, dtype: torch.dtype) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
         with without_autocast(self.codes.device):
             scale, zero = self._grid(wide)
@@ -44,8 +76,7 @@ class Coded:
             groups = constant(_groups, self.size, self.group, wide, scale.device)
             return self._numbers(wide).mul_(scale @ groups).add_(zero @ groups).to(dtype)
 
-    def products(self, queries: Tensor) -> Tensor:
-        """`[B, H, G, D]` times every vector: `[B, H, G, S]`."""
+    def _products(self, queries: Tensor) -> Tensor:
         groups = constant(_groups, self.size, self.group, queries.dtype, queries.device)
         with without_autocast(queries.device):
             scale, zero = self._grid(queries.dtype)
@@ -55,8 +86,7 @@ class Coded:
             scaled = products.unflatten(2, apart.shape[2:4]) * scale.mT[:, :, None]
             return scaled.sum(3) + apart.sum(-1) @ zero.mT
 
-    def weighted(self, weights: Tensor) -> Tensor:
-        """The sums of all vectors by weights `[B, H, G, S]`: `[B, H, G, D]`."""
+    def _weighted(self, weights: Tensor) -> Tensor:
         groups = constant(_groups, self.size, self.group, weights.dtype, weights.device)
         with without_autocast(weights.device):
             scale, zero = self._grid(weights.dtype)

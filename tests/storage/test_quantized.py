@@ -273,3 +273,18 @@ def test_attentions_are_those_of_the_stock_function():
         found.append(model(prompt(2, 1), attention_mask=mask, **more).attentions[0])
     assert found[0].dtype == found[1].dtype == torch.bfloat16
     torch.testing.assert_close(*found, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("store", [Quantized(8, 8), Quantized(), Quantized(4, 16)], ids=repr)
+def test_a_layer_is_read_in_blocks(store, monkeypatch):
+    keys, queries, weights = drawn(2, 2, 11, 16), drawn(2, 2, 3, 16), drawn(2, 2, 3, 11)
+    (coded, _), found = store.of(keys, keys).coded(11), []
+    for block in (1 << 12, 4, 1):
+        monkeypatch.setattr("kvprune.attention.coded.BLOCK", block)
+        each = coded.vectors(torch.float64), coded.products(queries), coded.weighted(weights)
+        found.append(each)
+    vectors = found[0][0]
+    expected = vectors, queries @ vectors.mT, weights @ vectors
+    for each in found:
+        for mine, other in zip(each, expected, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-11)
