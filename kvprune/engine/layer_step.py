@@ -85,10 +85,7 @@ class LayerStep(Observer):
 
     def _coded(self, new: Tensor) -> tuple[Coded, Coded] | None:
         """Keys and values as codes, where a single query `[B, H, 1, D]` attends to these."""
-        held, inside = self.slots.held, self.step.cache_positions is not None
-        if not isinstance(held, QuantizedSlots) or not self.slots.direct or inside:
-            return None
-        return held.coded(self.slots.used) if new.shape[2] == 1 else None
+        return self._codes() if new.shape[2] == 1 else None
 
     @property
     def _turned(self) -> bool:
@@ -312,6 +309,7 @@ class LayerStep(Observer):
     ) -> SlotView:
         """The view of slots with these columns and statistics."""
         slots, arranged = self.slots, self.step.arranged
+        in_codes = isinstance(slots.held, QuantizedSlots)
 
         def read(name: str) -> Tensor:
             # Keys as attention had them.
@@ -329,7 +327,7 @@ class LayerStep(Observer):
             seen=self.seen,
             moment=self.moment,
             lengths=rows.prompt,
-            stored=Stored(slots.heads, read),
+            stored=Stored(slots.heads, read, self.step.read_last if in_codes else None),
             statistic=Statistics(statistics, None if queried is None else queried.look),
             group=self.step.group,
             begin=rows.begin,

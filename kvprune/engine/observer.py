@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..attention.coded import Coded
 from ..attention.inputs import Inputs, Scores
 from ..attention.looks import blocks, looks, seen_by, views
 from ..errors import KVPruneError
@@ -18,6 +19,7 @@ from ..policy.rotary import Rotary
 from ..statistics import Block, Queries, Statistic, statistic_dtype
 from ..storage.buffers import numbers_at
 from ..storage.layer import SlotLayer
+from ..storage.quantized import QuantizedSlots
 from ..storage.rows import RowNumbers
 from .step import Step
 
@@ -154,8 +156,21 @@ class Observer:
             newest = self.positions.masked_fill(self.columns < 0, -1).amax(-1)
             position = torch.where(newest < 0, number, newest)
         # Looks may be asked for after the last layer; nobody wants this forward's queries then.
-        inputs = replace(inputs, query=inputs.query.new_empty(0))
+        nothing = inputs.query.new_empty(0)
+        inputs = replace(inputs, query=nothing)
+        codes = self._codes() if self.step.late_at(self.moment) else None
+        if codes is not None:
+            # Nor should what was read back of all layers wait for it.
+            shape = inputs.key.new_empty(()).expand(inputs.key.shape)
+            inputs = replace(inputs, key=shape, value=nothing, coded=codes)
         return Queried(self._look(inputs, scores), scores.scaling, rotary, position)
+
+    def _codes(self) -> tuple[Coded, Coded] | None:
+        """Keys and values as codes, where attention may read these; else None."""
+        held, inside = self.slots.held, self.step.cache_positions is not None
+        if not isinstance(held, QuantizedSlots) or not self.slots.direct or inside:
+            return None
+        return held.coded(self.slots.used)
 
     @property
     def _heads(self) -> int:

@@ -18,6 +18,7 @@ from ..policy.base import TokenPolicy
 from ..policy.budget import Lengths
 from ..policy.moment import Moment
 from ..policy.rotary import Rotary
+from ..policy.stored import Stored
 from ..policy.views import SlotView, Statistics, TokenView
 from ..positions.base import Positions
 from ..statistics import Queries, Statistic, parts_of
@@ -72,6 +73,7 @@ class Step:
         notes: what positions inside the cache remember until the forward is over.
         arranged: the layer that stored its tokens last, and all its keys `[B, Hkv, S, D]` at their
             positions inside the cache; None where positions are not assigned there.
+        read_last: of views of layers that hold codes, the one whose keys or values were read last.
         around: whether it began around the model with the decoder layers, before masks were made.
         shown: by layer, what statistics say of the hidden states that entered it, each with the
             tokens' columns.
@@ -106,6 +108,7 @@ class Step:
         columns = new.columns
         self.position_ids = position_ids
         self.rotations = rotations
+        self.read_last: list[Stored] = []
         self._asked = asked
         self._places: Tensor | None = None
         self._parked: Tensor | None = None

@@ -17,18 +17,26 @@ class Stored:
     Args:
         heads: key/value heads, Hkv.
         read: gives keys `[B, Hkv, S, D]` or values `[B, Hkv, S, Dv]`, by name.
+        last: the one that was read last, of several whose keys and values would take much room
+            together: it forgets them when another is read. None to forget nothing.
 
     Attributes:
         made: what was asked for so far, by name.
     """
 
-    def __init__(self, heads: int, read: Callable[[str], Tensor]) -> None:
-        self.heads, self._read = heads, read
+    def __init__(
+        self, heads: int, read: Callable[[str], Tensor], last: list[Stored] | None = None
+    ) -> None:
+        self.heads, self._read, self._last = heads, read, last
         self.made: dict[str, Tensor] = {}
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("keys", "values"):
             raise AttributeError(name)
+        if self._last is not None and (not self._last or self._last[0] is not self):
+            for other in self._last:
+                other.made.clear()
+            self._last[:] = [self]
         if name not in self.made:
             found = self._read(name).detach()
             # With a counter of its own, from 0, which tells whether somebody writes to it. Compiled

@@ -16,6 +16,8 @@ from kvprune import ComposedCache, KVPruneError, Quantized
 from kvprune.attention.hadamard import hadamard
 from kvprune.policies import H2O, StreamingLLM
 from kvprune.policy.views import SlotView
+from kvprune.statistics import Queries
+from kvprune.testing.stand_ins import ReadBack
 
 from ..support.models import fresh_model, prompt, tiny_model
 from ..support.naive_codes import read_back, turned
@@ -288,3 +290,33 @@ def test_a_layer_is_read_in_blocks(store, monkeypatch):
     for each in found:
         for mine, other in zip(each, expected, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-11)
+
+
+@dataclass(frozen=True)
+class ReadsAll(kvprune.TokenPolicy):
+    """Reads the keys of all layers, one after the other.
+
+    together: how many layers may be there as read.
+    """
+
+    together: int = 1
+    statistics = (Queries(2),)
+
+    def rank_layers(self, layers):
+        answers = []
+        for view in layers:
+            score = view.keys.square().sum(-1) + view.looks(2).sum((2, 3))
+            assert sum(bool(each.stored.made) for each in layers) <= self.together
+            budget = torch.full((len(score),), 5)
+            answers.append(kvprune.Ranking(score, torch.zeros_like(view.valid), budget))
+        return answers
+
+
+def test_over_all_layers_one_layer_is_read_back_at_a_time():
+    model, found = tiny_model("llama"), []
+    for store, together in ((Quantized(8, 8), 1), (ReadBack(8, 8), 4)):
+        policy = ReadsAll(together)
+        cache = ComposedCache([policy], store=store)
+        model(prompt(2, 12), past_key_values=cache)
+        found.append([cache.columns(layer) for layer in range(len(cache))])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
