@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +29,8 @@ class Stored:
         self.heads, self._read, self._last = heads, read, last
         self.made: dict[str, Tensor] = {}
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("keys", "values"):
-            raise AttributeError(name)
+    def read(self, name: str) -> Tensor:
+        """Keys or values, by name; made at the first call."""
         if self._last is not None and (not self._last or self._last[0] is not self):
             for other in self._last:
                 other.made.clear()

@@ -253,14 +253,12 @@ class SlotView(_View):
     @property
     def keys(self) -> Tensor:
         """See above."""
-        found: Tensor = self.stored.keys
-        return found
+        return self.stored.read("keys")
 
     @property
     def values(self) -> Tensor:
         """See above."""
-        found: Tensor = self.stored.values
-        return found
+        return self.stored.read("values")
 
     @property
     def positions(self) -> Tensor:
