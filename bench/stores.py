@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from kvprune.policies import H2O, SDTP, SnapKV
 from .about import write
 from .costs.candidates import random_prompt
 
-OUT = Path(__file__).parent / "results" / "stores.json"
+RESULTS = Path(__file__).parent / "results"
 
 POLICIES: dict[str, Callable[[float], list[kvprune.TokenPolicy]]] = {
     "none": lambda share: [],
@@ -129,32 +129,9 @@ def steps(model: Any, stores: Sequence[str], context: int, count: int = 25) -> l
     return rows
 
 
-def main() -> None:
-    """Measures, and writes JSON after each task."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--stores", nargs="+", default=["plain", "8-8-32", "5-4-64", "4-4-32"])
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
-    parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.25, 0.125])
-    parser.add_argument("--choose", action="store_true")
-    parser.add_argument("--steps", action="store_true")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    path = demo_model()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = kvprune.attach(AutoModelForCausalLM.from_pretrained(path))
-    stores = [name for name in args.stores if name != "plain"]
-    if args.choose:
-        write(args.out, args, model, divergence(model, tokenizer, stores))
-        return
-    if args.steps:
-        write(args.out, args, model, steps(model, stores, args.context))
-        return
+@torch.no_grad()
+def losses(model: Any, tokenizer: Any, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """All rows so far of what answers lose, after each task."""
     wanted = [
         (policy, share, store)
         for policy in args.policies
@@ -182,7 +159,39 @@ def main() -> None:
             row |= {"lost": sum(nats) / len(nats), "low": low, "high": high, "samples": len(nats)}
             rows.append(row | {"bytes": sum(shares) / len(shares)})
             print(rows[-1], flush=True)
-        write(args.out, args, model, rows)
+        yield rows
+
+
+def main() -> None:
+    """Measures, and writes JSON after each task."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--stores", nargs="+", default=["plain", "8-8-32", "5-4-64", "4-4-32"])
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.25, 0.125])
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--choose", action="store_true")
+    mode.add_argument("--steps", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="default: a file of bench/results")
+    args = parser.parse_args()
+    name = "stores-choosing" if args.choose else "stores-steps" if args.steps else "stores"
+    out = args.out or RESULTS / f"{name}.json"
+    torch.set_num_threads(args.threads)
+    path = demo_model()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = kvprune.attach(AutoModelForCausalLM.from_pretrained(path))
+    stores = [name for name in args.stores if name != "plain"]
+    if args.choose:
+        write(out, args, model, divergence(model, tokenizer, stores))
+    elif args.steps:
+        write(out, args, model, steps(model, stores, args.context))
+    else:
+        for rows in losses(model, tokenizer, args):
+            write(out, args, model, rows)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ Metadata: `kvprune_cache`, the version of this format; `numbers`, JSON (the mode
 reprs, the store's, how many columns were seen, each layer's slots); `digest`, SHA-256 over the
 version, the numbers and every tensor. Tensors: `rows.first`, `rows.prompt_length`,
 `rows.prompt_ids` (not in files of earlier releases: then a prompt is not known again), `padding`
-and, by layer, keys and values (`codes` with a store that quantises), columns, statistics, the free
-slot (`hole`) and, where positions are assigned inside the cache, those that keys came with and
-`positions.*`. Only slots in use are written; layers that share one tensor of columns share it in
-the file.
+and, by layer, keys and values (`codes` and `grids` with a store that quantises), columns,
+statistics, the free slot (`hole`) and, where positions are assigned inside the cache, those that
+keys came with and `positions.*`. Only slots in use are written; layers that share one tensor of
+columns share it in the file.
 
 Reading runs no code of the file. The digest finds damage; it is no signature.
 """

@@ -90,7 +90,7 @@ class LayerStep(Observer):
     @property
     def _turned(self) -> bool:
         """Whether attention is handed keys and values as a store turned them; see `hadamard`."""
-        return self.slots.direct and self.slots.store.turns and self.step.cache_positions is None
+        return self.slots.store.turns and self._as_stored
 
     def attend(
         self,

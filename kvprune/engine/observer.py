@@ -167,10 +167,15 @@ class Observer:
 
     def _codes(self) -> tuple[Coded, Coded] | None:
         """Keys and values as codes, where attention may read these; else None."""
-        held, inside = self.slots.held, self.step.cache_positions is not None
-        if not isinstance(held, QuantizedSlots) or not self.slots.direct or inside:
+        held = self.slots.held
+        if not isinstance(held, QuantizedSlots) or not self._as_stored:
             return None
         return held.coded(self.slots.used)
+
+    @property
+    def _as_stored(self) -> bool:
+        """Whether attention may be handed keys and values as they are stored."""
+        return self.slots.direct and self.step.cache_positions is None
 
     @property
     def _heads(self) -> int:
