@@ -246,8 +246,9 @@ def test_nothing_is_read_back_worse_than_the_mean_of_its_group(bits, size):
 
 
 def test_finite_keys_of_half_precision_are_read_back_finite():
-    keys = torch.full((1, 1, 1, 64), 900.0, dtype=torch.float16)
-    assert (Quantized(8, 32).of(keys, keys).keys(1) - keys).abs().max() <= 4
+    """Turned, they are longer than half precision has numbers: 72,000 here."""
+    keys = torch.full((1, 1, 1, 64), 9000.0, dtype=torch.float16)
+    assert (Quantized(8, 32).of(keys, keys).keys(1) - keys).abs().max() <= 9000 / 255
 
 
 @pytest.mark.parametrize("kind", [StreamingLLM, H2O])
