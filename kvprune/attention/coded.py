@@ -8,6 +8,7 @@ keys need not be read back; likewise values.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import nan
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ class Coded:
     bits: int
     group: int
     size: int
+
+    def shape_alone(self, dtype: torch.dtype) -> Tensor:
+        """`[B, H, S, D]` without numbers: NaN, so that whoever reads it is found out."""
+        nothing = torch.full((), nan, dtype=dtype, device=self.codes.device)
+        return nothing.expand(*self.codes.shape[:3], self.size)
 
     def blocks(self) -> list[Coded]:
         """The same in pieces of so many slots; itself, where it is short."""

@@ -45,6 +45,10 @@ def attend(
     if inputs.turned:
         turned, probabilities = attend(backend, module, inputs.with_turned_queries(), **arguments)
         return hadamard(turned), probabilities
+    if inputs.pieces is not None:
+        each = inputs.by_piece(inputs.query, inputs.query_columns)
+        outputs = [attend(backend, module, one, **arguments)[0] for one in each]
+        return inputs.pieces.lanes.join_outputs(outputs), None
     if inputs.coded is not None:
         scores = scores_for(module, inputs, inputs.key.shape[1], **arguments)
         # Here padding has probabilities, as in the stock function.
@@ -123,6 +127,18 @@ def attend_and_observe(
         inputs = inputs.with_turned_queries()
         found = attend_and_observe(backend, module, inputs, scores, heads, dtype)
         return replace(found, output=hadamard(found.output))
+    if inputs.pieces is not None:
+        lanes = inputs.pieces.lanes
+        each = [
+            attend_and_observe(backend, module, one, scores, 1 if lanes.by_head else heads, dtype)
+            for one in inputs.by_piece(inputs.query, inputs.query_columns)
+        ]
+        shown = [one.probabilities for one in each if one.probabilities is not None]
+        return Observed(
+            lanes.join_outputs([one.output for one in each]),
+            lanes.join([one.received for one in each], 0),
+            lanes.join(shown, 0, axis=4) if shown else None,
+        )
     inputs = _as_autocast_has_it(inputs)
     probabilities = None
     fast = fused.attention(backend, module, inputs, scores)

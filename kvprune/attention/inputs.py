@@ -11,7 +11,46 @@ from ..models.structure import Local
 from ..statistics import statistic_dtype
 from .coded import Coded
 from .hadamard import hadamard
+from .lanes import LaneMask, Lanes
 from .masks import Mask
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """The slots of one rectangle of several; see `Lanes`.
+
+    key: `[N, Hkv, S, D]`, by head `[N, 1, S, D]`.
+    value: `[N, Hkv, S, Dv]`, likewise.
+    held_columns, no_gaps, coded: as of `Inputs`.
+    """
+
+    key: Tensor
+    value: Tensor
+    held_columns: Tensor
+    no_gaps: bool
+    coded: tuple[Coded, Coded] | None = None
+
+    @property
+    def columns(self) -> Tensor:
+        """`[N, 1|Hkv, S]` int64."""
+        return self.held_columns[..., : self.key.shape[2]]
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """The slots of a layer of several rectangles.
+
+    lanes: which rows and heads stand in which.
+    each: by rectangle.
+    """
+
+    lanes: Lanes
+    each: tuple[Piece, ...]
+
+    @property
+    def columns(self) -> Tensor:
+        """`[B, 1|Hkv, S]` int64, of all slots together."""
+        return self.lanes.join([piece.columns for piece in self.each], -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +72,8 @@ class Inputs:
     turned: keys and values are turned; see `hadamard`.
     coded: keys and values of a single query's slots as they are held, where they are held as codes;
         `key` and `value` then have the shape alone, and no numbers.
+    pieces: the slots, where they are of several rectangles, to which attention goes one by one;
+        `key` and `value` then have the shape alone, and `held_columns` no slots.
     """
 
     query: Tensor
@@ -47,6 +88,33 @@ class Inputs:
     local: Local | None
     turned: bool = False
     coded: tuple[Coded, Coded] | None = None
+    pieces: Pieces | None = None
+
+    def by_piece(self, query: Tensor, columns: Tensor) -> list[Inputs]:
+        """The same for each piece: its slots, and of these queries those that read them.
+
+        Args:
+            query: `[B, Hq, Q, D]`.
+            columns: `[B, Q]` int64, theirs.
+        """
+        assert self.pieces is not None
+        lanes = self.pieces.lanes
+        each = zip(self.pieces.each, lanes.split_queries(query), lanes.rows_of(), strict=True)
+        return [
+            replace(
+                self,
+                query=mine,
+                key=piece.key,
+                value=piece.value,
+                mask=LaneMask(self.mask, rows),
+                query_columns=columns.index_select(0, rows),
+                held_columns=piece.held_columns,
+                no_gaps=piece.no_gaps,
+                coded=piece.coded,
+                pieces=None,
+            )
+            for piece, mine, rows in each
+        ]
 
     def with_turned_queries(self) -> Inputs:
         """The same with turned queries: products with turned keys are those of the originals."""
@@ -68,6 +136,8 @@ class Inputs:
     @property
     def slot_columns(self) -> Tensor:
         """`[B, 1|Hkv, S]` int64; the very `held_columns` where all of them belong to slots."""
+        if self.pieces is not None:
+            return self.pieces.columns
         size = self.key.shape[2]
         held = self.held_columns
         return held if held.shape[-1] == size else held[..., :size]

@@ -38,6 +38,12 @@ def looks(
     Returns:
         `[B, heads, G, w, S]`, detached; 0 where a query may not see a slot.
     """
+    if inputs.pieces is not None:
+        lanes = inputs.pieces.lanes
+        held = 1 if lanes.by_head else heads
+        each = inputs.by_piece(query, columns)
+        apart = [looks(one.query, one.query_columns, one, scores, held, dtype) for one in each]
+        return lanes.join(apart, 0, axis=4)
     with without_autocast(query.device):
         key = inputs.key if inputs.coded is None else inputs.coded[0].vectors(dtype)
         key = key.detach().to(dtype)

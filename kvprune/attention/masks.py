@@ -38,13 +38,17 @@ class Mask(Protocol):
     stock: bool
     """Nothing hides slots but causality, padding and what the layer can see."""
 
-    def at(self, queries: Tensor, slots: Tensor, row: int | None = None) -> Tensor:
+    same_for_heads: bool
+    """All heads have one rule."""
+
+    def at(self, queries: Tensor, slots: Tensor, row: int | Tensor | None = None) -> Tensor:
         """The mask at some columns.
 
         Args:
             queries: `[B, Q]` int64, columns of the queries.
             slots: `[B, H, S]` int64, columns of the slots, -1 where empty.
-            row: the one row of the batch that is meant; B is then 1.
+            row: the one row of the batch that is meant, B is then 1; or several, `[B]` int64.
+                None for all of them.
 
         Returns:
             `[B, 1|H|Hq, Q, S]`: bool (True: may attend) or float (added to the scores).
@@ -54,6 +58,8 @@ class Mask(Protocol):
 
 class LazyMask:
     """A mask function's arguments, kept until the columns are known."""
+
+    same_for_heads = True
 
     def __init__(
         self,
@@ -76,7 +82,7 @@ class LazyMask:
             f"cannot follow: the model is not supported"
         )
 
-    def at(self, queries: Tensor, slots: Tensor, row: int | None = None) -> Tensor:
+    def at(self, queries: Tensor, slots: Tensor, row: int | Tensor | None = None) -> Tensor:
         """See `Mask.at`; layers that hold the very same columns share one evaluation."""
         if self._last is not None and self._last[0] is queries and self._last[1] is slots:
             return self._last[2]
@@ -90,9 +96,12 @@ class LazyMask:
             self._last = (queries, slots, mask)
         return mask
 
-    def _evaluated(self, queries: Tensor, slots: Tensor, row: int | None) -> Tensor:
-        start = 0 if row is None else row
-        rows = torch.arange(start, start + queries.shape[0], device=queries.device)
+    def _evaluated(self, queries: Tensor, slots: Tensor, row: int | Tensor | None) -> Tensor:
+        if isinstance(row, Tensor):
+            rows = row.to(queries.device)
+        else:
+            start = 0 if row is None else row
+            rows = torch.arange(start, start + queries.shape[0], device=queries.device)
         rows, keys = rows[:, None, None, None], slots[:, :, None, :]
         return self._rule(rows, rows.new_zeros(()), queries[:, None, :, None], keys) & (keys >= 0)
 
@@ -116,10 +125,13 @@ class GivenMask:
     def __init__(self, mask: Tensor, seen: int) -> None:
         self._mask = mask
         self._seen = seen
+        self.same_for_heads = mask.shape[1] == 1
 
-    def at(self, queries: Tensor, slots: Tensor, row: int | None = None) -> Tensor:
+    def at(self, queries: Tensor, slots: Tensor, row: int | Tensor | None = None) -> Tensor:
         """See `Mask.at`."""
-        mask = self._mask if row is None or self._mask.shape[0] == 1 else self._mask[row : row + 1]
+        mask = self._mask
+        if row is not None and mask.shape[0] > 1:
+            mask = mask[row] if isinstance(row, Tensor) else mask[row : row + 1]
         batch, slot_heads, _ = slots.shape
         heads, width = max(mask.shape[1], slot_heads), mask.shape[-1]
         mask = mask.expand(batch, heads, -1, -1)

@@ -86,7 +86,8 @@ def bind(
         local = attachment.local[index] if attachment.local else None
         statistics = tuple(dict.fromkeys(wanted_at(working, index) + parts_of(observe)))
         arrivals = positions is not None and positions.keeps_arrivals(index)
-        layers.append(SlotLayer(statistics, local, arrivals, store or Plain, direct))
+        divides = any(policy.evicts and policy.applies(index) for policy in working)
+        layers.append(SlotLayer(statistics, local, arrivals, store or Plain, direct, divides))
     model = described(base, attachment.memory)
     slot_layers = [layer for layer in layers if isinstance(layer, SlotLayer)]
     parts = (part for layer in slot_layers for part in (*layer.parts, *layer.layer_parts))

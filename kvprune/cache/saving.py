@@ -76,9 +76,10 @@ def contents_of(
         tensors |= {f"positions.{n}": t for n, t in state.positions.named_tensors().items()}
     layers, owners = [], dict[int, int]()
     for index, layer in state.slot_layers():
-        held = layer.named_tensors()
-        # The first layer that has this very tensor.
-        owner = owners.setdefault(id(layer.held_columns), index)
+        held, owner = layer.named_tensors(), index
+        if layer.lanes is None:
+            # The first layer that has this very tensor.
+            owner = owners.setdefault(id(layer.held_columns), index)
         if owner != index:
             del held["columns"]
         tensors |= {f"layers.{index}.{name}": tensor for name, tensor in held.items()}
@@ -162,7 +163,8 @@ def restore(state: CacheState, contents: Contents, base: Any) -> None:
     for (index, layer), saved in zip(state.slot_layers(), numbers["layers"], strict=True):
         start = f"layers.{index}."
         mine = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-        mine["columns"] = tensors[f"layers.{saved['columns_of']}.columns"]
+        if saved["columns_of"] != index:
+            mine["columns"] = tensors[f"layers.{saved['columns_of']}.columns"]
         layer.restore(saved, {n: copies.on(t, devices[index]) for n, t in mine.items()})
     at = device_of(base)
     if state.positions is not None:

@@ -17,12 +17,12 @@ from torch import Tensor
 from ..attention.coded import Coded
 from ..attention.dispatch import attend, attend_and_observe, scores_for
 from ..attention.inputs import Inputs
+from ..attention.lanes import Lanes
 from ..attention.masks import Mask
 from ..policy.stored import Stored
 from ..policy.views import SlotView, Statistics
 from ..statistics import Queries, Statistic
 from ..storage.layer import SlotLayer
-from ..storage.quantized import QuantizedSlots
 from ..storage.rows import RowNumbers
 from .observer import Observer, Queried
 from .step import Step
@@ -77,15 +77,15 @@ class LayerStep(Observer):
             arranged = step.cache_positions.arrange(self)
             step.arranged = slots, arranged
             return arranged, slots.values
-        if self._coded(keys) is not None:
-            # Shapes without numbers: attention reads the codes.
+        if self._coded(keys) is not None or (slots.lanes is not None and self._as_stored):
+            # Shapes without numbers: attention reads what is held.
             nothing, shape = keys.new_full((), nan), (*keys.shape[:2], slots.used)
             return nothing.expand(*shape, keys.shape[3]), nothing.expand(*shape, values.shape[3])
         return slots.turned() if self._turned else (slots.keys, slots.values)
 
     def _coded(self, new: Tensor) -> tuple[Coded, Coded] | None:
         """Keys and values as codes, where a single query `[B, H, 1, D]` attends to these."""
-        return self._codes() if new.shape[2] == 1 else None
+        return self.slots.coded() if new.shape[2] == 1 and self._as_stored else None
 
     @property
     def _turned(self) -> bool:
@@ -116,7 +116,7 @@ class LayerStep(Observer):
             `[B, Q, Hq, Dv]`, and the probabilities where the backend returns them; see `in_order`.
         """
         if not self.step.one_by_one:
-            inputs = self._inputs(query, key, value, mask)
+            inputs = self._inputs(query, key, value, mask, backend, arguments)
             output, probabilities, queried = self._attend(backend, module, inputs, arguments)
             # Before slots go: they are still those that were attended to.
             probabilities = self.in_order(probabilities)
@@ -126,26 +126,41 @@ class LayerStep(Observer):
         outputs = []
         for new, piece in self._pieces():
             held = piece.store(key[:, :, new], value[:, :, new])
-            inputs = piece._inputs(query[:, :, new], *held, mask)
+            inputs = piece._inputs(query[:, :, new], *held, mask, backend, arguments)
             output, _, queried = piece._attend(backend, module, inputs, arguments)
             piece.evict(queried, module)
             outputs.append(output)
         return torch.cat(outputs, 1), None
 
-    def _inputs(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Inputs:
+    def _inputs(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask,
+        backend: str,
+        arguments: Mapping[str, Any],
+    ) -> Inputs:
+        slots, lanes, pieces = self.slots, self.slots.lanes, None
+        if lanes is not None and self._as_stored:
+            if _goes_by_piece(lanes, backend, mask, arguments):
+                pieces = slots.pieces(codes=query.shape[2] == 1)
+            else:
+                key, value = slots.turned() if self._turned else (slots.keys, slots.values)
         return Inputs(
             query,
             key,
             value,
             mask,
             self.columns,
-            self.slots.held_columns,
+            self.slot_columns[..., :0] if pieces is not None else slots.held_columns,
             no_padding=self.complete,
-            no_gaps=self.slots.complete,
+            no_gaps=slots.complete,
             count=self.step.count,
-            local=self.slots.local,
+            local=slots.local,
             turned=self._turned,
             coded=self._coded(query),
+            pieces=pieces,
         )
 
     def _attend(
@@ -247,7 +262,7 @@ class LayerStep(Observer):
         # Once: below a budget, where there is room for more, each is a view of its own.
         held = slots.columns
         columns = at._in_sight(held)
-        full = slots.turnover.policy
+        full = slots.full_for
         alone = [number for number, _ in due] == [full] and not late
         if step.same_rows and columns is held and alone:
             at._evict_next(due[0][0], queried, attention)
@@ -309,7 +324,6 @@ class LayerStep(Observer):
     ) -> SlotView:
         """The view of slots with these columns and statistics."""
         slots, arranged = self.slots, self.step.arranged
-        in_codes = isinstance(slots.held, QuantizedSlots)
 
         def read(name: str) -> Tensor:
             # Keys as attention had them.
@@ -327,7 +341,7 @@ class LayerStep(Observer):
             seen=self.seen,
             moment=self.moment,
             lengths=rows.prompt,
-            stored=Stored(slots.heads, read, self.step.read_last if in_codes else None),
+            stored=Stored(slots.heads, read, self.step.read_last if slots.made_anew else None),
             statistic=Statistics(statistics, None if queried is None else queried.look),
             group=self.step.group,
             begin=rows.begin,
@@ -343,6 +357,16 @@ class LayerStep(Observer):
             return columns
         oldest = local.oldest(self.seen, self.rows.first)
         return columns.masked_fill(columns < oldest[:, None, None], -1)
+
+
+def _goes_by_piece(lanes: Lanes, backend: str, mask: Mask, arguments: Mapping[str, Any]) -> bool:
+    """Whether attention can go to one rectangle after the other.
+
+    Not where it returns probabilities of all slots, nor where heads are told apart by number.
+    """
+    if backend == "eager" or arguments.get("position_bias") is not None:
+        return False
+    return not lanes.by_head or (mask.same_for_heads and arguments.get("s_aux") is None)
 
 
 def _left(kept: Tensor, gone: Tensor | None) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..attention.coded import Coded
 from ..attention.inputs import Inputs, Scores
 from ..attention.looks import blocks, looks, seen_by, views
 from ..errors import KVPruneError
@@ -19,7 +18,6 @@ from ..policy.rotary import Rotary
 from ..statistics import Block, Queries, Statistic, statistic_dtype
 from ..storage.buffers import numbers_at
 from ..storage.layer import SlotLayer
-from ..storage.quantized import QuantizedSlots
 from ..storage.rows import RowNumbers
 from .step import Step
 
@@ -158,19 +156,15 @@ class Observer:
         # Looks may be asked for after the last layer; nobody wants this forward's queries then.
         nothing = inputs.query.new_empty(0)
         inputs = replace(inputs, query=nothing)
-        codes = self._codes() if self.step.late_at(self.moment) else None
-        if codes is not None:
+        if self.step.late_at(self.moment) and self._as_stored:
             # Nor should what was read back of all layers wait for it.
-            shape = inputs.key.new_empty(()).expand(inputs.key.shape)
-            inputs = replace(inputs, key=shape, value=nothing, coded=codes)
+            codes = self.slots.coded()
+            if codes is not None:
+                shape = inputs.key.new_empty(()).expand(inputs.key.shape)
+                inputs = replace(inputs, key=shape, value=nothing, coded=codes)
+            elif inputs.pieces is not None:
+                inputs = replace(inputs, pieces=self.slots.pieces(codes=True))
         return Queried(self._look(inputs, scores), scores.scaling, rotary, position)
-
-    def _codes(self) -> tuple[Coded, Coded] | None:
-        """Keys and values as codes, where attention may read these; else None."""
-        held = self.slots.held
-        if not isinstance(held, QuantizedSlots) or not self._as_stored:
-            return None
-        return held.coded(self.slots.used)
 
     @property
     def _as_stored(self) -> bool:

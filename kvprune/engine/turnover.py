@@ -22,7 +22,8 @@ def evict_together(step: Step, before: Sequence[LayerGroup]) -> list[LayerGroup]
     """
     groups = []
     for due in step.due.values():
-        layers = [at.slots for at in due]
+        # Such layers are one rectangle each.
+        layers = [at.slots.rectangles[0] for at in due]
         number = layers[0].turnover.policy
         assert number is not None
         same = (group for group in before if group.lent_to(layers))

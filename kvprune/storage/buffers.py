@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 SLACK = 8
-"""Slots that may lie empty once a budget is full, before the buffers are made anew."""
+"""Slots that there may be room for beyond those in use, at least; see `spare`."""
+
+
+def spare(size: int) -> int:
+    """The slots that there may be room for beyond `size`, before the buffers are made anew."""
+    return max(SLACK, size // 32)
 
 
 def put(buffer: Tensor | None, slot: Tensor, new: Tensor | float) -> Tensor:
@@ -47,8 +52,8 @@ def extended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
     if watched(buffer, new):
         return torch.cat([buffer[:, :, :used], new], 2)
     if size > buffer.shape[2]:
-        spare = max(SLACK, size // 8) if new.shape[2] == 1 else 0
-        larger = buffer.new_empty((*buffer.shape[:2], size + spare, *buffer.shape[3:]))
+        room = spare(size) if new.shape[2] == 1 else 0
+        larger = buffer.new_empty((*buffer.shape[:2], size + room, *buffer.shape[3:]))
         larger[:, :, :used] = buffer[:, :, :used]
         buffer = larger
     buffer[:, :, used:size] = new
@@ -116,13 +121,13 @@ def roomier(buffer: Tensor, room: int, fill: int) -> Tensor:
     return torch.cat([buffer, more], 2)
 
 
-def gathered(buffer: Tensor, order: Tensor, spare: int) -> Tensor:
-    """The slots `order` `[B, 1|H, n]` of `buffer` `[B, H, S, ...]`, and `spare` more."""
+def gathered(buffer: Tensor, order: Tensor, room: int) -> Tensor:
+    """The slots `order` `[B, 1|H, n]` of `buffer` `[B, H, S, ...]`, and room for more."""
     index = order.reshape(*order.shape, *(1,) * (buffer.dim() - 3))
     index = index.expand(-1, buffer.shape[1], -1, *buffer.shape[3:])
-    if not spare:
+    if not room:
         return buffer.gather(2, index)
     size = order.shape[-1]
-    moved = buffer.new_zeros((*buffer.shape[:2], size + spare, *buffer.shape[3:]))
+    moved = buffer.new_zeros((*buffer.shape[:2], size + room, *buffer.shape[3:]))
     torch.gather(buffer, 2, index, out=moved[:, :, :size])
     return moved

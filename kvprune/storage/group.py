@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .buffers import put
-from .layer import SlotLayer
+from .rectangle import Rectangle
 
 
 class LayerGroup:
@@ -23,7 +23,7 @@ class LayerGroup:
     statistics: each `[n * B, Hkv, S]`.
     """
 
-    def __init__(self, layers: Sequence[SlotLayer]) -> None:
+    def __init__(self, layers: Sequence[Rectangle]) -> None:
         self._layers = tuple(layers)
         each = [layer.statistics for layer in layers]
         self.columns = torch.cat([layer.columns for layer in layers])
@@ -32,7 +32,7 @@ class LayerGroup:
         self._free_slots: Tensor | None = None
         self._lend()
 
-    def lent_to(self, layers: Sequence[SlotLayer]) -> bool:
+    def lent_to(self, layers: Sequence[Rectangle]) -> bool:
         """Whether what these layers hold is what they were lent.
 
         Whatever else changes a layer's slots puts other tensors in the place of these.

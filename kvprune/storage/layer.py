@@ -1,44 +1,41 @@
-"""One layer's slots: K, V, columns and numbers per slot, which one gather moves together."""
+"""One layer's slots: one rectangle, or several where heads or rows keep different numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Iterator, Mapping
+from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..attention.coded import Coded
+from ..attention.inputs import Piece, Pieces
+from ..attention.lanes import Lanes
 from ..errors import KVPruneError
 from ..models.structure import Local
-from ..statistics import Block, Statistic, statistic_dtype
-from .buffers import SLACK, extended, gathered, numbers_at, put, roomier, watched, widened
+from ..statistics import Statistic
+from .buffers import numbers_at, put
+from .layout import allowed, cells, rearranged
 from .plain import Plain
-from .quantized import Quantized, QuantizedSlots
-from .turnover import Stage, Turnover
-
-Store = type[Plain] | Quantized
-"""Makes what holds keys and values."""
-
-_ARRIVED = "arrived"
+from .quantized import QuantizedSlots
+from .rectangle import Past, Rectangle, Store, described, joined, united
 
 
 @dataclass(frozen=True)
-class _Past:
-    """What a layer held, to come back to: columns, and both kinds of statistics."""
+class _Record:
+    """What a layer held, to come back to: by rectangle, and the statistics per layer."""
 
-    columns: Tensor | None
-    statistics: dict[Statistic, Tensor]
+    rectangles: list[Past]
     records: dict[Statistic, tuple[Tensor, ...]]
 
 
 class SlotLayer:
     """Slots of one layer, for all rows of a batch: columns, numbers, and held keys and values.
 
-    There is room for `capacity` slots, of which the first `used` are in use: `[B, 1|Hkv, capacity]`
-    for columns, `[B, Hkv, capacity]` for each statistic and, with `arrivals`, for the position that
-    a slot's key came with (int32). `held` has the keys and values. A slot whose column is -1 is
-    empty. Slots come in no order.
+    The layer is a rectangle, or several; whoever reads `columns`, `statistics`, `keys` or `values`
+    sees one in any case, with empty slots, whose column is -1, where a lane has fewer. Slots come
+    in no order, but those of several new tokens are the last ones, in order.
 
     Args:
         statistics: what is observed here, per slot or per layer.
@@ -46,19 +43,17 @@ class SlotLayer:
         arrivals: whether slots keep the position that their key came with.
         store: makes what holds keys and values.
         direct: whether attention is handed keys and values as `update` returns them.
+        divides: whether the layer may become several rectangles.
 
     Attributes:
         parts: the statistics per slot.
         layer_parts: the statistics per layer.
         records: what is held of the latter; those of which nothing is held are left out.
-        local: see above.
-        store, direct: see above.
-        held: keys and values; None before the first tokens.
-        used: slots in use.
+        local, store, direct: see above.
+        rectangles: one, or several.
+        lanes: which rows and heads stand in which rectangle; None for one.
         seen: the cache's logical length, as far as the layer knows it.
-        gaps: whether slots in use may be empty, the free slot left out.
         whole: it is known that the layer lacks no valid token that was read.
-        turnover: where the next token goes, and who is full.
     """
 
     # What transformers asks of a cache's layers. What is evicted cannot come back, and a layer
@@ -75,67 +70,163 @@ class SlotLayer:
         arrivals: bool = False,
         store: Store = Plain,
         direct: bool = True,
+        divides: bool = False,
     ) -> None:
         self.store, self.direct = store, direct
         self.parts = tuple(s for s in statistics if s.per == "slot")
         self.layer_parts = tuple(s for s in statistics if s.per == "layer")
         self.local = local
-        self._arrivals = arrivals
+        self._arrivals, self._divides = arrivals, divides
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything and frees the buffers."""
-        self.used = self.seen = 0
-        self.gaps = False
+        self.seen = 0
         self.whole = True
-        self.turnover = Turnover()
-        self.held: Plain | QuantizedSlots | None = None
-        self._columns: Tensor | None = None
-        # Numbers per slot: statistics, and with `arrivals` positions.
-        self._numbers: dict[Statistic | str, Tensor] = {}
+        self.rectangles = [Rectangle(self.store, self.parts, self._arrivals)]
+        self.lanes: Lanes | None = None
         self.records: dict[Statistic, tuple[Tensor, ...]] = {}
-        self._record: list[_Past] = []
+        self._record: list[_Record] = []
+
+    # What there is.
 
     @property
     def is_initialized(self) -> bool:
         """Whether anything was stored yet."""
-        return self.held is not None
+        return self.rectangles[0].held is not None
+
+    @property
+    def _held(self) -> Plain | QuantizedSlots:
+        """Keys and values of the first rectangle; of the same kind in all."""
+        # As layers of transformers have it: no such attribute before the first tokens.
+        if self.rectangles[0].held is None:
+            raise AttributeError("expected a layer with tokens")
+        return self.rectangles[0].held
 
     @property
     def device(self) -> torch.device:
         """The device of the layer."""
-        # As layers of transformers have it: no such attribute before the first tokens.
-        if self._columns is None:
+        if self.rectangles[0].held_columns is None:
             raise AttributeError("device")
-        return self._columns.device
+        return self.rectangles[0].held_columns.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of keys and values."""
-        if self.held is None:
-            raise AttributeError("dtype")
-        return self.held.dtype
+        return self._held.dtype
+
+    @property
+    def made_anew(self) -> bool:
+        """Whether `keys` and `values` are made when they are read."""
+        return self.lanes is not None or isinstance(self.rectangles[0].held, QuantizedSlots)
 
     @property
     def heads(self) -> int:
         """The key/value heads that are stored, Hkv."""
-        assert self.held is not None
-        return self.held.heads
+        return self._held.heads if self.lanes is None else self.lanes.heads
+
+    @property
+    def used(self) -> int:
+        """Slots in use, S."""
+        return max(each.used for each in self.rectangles)
+
+    @property
+    def in_use(self) -> int:
+        """Slots of a row and head before the next token is stored, a mean over these, rounded.
+
+        A free slot does not count: the next token takes it.
+        """
+        counts, lanes = [one.used - (one.turnover.slot is not None) for one in self.rectangles], 1
+        if self.lanes is not None:
+            numbers = self.lanes.numbers
+            counts = [n * len(mine) for n, mine in zip(counts, numbers, strict=True)]
+            lanes = sum(map(len, numbers))
+        return round(sum(counts) / lanes)
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is known that no slot in use is empty."""
+        return self.lanes is None and self.rectangles[0].complete
+
+    @property
+    def full_for(self) -> int | None:
+        """The policy that is full; see `Turnover.policy`."""
+        return self.rectangles[0].turnover.policy
+
+    @property
+    def columns(self) -> Tensor:
+        """`[B, 1|Hkv, S]` int64, -1 for an empty slot."""
+        if self.lanes is None:
+            return self.rectangles[0].columns
+        return self.lanes.join([each.columns for each in self.rectangles], -1)
+
+    @property
+    def held_columns(self) -> Tensor:
+        """`[B, 1|Hkv, n]` int64: `columns`, and behind them any room for more."""
+        held = self.rectangles[0].held_columns
+        return self.columns if held is None or self.lanes is not None else held
+
+    @property
+    def statistics(self) -> dict[Statistic, Tensor]:
+        """Those per slot, each `[B, Hkv, S]`."""
+        each = [rectangle.statistics for rectangle in self.rectangles]
+        if self.lanes is None:
+            return each[0]
+        return {part: self.lanes.join([one[part] for one in each], 0) for part in each[0]}
+
+    @property
+    def arrived(self) -> Tensor:
+        """The positions that the slots' keys came with, `[B, 1|Hkv, S]` int32, as `columns`."""
+        each = [rectangle.arrived for rectangle in self.rectangles]
+        if self.lanes is not None:
+            each = [self.lanes.join(each, 0)]
+        return each[0][:, : self.columns.shape[1]]
 
     @property
     def keys(self) -> Tensor:
         """`[B, Hkv, S, D]`; None before the first tokens, as in transformers."""
-        return None if self.held is None else self.held.keys(self.used)  # type: ignore[return-value]
-
-    def turned(self) -> tuple[Tensor, Tensor]:
-        """Keys and values as the store turned them."""
-        assert isinstance(self.held, QuantizedSlots)
-        return self.held.turned(self.used)
+        return self._joined([each.keys for each in self._stored])  # type: ignore[return-value]
 
     @property
     def values(self) -> Tensor:
         """`[B, Hkv, S, Dv]`; None before the first tokens, as in transformers."""
-        return None if self.held is None else self.held.values(self.used)  # type: ignore[return-value]
+        return self._joined([each.values for each in self._stored])  # type: ignore[return-value]
+
+    @property
+    def _stored(self) -> Sequence[Rectangle]:
+        """The rectangles, once there is something in them."""
+        return self.rectangles if self.is_initialized else ()
+
+    def _joined(self, each: Sequence[Tensor]) -> Tensor | None:
+        if self.lanes is None:
+            return each[0] if each else None
+        return self.lanes.join(each, 0)
+
+    def turned(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as the store turned them."""
+        each = [_turned(rectangle) for rectangle in self.rectangles]
+        if self.lanes is None:
+            return each[0]
+        keys, values = (self.lanes.join(same, 0) for same in zip(*each, strict=True))
+        return keys, values
+
+    def coded(self) -> tuple[Coded, Coded] | None:
+        """Keys and values as codes; None where these are of several rectangles."""
+        held = self.rectangles[0].held
+        if self.lanes is not None or not isinstance(held, QuantizedSlots):
+            return None
+        return held.coded(self.rectangles[0].used)
+
+    def pieces(self, codes: bool) -> Pieces | None:
+        """What attention needs of each of several rectangles; None where there is one.
+
+        Args:
+            codes: whether what is held as codes is handed on as codes.
+        """
+        if self.lanes is None:
+            return None
+        each = tuple(_piece(rectangle, codes) for rectangle in self.rectangles)
+        return Pieces(self.lanes, each)
 
     def get_seq_length(self) -> int:
         """The logical length, the same for all layers."""
@@ -151,108 +242,143 @@ class SlotLayer:
 
     def offload(self) -> None:
         """Moves keys and values to the CPU, until `prefetch`."""
-        if self.held is not None:
-            self.held.move("cpu")
+        for rectangle in self._stored:
+            assert rectangle.held is not None
+            rectangle.held.move("cpu")
 
     def prefetch(self) -> None:
         """Brings keys and values back to where the layer is."""
-        if self.held is not None:
-            self.held.move(self.device)
-
-    @property
-    def columns(self) -> Tensor:
-        """`[B, 1|Hkv, S]` int64, -1 for an empty slot."""
-        assert self._columns is not None
-        return self._columns if self.used == self.capacity else self._columns[..., : self.used]
-
-    @property
-    def held_columns(self) -> Tensor:
-        """`[B, 1|Hkv, capacity]` int64: `columns`, and behind them room for more."""
-        assert self._columns is not None
-        return self._columns
-
-    @property
-    def statistics(self) -> dict[Statistic, Tensor]:
-        """Those per slot, each `[B, Hkv, S]`, views."""
-        held = self._numbers
-        return {part: held[part][..., : self.used] for part in self.parts if part in held}
-
-    @property
-    def arrived(self) -> Tensor:
-        """The positions that the slots' keys came with, `[B, 1|Hkv, S]` int32, as `columns`."""
-        return self._numbers[_ARRIVED][:, : self.columns.shape[1], : self.used]
-
-    @property
-    def capacity(self) -> int:
-        """Slots that there is room for."""
-        return 0 if self._columns is None else self._columns.shape[-1]
-
-    @property
-    def complete(self) -> bool:
-        """Whether it is known that no slot in use is empty."""
-        return not self.gaps and self.turnover.slot is None
+        for rectangle in self._stored:
+            assert rectangle.held is not None
+            rectangle.held.move(self.device)
 
     def tensors(self) -> Iterator[Tensor]:
         """All that is held, for counting bytes."""
-        yield from () if self.held is None else self.held.tensors()
-        yield from (t for t in (self._columns, self.turnover.slot) if t is not None)
-        yield from self._numbers.values()
+        for rectangle in self.rectangles:
+            yield from rectangle.tensors()
+        yield from () if self.lanes is None else self.lanes.tensors()
         for record in self.records.values():
             yield from record
         for past in self._record:
-            yield from () if past.columns is None else (past.columns,)
-            yield from past.statistics.values()
+            for each in past.rectangles:
+                yield from () if each.columns is None else (each.columns,)
+                yield from each.statistics.values()
             for record in past.records.values():
                 yield from record
 
+    # As a file.
+
     def numbers(self) -> dict[str, Any]:
         """With `named_tensors`, all that brings the layer back as it is (see `restore`)."""
-        numbers = {"used": self.used, "capacity": self.capacity}
-        held = {} if self.held is None else self.held.numbers()
-        return {**numbers, "gaps": self.gaps, "whole": self.whole, **held}
+        first, *_ = each = [rectangle.numbers() for rectangle in self.rectangles]
+        if self.lanes is None:
+            return {**first, "whole": self.whole}
+        lanes = self.lanes
+        where = {"rows": lanes.rows, "heads": lanes.heads, "by_head": lanes.by_head}
+        return {"whole": self.whole, **where, "lanes": lanes.numbers, "rectangles": each}
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """The slots in use, and the free slot; `columns` is one object where layers share it."""
-        assert self.held is not None
-        held = {**self.held.named_tensors(self.used), "columns": self.columns}
-        held |= {f"statistics.{part!r}": value for part, value in self.statistics.items()}
+        """The slots in use, and free ones; `columns` is one object where layers share it."""
+        each = [rectangle.named_tensors() for rectangle in self.rectangles]
+        held = each[0] if self.lanes is None else _numbered(each)
         for part, record in self.records.items():
             held |= {f"records.{part!r}.{i}": tensor for i, tensor in enumerate(record)}
-        if self._arrivals:
-            held["arrived"] = self._numbers[_ARRIVED][..., : self.used]
-        slot = self.turnover.slot
-        return held if slot is None else {**held, "hole": slot}
+        return held
 
     def restore(self, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Becomes the layer whose `numbers` and `named_tensors` these are.
 
-        The room for more slots comes back too, since it decides when slots are moved, and their
-        order decides how sums round. Statistics that nobody wants here are left out.
+        Statistics that nobody wants here are left out.
         """
-        self.used, self.gaps, self.whole = numbers["used"], numbers["gaps"], numbers["whole"]
-        self.turnover = Turnover().freed(tensors.get("hole"), None)
-        room = numbers["capacity"] - self.used
-        self._columns = roomier(tensors["columns"], room, -1)
-        self.held = self.store.restored(numbers, tensors, room)
-        stored: dict[Statistic | str, Tensor] = {
-            part: tensors[f"statistics.{part!r}"] for part in self.parts
-        }
-        if self._arrivals:
-            stored[_ARRIVED] = tensors["arrived"]
-        self._numbers = {name: roomier(value, room, 0) for name, value in stored.items()}
+        self.whole = numbers["whole"]
+        if "rectangles" not in numbers:
+            self.rectangles[0].restore(numbers, tensors)
+        else:
+            first = next(iter(tensors.values()))
+            lanes = tuple(map(tuple, numbers["lanes"]))
+            where = numbers["rows"], numbers["heads"], numbers["by_head"]
+            self.lanes = Lanes(*where, lanes, first.device)
+            self.rectangles = [Rectangle(self.store, self.parts, self._arrivals) for _ in lanes]
+            for i, rectangle in enumerate(self.rectangles):
+                start = f"{i}."
+                mine = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+                rectangle.restore(numbers["rectangles"][i], mine)
         for part in self.layer_parts:
             start = f"records.{part!r}."
             count = sum(name.startswith(start) for name in tensors)
             if count:
                 self.records[part] = tuple(tensors[f"{start}{i}"] for i in range(count))
 
+    # What statistics know.
+
     def narrow_statistics(self, statistics: tuple[Statistic, ...]) -> None:
         """Forgets all statistics but these."""
         self.parts = tuple(part for part in self.parts if part in statistics)
         self.layer_parts = tuple(part for part in self.layer_parts if part in statistics)
-        kept = {*statistics, _ARRIVED}
-        self._numbers = {n: value for n, value in self._numbers.items() if n in kept}
-        self.records = {n: value for n, value in self.records.items() if n in kept}
+        for rectangle in self.rectangles:
+            rectangle.narrow_statistics(self.parts)
+        self.records = {n: value for n, value in self.records.items() if n in statistics}
+
+    def observe(self, part: Statistic, new: Any, several: bool = False) -> None:
+        """Joins what a forward gave to a statistic per slot.
+
+        Args:
+            part: the statistic.
+            new: what `Statistic.join` is handed, detached.
+            several: whether the forward has several tokens.
+
+        Raises:
+            KVPruneError: a statistic that is to be checked has another shape then, or NaN.
+        """
+        if self.lanes is None:
+            self.rectangles[0].observe(part, new, several)
+        elif part.adds:
+            for rectangle, mine in self._apart(new):
+                rectangle.observe(part, mine, several)
+        else:
+            # Of all rows and heads at once, as an author was promised.
+            value = joined(part, self.statistics[part], new, several)
+            for rectangle, mine in self._apart(value):
+                rectangle.take(part, mine)
+
+    def observe_tokens(self, part: Statistic, numbers: Tensor, columns: Tensor) -> None:
+        """Joins numbers of tokens to a statistic per slot, also to what is recorded.
+
+        Args:
+            part: the statistic.
+            numbers: `[B, 1|Hkv, n]`.
+            columns: `[B, n]` int64, of the tokens, -1 for none.
+        """
+        self.observe(part, numbers_at(self.columns, numbers, columns))
+        for record in self._record:
+            if self.lanes is None:
+                _join_tokens(record.rectangles[0], part, numbers, columns)
+                continue
+            each = (self.lanes.split(numbers), self.lanes.split(columns[:, None]))
+            for past, *mine in zip(record.rectangles, *each, strict=True):
+                _join_tokens(past, part, mine[0], mine[1][:, 0])
+
+    def observe_queries(self, part: Statistic, queries: Tensor, columns: Tensor) -> None:
+        """Joins a forward's queries to a statistic per layer; see `Statistic.join`.
+
+        Raises:
+            KVPruneError: the statistic is no tuple of tensors with an axis for the rows.
+        """
+        value = part.join(self.records.get(part, ()), (queries, columns))
+        rows = columns.shape[0]
+        tensors = isinstance(value, tuple) and all(isinstance(t, Tensor) for t in value)
+        if not tensors or any(t.dim() == 0 or t.shape[0] != rows for t in value):
+            raise KVPruneError(
+                f"{part!r}: expected join() to return a tuple of tensors whose first axis are the "
+                f"{rows} rows, got {described(value)}"
+            )
+        self.records[part] = value
+
+    def forget_records(self, kept: Container[Statistic] = ()) -> None:
+        """Frees the statistics per layer but for those that are named; they begin anew."""
+        self.records = {part: held for part, held in self.records.items() if part in kept}
+
+    # New tokens.
 
     def append(
         self,
@@ -278,136 +404,22 @@ class SlotLayer:
                 new tokens come behind the others, in order.
             arrived: `[B, 1, Q]`, the positions that the keys came with; read with `arrivals`.
         """
-        free_slot = self.turnover.slot
-        if in_free_slot and free_slot is not None and not self._record:
-            self._fill(free_slot, keys, values, columns, arrived)
-            self.gaps = self.gaps or not complete
+        how = complete, in_free_slot and not self._record
+        if self.lanes is None:
+            self.rectangles[0].append(keys, values, columns, *how, arrived)
         else:
-            self.gaps = self.gaps or free_slot is not None or not complete
-            self._extend(keys, values, columns, arrived)
-        self.turnover = self.turnover.stored(single=complete and columns.shape[-1] == 1)
+            each = [self.lanes.split(tensor) for tensor in (keys, values, columns)]
+            positions = None if arrived is None else self.lanes.split(arrived)
+            for i, (rectangle, *new) in enumerate(zip(self.rectangles, *each, strict=True)):
+                rectangle.append(*new, *how, None if positions is None else positions[i])
         self.whole, self.seen = self.whole and whole, seen
 
     def columns_after(self, columns: Tensor, in_free_slot: bool) -> Tensor:
         """The `columns` after `append` will have stored new tokens; see there."""
-        if self._columns is None:
-            return columns
-        slot = self.turnover.slot
-        if in_free_slot and slot is not None:
-            return self.columns.scatter(-1, slot, columns.expand_as(slot))
-        return torch.cat([self.columns, columns.expand(-1, self.columns.shape[1], -1)], -1)
-
-    def _fill(
-        self,
-        free_slot: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        columns: Tensor,
-        arrived: Tensor | None,
-    ) -> None:
-        assert self.held is not None
-        self.held.put(free_slot, keys, values)
-        if self._arrivals:
-            assert arrived is not None
-            where = free_slot.expand(-1, keys.shape[1], -1)
-            self._numbers[_ARRIVED] = put(
-                self._numbers[_ARRIVED], where, arrived.int().expand_as(where)
-            )
-        if self.turnover.stage is Stage.TAKEN:
-            return
-        self._columns = put(self._columns, free_slot, columns.expand_as(free_slot))
-        for part in self.parts:
-            where = free_slot.expand(-1, keys.shape[1], -1)
-            self._numbers[part] = put(self._numbers[part], where, part.start)
-
-    def _extend(
-        self, keys: Tensor, values: Tensor, columns: Tensor, arrived: Tensor | None
-    ) -> None:
-        start, self.used = self.used, self.used + columns.shape[-1]
-        if self._columns is None:
-            # Not copied where it need not be: layers that hold the same columns share the
-            # tensor, by which masks are memoised.
-            self._columns = columns
-        else:
-            columns = columns.expand(-1, self._columns.shape[1], -1)
-            self._columns = extended(self._columns, columns, start)
-        if self.held is None:
-            self.held = self.store.of(keys, values)
-        else:
-            self.held.append(keys, values, start)
-        for name, value in self._new_numbers(keys, arrived).items():
-            self._numbers[name] = extended(self._numbers.get(name), value, start)
-
-    def _new_numbers(self, keys: Tensor, arrived: Tensor | None) -> dict[Statistic | str, Tensor]:
-        """New tokens' numbers, each `[B, Hkv, Q]`."""
-        dtype = statistic_dtype(keys.dtype)
-        numbers: dict[Statistic | str, Tensor] = {
-            part: torch.full_like(keys[..., 0], part.start, dtype=dtype) for part in self.parts
-        }
-        if self._arrivals:
-            assert arrived is not None
-            numbers[_ARRIVED] = arrived.int().expand(keys.shape[:3])
-        return numbers
-
-    def observe(self, part: Statistic, new: Any, several: bool = False) -> None:
-        """Joins what a forward gave to a statistic per slot.
-
-        Args:
-            part: the statistic.
-            new: what `Statistic.join` is handed, detached.
-            several: whether the forward has several tokens.
-
-        Raises:
-            KVPruneError: a statistic that is to be checked has another shape then, or NaN.
-        """
-        held = self._numbers[part]
-        if part.adds and not watched(held):
-            held[..., : self.used].add_(new)
-            return
-        before = held[..., : self.used]
-        value = part.join(before, new)
-        _check_joined(part, before, value)
-        if several and part.checked:
-            _check_comparable(part, value, new)
-        if watched(held):
-            self._numbers[part] = torch.cat([value, held[..., self.used :]], -1)
-        else:
-            # In its place, since layers that decode together share it.
-            before.copy_(value)
-
-    def observe_tokens(self, part: Statistic, numbers: Tensor, columns: Tensor) -> None:
-        """Joins numbers of tokens to a statistic per slot, also to what is recorded.
-
-        Args:
-            part: the statistic.
-            numbers: `[B, 1|Hkv, n]`.
-            columns: `[B, n]` int64, of the tokens, -1 for none.
-        """
-        self.observe(part, numbers_at(self.columns, numbers, columns))
-        for past in self._record:
-            if past.columns is not None and part in past.statistics:
-                new = numbers_at(past.columns, numbers, columns)
-                past.statistics[part] = part.join(past.statistics[part], new)
-
-    def observe_queries(self, part: Statistic, queries: Tensor, columns: Tensor) -> None:
-        """Joins a forward's queries to a statistic per layer; see `Statistic.join`.
-
-        Raises:
-            KVPruneError: the statistic is no tuple of tensors with an axis for the rows.
-        """
-        value = part.join(self.records.get(part, ()), (queries, columns))
-        rows = columns.shape[0]
-        tensors = isinstance(value, tuple) and all(isinstance(t, Tensor) for t in value)
-        if not tensors or any(t.dim() == 0 or t.shape[0] != rows for t in value):
-            raise KVPruneError(
-                f"{part!r}: expected join() to return a tuple of tensors whose first axis are the "
-                f"{rows} rows, got {_described(value)}"
-            )
-        self.records[part] = value
-
-    def forget_records(self, kept: Container[Statistic] = ()) -> None:
-        """Frees the statistics per layer but for those that are named; they begin anew."""
-        self.records = {part: held for part, held in self.records.items() if part in kept}
+        if self.lanes is None:
+            return self.rectangles[0].columns_after(columns, in_free_slot)
+        each = [one.columns_after(mine, in_free_slot) for one, mine in self._apart(columns, False)]
+        return self.lanes.join(each, -1)
 
     def rewrite_keys(
         self, keys: Tensor, index: Tensor | None = None, there: Tensor | None = None
@@ -419,13 +431,24 @@ class SlotLayer:
             index: `[B, 1, n]` int64, each slot of a row once.
             there: `[B, 1, n]` bool, which of these are meant; None for all.
         """
-        # Others are read-only: what is held in codes is never coded again.
-        assert isinstance(self.held, Plain)
-        self.held.rewrite_keys(keys, self.used, index, there)
+        if self.lanes is None:
+            _plain(self.rectangles[0]).rewrite_keys(keys, self.used, index, there)
+            return
+        if index is not None:
+            whole = self.keys
+            place = index[..., None].expand_as(keys)
+            if there is not None:
+                keys = torch.where(there[..., None], keys, whole.gather(2, place))
+            keys = put(whole, index, keys)
+        for rectangle, mine in self._apart(keys):
+            _plain(rectangle).rewrite_keys(mine, rectangle.used)
+
+    # What goes.
 
     def keep_all(self) -> None:
         """Drops nothing; no policy is known to be full any more."""
-        self.turnover = replace(self.turnover, policy=None)
+        for rectangle in self.rectangles:
+            rectangle.turnover = replace(rectangle.turnover, policy=None)
 
     def keep(self, kept: Tensor, policy: int | None = None, loses: bool = True) -> None:
         """Drops every slot that is not named.
@@ -439,19 +462,32 @@ class SlotLayer:
         self.whole = self.whole and not loses
         if self._record:
             # Nothing leaves its place.
-            self._columns, self.gaps = widened(columns, self.capacity, -1), True
-            self.turnover = self.turnover.freed(self.turnover.slot, policy)
+            for rectangle, mine in self._apart(columns):
+                rectangle.mask(mine, policy)
             return
-        fewest, most = torch.stack((columns >= 0).sum(-1).aminmax()).tolist()
-        if self.used - most > 1 or self.capacity - most > SLACK:
-            self._compact(columns, most)
-            self.gaps, self.turnover = fewest < most, Turnover(policy=policy)
+        counts = (columns >= 0).sum(-1)
+        fewest, most = torch.stack(counts.aminmax()).tolist()
+        apart = self._divides and most - fewest > allowed(most)
+        if self.lanes is None and not apart:
+            self.rectangles[0].keep(columns, fewest, most, policy)
             return
-        self._columns = widened(columns, self.capacity, -1)
-        slot = columns.argmin(-1, keepdim=True) if most < self.used else None
-        self.turnover = self.turnover.freed(slot, policy)
-        # As it will be once the free slot is filled.
-        self.gaps = fewest < (self.used if slot is None else self.used - 1)
+        kept_by = counts.tolist()
+        wanted = rearranged(kept_by, self.lanes)
+        if wanted is not None:
+            self._rearrange(*wanted)
+        each = zip(self._apart(columns), cells(kept_by, self.lanes), strict=True)
+        for (rectangle, mine), numbers in each:
+            rectangle.keep(mine, min(numbers), max(numbers), policy)
+
+    def _rearrange(self, by_head: bool, groups: list[list[int]]) -> None:
+        """Lets lanes stand in other rectangles. All slots are in use then, in the same places."""
+        whole = self.rectangles[0] if self.lanes is None else united(self.rectangles, self.lanes)
+        if len(groups) == 1:
+            self.lanes, self.rectangles = None, [whole]
+            return
+        where = whole.columns.shape[0], self.heads, by_head
+        self.lanes = Lanes(*where, tuple(map(tuple, groups)), whole.columns.device)
+        self.rectangles = whole.divided(self.lanes)
 
     def free(self, gone: Tensor, policy: int | None = None) -> None:
         """Drops one slot in every row and head, for the next token to take.
@@ -460,113 +496,121 @@ class SlotLayer:
             gone: `[B, 1|Hkv, 1]` int64; with a head axis of Hkv the heads part ways.
             policy: the policy that is full now; see `Turnover`.
         """
-        assert self._columns is not None
-        fits = self.turnover.slot is None and self.capacity - self.used < SLACK and not self._record
-        if not fits or gone.shape[1] != self.columns.shape[1]:
+        each = [(self.rectangles[0], gone)]
+        if self.lanes is not None:
+            # Places in a rectangle, whose slots are the last ones of the layer's.
+            size, apart = self.used, self._apart(gone, slots=False)
+            each = [(rectangle, mine - size + rectangle.used) for rectangle, mine in apart]
+        parted = self.lanes is not None and self.lanes.by_head and gone.shape[1] < self.heads
+        if parted or self._record or not all(one.can_free(mine) for one, mine in each):
             shape = (*gone.shape[:2], self.used)
             everything = torch.ones(shape, dtype=torch.bool, device=gone.device)
             self.keep(everything.scatter(-1, gone, False), policy)
             return
-        # Not in place: layers may share the tensor until one of them drops something.
-        self._columns = self._columns.scatter(-1, gone, -1)
-        self.turnover, self.whole = self.turnover.freed(gone, policy), False
+        for rectangle, mine in each:
+            rectangle.free(mine, policy)
+        self.whole = False
 
     def alike(self) -> Hashable:
         """The facts that layers must share to evict together; None where this one is not full."""
-        turnover = self.turnover
-        if turnover.policy is None or turnover.slot is not None or self._record:
+        first = self.rectangles[0]
+        turnover = first.turnover
+        if self.lanes is not None or turnover.policy is None:
             return None
-        return (
-            turnover.policy,
-            self.columns.shape,
-            self.heads,
-            self.parts,
-            self.columns.device,
-        )
+        if turnover.slot is not None or self._record:
+            return None
+        return (turnover.policy, first.columns.shape, self.heads, self.parts, first.columns.device)
 
-    def borrow(self, columns: Tensor, statistics: dict[Statistic, Tensor]) -> None:
-        """Takes these in the place of its own, which are equal."""
-        self._columns = columns
-        for part, value in statistics.items():
-            self._numbers[part] = value
-
-    def borrows(self, columns: Tensor, statistics: dict[Statistic, Tensor]) -> bool:
-        """Whether these very tensors are its columns and statistics."""
-        same = (self._numbers.get(name) is value for name, value in statistics.items())
-        return self._columns is columns and all(same)
+    # Drafts.
 
     def record(self) -> None:
         """Notes what is held now, to come back to; until `settle`, nothing leaves its place."""
-        columns = None if self._columns is None else self.columns
-        statistics = {part: value.clone() for part, value in self.statistics.items()}
-        self._record.append(_Past(columns, statistics, dict(self.records)))
+        self._record.append(_Record([each.past() for each in self.rectangles], dict(self.records)))
 
     def settle(self, back: int) -> None:
         """Returns to the last record but `back`, if there are any, and frees all the rest."""
         if not self._record:
             return
-        past = self._record[-1 - back]
+        record, self._record = self._record[-1 - back], []
         # Not what nobody wants any more.
-        self.records = {p: r for p, r in past.records.items() if p in self.records}
-        self._record, columns = [], past.columns
-        if columns is None:
+        self.records = {p: r for p, r in record.records.items() if p in self.records}
+        if record.rectangles[0].columns is None:
             self.reset()
             return
-        self.used, capacity = columns.shape[-1], self.capacity
-        self._columns = widened(columns, capacity, -1)
-        for name, value in past.statistics.items():
-            self._numbers[name] = widened(value, capacity, 0)
-        self.keep(columns >= 0, loses=False)
-
-    def _compact(self, columns: Tensor, size: int) -> None:
-        """Moves the `size` slots that stay to the front of new buffers, with one to spare."""
-        assert self.held is not None
-        order = (columns < 0).byte().argsort(dim=-1, stable=True)[..., :size]
-        self._columns = widened(columns.gather(-1, order), size + 1, -1)
-        self.held.gather(order)
-        for name, value in self._numbers.items():
-            self._numbers[name] = gathered(value, order, 1)
-        self.used = size
+        for rectangle, past in zip(self.rectangles, record.rectangles, strict=True):
+            rectangle.come_back(past)
+        self.keep(self.columns >= 0, loses=False)
 
     def select_rows(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was (int64 `[B']`): beams, repeats, selections."""
-        if self.held is None or self._columns is None:
+        if not self.is_initialized:
             return
         rows = rows.to(self.device)
-        self.held.select_rows(rows)
-        self._columns = self._columns.index_select(0, rows)
-        self.turnover = self.turnover.select_rows(rows)
-        for name, value in self._numbers.items():
-            self._numbers[name] = value.index_select(0, rows)
+        if self.lanes is None:
+            self.rectangles[0].select_rows(rows)
+        else:
+            self.lanes, places = self.lanes.selected(rows.tolist())
+            before, self.rectangles = zip(self.rectangles, places, strict=True), []
+            for rectangle, mine in before:
+                if mine:
+                    rectangle.select_rows(torch.tensor(mine, device=rows.device))
+                    self.rectangles.append(rectangle)
+            if len(self.rectangles) == 1:
+                self.rectangles = [united(self.rectangles, self.lanes)]
+                self.lanes = None
         self.records = {
             part: tuple(tensor.index_select(0, rows) for tensor in record)
             for part, record in self.records.items()
         }
 
+    def _apart(self, tensor: Tensor, slots: bool = True) -> list[tuple[Rectangle, Tensor]]:
+        """Each rectangle with its part of a tensor.
 
-def _check_joined(part: Statistic, before: Tensor, value: Any) -> None:
-    fits = isinstance(value, Tensor) and value.shape == before.shape
-    if not fits or value.dtype != before.dtype or value.device != before.device:
-        raise KVPruneError(
-            f"{part!r}: expected join() to return {before.dtype} of shape {list(before.shape)} on "
-            f"{before.device}, as it was handed, got {_described(value)}"
-        )
-
-
-def _check_comparable(part: Statistic, value: Tensor, new: Tensor | Block) -> None:
-    """Refuses NaN in what a statistic returned, unless it was handed NaN."""
-    given = new if isinstance(new, Tensor) else new.probabilities
-    rows = value.isnan().flatten(1).any(-1) & ~given.isnan().flatten(1).any(-1)
-    if bool(rows.any()):
-        raise KVPruneError(
-            f"{part!r}: expected join() to return numbers that can be compared, got NaN in rows "
-            f"{rows.nonzero().flatten().tolist()}"
-        )
+        Args:
+            tensor: `[B, 1|Hkv, S, ...]`.
+            slots: whether S are the slots in use; else each rectangle has all of that axis.
+        """
+        if self.lanes is None:
+            return [(self.rectangles[0], tensor)]
+        each = zip(self.rectangles, self.lanes.split(tensor), strict=True)
+        if not slots:
+            return list(each)
+        return [(one, mine[:, :, mine.shape[2] - one.used :]) for one, mine in each]
 
 
-def _described(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_described, value))})"
-    if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {list(value.shape)} on {value.device}"
-    return type(value).__name__
+def _plain(rectangle: Rectangle) -> Plain:
+    """What holds keys that may be rewritten: what is held in codes is never coded again."""
+    assert isinstance(rectangle.held, Plain)
+    return rectangle.held
+
+
+def _turned(rectangle: Rectangle) -> tuple[Tensor, Tensor]:
+    """Keys and values as their store turned them."""
+    held = rectangle.held
+    if isinstance(held, QuantizedSlots):
+        return held.turned(rectangle.used)
+    return rectangle.keys, rectangle.values
+
+
+def _piece(rectangle: Rectangle, codes: bool) -> Piece:
+    """What attention needs of a rectangle; see `SlotLayer.pieces`."""
+    held = rectangle.held
+    assert rectangle.held_columns is not None
+    about = rectangle.held_columns, rectangle.complete
+    if codes and isinstance(held, QuantizedSlots):
+        coded = held.coded(rectangle.used)
+        keys, values = (each.shape_alone(held.dtype) for each in coded)
+        return Piece(keys, values, *about, coded)
+    return Piece(*_turned(rectangle), *about)
+
+
+def _join_tokens(past: Past, part: Statistic, numbers: Tensor, columns: Tensor) -> None:
+    """Joins numbers of tokens to what was recorded; see `SlotLayer.observe_tokens`."""
+    if past.columns is not None and part in past.statistics:
+        new = numbers_at(past.columns, numbers, columns)
+        past.statistics[part] = part.join(past.statistics[part], new)
+
+
+def _numbered(each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of several rectangles, each name behind the rectangle's number."""
+    return {f"{i}.{name}": tensor for i, one in enumerate(each) for name, tensor in one.items()}

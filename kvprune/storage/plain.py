@@ -6,16 +6,17 @@ are in use, which token each holds and which of them go; see `layer.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .buffers import extended, gathered, put, roomier, watched
+from .buffers import extended, put, roomier
+from .held import Held
 
 
-class Plain:
+class Plain(Held):
     """Buffers with room for more slots than are in use, of the widest dtype that was stored.
 
     Args:
@@ -27,7 +28,7 @@ class Plain:
     """Whether attention is handed vectors that are turned; see `hadamard`."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self._keys, self._values = keys, values
+        super().__init__(keys, values)
         # Whether a forward with gradients attended to the buffers as they are now.
         self._saved = False
 
@@ -48,32 +49,25 @@ class Plain:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of keys and values."""
-        return self._keys.dtype
-
-    @property
-    def heads(self) -> int:
-        """Key/value heads, Hkv."""
-        return self._keys.shape[1]
+        return self.buffers[0].dtype
 
     def keys(self, used: int) -> Tensor:
         """`[B, Hkv, used, D]`, a view."""
-        return self._keys[:, :, :used]
+        return self.buffers[0][:, :, :used]
 
     def values(self, used: int) -> Tensor:
         """`[B, Hkv, used, Dv]`, a view."""
-        return self._values[:, :, :used]
+        return self.buffers[1][:, :, :used]
 
     def append(self, keys: Tensor, values: Tensor, used: int) -> None:
         """Puts new ones `[B, Hkv, Q, D|Dv]` behind the first `used` slots."""
         self._spare_what_was_saved()
-        self._keys = extended(self._keys, keys, used)
-        self._values = extended(self._values, values, used)
+        self._write(lambda buffer, new: extended(buffer, new, used), keys, values)
 
     def put(self, slot: Tensor, keys: Tensor, values: Tensor) -> None:
         """Puts one token `[B, Hkv, 1, D|Dv]` into the slots `[B, 1|Hkv, 1]`."""
         self._spare_what_was_saved()
-        self._keys = put(self._keys, slot, keys)
-        self._values = put(self._values, slot, values)
+        self._write(lambda buffer, new: put(buffer, slot, new), keys, values)
 
     def _spare_what_was_saved(self) -> None:
         """Goes on with copies of buffers that autograd may have saved.
@@ -83,7 +77,7 @@ class Plain:
         """
         grad = torch.is_grad_enabled()
         if self._saved and not grad:
-            self._keys, self._values = self._keys.clone(), self._values.clone()
+            self.buffers = tuple(buffer.clone() for buffer in self.buffers)
         self._saved = grad
 
     def rewrite_keys(
@@ -97,33 +91,14 @@ class Plain:
             index: `[B, 1, n]` int64, each slot of a row once.
             there: `[B, 1, n]` bool, which of these are meant; None for all.
         """
+        held, values = self.buffers
         if index is None:
-            self._keys = torch.cat([keys, self._keys[:, :, used:]], 2)
+            self.buffers = torch.cat([keys, held[:, :, used:]], 2), values
             return
         if there is not None:
             place = index[..., None].expand_as(keys)
-            keys = torch.where(there[..., None], keys, self._keys.gather(2, place))
-        self._keys = put(self._keys, index, keys)
-
-    def gather(self, order: Tensor) -> None:
-        """Goes on with the slots `order` `[B, 1|Hkv, n]` alone, in that order, and one to spare."""
-        spare = 0 if watched(self._keys, self._values) else 1
-        self._keys = gathered(self._keys, order, spare)
-        self._values = gathered(self._values, order, spare)
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Row i becomes what row `rows[i]` was."""
-        self._keys = self._keys.index_select(0, rows)
-        self._values = self._values.index_select(0, rows)
-
-    def move(self, device: torch.device | str) -> None:
-        """Moves everything to a device, without waiting for it."""
-        self._keys = self._keys.to(device, non_blocking=True)
-        self._values = self._values.to(device, non_blocking=True)
-
-    def tensors(self) -> Iterator[Tensor]:
-        """All that is held, for counting bytes."""
-        yield from (self._keys, self._values)
+            keys = torch.where(there[..., None], keys, held.gather(2, place))
+        self.buffers = put(held, index, keys), values
 
     def numbers(self) -> dict[str, Any]:
         """With `named_tensors`, what brings it back; see `restored`."""

@@ -6,7 +6,7 @@ drafts and eviction change nothing; codes are moved, never made anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,9 @@ from ..attention.constants import constant
 from ..attention.hadamard import hadamard
 from ..errors import KVPruneError
 from ..models.devices import without_autocast
-from .buffers import extended, gathered, put, roomier, watched
+from .buffers import extended, put, roomier
 from .codes import bytes_of, encode, packed
+from .held import Held
 
 BITS = (4, 5, 8)
 
@@ -163,7 +164,7 @@ def _largest_codes(each: tuple[int, int], device: torch.device) -> Tensor:
     return torch.tensor([2.0**bits - 1 for bits in each], device=device).view(2, *(1,) * 5)
 
 
-class QuantizedSlots:
+class QuantizedSlots(Held):
     """Codes with room for more slots than are in use.
 
     Args:
@@ -182,13 +183,8 @@ class QuantizedSlots:
         codes: Tensor,
         grids: Tensor,
     ) -> None:
+        super().__init__(codes, grids)
         self._store, self._sizes, self.dtype = store, sizes, dtype
-        self._codes, self._grids = codes, grids
-
-    @property
-    def heads(self) -> int:
-        """Key/value heads, Hkv."""
-        return self._codes.shape[1]
 
     def keys(self, used: int) -> Tensor:
         """`[B, Hkv, used, D]`, made anew."""
@@ -214,7 +210,7 @@ class QuantizedSlots:
         """Keys and values as they are held."""
         bits, sizes = self._store.each, self._sizes
         groups = [self._store.group_of(size) for size in sizes]
-        codes, grids = self._codes[:, :, :used], self._grids[:, :, :used]
+        codes, grids = (buffer[:, :, :used] for buffer in self.buffers)
         first, begin = bytes_of(sizes[0], bits[0]), 2 * (sizes[0] // groups[0])
         return (
             Coded(codes[..., :first], grids[..., :begin], bits[0], groups[0], sizes[0]),
@@ -223,39 +219,17 @@ class QuantizedSlots:
 
     def append(self, keys: Tensor, values: Tensor, used: int) -> None:
         """Puts new ones `[B, Hkv, Q, D|Dv]` behind the first `used` slots."""
-        codes, grids = self._written(keys, values)
-        self._codes = extended(self._codes, codes, used)
-        self._grids = extended(self._grids, grids, used)
+        new = self._written(keys, values)
+        self._write(lambda buffer, mine: extended(buffer, mine, used), *new)
 
     def put(self, slot: Tensor, keys: Tensor, values: Tensor) -> None:
         """Puts one token `[B, Hkv, 1, D|Dv]` into the slots `[B, 1|Hkv, 1]`."""
-        codes, grids = self._written(keys, values)
-        self._codes, self._grids = put(self._codes, slot, codes), put(self._grids, slot, grids)
+        self._write(lambda buffer, mine: put(buffer, slot, mine), *self._written(keys, values))
 
     def _written(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         for vectors in (keys, values):
             self.dtype = torch.promote_types(self.dtype, vectors.dtype)
         return self._store.written(keys, values)
-
-    def gather(self, order: Tensor) -> None:
-        """Goes on with the slots `order` `[B, 1|Hkv, n]` alone, in that order, and one to spare."""
-        spare = 0 if watched(self._codes) else 1
-        self._codes = gathered(self._codes, order, spare)
-        self._grids = gathered(self._grids, order, spare)
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Row i becomes what row `rows[i]` was."""
-        self._codes = self._codes.index_select(0, rows)
-        self._grids = self._grids.index_select(0, rows)
-
-    def move(self, device: torch.device | str) -> None:
-        """Moves everything to a device, without waiting for it."""
-        self._codes = self._codes.to(device, non_blocking=True)
-        self._grids = self._grids.to(device, non_blocking=True)
-
-    def tensors(self) -> Iterator[Tensor]:
-        """All that is held, for counting bytes."""
-        yield from (self._codes, self._grids)
 
     def numbers(self) -> dict[str, Any]:
         """With `named_tensors`, what brings it back; see `Quantized.restored`."""
@@ -263,4 +237,5 @@ class QuantizedSlots:
 
     def named_tensors(self, used: int) -> dict[str, Tensor]:
         """The slots in use."""
-        return {"codes": self._codes[:, :, :used], "grids": self._grids[:, :, :used]}
+        codes, grids = (buffer[:, :, :used] for buffer in self.buffers)
+        return {"codes": codes, "grids": grids}

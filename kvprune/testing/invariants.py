@@ -21,8 +21,8 @@ from ..errors import KVPruneError
 from ..policy.base import TokenPolicy
 from ..policy.composition import leaves
 from ..policy.views import SlotView
-from ..storage.buffers import SLACK
-from ..storage.layer import SlotLayer
+from ..storage.buffers import SLACK, spare
+from ..storage.rectangle import Rectangle
 from .models import LAYERS, left_padded, prompt
 from .runs import Case, Run, feed
 from .stand_ins import ByHand, Fails, ReadBack, Watched
@@ -386,15 +386,17 @@ def bytes_are_of_kept_slots(policies: Policies, case: Case) -> None:
     run = case.fed(policies)
     least = most = 0
     for layer, slots in run.cache.slot_layers():
-        kept = run.cache.columns(layer).shape[-1]
         evicts = any(p.evicts and p.applies(layer) for p in policies)
-        # Until something goes, columns that are padding in both rows have slots too, and buffers
-        # grow geometrically.
-        full = evicts and kept < sum(case.steps) - min(case.padding)
-        slack = SLACK if full else max(SLACK, sum(case.steps) // 8) + min(case.padding)
-        least += kept * _bytes_of_keys_and_values(slots)
-        most += (kept + slack) * _bytes_of_a_slot(slots)
-        most += 0 if slots.turnover.slot is None else slots.turnover.slot.nbytes
+        for rectangle in slots.rectangles:
+            kept = int((rectangle.columns >= 0).sum(-1).amax())
+            # Until something goes, columns that are padding in both rows have slots too.
+            full = evicts and run.cache.columns(layer).shape[-1] < sum(case.steps)
+            slack = spare(kept) + (0 if full else min(case.padding))
+            least += kept * _bytes_of_keys_and_values(rectangle)
+            most += (kept + slack) * _bytes_of_a_slot(rectangle)
+            slot = rectangle.turnover.slot
+            most += 0 if slot is None else slot.nbytes
+        most += 0 if slots.lanes is None else sum(t.nbytes for t in slots.lanes.tensors())
     others = [
         t
         for part in (run.cache.state.rows, run.cache.state.positions)
@@ -410,14 +412,14 @@ def bytes_are_of_kept_slots(policies: Policies, case: Case) -> None:
     expect(least < got <= most, "bytes held", f"more than {least}, at most {most}", got)
 
 
-def _bytes_of_a_slot(slots: SlotLayer) -> int:
+def _bytes_of_a_slot(slots: Rectangle) -> int:
     """The bytes of one slot in every row and head: key, value, column, statistics and arrival."""
-    parts = [slots.columns, *slots._numbers.values()]
+    parts = [slots.columns, *slots.held_numbers.values()]
     numbers = sum(part[:, :, 0].numel() * part.element_size() for part in parts)
     return numbers + _bytes_of_keys_and_values(slots)
 
 
-def _bytes_of_keys_and_values(slots: SlotLayer) -> int:
+def _bytes_of_keys_and_values(slots: Rectangle) -> int:
     """The bytes of one slot's key and value in every row and head, as they are held."""
     assert slots.held is not None
     return sum(part[:, :, 0].numel() * part.element_size() for part in slots.held.tensors())

@@ -203,7 +203,7 @@ def test_recording_ends_with_generate():
     ids = prompt(1, 20).repeat(1, 2)
     cache = kvprune.ComposedCache([StreamingLLM(2, 6)])
     tiny_model().generate(ids, cache=cache, max_new_tokens=9, **WAYS["prompt lookup"]())
-    assert all(layer.capacity <= 8 + SLACK for layer in cache.layers)
+    assert all(layer.rectangles[0].capacity <= 8 + SLACK for layer in cache.layers)
     with torch.no_grad():
         tiny_model()(prompt(1, 3), past_key_values=cache)
     with pytest.raises(kvprune.KVPruneError, match="at most the 0 columns"):

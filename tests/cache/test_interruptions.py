@@ -180,7 +180,7 @@ def test_a_layer_that_is_half_made_does_not_keep_a_cache_from_being_printed():
     """Whatever an error left of it."""
     cache = ComposedCache([H2O(2, 3)])
     tiny_model()(prompt(1, 9), past_key_values=cache)
-    cache.layers[2]._columns = None
+    cache.layers[2].rectangles[0].held_columns = None
     assert "seen 9 columns" in repr(cache)
 
 

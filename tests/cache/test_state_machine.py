@@ -243,7 +243,7 @@ class CacheMachine(RuleBasedStateMachine):
         """
         if not hasattr(self, "driver") or not self.evicts or self.naive.past:
             return
-        assert self.cache.layers[0].capacity <= 11 + 8 + 1 + SLACK
+        assert self.cache.layers[0].rectangles[0].capacity <= 11 + 8 + 1 + SLACK
 
 
 TestCache = CacheMachine.TestCase

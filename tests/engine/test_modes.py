@@ -80,9 +80,9 @@ def modes_of(order: tuple[str, ...]) -> list[str]:
 def cut_off(cache: kvprune.ComposedCache) -> None:
     """What the cache holds has no gradients from here on."""
     for _, layer in cache.slot_layers():
-        held = layer.held
+        held = layer.rectangles[0].held
         if isinstance(held, Plain):
-            held._keys, held._values = held._keys.detach(), held._values.detach()
+            held.buffers = tuple(buffer.detach() for buffer in held.buffers)
     inside: Any = cache.state.positions
     if hasattr(inside, "_home"):
         inside._home = [None if home is None else home.detach() for home in inside._home]

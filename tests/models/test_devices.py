@@ -227,7 +227,7 @@ def test_layers_share_their_columns_on_each_device(tmp_path, devices):
         model(prompt(1, 9).to(ZERO), past_key_values=cache)
     cache.save(tmp_path / "cache")
     for held in (cache, kvprune.ComposedCache.load(tmp_path / "cache", [], model)):
-        first, second, third, fourth = (layer._columns for layer in held.layers)
+        first, second, third, fourth = (layer.held_columns for layer in held.layers)
         assert first is second and third is fourth
 
 

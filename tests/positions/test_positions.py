@@ -228,7 +228,9 @@ def test_it_is_the_same_at_column_four_million():
     cache.state.seen += far
     inside._offset = inside._offset + far
     for layer in cache.layers:
-        layer._columns = torch.where(layer._columns >= 4, layer._columns + far, layer._columns)
+        (slots,) = layer.rectangles
+        held = slots.held_columns
+        slots.held_columns = torch.where(held >= 4, held + far, held)
     rest = our_logits(model, cache, ids[:, 250:], [1] * 150)
     assert int(cache.columns(0).max()) == far + 399 and int(inside._offset) > far
     got = torch.cat([near, rest], 1).double()

@@ -204,7 +204,7 @@ def test_sinks_inside_the_cache_turn_copies_of_what_is_held():
 
     def sinks() -> torch.Tensor:
         place = [int((layer.columns[0, 0] == column).nonzero()) for column in (0, 1)]
-        return layer.held.named_tensors(layer.used)["codes"][:, :, place]
+        return layer.rectangles[0].held.named_tensors(layer.used)["codes"][:, :, place]
 
     before = sinks()
     for token in prompt(1, 40).split(1, 1):

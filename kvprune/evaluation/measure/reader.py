@@ -220,13 +220,8 @@ def own_prefill_flops(model: Any, prompt: Sequence[int], policies: Sequence[Toke
 
 
 def _in_use(layer: Any) -> int:
-    """The slots in use before the next token is stored; 0 for a layer with a state.
-
-    A free slot does not count: the next token takes it.
-    """
-    if not isinstance(layer, SlotLayer):
-        return 0
-    return layer.used - (layer.turnover.slot is not None)
+    """The slots in use before the next token is stored; 0 for a layer with a state."""
+    return layer.in_use if isinstance(layer, SlotLayer) else 0
 
 
 def _of(logits: Tensor, tokens: Sequence[int]) -> list[float]:
