@@ -6,7 +6,8 @@ rectangles waste less and cost more operators; here are as few as keep the waste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from ..attention.lanes import Lanes
 
@@ -17,12 +18,27 @@ Groups = list[list[int]]
 """Lanes by rectangle."""
 
 
+waste = 1.0
+"""Of the empty slots that are `allowed`, how many are; see `parting_at_once`."""
+
+
+@contextmanager
+def parting_at_once() -> Iterator[None]:
+    """Lanes part as soon as they keep different numbers of slots, for tests of few tokens."""
+    global waste
+    before, waste = waste, 0.0
+    try:
+        yield
+    finally:
+        waste = before
+
+
 def allowed(most: int) -> float:
     """The empty slots that a rectangle may have for each lane, a mean, if its fullest has `most`.
 
     The room for more slots comes on top (`buffers.spare`): 5 % together, or 8 slots and 2.
     """
-    return max(2.0, most / 64)
+    return waste * max(2.0, most / 64)
 
 
 def rearranged(counts: Counts, lanes: Lanes | None) -> tuple[bool, Groups] | None:

@@ -116,7 +116,8 @@ def _cases(families: Sequence[str], examples: int, seed: str) -> list[Case]:
         steps += [1, 1, draw.randint(2, 7), 1, 1]
         family = families[number % len(families)]
         token_seed, store = draw.randint(0, 2**16), stores.choice(STORES)
-        cases.append(Case(tuple(steps), padding, family, token_seed, store=store))
+        parting = bool(stores.randint(0, 1))
+        cases.append(Case(tuple(steps), padding, family, token_seed, store=store, parting=parting))
     return cases
 
 

@@ -7,6 +7,7 @@ an oracle can be given exactly the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..models.attachment import Attachment
 from ..policy.base import TokenPolicy
 from ..positions.rotary import Rotation
 from ..statistics import Attention
+from ..storage.layout import parting_at_once
 from ..storage.quantized import Quantized
 from ..wiring.attention import slot_attention
 
@@ -76,6 +78,7 @@ class Driver:
         frequencies: the rotary frequencies for positions inside the cache, and for queries before
             rotation; None for no rotation.
         store: how keys and values are held; see `ComposedCache`.
+        parting: see `Case`.
     """
 
     def __init__(
@@ -90,7 +93,9 @@ class Driver:
         sharpness: float = 2.0,
         frequencies: Tensor | None = None,
         store: Quantized | None = None,
+        parting: bool = False,
     ) -> None:
+        self.parting = parting
         self.cache = ComposedCache(policies, store=store)
         self.rows, self.heads, self.kv_heads = rows, heads, kv_heads
         self.attachment = Attachment("driver", 1, heads)
@@ -128,14 +133,15 @@ class Driver:
         for row, pad in enumerate(padding or []):
             new[row, :pad] = 0
         self.mask = torch.cat([self.mask, new], 1)
-        self.cache.open_step(self.rows, count, self.mask, torch.device("cpu"))
-        handle = self.cache.at_layer(0)
-        keys, values = self.cache.update(tokens.k, tokens.v, 0)
-        output, _ = slot_attention(
-            "sdpa", self.module, tokens.q, keys, values, self._rule(), kvprune_layer=handle,
-            scaling=D**-0.5,
-        )  # fmt: skip
-        self.cache.close_step(done=True)
+        with parting_at_once() if self.parting else nullcontext():
+            self.cache.open_step(self.rows, count, self.mask, torch.device("cpu"))
+            handle = self.cache.at_layer(0)
+            keys, values = self.cache.update(tokens.k, tokens.v, 0)
+            output, _ = slot_attention(
+                "sdpa", self.module, tokens.q, keys, values, self._rule(), kvprune_layer=handle,
+                scaling=D**-0.5,
+            )  # fmt: skip
+            self.cache.close_step(done=True)
         return output
 
     def reset(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..cache.composed import ComposedCache
 from ..policy.base import TokenPolicy
+from ..storage.layout import parting_at_once
 from ..storage.quantized import Quantized
 from .models import left_padded, plain_model, positions, prompt, tiny_model
 
@@ -29,6 +31,8 @@ class Case:
         seed: the seed of the tokens.
         heads: the model's query heads and key/value heads.
         store: of the caches; see `ComposedCache`.
+        parting: whether rows and heads stand apart in memory as soon as they keep different numbers
+            of slots, as they do in long caches.
     """
 
     steps: tuple[int, ...]
@@ -37,6 +41,7 @@ class Case:
     seed: int = 0
     heads: tuple[int, int] = (4, 2)
     store: Quantized | None = None
+    parting: bool = False
 
     @property
     def model(self) -> Any:
@@ -60,7 +65,7 @@ class Case:
 
     def run(self, policies: Sequence[TokenPolicy]) -> Run:
         """A new cache with these policies, which has read nothing yet."""
-        return Run(self.model, policies, self.store)
+        return Run(self.model, policies, self.store, self.parting)
 
     def fed(self, policies: Sequence[TokenPolicy]) -> Run:
         """A new cache with these policies, which has read everything."""
@@ -73,16 +78,21 @@ class Run:
     """Forwards of one cache on one model, with the padding mask kept beside it."""
 
     def __init__(
-        self, model: Any, policies: Sequence[TokenPolicy], store: Quantized | None = None
+        self,
+        model: Any,
+        policies: Sequence[TokenPolicy],
+        store: Quantized | None = None,
+        parting: bool = False,
     ) -> None:
         self.model, self.cache = model, ComposedCache(policies, store=store)
+        self.parting = parting
         self.mask: Tensor | None = None
 
     def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Runs a forward of the tokens `[B, Q]`; returns the last token's logits, `[B, V]`."""
         mask = torch.ones_like(ids) if mask is None else mask
         self.mask = mask if self.mask is None else torch.cat([self.mask, mask], 1)
-        with torch.no_grad():
+        with torch.no_grad(), parting_at_once() if self.parting else nullcontext():
             logits: Tensor = self.model(
                 ids,
                 attention_mask=self.mask,

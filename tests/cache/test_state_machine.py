@@ -19,9 +19,10 @@ from kvprune.policy.composition import leaves
 from kvprune.storage.buffers import SLACK
 
 from ..support.driver import Driver
-from ..support.naive_cache import NaiveCache, Rule, either, heavy_hitters, sinks_and_window
+from ..support.naive_cache import NaiveCache, Rule, above, either, heavy_hitters, sinks_and_window
 from ..support.naive_codes import read_back_all
 from ..support.strategies import stores
+from ..support.uneven import Threshold
 
 MOST_COLUMNS, MOST_ROWS = 40, 4
 
@@ -33,6 +34,8 @@ PIPELINES: list[tuple[list[kvprune.TokenPolicy], list[Rule]]] = [
     ([StreamingLLM(1, 7), H2O(2, 3)], [sinks_and_window(1, 7), heavy_hitters(2, 3)]),
     ([H2O(4, 4), StreamingLLM(2, 5)], [heavy_hitters(4, 4), sinks_and_window(2, 5)]),
     ([H2O(2, 2) | StreamingLLM(2, 3)], [either(heavy_hitters(2, 2), sinks_and_window(2, 3))]),
+    ([Threshold(0.4, recent=2)], [above(0.4, 2)]),
+    ([Threshold(0.4, recent=2), H2O(3, 2)], [above(0.4, 2), heavy_hitters(3, 2)]),
     ([H2O(3, 2, positions="cache")], [heavy_hitters(3, 2)]),
     (
         [StreamingLLM(1, 7), H2O(2, 2, positions="cache") | StreamingLLM(2, 3)],
@@ -54,14 +57,16 @@ class CacheMachine(RuleBasedStateMachine):
         seed=st.integers(0, 99),
         grad=st.booleans(),
         store=stores,
+        parting=st.booleans(),
     )
-    def begin(self, chosen, rows, heads, seed, grad, store):
+    def begin(self, chosen, rows, heads, seed, grad, store, parting):
         policies, rules = chosen
         self.evicts = bool(policies)
+        self.bounded = self.evicts and not isinstance(policies[-1], Threshold)
         inside = any(p.positions_in_cache for p in leaves(policies))
         # Inside the cache a store rounds keys before they are turned, and the naive cache does not.
         self.store = None if inside else store
-        how = {"seed": seed, "frequencies": FREQUENCIES, "store": self.store}
+        how = {"seed": seed, "frequencies": FREQUENCIES, "store": self.store, "parting": parting}
         self.driver = Driver(policies, rows, *heads, **how)
         self.naive = NaiveCache(rules, FREQUENCIES.numpy() if inside else None)
         self.recording, self.grad = False, grad
@@ -241,7 +246,7 @@ class CacheMachine(RuleBasedStateMachine):
 
         Padding of a first prompt has slots until something goes: 11, beside a budget of at most 8.
         """
-        if not hasattr(self, "driver") or not self.evicts or self.naive.past:
+        if not hasattr(self, "driver") or not self.bounded or self.naive.past:
             return
         assert self.cache.layers[0].rectangles[0].capacity <= 11 + 8 + 1 + SLACK
 

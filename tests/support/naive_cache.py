@@ -23,6 +23,13 @@ def sinks_and_window(sinks: int, window: int) -> Rule:
     return lambda columns, scores, first: streaming_keep(columns, sinks, window, first)
 
 
+def above(least: float, recent: int) -> Rule:
+    """Columns with a score of at least so much, and the newest ones."""
+    return lambda columns, scores, first: [
+        c for c in columns if scores[c] >= least or c in columns[-recent:]
+    ]
+
+
 def either(one: Rule, other: Rule) -> Rule:
     """A union."""
     return lambda *view: sorted({*one(*view), *other(*view)})

@@ -30,6 +30,7 @@ from kvprune.policies import (
 from kvprune.testing.runs import STORES, Case
 
 from .models import LAYERS
+from .uneven import Threshold
 
 
 def sdtp_heads(stages: int = 2, hidden_size: int = 32, **options: Any) -> SDTPHeads:
@@ -139,6 +140,12 @@ POLICIES = [
         lambda: ExpectedAttention(500, when=None),
     ),
     Listed(
+        "threshold",
+        lambda n: Threshold(1 / n, recent=2),
+        lambda n: 1000,
+        lambda: Threshold(0.0),
+    ),
+    Listed(
         "around",
         lambda n: kvprune.Around(TOVA(n)),
         lambda n: n,
@@ -222,4 +229,5 @@ def cases(
     padding[0] = padding[0] if later else 0
     steps += [1, 1, draw(st.integers(2, 7)), 1, 1] if later else []
     family, seed = draw(families), draw(seeds)
-    return Case(tuple(steps), (padding[0], padding[1]), family, seed, draw(heads), draw(stores))
+    how = draw(heads), draw(stores), draw(st.booleans())
+    return Case(tuple(steps), (padding[0], padding[1]), family, seed, *how)
