@@ -313,6 +313,7 @@ class ComposedCache(WiredCache):
         layers = zip(held.state.slot_layers(), twin.state.slot_layers(), strict=True)
         for (_, layer), (_, wanted) in layers:
             layer.narrow_statistics(wanted.parts)
+            layer.divides = wanted.divides
         # What was read was read by the model as it was then.
         assert self.binding is not None
         held.binding = replace(twin.binding, model=self.binding.model)

@@ -49,7 +49,7 @@ class SlotLayer:
         parts: the statistics per slot.
         layer_parts: the statistics per layer.
         records: what is held of the latter; those of which nothing is held are left out.
-        local, store, direct: see above.
+        local, store, direct, divides: see above.
         rectangles: one, or several.
         lanes: which rows and heads stand in which rectangle; None for one.
         seen: the cache's logical length, as far as the layer knows it.
@@ -76,7 +76,7 @@ class SlotLayer:
         self.parts = tuple(s for s in statistics if s.per == "slot")
         self.layer_parts = tuple(s for s in statistics if s.per == "layer")
         self.local = local
-        self._arrivals, self._divides = arrivals, divides
+        self._arrivals, self.divides = arrivals, divides
         self.reset()
 
     def reset(self) -> None:
@@ -467,7 +467,7 @@ class SlotLayer:
             return
         counts = (columns >= 0).sum(-1)
         fewest, most = torch.stack(counts.aminmax()).tolist()
-        apart = self._divides and most - fewest > allowed(most)
+        apart = self.divides and most - fewest > allowed(most)
         if self.lanes is None and not apart:
             self.rectangles[0].keep(columns, fewest, most, policy)
             return

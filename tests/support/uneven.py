@@ -45,3 +45,21 @@ class FirstHead(kvprune.TokenPolicy):
         stays[:, 0] = True
         none = torch.zeros_like(columns[:, 0, 0])
         return kvprune.Ranking(columns.double(), stays & (columns >= 0), none)
+
+
+@dataclass(frozen=True)
+class Budgets(kvprune.TokenPolicy):
+    """Each head has a budget of its own, of its newest slots.
+
+    each: by head.
+    """
+
+    each: tuple[int, ...]
+
+    def rank_slots(self, slots):
+        """See `TokenPolicy.rank_slots`."""
+        columns = slots.columns.expand(-1, slots.heads, -1)
+        budget = torch.tensor(self.each).expand(columns.shape[0], -1)
+        return kvprune.Ranking(
+            columns.double(), torch.zeros_like(columns, dtype=torch.bool), budget
+        )
