@@ -64,6 +64,8 @@ def uneven(name: str) -> tuple[Driver, list[int]]:
     if name == "budgets of all kinds in a store":
         budgets = (1000, 901, 700, 333, 90, 88, 20, 4)
         return Driver([Budgets(budgets)], 1, 8, 8, store=Quantized(8, 4)), [0]
+    if name == "budgets that differ a little":
+        return Driver([Budgets((1000, 950, 900, 850, 800, 750, 700, 650))], 1, 8, 8), [0]
     return rows_of([1100] + [100] * 7)
 
 
@@ -71,6 +73,7 @@ NAMES = [
     "one of two heads keeps everything",
     "budgets of all kinds",
     "budgets of all kinds in a store",
+    "budgets that differ a little",
     "a row of 1,000 beside seven of 100",
 ]
 
@@ -135,22 +138,22 @@ def test_a_growing_head_is_not_copied_in_every_step():
 # What they give is what one rectangle gives.
 
 
-def generated(policies, apart: bool, monkeypatch, family="llama", store=None, **how):
+def generated(policies, waste, monkeypatch, family="llama", store=None, **how):
     """Logits, and the cache, of a padded batch whose rows and heads part, or must not."""
-    monkeypatch.setattr(layout, "waste", 0.0 if apart else math.inf)
+    monkeypatch.setattr(layout, "waste", waste)
     cache = ComposedCache(policies, store=store)
     model = tiny_model(family)
     inputs = left_padded(prompt(3, 30), [0, 20, 6])
     options = {"max_new_tokens": 8, "output_logits": True, "return_dict_in_generate": True}
     found = model.generate(**inputs, cache=cache, **options, **how)
     parted = [layer.lanes is not None for layer in cache.layers]
-    assert any(parted) == apart
+    assert any(parted) == (waste < math.inf)
     return found, cache
 
 
-def check(policies, monkeypatch, family="llama", store=None, **how):
-    got, held = generated(policies, True, monkeypatch, family, store, **how)
-    expected, whole = generated(policies, False, monkeypatch, family, store, **how)
+def check(policies, monkeypatch, family="llama", store=None, waste=0.0, **how):
+    got, held = generated(policies, waste, monkeypatch, family, store, **how)
+    expected, whole = generated(policies, math.inf, monkeypatch, family, store, **how)
     assert torch.equal(got.sequences, expected.sequences)
     for mine, other in zip(got.logits, expected.logits, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9)
@@ -174,6 +177,13 @@ POLICIES = [
 @pytest.mark.parametrize("store", [None, Quantized(8, 4)], ids=repr)
 def test_generate(policy, store, monkeypatch):
     check([policy], monkeypatch, store=store)
+
+
+@pytest.mark.parametrize("waste", [0.5, 1.0])
+@pytest.mark.parametrize("least", [0.3, 0.5, 0.8])
+def test_lanes_that_stand_together_though_they_differ_a_little(waste, least, monkeypatch):
+    held = check([Threshold(least, 2)], monkeypatch, waste=waste)
+    assert any(rectangle.gaps for layer in held.layers for rectangle in layer.rectangles)
 
 
 @pytest.mark.parametrize(
