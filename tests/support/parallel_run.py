@@ -15,9 +15,11 @@ import kvprune
 from kvprune.policies import H2O, StreamingLLM
 from kvprune.policy import SlotView, TokenView
 from kvprune.statistics import Attention
+from kvprune.storage.layout import parting_at_once
 
 from .models import LAYERS, left_padded, prompt
 from .strategies import sdtp_pruner
+from .uneven import Threshold
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,6 +51,7 @@ PIPELINES: dict[str, list[kvprune.TokenPolicy]] = {
     "h2o": [H2O(4, 4)],
     "sdtp, h2o": [sdtp_pruner(0.6), H2O(4, 4)],
     "streaming": [StreamingLLM(2, 6)],
+    "threshold": [Threshold(0.6, 2)],
     "head-shared": [HeadShared()],
     "head-shared | streaming": [HeadShared() | StreamingLLM(2, 4)],
 }
@@ -61,7 +64,9 @@ def report(model: PreTrainedModel) -> dict[str, object]:
         cache = kvprune.ComposedCache(policies)
         inputs = left_padded(prompt(2, 30), [0, 7])
         generate: Any = model.generate
-        tokens = generate(**inputs, cache=cache, max_new_tokens=8, do_sample=False)
+        # Each process by itself says which of its heads and rows stand apart.
+        with parting_at_once():
+            tokens = generate(**inputs, cache=cache, max_new_tokens=8, do_sample=False)
         heads = cache.layers[0].keys.shape[1]
         columns = [cache.columns(i).expand(-1, heads, -1).tolist() for i in range(LAYERS)]
         found[name] = {"tokens": tokens.tolist(), "columns": columns}
