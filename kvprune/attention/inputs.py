@@ -99,7 +99,10 @@ class Inputs:
         """
         assert self.pieces is not None
         lanes = self.pieces.lanes
-        each = zip(self.pieces.each, lanes.split_queries(query), lanes.rows_of(), strict=True)
+        # A single token of every row came at the same time.
+        same = self.no_padding and query.shape[2] == 1
+        queries, asking = lanes.split_queries(query), lanes.split_columns(columns, same)
+        each = zip(self.pieces.each, queries, asking, lanes.rows_of(), strict=True)
         return [
             replace(
                 self,
@@ -107,13 +110,13 @@ class Inputs:
                 key=piece.key,
                 value=piece.value,
                 mask=LaneMask(self.mask, rows),
-                query_columns=columns.index_select(0, rows),
+                query_columns=theirs,
                 held_columns=piece.held_columns,
                 no_gaps=piece.no_gaps,
                 coded=piece.coded,
                 pieces=None,
             )
-            for piece, mine, rows in each
+            for piece, mine, theirs, rows in each
         ]
 
     def with_turned_queries(self) -> Inputs:

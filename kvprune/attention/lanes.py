@@ -7,8 +7,7 @@ cut for its rectangles, and put together again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,51 +15,78 @@ from torch import Tensor
 from .masks import Mask
 
 
-@dataclass(frozen=True, eq=False)
 class Lanes:
     """Which lanes of a layer stand in which of its rectangles.
 
-    rows: B, of the layer.
-    heads: the key/value heads that are stored, Hkv.
-    by_head: a lane is one head of a row; else it is a row, with all its heads.
-    numbers: by rectangle, its lanes, ascending: rows, or `row * heads + head`.
-    device: where the layer is.
+    Args:
+        rows: B, of the layer.
+        heads: the key/value heads that are stored, Hkv.
+        by_head: a lane is one head of a row; else it is a row, with all its heads.
+        numbers: by rectangle, its lanes, ascending: rows, or `row * heads + head`.
+        device: where the layer is.
     """
 
-    rows: int
-    heads: int
-    by_head: bool
-    numbers: tuple[tuple[int, ...], ...]
-    device: torch.device
-    # `numbers` as tensors, and the place of every lane among all of them.
-    _each: tuple[Tensor, ...] = field(init=False, repr=False)
-    _places: Tensor = field(init=False, repr=False)
+    def __init__(
+        self,
+        rows: int,
+        heads: int,
+        by_head: bool,
+        numbers: Sequence[Sequence[int]],
+        device: torch.device,
+    ) -> None:
+        self.rows, self.heads, self.by_head = rows, heads, by_head
+        self.numbers, self.device = tuple(map(tuple, numbers)), device
+        order = [lane for lanes in self.numbers for lane in lanes]
+        self._sizes = [len(lanes) for lanes in self.numbers]
+        # None where rectangle after rectangle is the order of the layer.
+        in_order = order == sorted(order)
+        self._order = None if in_order else torch.tensor(order, device=device)
+        self._places = None if self._order is None else self._order.argsort()
+        width = heads if by_head else 1
+        self._rows = torch.tensor([n // width for n in order], device=device).split(self._sizes)
 
-    def __post_init__(self) -> None:
-        each = tuple(torch.tensor(numbers, device=self.device) for numbers in self.numbers)
-        object.__setattr__(self, "_each", each)
-        object.__setattr__(self, "_places", torch.cat(each).argsort())
-
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> Iterator[Tensor]:
         """All that is held, for counting bytes."""
-        return (*self._each, self._places)
+        yield from (t for t in (self._order, self._places, *self._rows) if t is not None)
 
-    def split(self, tensor: Tensor) -> list[Tensor]:
-        """`[B, 1|Hkv, ...]` for each rectangle: `[N, 1|Hkv, ...]`, by head `[N, 1, ...]`."""
+    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """`[B, 1|Hkv, ...]` for each rectangle: `[N, 1|Hkv, ...]`, by head `[N, 1, ...]`; views."""
         if self.by_head:
-            tensor = tensor.expand(-1, self.heads, *tensor.shape[2:])
+            if tensor.shape[1] < self.heads:
+                tensor = tensor.expand(-1, self.heads, *tensor.shape[2:])
             tensor = tensor.reshape(-1, 1, *tensor.shape[2:])
-        return [tensor.index_select(0, lanes) for lanes in self._each]
+        return self._dealt_out(tensor)
 
-    def split_queries(self, query: Tensor) -> list[Tensor]:
+    def split_queries(self, query: Tensor) -> tuple[Tensor, ...]:
         """`[B, Hq, Q, D]` for each rectangle: the query heads that read its lanes."""
         if self.by_head:
             query = query.reshape(-1, query.shape[1] // self.heads, *query.shape[2:])
-        return [query.index_select(0, lanes) for lanes in self._each]
+        return self._dealt_out(query)
 
-    def rows_of(self) -> list[Tensor]:
+    def split_columns(self, columns: Tensor, same: bool) -> tuple[Tensor, ...]:
+        """Columns of tokens `[B, Q]` or `[B, 1, Q]` for each rectangle, `[N, Q]` or `[N, 1, Q]`.
+
+        Args:
+            columns: int64.
+            same: it is known that all rows have the same.
+        """
+        if same:
+            one, rest = columns[:1], columns.shape[1:]
+            return tuple(one.expand(size, *rest) for size in self._sizes)
+        return tuple(columns.index_select(0, rows) for rows in self._rows)
+
+    def rows_of(self) -> Sequence[Tensor]:
         """The row of each lane, by rectangle, `[N]` int64."""
-        return [lanes // self.heads if self.by_head else lanes for lanes in self._each]
+        return self._rows
+
+    def _dealt_out(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        if self._order is not None:
+            tensor = tensor.index_select(0, self._order)
+        return tensor.split_with_sizes(self._sizes)
+
+    def _in_layers_order(self, tensors: Sequence[Tensor]) -> Tensor:
+        whole = torch.cat(list(tensors))
+        return whole if self._places is None else whole.index_select(0, self._places)
 
     def selected(self, rows: Sequence[int]) -> tuple[Lanes, list[list[int]]]:
         """The lanes once row i is what row `rows[i]` was.
@@ -79,9 +105,9 @@ class Lanes:
                 for head in range(width)
             ]
             here = [(new, place[old]) for new, old in wanted if old in place]
-            numbers.append(tuple(new for new, _ in here))
+            numbers.append([new for new, _ in here])
             places.append([at for _, at in here])
-        left = tuple(lanes for lanes in numbers if lanes)
+        left = [lanes for lanes in numbers if lanes]
         return Lanes(len(rows), self.heads, self.by_head, left, self.device), places
 
     def join(self, tensors: Sequence[Tensor], fill: float, axis: int = 2) -> Tensor:
@@ -98,15 +124,16 @@ class Lanes:
             `[B, 1|Hkv, ..., S, ...]`, S the most slots that a rectangle has.
         """
         size = max(tensor.shape[axis] for tensor in tensors)
-        whole = torch.cat([_right_aligned(tensor, size, fill, axis) for tensor in tensors])
-        whole = whole.index_select(0, self._places)
+        whole = self._in_layers_order([_right_aligned(t, size, fill, axis) for t in tensors])
         return whole.view(self.rows, self.heads, *whole.shape[2:]) if self.by_head else whole
 
     def join_outputs(self, outputs: Sequence[Tensor]) -> Tensor:
         """Outputs `[N, Q, heads, Dv]` of each rectangle's query heads: `[B, Q, Hq, Dv]`."""
-        whole = torch.cat(list(outputs)).index_select(0, self._places)
+        whole = self._in_layers_order(outputs)
         if not self.by_head:
             return whole
+        if whole.shape[1] == 1:
+            return whole.view(self.rows, 1, -1, whole.shape[-1])
         apart = whole.unflatten(0, (self.rows, self.heads)).transpose(1, 2)
         return apart.flatten(2, 3)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..attention.coded import Coded
+from ..attention.constants import constant
 from ..attention.dispatch import attend, attend_and_observe, scores_for
 from ..attention.inputs import Inputs
 from ..attention.lanes import Lanes
@@ -79,7 +80,8 @@ class LayerStep(Observer):
             return arranged, slots.values
         if self._coded(keys) is not None or (slots.lanes is not None and self._as_stored):
             # Shapes without numbers: attention reads what is held.
-            nothing, shape = keys.new_full((), nan), (*keys.shape[:2], slots.used)
+            nothing = constant(_nothing, keys.dtype, keys.device)
+            shape = (*keys.shape[:2], slots.used)
             return nothing.expand(*shape, keys.shape[3]), nothing.expand(*shape, values.shape[3])
         return slots.turned() if self._turned else (slots.keys, slots.values)
 
@@ -153,7 +155,8 @@ class LayerStep(Observer):
             value,
             mask,
             self.columns,
-            self.slot_columns[..., :0] if pieces is not None else slots.held_columns,
+            # Nobody reads it where there are pieces.
+            self.slot_columns if pieces is not None else slots.held_columns,
             no_padding=self.complete,
             no_gaps=slots.complete,
             count=self.step.count,
@@ -357,6 +360,11 @@ class LayerStep(Observer):
             return columns
         oldest = local.oldest(self.seen, self.rows.first)
         return columns.masked_fill(columns < oldest[:, None, None], -1)
+
+
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Not a number, which stands where nothing is to be read."""
+    return torch.full((), nan, dtype=dtype, device=device)
 
 
 def _goes_by_piece(lanes: Lanes, backend: str, mask: Mask, arguments: Mapping[str, Any]) -> bool:

@@ -295,10 +295,10 @@ class SlotLayer:
             self.rectangles[0].restore(numbers, tensors)
         else:
             first = next(iter(tensors.values()))
-            lanes = tuple(map(tuple, numbers["lanes"]))
             where = numbers["rows"], numbers["heads"], numbers["by_head"]
-            self.lanes = Lanes(*where, lanes, first.device)
-            self.rectangles = [Rectangle(self.store, self.parts, self._arrivals) for _ in lanes]
+            self.lanes = Lanes(*where, numbers["lanes"], first.device)
+            each = self.lanes.numbers
+            self.rectangles = [Rectangle(self.store, self.parts, self._arrivals) for _ in each]
             for i, rectangle in enumerate(self.rectangles):
                 start = f"{i}."
                 mine = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
@@ -408,10 +408,16 @@ class SlotLayer:
         if self.lanes is None:
             self.rectangles[0].append(keys, values, columns, *how, arrived)
         else:
-            each = [self.lanes.split(tensor) for tensor in (keys, values, columns)]
-            positions = None if arrived is None else self.lanes.split(arrived)
-            for i, (rectangle, *new) in enumerate(zip(self.rectangles, *each, strict=True)):
-                rectangle.append(*new, *how, None if positions is None else positions[i])
+            lanes, single = self.lanes, complete and columns.shape[-1] == 1
+            # A single token of every row came at the same time.
+            mine = lanes.split_columns(columns, same=single)
+            nothing = (None,) * len(mine)
+            came = nothing if arrived is None else lanes.split(arrived)
+            each = zip(
+                self.rectangles, lanes.split(keys), lanes.split(values), mine, came, strict=True
+            )
+            for rectangle, new_keys, new_values, new_columns, positions in each:
+                rectangle.append(new_keys, new_values, new_columns, *how, positions)
         self.whole, self.seen = self.whole and whole, seen
 
     def columns_after(self, columns: Tensor, in_free_slot: bool) -> Tensor:
@@ -486,7 +492,7 @@ class SlotLayer:
             self.lanes, self.rectangles = None, [whole]
             return
         where = whole.columns.shape[0], self.heads, by_head
-        self.lanes = Lanes(*where, tuple(map(tuple, groups)), whole.columns.device)
+        self.lanes = Lanes(*where, groups, whole.columns.device)
         self.rectangles = whole.divided(self.lanes)
 
     def free(self, gone: Tensor, policy: int | None = None) -> None:

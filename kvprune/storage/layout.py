@@ -79,7 +79,8 @@ def grouped(counts: Sequence[int], share: float = 1.0) -> Groups:
         else:
             groups.append([lane])
             empty, most = 0, counts[lane]
-    return [sorted(group) for group in groups]
+    # In the order of lanes, so that they need not be moved about where they are neighbours.
+    return sorted(sorted(group) for group in groups)
 
 
 def _fits(numbers: Sequence[int]) -> bool:

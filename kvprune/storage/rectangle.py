@@ -337,8 +337,9 @@ class Rectangle:
         for i, mine in enumerate(columns):
             one = Rectangle(self.store, self.parts, self.arrivals)
             one.used, one.gaps, one.held_columns = self.used, True, widened(mine, self.capacity, -1)
-            one.held = self.held.with_buffers(each[i] for each in buffers)
-            one.held_numbers = {name: each[i] for name, each in numbers.items()}
+            # Copies: views would keep all of this alive.
+            one.held = self.held.with_buffers(each[i].clone() for each in buffers)
+            one.held_numbers = {name: each[i].clone() for name, each in numbers.items()}
             found.append(one)
         return found
 

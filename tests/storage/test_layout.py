@@ -106,7 +106,7 @@ def test_what_is_even_stays_one_rectangle():
 
 def test_few_rectangles_that_waste_little():
     assert grouped([1000, 20]) == [[0], [1]]
-    assert grouped([20, 1000, 19, 990]) == [[1, 3], [0, 2]]
+    assert grouped([20, 1000, 19, 990]) == [[0, 2], [1, 3]]
     assert grouped([5, 5, 5]) == [[0, 1, 2]]
     assert rearranged([[100], [101], [99]], None) is None
     assert rearranged([[100], [10], [99]], None) == (False, [[0, 2], [1]])
