@@ -1,21 +1,23 @@
 """Slots that stand side by side, as many for each row and head: all of a layer's, or of some lanes.
 
-See `layer.py` for what a layer is, and `kvprune.attention.lanes` for layers of several rectangles.
+See `layer.py` for what a layer is, and `several.py` for layers of several rectangles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..attention.coded import Coded
+from ..attention.inputs import Piece
 from ..attention.lanes import Lanes
-from ..errors import KVPruneError
-from ..statistics import Block, Statistic, statistic_dtype
-from .buffers import extended, gathered, put, roomier, spare, watched, widened
+from ..statistics import Statistic, statistic_dtype
+from .buffers import extended, gathered, numbers_at, put, roomier, spare, watched, widened
+from .joining import joined
 from .plain import Plain
 from .quantized import Quantized, QuantizedSlots
 from .turnover import Stage, Turnover
@@ -68,6 +70,14 @@ class Rectangle:
         self.held_columns: Tensor | None = None
         self.held_numbers: dict[Statistic | str, Tensor] = {}
 
+    lanes = None
+    """It stands alone; see `Rectangles`."""
+
+    @property
+    def rectangles(self) -> list[Rectangle]:
+        """Itself alone."""
+        return [self]
+
     @property
     def columns(self) -> Tensor:
         """`[B, 1|Hkv, S]` int64, -1 for an empty slot."""
@@ -107,6 +117,41 @@ class Rectangle:
         """`[B, Hkv, S, Dv]`."""
         assert self.held is not None
         return self.held.values(self.used)
+
+    @property
+    def heads(self) -> int:
+        """Key/value heads, Hkv."""
+        assert self.held is not None
+        return self.held.heads
+
+    @property
+    def in_use(self) -> int:
+        """Slots in use before the next token is stored; a free one does not count."""
+        return self.used - (self.turnover.slot is not None)
+
+    def turned(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as the store turned them."""
+        if isinstance(self.held, QuantizedSlots):
+            return self.held.turned(self.used)
+        return self.keys, self.values
+
+    def coded(self) -> tuple[Coded, Coded] | None:
+        """Keys and values as codes, where they are held as codes."""
+        return self.held.coded(self.used) if isinstance(self.held, QuantizedSlots) else None
+
+    def piece(self, codes: bool) -> Piece:
+        """What attention needs, where this is one rectangle of several; see `SlotLayer.pieces`."""
+        assert self.held is not None and self.held_columns is not None
+        coded = self.coded() if codes else None
+        if coded is None:
+            return Piece(*self.turned(), self.held_columns, self.complete)
+        keys, values = (each.shape_alone(self.held.dtype) for each in coded)
+        return Piece(keys, values, self.held_columns, self.complete, coded)
+
+    def move(self, device: torch.device | str) -> None:
+        """Moves keys and values to a device."""
+        if self.held is not None:
+            self.held.move(device)
 
     def tensors(self) -> Iterator[Tensor]:
         """All that is held, for counting bytes."""
@@ -249,6 +294,18 @@ class Rectangle:
             # In its place, since layers that decode together share it.
             held[..., : self.used].copy_(value)
 
+    def rewrite_keys(
+        self, keys: Tensor, index: Tensor | None = None, there: Tensor | None = None
+    ) -> None:
+        """Puts other keys in the place of those that are held; see `SlotLayer.rewrite_keys`."""
+        # Others are read-only: what is held in codes is never coded again.
+        assert isinstance(self.held, Plain)
+        self.held.rewrite_keys(keys, self.used, index, there)
+
+    def keep_all(self) -> None:
+        """Drops nothing; no policy is known to be full any more."""
+        self.turnover = replace(self.turnover, policy=None)
+
     def mask(self, columns: Tensor, policy: int | None) -> None:
         """Empties the slots whose column is -1 here, `[B, 1|Hkv, S]`; nothing leaves its place."""
         self.held_columns, self.gaps = widened(columns, self.capacity, -1), True
@@ -273,7 +330,7 @@ class Rectangle:
         self.gaps = fewest < (self.used if slot is None else self.used - 1)
 
     def can_free(self, gone: Tensor) -> bool:
-        """Whether `free` may drop these, `[B, 1|Hkv, 1]`."""
+        """Whether `free` may drop these, `[B, 1|Hkv, 1]`; else `keep` does."""
         fits = self.turnover.slot is None and self.capacity - self.used < spare(self.used)
         return fits and gone.shape[1] == self.columns.shape[1]
 
@@ -295,13 +352,15 @@ class Rectangle:
         same = (self.held_numbers.get(name) is value for name, value in statistics.items())
         return self.held_columns is columns and all(same)
 
-    def past(self) -> Past:
-        """What is held now, to come back to."""
+    def past(self) -> list[Past]:
+        """What is held now, to come back to, by rectangle."""
         columns = None if self.held_columns is None else self.columns
-        return Past(columns, {part: value.clone() for part, value in self.statistics.items()})
+        statistics = {part: value.clone() for part, value in self.statistics.items()}
+        return [Past(columns, statistics)]
 
-    def come_back(self, past: Past) -> None:
+    def come_back(self, pasts: Sequence[Past]) -> None:
         """Holds what it held then; what came since is empty. Nothing has left its place."""
+        (past,) = pasts
         assert past.columns is not None
         self.used, capacity = past.columns.shape[-1], self.capacity
         self.held_columns = widened(past.columns, capacity, -1)
@@ -318,14 +377,24 @@ class Rectangle:
             self.held_numbers[name] = gathered(value, order, 1)
         self.used = size
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Row i becomes what row `rows[i]` was."""
+    def observe_past(
+        self, pasts: Sequence[Past], part: Statistic, numbers: Tensor, columns: Tensor
+    ) -> None:
+        """Joins numbers of tokens to what was held; see `SlotLayer.observe_tokens`."""
+        (past,) = pasts
+        if past.columns is not None and part in past.statistics:
+            new = numbers_at(past.columns, numbers, columns)
+            past.statistics[part] = part.join(past.statistics[part], new)
+
+    def select_rows(self, rows: Tensor) -> Rectangle:
+        """Itself, once row i is what row `rows[i]` was."""
         assert self.held is not None and self.held_columns is not None
         self.held.select_rows(rows)
         self.held_columns = self.held_columns.index_select(0, rows)
         self.turnover = self.turnover.select_rows(rows)
         for name, value in self.held_numbers.items():
             self.held_numbers[name] = value.index_select(0, rows)
+        return self
 
     def divided(self, lanes: Lanes) -> list[Rectangle]:
         """The rectangles of a layer of which this one has all lanes."""
@@ -342,61 +411,3 @@ class Rectangle:
             one.held_numbers = {name: each[i].clone() for name, each in numbers.items()}
             found.append(one)
         return found
-
-
-def united(rectangles: Sequence[Rectangle], lanes: Lanes) -> Rectangle:
-    """One rectangle of all the lanes of a layer, without room for more slots."""
-    first = rectangles[0]
-    assert first.held is not None
-    one = Rectangle(first.store, first.parts, first.arrivals)
-    one.used, one.gaps = max(each.used for each in rectangles), True
-    one.held_columns = lanes.join([each.columns for each in rectangles], -1)
-    used = [
-        [buffer[:, :, : each.used] for buffer in each.held.buffers]
-        for each in rectangles
-        if each.held is not None
-    ]
-    one.held = first.held.with_buffers(lanes.join(same, 0) for same in zip(*used, strict=True))
-    one.held_numbers = {
-        name: lanes.join([each.held_numbers[name][..., : each.used] for each in rectangles], 0)
-        for name in first.held_numbers
-    }
-    return one
-
-
-def joined(part: Statistic, before: Tensor, new: Any, several: bool) -> Tensor:
-    """What `Statistic.join` makes of `[B, Hkv, S]`, checked; see `SlotLayer.observe`."""
-    value = part.join(before, new)
-    _check_joined(part, before, value)
-    if several and part.checked:
-        _check_comparable(part, value, new)
-    return value
-
-
-def _check_joined(part: Statistic, before: Tensor, value: Any) -> None:
-    fits = isinstance(value, Tensor) and value.shape == before.shape
-    if not fits or value.dtype != before.dtype or value.device != before.device:
-        raise KVPruneError(
-            f"{part!r}: expected join() to return {before.dtype} of shape {list(before.shape)} on "
-            f"{before.device}, as it was handed, got {described(value)}"
-        )
-
-
-def _check_comparable(part: Statistic, value: Tensor, new: Tensor | Block) -> None:
-    """Refuses NaN in what a statistic returned, unless it was handed NaN."""
-    given = new if isinstance(new, Tensor) else new.probabilities
-    rows = value.isnan().flatten(1).any(-1) & ~given.isnan().flatten(1).any(-1)
-    if bool(rows.any()):
-        raise KVPruneError(
-            f"{part!r}: expected join() to return numbers that can be compared, got NaN in rows "
-            f"{rows.nonzero().flatten().tolist()}"
-        )
-
-
-def described(value: Any) -> str:
-    """What somebody returned, for an error."""
-    if isinstance(value, tuple):
-        return f"({', '.join(map(described, value))})"
-    if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {list(value.shape)} on {value.device}"
-    return type(value).__name__
