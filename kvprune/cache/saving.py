@@ -6,8 +6,8 @@ version, the numbers and every tensor. Tensors: `rows.first`, `rows.prompt_lengt
 `rows.prompt_ids` (not in files of earlier releases: then a prompt is not known again), `padding`
 and, by layer, keys and values (`codes` and `grids` with a store that quantises), columns,
 statistics, the free slot (`hole`) and, where positions are assigned inside the cache, those that
-keys came with and `positions.*`. Only slots in use are written; layers that share one tensor of
-columns share it in the file.
+keys came with and `positions.*`. A layer of several rectangles has the tensors of each, behind its
+number. Only slots in use are written; layers that share one tensor of columns share it in the file.
 
 Reading runs no code of the file. The digest finds damage; it is no signature.
 """
@@ -39,6 +39,9 @@ from ..storage.rows import PromptIds, RowNumbers, inner_padding_of
 from .state import CacheState
 
 VERSION = "2"
+
+SEVERAL = "3"
+"""The version of files in which some layer's rows or heads stand apart; see `Rectangles`."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,10 @@ def write(path: Path, contents: Contents) -> None:
     whole = torch.contiguous_format
     tensors = {n: t.detach().cpu().clone(memory_format=whole) for n, t in contents.tensors.items()}
     numbers = json.dumps(contents.numbers, sort_keys=True)
-    metadata = {"kvprune_cache": VERSION, "numbers": numbers, "digest": _digest(numbers, tensors)}
+    several = any("rectangles" in layer for layer in contents.numbers["layers"])
+    version = SEVERAL if several else VERSION
+    digest = _digest(version, numbers, tensors)
+    metadata = {"kvprune_cache": version, "numbers": numbers, "digest": digest}
     write_whole(path, lambda scratch: save_file(tensors, scratch, metadata))
 
 
@@ -212,9 +218,9 @@ def read(path: Path) -> Contents:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise _damaged(path, str(error)) from error
-    _check_version(path, metadata)
+    version = _checked_version(path, metadata)
     numbers = metadata.get("numbers", "")
-    if metadata.get("digest") != _digest(numbers, tensors):
+    if metadata.get("digest") != _digest(version, numbers, tensors):
         raise _damaged(path, "its contents do not have the digest that was written with them")
     return _with_todays_names(json.loads(numbers), tensors)
 
@@ -232,15 +238,16 @@ def _with_todays_names(numbers: dict[str, Any], tensors: dict[str, Tensor]) -> C
     return Contents(numbers, renamed)
 
 
-def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
+def _checked_version(path: Path, metadata: Mapping[str, str]) -> str:
     found = metadata.get("kvprune_cache")
     if found is None:
         raise KVPruneError(f"{path}: expected a file that ComposedCache.save wrote, got another")
-    if found != VERSION:
+    if found not in (VERSION, SEVERAL):
         raise KVPruneError(
-            f"{path}: expected version {VERSION} of the cache format, got {found!r}. Read the "
-            f"prompt again and save it with this release of kvprune"
+            f"{path}: expected version {VERSION} or {SEVERAL} of the cache format, got {found!r}. "
+            f"Read the prompt again and save it with this release of kvprune"
         )
+    return found
 
 
 def _damaged(path: Path, reason: str) -> KVPruneError:
@@ -250,8 +257,8 @@ def _damaged(path: Path, reason: str) -> KVPruneError:
     )
 
 
-def _digest(numbers: str, tensors: Mapping[str, Tensor]) -> str:
-    said = hashlib.sha256(f"{VERSION} {numbers}".encode())
+def _digest(version: str, numbers: str, tensors: Mapping[str, Tensor]) -> str:
+    said = hashlib.sha256(f"{version} {numbers}".encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         said.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())

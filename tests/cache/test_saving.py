@@ -24,6 +24,7 @@ from kvprune.testing.runs import Run, feed
 
 from ..support.models import LAYERS, fresh_model, left_padded, plain_model, prompt, tiny_model
 from ..support.strategies import POLICIES, chunked, pipelines, sdtp_pruner, seeds
+from ..support.uneven import Threshold
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ROWS = {"reorder": [1, 0], "repeat": [0, 0, 1, 1], "select": [1]}
@@ -145,39 +146,52 @@ def test_a_prompt_read_in_inference_mode_can_be_saved_and_gone_on_with_outside(t
 # Files that are not whole.
 
 
+KINDS: dict[str, tuple[list[kvprune.TokenPolicy], kvprune.Quantized | None]] = {
+    "plain": ([sdtp_pruner(0.6), H2O(3, 3)], None),
+    "codes": ([sdtp_pruner(0.6), H2O(3, 3)], kvprune.Quantized(8, 4)),
+    "several rectangles of codes": ([Threshold(0.5, 2)], kvprune.Quantized(4, 8)),
+}
+"""Policies and store of a cache, by the kind of its file."""
+
+
 @cache
-def written() -> tuple[bytes, kvprune.ComposedCache]:
+def written(kind: str = "plain") -> tuple[bytes, kvprune.ComposedCache]:
     """A file with all kinds of tensors, and the cache that it is of."""
-    run = Run(tiny_model(), [sdtp_pruner(0.6), H2O(3, 3)])
+    policies, store = KINDS[kind]
+    run = Run(tiny_model(), policies, store, parting=True)
     ids = prompt(2, 20)
     feed(run, ids, left_padded(ids, [0, 5])["attention_mask"], [18, 1])
     path = Path(__file__).parent / ".test_saving"
     try:
         run.cache.save(path)
+        assert (run.cache.layers[0].lanes is not None) == (kind == "several rectangles of codes")
         return path.read_bytes(), run.cache
     finally:
         path.unlink(missing_ok=True)
 
 
-def load(path: Path) -> kvprune.ComposedCache:
+def load(path: Path, kind: str = "plain") -> kvprune.ComposedCache:
     """With the policies and the model of `written`."""
-    return kvprune.ComposedCache.load(path, [sdtp_pruner(0.6), H2O(3, 3)], tiny_model())
+    policies, store = KINDS[kind]
+    return kvprune.ComposedCache.load(path, policies, tiny_model(), store)
 
 
-@given(st.data())
-def test_a_truncated_file_is_refused(folder, data):
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_a_truncated_file_is_refused(folder, kind, data):
     """Wherever it ends."""
-    whole, _ = written()
+    whole, _ = written(kind)
     path = folder / "cut"
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
     with pytest.raises(KVPruneError, match="damaged or cut short"):
         load(path)
 
 
-@given(st.data())
-def test_flipped_bits_are_found(folder, data):
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_flipped_bits_are_found(folder, kind, data):
     """Any bytes; refused, but where they change nothing that is read (blanks in the header)."""
-    whole, original = written()
+    whole, original = written(kind)
     header = 8 + int.from_bytes(whole[:8], "little")
     most = data.draw(st.sampled_from([8, header, len(whole)]))
     start = data.draw(st.integers(0, most - 1))
@@ -187,27 +201,29 @@ def test_flipped_bits_are_found(folder, data):
         damaged[place] ^= flip
     path.write_bytes(bytes(damaged))
     try:
-        again = load(path)
+        again = load(path, kind)
     except KVPruneError:
         return
     assert_same_cache(again, original)
 
 
-def test_every_byte_of_keys_and_header_is_watched(tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_byte_of_keys_and_header_is_watched(tmp_path, kind):
     """One flip in each stretch of the file, none of which is blank."""
-    whole, _ = written()
+    whole, _ = written(kind)
     path = tmp_path / "flipped"
     header = 8 + int.from_bytes(whole[:8], "little")
     places = [*range(0, header, 61), *range(header, len(whole), 997)]
     for place in (p for p in places if whole[p] != ord(" ")):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(KVPruneError):
-            load(path)
+            load(path, kind)
 
 
-def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch, kind):
     """And nothing beside it."""
-    whole, cache = written()
+    whole, cache = written(kind)
     path = tmp_path / "cache"
     path.write_bytes(whole)
 
@@ -219,7 +235,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KVPruneError, match="no space left"):
         cache.save(path)
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
-    assert_same_cache(load(path), cache)
+    assert_same_cache(load(path, kind), cache)
 
 
 def rewritten(path: Path, **changes: str) -> None:
@@ -233,8 +249,8 @@ def test_another_version_and_other_files_are_refused(tmp_path):
     """Each says what was expected and what came."""
     path = tmp_path / "cache"
     path.write_bytes(written()[0])
-    rewritten(path, kvprune_cache="3")
-    with pytest.raises(KVPruneError, match=r"expected version 2 .* got '3'"):
+    rewritten(path, kvprune_cache="4")
+    with pytest.raises(KVPruneError, match=r"expected version 2 or 3 .* got '4'"):
         load(path)
     save_file({"weight": torch.ones(3)}, path)
     with pytest.raises(KVPruneError, match="got another"):
