@@ -1,5 +1,8 @@
 """The policies that ship with kvprune: one file, or one folder, for each paper."""
 
+from .adakv import AdaKV
+from .chunkkv import ChunkKV
+from .criticalkv import CriticalKV
 from .expected_attention import ExpectedAttention
 from .fastkv import FastKV
 from .h2o import H2O
@@ -17,6 +20,9 @@ __all__ = [
     "H2O",
     "SDTP",
     "TOVA",
+    "AdaKV",
+    "ChunkKV",
+    "CriticalKV",
     "ExpectedAttention",
     "FastKV",
     "KeyDiff",

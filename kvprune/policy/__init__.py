@@ -5,6 +5,7 @@ heads, D head size, C hidden size. A *column* is a token's index in its row's se
 padding included; it never changes. A *slot* is a place in one layer's cache.
 """
 
+from .around import Around
 from .base import TokenPolicy, check_positions
 from .budget import Budget, Lengths, newest, split_share
 from .one_budget import OneBudget
@@ -15,6 +16,7 @@ from .views import SlotView, TokenView
 from .window import check_context, check_window
 
 __all__ = [
+    "Around",
     "Budget",
     "Lengths",
     "OneBudget",
