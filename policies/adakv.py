@@ -14,6 +14,7 @@ Where the sources differ:
 * The paper's code rounds each head's budget by itself; here the largest remainders are rounded up,
   so that the sum is exact. Its `floor` is 0.5 in its README and 0.2 in its runs with grouped
   queries; 0.2 is the default here.
+* A head of which nothing is protected keeps one slot at least, which counts as one of the best.
 * kvpress takes the best slots of all heads with each head's best `floor` forced in, which gives
   other budgets, and masks what goes. Here memory is freed, of each head what it drops.
 """
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from kvprune.errors import KVPruneError
-from kvprune.policy import Around, Ranking, SlotView
+from kvprune.policy import Around, Ranking, SlotView, select
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,7 +75,11 @@ class AdaKV(Around):
         first = protected.sum(-1)
         even = ranking.budget.reshape(len(first), -1) - first
         even = even.clamp(min=0).minimum(free.sum(-1))
-        count = _best(ranking.score, columns, free, even.sum(-1))
+        # A head of which nothing is protected keeps its best slot, however poor.
+        one = torch.ones_like(first)
+        own = select(Ranking(ranking.score, torch.zeros_like(free), one), columns, free)
+        own = own & ((first == 0) & (even > 0))[..., None]
+        count = _best(ranking.score, columns, free, own, even.sum(-1))
         return Ranking(ranking.score, ranking.protected, first + _mixed(count, even, self.floor))
 
     def _one_set(self) -> KVPruneError:
@@ -84,18 +89,19 @@ class AdaKV(Around):
         )
 
 
-def _best(score: Tensor, columns: Tensor, free: Tensor, wanted: Tensor) -> Tensor:
+def _best(score: Tensor, columns: Tensor, free: Tensor, own: Tensor, wanted: Tensor) -> Tensor:
     """How many of a layer's best slots each head has.
 
     Args:
         score, columns, free: `[B, Hkv, S]`; ties go to the newer column, then to the lower head.
+        own: the same shape, those of the free slots that count first.
         wanted: `[B]` int64, the best slots of all heads together.
 
     Returns:
         `[B, Hkv]` int64.
     """
     order = columns.flatten(1).argsort(dim=-1, descending=True, stable=True)
-    for key in (score.flatten(1), free.flatten(1).byte()):
+    for key in (score.flatten(1), (free.byte() + own.byte()).flatten(1)):
         step = key.gather(-1, order).argsort(dim=-1, descending=True, stable=True)
         order = order.gather(-1, step)
     taken = torch.arange(order.shape[-1], device=order.device) < wanted[:, None]

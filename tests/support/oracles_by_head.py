@@ -51,7 +51,14 @@ def ada_budgets(
     total = sum(rooms)
 
     top = [0] * heads
-    for _, _, minus_h in sorted(entries, reverse=True)[:total]:
+    # A head without protected columns has its best one in any case.
+    first = [
+        max(entry for entry in entries if entry[2] == -h)
+        for h in range(heads)
+        if rooms[h] and not protected[h]
+    ]
+    others = sorted((entry for entry in entries if entry not in first), reverse=True)
+    for _, _, minus_h in (first + others)[:total]:
         top[-minus_h] += 1
 
     sure = Fraction(str(floor))
