@@ -119,6 +119,38 @@ def train_sdtp(
     typer.echo(f"{out}: pass them as SDTP(SDTPHeads.from_pretrained({str(out)!r}))")
 
 
+@app.command("measure-heads")
+def measure_heads(
+    text: Annotated[str, typer.Argument(help="What to read, or a file that holds it.")],
+    out: Annotated[Path, typer.Option(help="File for the scores, as heads.safetensors.")],
+    model: Annotated[str | None, typer.Option(help="Name or path; the demo model.")] = None,
+    sinks: Annotated[int, typer.Option(help="First tokens that a streaming head keeps.")] = 64,
+    recent: Annotated[int, typer.Option(help="Newest tokens that it keeps.")] = 256,
+    tokens: Annotated[int, typer.Option(help="The most tokens of the text.")] = 4096,
+) -> None:
+    """Measures which heads of a model look far, for DuoAttention."""
+    from .evaluation.compare.progress import stage
+    from .evaluation.data.assets import demo_model
+    from .evaluation.data.loading import loaded as load
+    from .files import check_file
+    from .policies.duoattention import head_scores
+    from .wiring.attach import attach
+
+    read = _text(text)
+    check_file(out)
+    path = (
+        str(demo_model(report=lambda line: typer.echo(line, err=True))) if model is None else model
+    )
+    tokenizer, loaded = load(path)
+    ids = tokenizer(read, return_tensors="pt").input_ids[:, :tokens].to(loaded.device)
+    with stage("reading the text"):
+        scores = head_scores(attach(loaded), ids, sinks, recent)
+    scores.save(out)
+    for layer, row in enumerate(scores.values.tolist()):
+        typer.echo(f"layer {layer:3d}  " + "  ".join(f"{score:.3f}" for score in row))
+    typer.echo(f"{out}: pass it as DuoAttention({str(out)!r})")
+
+
 @app.command("explain")
 def explain_text(
     text: Annotated[str, typer.Argument(help="What to read, or a file that holds it.")],

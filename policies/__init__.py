@@ -3,6 +3,7 @@
 from .adakv import AdaKV
 from .chunkkv import ChunkKV
 from .criticalkv import CriticalKV
+from .duoattention import DuoAttention
 from .expected_attention import ExpectedAttention
 from .fastkv import FastKV
 from .h2o import H2O
@@ -23,6 +24,7 @@ __all__ = [
     "AdaKV",
     "ChunkKV",
     "CriticalKV",
+    "DuoAttention",
     "ExpectedAttention",
     "FastKV",
     "KeyDiff",

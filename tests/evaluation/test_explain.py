@@ -20,7 +20,7 @@ from kvprune.cli import app, main
 from kvprune.evaluation.explain import Explanation, as_page, as_terminal, explain
 from kvprune.evaluation.measure.reading import read_prompt
 from kvprune.models.families import linear_layers
-from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
+from kvprune.policies import H2O, SDTP, DuoAttention, SDTPHeads, StreamingLLM
 
 from ..support.family_models import attached_family
 from ..support.models import LAYERS, fresh_model, tiny_model
@@ -172,6 +172,20 @@ def run(*arguments: object) -> Any:
 
 
 TRAIN = ["train-sdtp", "--tokens", 120, "--completion", 6, "--keep", 0.5, "--query-heads", 1]
+
+
+def test_heads_are_measured_for_duoattention(folder, tmp_path):
+    """A file that the policy reads, and a line for each layer."""
+    out = tmp_path / "heads.safetensors"
+    text = "One follows another, and a third comes behind it. " * 4
+    how = ["--model", folder / "model", "--out", out, "--sinks", 2, "--recent", 16]
+    done = run("measure-heads", text, *how)
+    assert done.exception is None and done.output.count("layer ") == 6
+    assert f"DuoAttention('{out}')" in done.output
+    policy = DuoAttention(out, share=0.25)
+    assert sum(len(heads) for _, heads in policy.heads) == round(0.25 * 6 * 2)
+    said = run("measure-heads", "too short", *how).exception
+    assert "expected one text of more than 18 tokens" in str(said)
 
 
 def test_heads_are_trained_and_explain_a_text(folder, tmp_path):

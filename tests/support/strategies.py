@@ -19,6 +19,7 @@ from kvprune.policies import (
     AdaKV,
     ChunkKV,
     CriticalKV,
+    DuoAttention,
     ExpectedAttention,
     FastKV,
     KeyDiff,
@@ -177,6 +178,14 @@ POLICIES = [
         lambda n: ChunkKV(Knorm(n, when=None), size=3),
         lambda n: n,
         lambda: ChunkKV(SnapKV(500, window=3)),
+    ),
+    Listed(
+        "duoattention",
+        lambda n: DuoAttention(
+            {layer: [0] * (layer % 2) for layer in range(LAYERS)}, sinks=min(2, n - 1), recent=n - 1
+        ),
+        lambda n: 1000,
+        lambda: DuoAttention({layer: [0] for layer in range(LAYERS)}, recent=500),
     ),
     Listed(
         "fastkv",
