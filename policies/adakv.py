@@ -7,13 +7,15 @@ A head's budget is a mix of that count and of an even share:
     budget = count * (1 - floor) + floor * even share
 
 What the policy within protects, as SnapKV's window, stays in each head and is counted apart: the
-rest alone is shared out. The budgets of a layer add up to what they were.
+rest alone is shared out. The budgets of a layer add up to what they were; where a head holds fewer
+slots than its share, as after an earlier prompt, the others get the rest.
 
 Where the sources differ:
 
 * The paper's code rounds each head's budget by itself; here the largest remainders are rounded up,
   so that the sum is exact. Its `floor` is 0.5 in its README and 0.2 in its runs with grouped
   queries; 0.2 is the default here.
+* Scores of heads are not normalised before they are compared, an option of KVCache-Factory.
 * A head of which nothing is protected keeps one slot at least, which counts as one of the best.
 * kvpress takes the best slots of all heads with each head's best `floor` forced in, which gives
   other budgets, and masks what goes. Here memory is freed, of each head what it drops.
@@ -59,9 +61,8 @@ class AdaKV(Around):
         """The base's ranking with a budget for each head."""
         if slots.group is not None:
             raise KVPruneError(
-                f"{self!r} compares all heads of a layer, and a process of a tensor parallel model "
-                f"has some of them: expected a model that is not tensor parallel. Use the policy "
-                f"within by itself, {self.base!r}"
+                f"{self!r} compares all heads of a layer: expected a model that is not tensor "
+                f"parallel, where a process has some of them. Use {self.base!r} by itself"
             )
         heads = slots.heads
         if heads == 1:
@@ -72,15 +73,23 @@ class AdaKV(Around):
         columns, valid = slots.columns.expand(shape), slots.valid.expand(shape)
         protected = valid & ranking.protected
         free = valid & ~protected
-        first = protected.sum(-1)
-        even = ranking.budget.reshape(len(first), -1) - first
-        even = even.clamp(min=0).minimum(free.sum(-1))
+        first, count = protected.sum(-1), free.sum(-1)
+        even = (ranking.budget.reshape(len(first), -1) - first).clamp(min=0)
+        even = even.expand_as(count)
+        wanted = even.sum(-1).minimum(count.sum(-1))
         # A head of which nothing is protected keeps its best slot, however poor.
-        one = torch.ones_like(first)
-        own = select(Ranking(ranking.score, torch.zeros_like(free), one), columns, free)
-        own = own & ((first == 0) & (even > 0))[..., None]
-        count = _best(ranking.score, columns, free, own, even.sum(-1))
-        return Ranking(ranking.score, ranking.protected, first + _mixed(count, even, self.floor))
+        least = ((first == 0) & (even > 0)).long()
+        own = _best_of_each(ranking.score, columns, free, least)
+        best = _best_of_all(ranking.score, columns, free, own, wanted)
+        budget = _mixed(best, even, float(self.floor), wanted).minimum(count)
+        left = wanted - budget.sum(-1)
+        if bool(left.any()):
+            # Of a head that has no more, the others get the rest, for their next best slots.
+            own = _best_of_each(ranking.score, columns, free, budget)
+            others = free & ~own
+            none = torch.zeros_like(free)
+            budget = budget + _best_of_all(ranking.score, columns, others, none, left)
+        return Ranking(ranking.score, ranking.protected, first + budget)
 
     def _one_set(self) -> KVPruneError:
         return KVPruneError(
@@ -89,34 +98,36 @@ class AdaKV(Around):
         )
 
 
-def _best(score: Tensor, columns: Tensor, free: Tensor, own: Tensor, wanted: Tensor) -> Tensor:
-    """How many of a layer's best slots each head has.
+def _best_of_each(score: Tensor, columns: Tensor, free: Tensor, budget: Tensor) -> Tensor:
+    """So many of each head's best free slots, `[B, Hkv, S]` bool; `budget` is `[B, Hkv]`."""
+    return free & select(Ranking(score, torch.zeros_like(free), budget), columns, free)
+
+
+def _best_of_all(
+    score: Tensor, columns: Tensor, free: Tensor, first: Tensor, wanted: Tensor
+) -> Tensor:
+    """How many of the best slots of all heads together each head has, `[B, Hkv]` int64.
 
     Args:
         score, columns, free: `[B, Hkv, S]`; ties go to the newer column, then to the lower head.
-        own: the same shape, those of the free slots that count first.
-        wanted: `[B]` int64, the best slots of all heads together.
-
-    Returns:
-        `[B, Hkv]` int64.
+        first: the same shape, those of the free slots that come first.
+        wanted: `[B]` int64.
     """
     order = columns.flatten(1).argsort(dim=-1, descending=True, stable=True)
-    for key in (score.flatten(1), (free.byte() + own.byte()).flatten(1)):
+    for key in (score.flatten(1), (free.byte() + first.byte()).flatten(1)):
         step = key.gather(-1, order).argsort(dim=-1, descending=True, stable=True)
         order = order.gather(-1, step)
     taken = torch.arange(order.shape[-1], device=order.device) < wanted[:, None]
     return torch.zeros_like(taken).scatter(-1, order, taken).view_as(free).sum(-1)
 
 
-def _mixed(count: Tensor, even: Tensor, floor: float) -> Tensor:
-    """`count * (1 - floor) + floor * even`, `[B, Hkv]`, in whole slots with the sum of `even`."""
+def _mixed(best: Tensor, even: Tensor, floor: float, wanted: Tensor) -> Tensor:
+    """`best * (1 - floor) + floor * even`, `[B, Hkv]`, in whole slots.
+
+    The largest remainders are rounded up, ties in the lower head, until the sum is `wanted` `[B]`.
+    """
     share = Fraction(repr(floor)).limit_denominator(10**6)
-    parts = count * (share.denominator - share.numerator) + even * share.numerator
+    parts = best * (share.denominator - share.numerator) + even * share.numerator
     whole, rest = parts // share.denominator, parts % share.denominator
-    # The largest remainders are rounded up, ties in the lower head.
-    left = even.sum(-1, keepdim=True) - whole.sum(-1, keepdim=True)
-    order = rest.argsort(dim=-1, descending=True, stable=True)
-    place = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    return whole + (place < left)
+    place = rest.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return whole + (place < (wanted - whole.sum(-1))[:, None])

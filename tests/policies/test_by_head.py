@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import kvprune
 from kvprune import ComposedCache, KVPruneError
 from kvprune.policies import (
+    H2O,
     TOVA,
     AdaKV,
     ChunkKV,
@@ -105,10 +106,21 @@ def test_budgets_add_up(even, floor, draw):
     for _ in range(total):
         open_ = [i for i in range(len(even)) if count[i] < 3 * even[i] + 3]
         count[draw.choice(open_)] += 1
-    got = _mixed(torch.tensor([count]), torch.tensor([even]), floor)[0]
+    got = _mixed(torch.tensor([count]), torch.tensor([even]), floor, torch.tensor([total]))[0]
     assert int(got.sum()) == total
     for mine, best, share in zip(got.tolist(), count, even, strict=True):
         assert min(best, share) <= mine <= max(best, share)
+
+
+def test_a_layer_keeps_its_budget_however_often_it_is_asked():
+    """A head that gave slots away cannot take them back, so that the others keep them."""
+    cache, model = ComposedCache([AdaKV(H2O(heavy=8, recent=2), floor=0.0)]), tiny_model()
+    with torch.no_grad():
+        for count in (40, 1, 1, 1, 5, 1, 9, *[1] * 12):
+            model(prompt(2, count, seed=count), cache=cache)
+            for index in range(len(cache)):
+                held = (cache.columns(index) >= 0).sum((1, 2))
+                assert (held == 20).all(), (count, index, held)
 
 
 def critical(row, weight, budget):

@@ -45,7 +45,7 @@ def test_kept_sets_are_the_oracles(waste, monkeypatch):
                 number = {c: c - pad for c in range(pad, seen + count)}
                 first = max(seen, pad)
                 mine = [each + list(range(first, seen + count)) for each in held[layer][row]]
-                kept = duo_keep(mine, streaming, 2, 4, number, seen + count - pad)
+                kept = duo_keep(mine, streaming, 2, 4, number)
                 held[layer][row] = kept
                 assert [[c for c in head.tolist() if c >= 0] for head in columns[row]] == kept
         seen += count

@@ -45,10 +45,10 @@ def ada_budgets(
     entries: list[tuple[float, int, int]] = []
     for h in range(heads):
         free = [column for column in score[h] if column not in protected[h]]
-        rooms.append(min(max(budgets[h] - len(protected[h]), 0), len(free)))
+        rooms.append(max(budgets[h] - len(protected[h]), 0))
         for column in free:
             entries.append((score[h][column], column, -h))
-    total = sum(rooms)
+    total = min(sum(rooms), len(entries))
 
     top = [0] * heads
     # A head without protected columns has its best one in any case.
@@ -67,6 +67,12 @@ def ada_budgets(
     left = total - sum(rounded)
     for h in sorted(range(heads), key=lambda h: (rounded[h] - shares[h], h))[:left]:
         rounded[h] += 1
+    # What a head does not have goes to the next best ones of all heads.
+    best_first = [sorted((e for e in entries if e[2] == -h), reverse=True) for h in range(heads)]
+    rounded = [min(rounded[h], len(best_first[h])) for h in range(heads)]
+    next_best = [entry for h in range(heads) for entry in best_first[h][rounded[h] :]]
+    for _, _, minus_h in sorted(next_best, reverse=True)[: total - sum(rounded)]:
+        rounded[-minus_h] += 1
     return [len(protected[h]) + rounded[h] for h in range(heads)]
 
 
@@ -152,15 +158,12 @@ def duo_keep(
     sinks: int,
     recent: int,
     number: Mapping[int, int] | Sequence[int],
-    newest_number: int,
 ) -> list[list[int]]:
     """Columns that each head keeps under DuoAttention (arXiv 2410.10819), sorted.
 
     A streaming head keeps the columns whose number is below `sinks`, and the `recent` newest of
-    those that it holds, sinks among them or not. A retrieval head keeps everything. The number
-    of the row's newest token is taken for the callers' sake: this rule has no use for it.
+    those that it holds, sinks among them or not. A retrieval head keeps everything.
     """
-    del newest_number
     kept: list[list[int]] = []
     for h in range(len(held)):
         if not streaming[h]:
