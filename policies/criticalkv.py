@@ -7,7 +7,8 @@ absolute numbers.
 
 Where the sources differ: with grouped queries a key/value head is read by several parts of W_o;
 the norm is the mean over these, as in kvpress. Half of a budget is rounded down, and holds what the
-policy within protects.
+policy within protects. Around it, AdaKV shares out the second half alone; around AdaKV, both halves
+are of the budget that a head has there.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from kvprune.policy import Around, Ranking, SlotView, select
 EPSILON = 1e-4
 """So that a slot without attention is still weighed by its value."""
 
-BLOCK = 1024
-"""Slots whose outputs are made at once."""
+NUMBERS = 1 << 24
+"""Numbers of outputs that are made at once, for all rows and heads together."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,7 +32,7 @@ class CriticalKV(Around):
     """Keeps the best slots by score, and of the others those that add most to the output.
 
     Args:
-        base: the policy that scores slots, as SnapKV(0.25): with scores that are not negative.
+        base: the policy that scores slots, as SnapKV(0.25).
 
     Raises:
         KVPruneError: a base that ranks no slots; a model whose attention has no output projection
@@ -44,19 +45,22 @@ class CriticalKV(Around):
         """Protects the first half, and scores the others by score and value."""
         half = Ranking(ranking.score, ranking.protected, ranking.budget // 2)
         first = select(half, slots.columns, slots.valid)
-        score = (ranking.score + EPSILON) * _added(slots).to(ranking.score.dtype)
+        # Where scores are negative, as those of Knorm, the lowest of a head counts as 0.
+        lowest = ranking.score.masked_fill(~slots.valid, 0).amin(-1, keepdim=True)
+        score = ranking.score - lowest.clamp(max=0)
+        score = (score + EPSILON) * _added(slots).to(score.dtype)
         return Ranking(score, first, ranking.budget)
 
 
 def _added(slots: SlotView) -> Tensor:
     """`|W_o v|_1` of each slot, `[B, Hkv, S]`, the mean over the query heads of its head."""
-    weight = slots.output_weight  # [Hkv, G, Dv, C]
-    wide = torch.promote_types(slots.values.dtype, torch.float32)
-    found = []
-    for values in slots.values.split(BLOCK, 2):
-        norms = [
-            (values.to(wide) @ weight[:, group].to(values.device, wide)).abs().sum(-1)
-            for group in range(weight.shape[1])
-        ]
-        found.append(torch.stack(norms).mean(0))
-    return torch.cat(found, -1)
+    weight, values = slots.output_weight, slots.values  # [Hkv, G, Dv, C], [B, Hkv, S, Dv]
+    wide = torch.promote_types(values.dtype, torch.float32)
+    rows, heads, size, _ = values.shape
+    block = max(1, NUMBERS // (rows * heads * weight.shape[-1]))
+    norms = values.new_zeros((rows, heads, size), dtype=wide)
+    for group in range(weight.shape[1]):
+        mine = weight[:, group].to(values.device, wide)
+        for norm, some in zip(norms.split(block, 2), values.split(block, 2), strict=True):
+            norm += (some.to(wide) @ mine).abs().sum(-1)
+    return norms / weight.shape[1]

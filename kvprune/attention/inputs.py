@@ -11,7 +11,7 @@ from ..models.structure import Local
 from ..statistics import statistic_dtype
 from .coded import Coded
 from .hadamard import hadamard
-from .lanes import LaneMask, Lanes
+from .lanes import Lanes
 from .masks import Mask
 
 
@@ -99,24 +99,24 @@ class Inputs:
         """
         assert self.pieces is not None
         lanes = self.pieces.lanes
-        # A single token of every row came at the same time.
-        same = self.no_padding and query.shape[2] == 1
+        # The single token of a forward came at the same time in every row.
+        same = self.no_padding and self.count == 1 and columns is self.query_columns
         queries, asking = lanes.split_queries(query), lanes.split_columns(columns, same)
-        each = zip(self.pieces.each, queries, asking, lanes.rows_of(), strict=True)
+        each = zip(self.pieces.each, queries, asking, lanes.masks(self.mask), strict=True)
         return [
             replace(
                 self,
                 query=mine,
                 key=piece.key,
                 value=piece.value,
-                mask=LaneMask(self.mask, rows),
+                mask=mask,
                 query_columns=theirs,
                 held_columns=piece.held_columns,
                 no_gaps=piece.no_gaps,
                 coded=piece.coded,
                 pieces=None,
             )
-            for piece, mine, theirs, rows in each
+            for piece, mine, theirs, mask in each
         ]
 
     def with_turned_queries(self) -> Inputs:

@@ -38,12 +38,16 @@ class Lanes:
         self.numbers, self.device = tuple(map(tuple, numbers)), device
         order = [lane for lanes in self.numbers for lane in lanes]
         self._sizes = [len(lanes) for lanes in self.numbers]
-        # None where rectangle after rectangle is the order of the layer.
-        in_order = order == sorted(order)
-        self._order = None if in_order else torch.tensor(order, device=device)
-        self._places = None if self._order is None else self._order.argsort()
         width = heads if by_head else 1
-        self._rows = torch.tensor([n // width for n in order], device=device).split(self._sizes)
+        self._rows_by_number = [[n // width for n in lanes] for lanes in self.numbers]
+        # Autograd may save these, which it does not with tensors of inference mode.
+        with torch.inference_mode(False):
+            # None where rectangle after rectangle is the order of the layer.
+            in_order = order == sorted(order)
+            self._order = None if in_order else torch.tensor(order, device=device)
+            self._places = None if self._order is None else self._order.argsort()
+            each = torch.tensor([n // width for n in order], device=device)
+            self._rows = each.split(self._sizes)
 
     def tensors(self) -> Iterator[Tensor]:
         """All that is held, for counting bytes."""
@@ -75,9 +79,10 @@ class Lanes:
             return tuple(one.expand(size, *rest) for size in self._sizes)
         return tuple(columns.index_select(0, rows) for rows in self._rows)
 
-    def rows_of(self) -> Sequence[Tensor]:
-        """The row of each lane, by rectangle, `[N]` int64."""
-        return self._rows
+    def masks(self, mask: Mask) -> list[LaneMask]:
+        """A rule of the layer, for each rectangle."""
+        each = zip(self._rows, self._rows_by_number, strict=True)
+        return [LaneMask(mask, rows, numbers) for rows, numbers in each]
 
     def _dealt_out(self, tensor: Tensor) -> tuple[Tensor, ...]:
         if self._order is not None:
@@ -152,14 +157,16 @@ class LaneMask:
     Args:
         mask: the rule of the layer, the same for all heads where a lane is a head.
         rows: `[N]` int64, the row of each lane.
+        numbers: the same, as numbers.
     """
 
-    def __init__(self, mask: Mask, rows: Tensor) -> None:
-        self._mask, self._rows = mask, rows
+    def __init__(self, mask: Mask, rows: Tensor, numbers: Sequence[int]) -> None:
+        self._mask, self._rows, self._numbers = mask, rows, numbers
         self.plainly_causal, self.stock = mask.plainly_causal, mask.stock
         self.same_for_heads = mask.same_for_heads
 
     def at(self, queries: Tensor, slots: Tensor, row: int | Tensor | None = None) -> Tensor:
         """See `Mask.at`; a row is one of the lanes."""
-        rows = self._rows if row is None else self._rows[row]
-        return self._mask.at(queries, slots, rows if rows.dim() else int(rows))
+        if isinstance(row, int):
+            return self._mask.at(queries, slots, self._numbers[row])
+        return self._mask.at(queries, slots, self._rows if row is None else self._rows[row])

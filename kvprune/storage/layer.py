@@ -208,7 +208,7 @@ class SlotLayer:
     @property
     def arrived(self) -> Tensor:
         """The positions that the slots' keys came with, `[B, 1|Hkv, S]` int32, as `columns`."""
-        return self.form.arrived[:, : self.columns.shape[1]]
+        return self.form.arrived
 
     def turned(self) -> tuple[Tensor, Tensor]:
         """Keys and values as the store turned them."""

@@ -69,6 +69,8 @@ class Rectangle:
         self.held: Plain | QuantizedSlots | None = None
         self.held_columns: Tensor | None = None
         self.held_numbers: dict[Statistic | str, Tensor] = {}
+        # Whether its buffers are views of what several rectangles share.
+        self._shares = False
 
     lanes = None
     """It stands alone; see `Rectangles`."""
@@ -103,8 +105,8 @@ class Rectangle:
 
     @property
     def arrived(self) -> Tensor:
-        """The positions that the slots' keys came with, `[B, Hkv, S]` int32."""
-        return self.held_numbers[ARRIVED][..., : self.used]
+        """The positions that the slots' keys came with, `[B, 1|Hkv, S]` int32, as `columns`."""
+        return self.held_numbers[ARRIVED][:, : self.columns.shape[1], : self.used]
 
     @property
     def keys(self) -> Tensor:
@@ -170,7 +172,7 @@ class Rectangle:
         held = {**self.held.named_tensors(self.used), "columns": self.columns}
         held |= {f"statistics.{part!r}": value for part, value in self.statistics.items()}
         if self.arrivals:
-            held["arrived"] = self.arrived
+            held["arrived"] = self.held_numbers[ARRIVED][..., : self.used]
         slot = self.turnover.slot
         return held if slot is None else {**held, "hole": slot}
 
@@ -375,7 +377,7 @@ class Rectangle:
         self.held.gather(order)
         for name, value in self.held_numbers.items():
             self.held_numbers[name] = gathered(value, order, 1)
-        self.used = size
+        self.used, self._shares = size, False
 
     def observe_past(
         self, pasts: Sequence[Past], part: Statistic, numbers: Tensor, columns: Tensor
@@ -397,7 +399,7 @@ class Rectangle:
         return self
 
     def divided(self, lanes: Lanes) -> list[Rectangle]:
-        """The rectangles of a layer of which this one has all lanes."""
+        """The rectangles of a layer of which this one has all lanes, as views; see `hold_alone`."""
         assert self.held is not None
         buffers = [lanes.split(buffer) for buffer in self.held.buffers]
         columns = lanes.split(self.columns)
@@ -406,8 +408,16 @@ class Rectangle:
         for i, mine in enumerate(columns):
             one = Rectangle(self.store, self.parts, self.arrivals)
             one.used, one.gaps, one.held_columns = self.used, True, widened(mine, self.capacity, -1)
-            # Copies: views would keep all of this alive.
-            one.held = self.held.with_buffers(each[i].clone() for each in buffers)
-            one.held_numbers = {name: each[i].clone() for name, each in numbers.items()}
+            one.held = self.held.with_buffers(each[i] for each in buffers)
+            one.held_numbers = {name: each[i] for name, each in numbers.items()}
+            one._shares = True
             found.append(one)
         return found
+
+    def hold_alone(self) -> None:
+        """Copies what it shares with other rectangles, which would all stay alive with it."""
+        if not self._shares or self.held is None:
+            return
+        self.held = self.held.with_buffers(buffer.clone() for buffer in self.held.buffers)
+        self.held_numbers = {name: value.clone() for name, value in self.held_numbers.items()}
+        self._shares = False

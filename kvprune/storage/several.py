@@ -78,12 +78,16 @@ class Rectangles:
     @property
     def statistics(self) -> dict[Statistic, Tensor]:
         """Those per slot, each `[B, Hkv, S]`."""
-        each = [rectangle.statistics for rectangle in self.rectangles]
-        return {part: self.lanes.join([one[part] for one in each], 0) for part in each[0]}
+        return {part: self._statistic(part) for part in self.rectangles[0].statistics}
+
+    def _statistic(self, part: Statistic) -> Tensor:
+        """One of these; slots that are not there have what a slot begins with."""
+        each = [rectangle.statistics[part] for rectangle in self.rectangles]
+        return self.lanes.join(each, part.start)
 
     @property
     def arrived(self) -> Tensor:
-        """The positions that the slots' keys came with, `[B, Hkv, S]` int32."""
+        """The positions that the slots' keys came with, `[B, 1|Hkv, S]` int32, as `columns`."""
         return self.lanes.join([each.arrived for each in self.rectangles], 0)
 
     @property
@@ -169,9 +173,9 @@ class Rectangles:
         arrived: Tensor | None,
     ) -> None:
         """Stores new tokens; see `SlotLayer.append`."""
-        lanes, single = self.lanes, complete and columns.shape[-1] == 1
-        # A single token of every row came at the same time.
-        mine = lanes.split_columns(columns, same=single)
+        # The single token of a forward came at the same time in every row.
+        lanes, same = self.lanes, complete and in_free_slot
+        mine = lanes.split_columns(columns, same)
         came = (None,) * len(mine) if arrived is None else lanes.split(arrived)
         new = zip(self.rectangles, lanes.split(keys), lanes.split(values), mine, came, strict=True)
         for rectangle, new_keys, new_values, new_columns, positions in new:
@@ -190,7 +194,7 @@ class Rectangles:
                 rectangle.observe(part, mine, several)
             return
         # Of all rows and heads at once, as an author was promised.
-        value = joined(part, self.statistics[part], new, several)
+        value = joined(part, self._statistic(part), new, several)
         for rectangle, mine in self._apart(value):
             rectangle.take(part, mine)
 
@@ -248,6 +252,8 @@ class Rectangles:
 
     def select_rows(self, rows: Tensor) -> Rectangle | Rectangles:
         """What there is once row i is what row `rows[i]` was."""
+        if not len(rows):
+            return self.united().select_rows(rows)
         lanes, places = self.lanes.selected(rows.tolist())
         left = [
             rectangle.select_rows(torch.tensor(mine, device=rows.device))
@@ -315,10 +321,11 @@ def kept(form: Form, columns: Tensor, policy: int | None, divides: bool) -> Form
         divides: whether one rectangle may become several.
     """
     counts = (columns >= 0).sum(-1)
-    fewest, most = torch.stack(counts.aminmax()).tolist()
-    if isinstance(form, Rectangle) and not (divides and most - fewest > allowed(most)):
-        form.keep(columns, fewest, most, policy)
-        return form
+    if isinstance(form, Rectangle):
+        fewest, most = torch.stack(counts.aminmax()).tolist()
+        if not divides or most - fewest <= allowed(most):
+            form.keep(columns, fewest, most, policy)
+            return form
     each = counts.tolist()
     wanted = rearranged(each, form.lanes)
     if wanted is not None:
@@ -329,7 +336,9 @@ def kept(form: Form, columns: Tensor, policy: int | None, divides: bool) -> Form
             lanes = Lanes(rows, heads, by_head, groups, columns.device)
             form = Rectangles(lanes, form.divided(lanes))
     if isinstance(form, Rectangle):
-        form.keep(columns, fewest, most, policy)
-    else:
-        form.keep(columns, each, policy)
+        form.keep(columns, min(map(min, each)), max(map(max, each)), policy)
+        return form
+    form.keep(columns, each, policy)
+    for rectangle in form.rectangles:
+        rectangle.hold_alone()
     return form

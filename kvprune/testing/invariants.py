@@ -22,6 +22,7 @@ from ..policy.base import TokenPolicy
 from ..policy.composition import leaves
 from ..policy.views import SlotView
 from ..storage.buffers import SLACK, spare
+from ..storage.layout import allowed
 from ..storage.rectangle import Rectangle
 from .models import LAYERS, left_padded, prompt
 from .runs import Case, Run, feed
@@ -388,12 +389,15 @@ def bytes_are_of_kept_slots(policies: Policies, case: Case) -> None:
     for layer, slots in run.cache.slot_layers():
         evicts = any(p.evicts and p.applies(layer) for p in policies)
         for rectangle in slots.rectangles:
-            kept = int((rectangle.columns >= 0).sum(-1).amax())
-            # Until something goes, columns that are padding in both rows have slots too.
-            full = evicts and run.cache.columns(layer).shape[-1] < sum(case.steps)
-            slack = spare(kept) + (0 if full else min(case.padding))
-            least += kept * _bytes_of_keys_and_values(rectangle)
-            most += (kept + slack) * _bytes_of_a_slot(rectangle)
+            counts = (rectangle.columns >= 0).sum(-1).double()
+            # Until something goes, padding has slots too.
+            full = evicts and bool((counts < sum(case.steps) - max(case.padding)).any())
+            kept = float(counts.mean()) if full else int(counts.amax())
+            slack = spare(int(counts.amax())) + (
+                allowed(int(counts.amax())) if full else min(case.padding)
+            )
+            least += int(kept * _bytes_of_keys_and_values(rectangle))
+            most += int((kept + slack) * _bytes_of_a_slot(rectangle)) + 1
             slot = rectangle.turnover.slot
             most += 0 if slot is None else slot.nbytes
         most += 0 if slots.lanes is None else sum(t.nbytes for t in slots.lanes.tensors())

@@ -25,6 +25,7 @@ from kvprune.policies import (
     StreamingLLM,
 )
 from kvprune.policies.adakv import _mixed
+from kvprune.storage import layout
 
 from ..support import oracles_by_head as oracles
 from ..support.models import left_padded, prompt, tiny_model
@@ -123,18 +124,19 @@ def test_a_layer_keeps_its_budget_however_often_it_is_asked():
                 assert (held == 20).all(), (count, index, held)
 
 
-def critical(row, weight, budget):
+def critical(row, weight, budget, protected):
     """CriticalKV of one row: half by score, the rest by score and value."""
     kept = []
     for head, held in enumerate(row["held"]):
         score = dict(zip(held, row["score"][head], strict=True))
-        order = sorted(held, key=lambda c: (score[c], c), reverse=True)
-        first = order[: budget // 2]
+        order = sorted(held, key=lambda c: (c in protected, score[c], c), reverse=True)
+        first = order[: max(budget // 2, len(protected))]
+        lowest = min(0.0, *score.values())
         added = {}
         for column in held:
             value = row["values"][head][held.index(column)]
             each = [np.abs(value @ weight[head, group]).sum() for group in range(weight.shape[1])]
-            added[column] = (score[column] + 1e-4) * sum(each) / len(each)
+            added[column] = (score[column] - lowest + 1e-4) * sum(each) / len(each)
         rest = sorted(
             (c for c in held if c not in first), key=lambda c: (added[c], c), reverse=True
         )
@@ -142,8 +144,10 @@ def critical(row, weight, budget):
     return kept
 
 
-def test_criticalkv():
-    """Of layer 0 of a model, whose values can be read from a dense cache."""
+@pytest.mark.parametrize("window", [0, 2, 5])
+@pytest.mark.parametrize("below", [0, 9])
+def test_criticalkv(window, below):
+    """Of layer 0 of a model; with protected slots, and with scores that are negative."""
     seen = {}
 
     @dataclass(frozen=True)
@@ -154,13 +158,12 @@ def test_criticalkv():
 
         def rank_slots(self, slots):
             columns = slots.columns.expand(-1, slots.heads, -1)
-            score = ((columns * 37 + torch.arange(slots.heads)[:, None] * 11) % 17).double()
+            score = ((columns * 37 + torch.arange(slots.heads)[:, None] * 11) % 17).double() - below
             if slots.layer == 0:
                 seen.update(columns=columns, score=score, values=slots.values)
                 seen["weight"] = slots.output_weight
-            return kvprune.Ranking(
-                score, torch.zeros_like(columns, dtype=torch.bool), torch.full((2,), 7)
-            )
+            protected = slots.newest(window) if window else torch.zeros_like(slots.valid)
+            return kvprune.Ranking(score, protected, torch.full((2,), 7))
 
     cache = ComposedCache([CriticalKV(Looking())])
     with torch.no_grad():
@@ -172,7 +175,8 @@ def test_criticalkv():
             "score": seen["score"][number][:, valid].tolist(),
             "values": seen["values"][number][:, valid].numpy(),
         }
-        expected = critical(row, seen["weight"].detach().numpy(), 7)
+        newest = range(20 - window, 20)
+        expected = critical(row, seen["weight"].detach().numpy(), 7, newest)
         columns = cache.columns(0)[number]
         assert [[int(c) for c in head if c >= 0] for head in columns] == expected
 
@@ -214,11 +218,13 @@ def test_heads_part_and_add_up_to_the_budget():
     ],
     ids=repr,
 )
-def test_around_each_other(policies):
+def test_around_each_other(policies, monkeypatch):
     """In plain `generate`, padded, as each row alone."""
+    monkeypatch.setattr(layout, "waste", 0.0)
     model, inputs = tiny_model(), left_padded(prompt(2, 24), [0, 7])
-    how = {"max_new_tokens": 6, "do_sample": False}
-    together = model.generate(**inputs, cache=ComposedCache(policies), **how)
+    how, cache = {"max_new_tokens": 6, "do_sample": False}, ComposedCache(policies)
+    together = model.generate(**inputs, cache=cache, **how)
+    assert any(layer.lanes is not None for layer in cache.layers)
     for row, pad in enumerate([0, 7]):
         ids = inputs["input_ids"][row : row + 1, pad:]
         alone = model.generate(ids, cache=ComposedCache(policies), **how)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 import kvprune
 from kvprune import ComposedCache, Quantized
-from kvprune.policies import H2O, ExpectedAttention, SnapKV, StreamingLLM
+from kvprune.policies import H2O, AdaKV, ExpectedAttention, SnapKV, StreamingLLM
 from kvprune.statistics import Attention, Statistic
 from kvprune.storage import layout
 from kvprune.storage.layout import grouped, rearranged
@@ -170,6 +171,7 @@ POLICIES = [
     H2O(18, 8, positions="cache"),
     StreamingLLM(2, 24, positions="cache"),
     FirstHead(9) | H2O(3, 3),
+    AdaKV(SnapKV(12, window=2, kernel=3), floor=0.0),
 ]
 
 
@@ -196,7 +198,15 @@ def test_lanes_that_stand_together_though_they_differ_a_little(waste, least, mon
     ],
     ids=str,
 )
-@pytest.mark.parametrize("policies", [[Threshold(0.5, 2)], [FirstHead(9), H2O(12, 8)]], ids=repr)
+@pytest.mark.parametrize(
+    "policies",
+    [
+        [Threshold(0.5, 2)],
+        [FirstHead(9), H2O(12, 8)],
+        [AdaKV(SnapKV(12, window=2, kernel=3), floor=0.0)],
+    ],
+    ids=repr,
+)
 def test_modes_of_generate(how, policies, monkeypatch):
     if "prompt_lookup_num_tokens" in how:
         with monkeypatch.context() as patched:
@@ -314,6 +324,70 @@ def test_copies_and_files_go_on_bit_for_bit(store, monkeypatch, tmp_path):
         expected = model(prompt(3, 1), cache=cache, **how).logits
         for other in (copied, loaded):
             assert torch.equal(model(prompt(3, 1), cache=other, **how).logits, expected)
+
+
+def test_no_rows_are_left(monkeypatch):
+    """As of one rectangle."""
+    cache, _, _ = parted(monkeypatch)
+    cache.batch_select_indices(torch.tensor([], dtype=torch.int64))
+    assert cache.layers[0].keys.shape[:2] == (0, 2) and cache.layers[0].lanes is None
+
+
+def test_dividing_a_layer_copies_what_stays_alone(monkeypatch):
+    """No rectangle keeps alive what another one needs."""
+    cache, _, _ = parted(monkeypatch)
+    for layer in cache.layers:
+        held = [buffer for each in layer.rectangles for buffer in each.held.buffers]
+        for buffer in held:
+            assert buffer.untyped_storage().nbytes() == buffer.numel() * buffer.element_size()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_gradients_after_a_prompt_in_inference_mode(family, monkeypatch):
+    """Of lanes out of order too; as of one rectangle."""
+    found = []
+    for waste in (0.0, math.inf):
+        monkeypatch.setattr(layout, "waste", waste)
+        cache, model = ComposedCache([FirstHead(5)]), kvprune.attach(fresh_model(family))
+        with torch.inference_mode():
+            model(prompt(2, 20), cache=cache)
+        assert (cache.layers[0].lanes is not None) == (waste == 0.0)
+        with torch.enable_grad():
+            model(prompt(2, 3, seed=1), cache=cache).logits.sum().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1]) > 0
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-10)
+
+
+@dataclass(frozen=True)
+class LastOfEach(kvprune.TokenPolicy):
+    """One token of each row goes on, in short forwards: the newest that is there."""
+
+    def rank_hidden(self, tokens):
+        if tokens.columns.shape[1] > 4:
+            return None
+        score = tokens.columns[:, None].double()
+        one = torch.ones(len(score), dtype=torch.long)
+        return kvprune.Ranking(score, torch.zeros_like(score, dtype=torch.bool), one)
+
+
+def test_pruned_rows_that_have_one_token_each_keep_its_column(monkeypatch):
+    """Their columns differ, where a row of a chunk ends in padding."""
+    found = []
+    for waste in (0.0, math.inf):
+        monkeypatch.setattr(layout, "waste", waste)
+        cache, model = ComposedCache([LastOfEach(), FirstHead(5)]), tiny_model()
+        with cache.prompt([23, 21]):
+            model(prompt(2, 20), cache=cache)
+            mask = torch.ones(2, 23, dtype=torch.long)
+            mask[1, 21:] = 0
+            model(prompt(2, 3, seed=2), attention_mask=mask, cache=cache)
+        assert (cache.layers[2].lanes is not None) == (waste == 0.0)
+        found.append([cache.columns(index) for index in range(len(cache))])
+    assert int(found[1][2][1].max()) == 20
+    for mine, other in zip(*found, strict=True):
+        assert torch.equal(mine, other)
 
 
 # What authors and users see.
