@@ -45,11 +45,12 @@ class CriticalKV(Around):
         """Protects the first half, and scores the others by score and value."""
         half = Ranking(ranking.score, ranking.protected, ranking.budget // 2)
         first = select(half, slots.columns, slots.valid)
-        # Where scores are negative, as those of Knorm, the lowest of a head counts as 0.
-        lowest = ranking.score.masked_fill(~slots.valid, 0).amin(-1, keepdim=True)
-        score = ranking.score - lowest.clamp(max=0)
-        score = (score + EPSILON) * _added(slots).to(score.dtype)
-        return Ranking(score, first, ranking.budget)
+        # Where scores are negative, as those of Knorm, the lowest of a head counts as 0. Some are
+        # infinite: those of SnapKV's window, which stays in any case.
+        known = slots.valid & ranking.score.isfinite()
+        lowest = ranking.score.masked_fill(~known, 0).amin(-1, keepdim=True).clamp(max=0)
+        weighed = (ranking.score - lowest + EPSILON) * _added(slots).to(ranking.score.dtype)
+        return Ranking(torch.where(known, weighed, ranking.score), first, ranking.budget)
 
 
 def _added(slots: SlotView) -> Tensor:

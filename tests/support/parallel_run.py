@@ -68,7 +68,8 @@ def report(model: PreTrainedModel) -> dict[str, object]:
         with parting_at_once():
             tokens = generate(**inputs, cache=cache, max_new_tokens=8, do_sample=False)
         heads = cache.layers[0].keys.shape[1]
-        columns = [cache.columns(i).expand(-1, heads, -1).tolist() for i in range(LAYERS)]
+        each = [cache.columns(i).expand(-1, heads, -1).tolist() for i in range(LAYERS)]
+        columns = [[[[c for c in h if c >= 0] for h in row] for row in layer] for layer in each]
         found[name] = {"tokens": tokens.tolist(), "columns": columns}
     return found
 

@@ -53,13 +53,16 @@ class Listed:
 
     make: with a budget of about that many tokens. bound: the most slots a layer may hold
     after a forward in which the policy was asked; None where it does not evict. roomy: with a
-    budget that no test reaches.
+    budget that no test reaches. budgeted: it has an amount, which `with_budget` sets. even: each
+    head of a layer keeps that amount.
     """
 
     name: str
     make: Callable[[int], kvprune.TokenPolicy]
     bound: Callable[[int], int] | None
     roomy: Callable[[], kvprune.TokenPolicy]
+    budgeted: bool = True
+    even: bool = True
 
     def __repr__(self) -> str:
         return self.name
@@ -148,6 +151,7 @@ POLICIES = [
         lambda n: Threshold(1 / n, recent=2),
         lambda n: 1000,
         lambda: Threshold(0.0),
+        budgeted=False,
     ),
     Listed(
         "around",
@@ -160,12 +164,14 @@ POLICIES = [
         lambda n: AdaKV(SnapKV(n, window=min(3, n - 1), kernel=3)),
         lambda n: 1000,
         lambda: AdaKV(SnapKV(500, window=3)),
+        even=False,
     ),
     Listed(
         "adakv-always",
         lambda n: AdaKV(H2O(heavy=n - n // 2, recent=n // 2), floor=0.5),
         lambda n: 1000,
         lambda: AdaKV(H2O(heavy=500, recent=500)),
+        even=False,
     ),
     Listed(
         "criticalkv",
@@ -178,6 +184,7 @@ POLICIES = [
         lambda n: ChunkKV(Knorm(n, when=None), size=3),
         lambda n: n,
         lambda: ChunkKV(SnapKV(500, window=3)),
+        even=False,
     ),
     Listed(
         "duoattention",
@@ -186,6 +193,7 @@ POLICIES = [
         ),
         lambda n: 1000,
         lambda: DuoAttention({layer: [0] for layer in range(LAYERS)}, recent=500),
+        budgeted=False,
     ),
     Listed(
         "fastkv",
