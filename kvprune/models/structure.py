@@ -131,7 +131,9 @@ def output_weight(attention: nn.Module) -> Tensor:
             f"output_weight: {type(projection).__name__} does not say how many inputs it has: "
             f"expected a linear layer, or a policy that does not ask for it"
         )
-    like = next(p for p in projection.parameters() if p.is_floating_point())
+    # Weights that torch quantised dynamically are no parameters, and take float32.
+    floats = (p for p in projection.parameters() if p.is_floating_point())
+    like = next(floats, torch.empty(0))
     unit = torch.eye(size, device=like.device, dtype=like.dtype)
     found: Tensor = projection(unit) - projection(torch.zeros_like(unit[:1]))
     return found

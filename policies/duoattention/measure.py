@@ -43,7 +43,8 @@ def head_scores(model: Any, ids: Tensor, sinks: int = 64, recent: int = 256) -> 
     Args:
         model: attached.
         ids: `[1, Q]`, the text's tokens, without padding.
-        sinks, recent: what a streaming head keeps; see `DuoAttention`.
+        sinks: how many of a row's first tokens a streaming head keeps.
+        recent: how many of the newest it keeps.
 
     Returns:
         by layer and head, the share of attention that goes to tokens which a streaming head has

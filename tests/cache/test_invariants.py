@@ -158,7 +158,7 @@ ACTIONS = ["reorder", "repeat", "select", "deepcopy", "reset", "prefill", "decod
 
 
 @given(
-    evicting_pipelines(0, 2),
+    evicting_pipelines(0, 2).filter(lambda chosen: not any(p.of_model for p, _ in chosen)),
     st.lists(st.sampled_from(ACTIONS), min_size=3, max_size=12),
     st.data(),
     seeds,

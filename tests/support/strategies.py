@@ -54,7 +54,8 @@ class Listed:
     make: with a budget of about that many tokens. bound: the most slots a layer may hold
     after a forward in which the policy was asked; None where it does not evict. roomy: with a
     budget that no test reaches. budgeted: it has an amount, which `with_budget` sets. even: each
-    head of a layer keeps that amount.
+    head of a layer keeps that amount. of_model: it reads the model itself, so that a driver of one
+    layer has nothing for it.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Listed:
     roomy: Callable[[], kvprune.TokenPolicy]
     budgeted: bool = True
     even: bool = True
+    of_model: bool = False
 
     def __repr__(self) -> str:
         return self.name
@@ -178,6 +180,8 @@ POLICIES = [
         lambda n: CriticalKV(SnapKV(n, window=min(3, n - 1), kernel=3)),
         lambda n: n,
         lambda: CriticalKV(SnapKV(500, window=3)),
+        even=False,
+        of_model=True,
     ),
     Listed(
         "chunkkv",
@@ -194,6 +198,7 @@ POLICIES = [
         lambda n: 1000,
         lambda: DuoAttention({layer: [0] for layer in range(LAYERS)}, recent=500),
         budgeted=False,
+        of_model=True,
     ),
     Listed(
         "fastkv",
