@@ -87,7 +87,9 @@ def test_bytes_follow_what_is_kept(name: str):
     for _ in range(60):
         driver.step(driver.tokens(1))
         least, slots = need(driver)
-        got = driver.cache.nbytes - sum(t.nbytes for t in driver.cache.state.rows.tensors())
+        rows = driver.cache.state.rows
+        assert rows is not None
+        got = driver.cache.nbytes - sum(t.nbytes for t in rows.tensors())
         padded = driver.cache.state.padding
         got -= 0 if padded is None else padded.nbytes
         assert least < got <= least + max(least // 20, slots)
