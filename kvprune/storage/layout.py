@@ -42,15 +42,14 @@ def allowed(most: int) -> float:
 
 
 def rearranged(counts: Counts, lanes: Lanes | None) -> tuple[bool, Groups] | None:
-    """Another layout for a layer that keeps these slots, where it needs one.
+    """Another layout for a layer, where its present one wastes too much or has too many rectangles.
 
     Args:
-        counts: see above.
-        lanes: of today; None for one rectangle.
+        counts: the slots that the layer keeps; see above.
+        lanes: of the present layout; None for one rectangle.
 
     Returns:
-        whether lanes are heads (see `Lanes`), and lanes by rectangle; None where the layout of
-        today will do.
+        whether lanes are heads (see `Lanes`), and lanes by rectangle; None to keep the layout.
     """
     by_head = any(min(row) < max(row) for row in counts)
     each = [n for row in counts for n in row] if by_head else [row[0] for row in counts]

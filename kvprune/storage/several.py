@@ -72,7 +72,7 @@ class Rectangles:
 
     @property
     def held_columns(self) -> Tensor:
-        """The same: there is no room for more slots in what is joined."""
+        """The same as `columns`: what is joined has no room for more slots."""
         return self.columns
 
     @property
@@ -81,7 +81,7 @@ class Rectangles:
         return {part: self._statistic(part) for part in self.rectangles[0].statistics}
 
     def _statistic(self, part: Statistic) -> Tensor:
-        """One of these; slots that are not there have what a slot begins with."""
+        """One statistic; slots that a lane does not have hold what a slot begins with."""
         each = [rectangle.statistics[part] for rectangle in self.rectangles]
         return self.lanes.join(each, part.start)
 
@@ -133,7 +133,7 @@ class Rectangles:
         return {**where, "lanes": lanes.numbers, "rectangles": each}
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Those of each, behind its number."""
+        """The tensors of each rectangle, each name behind the rectangle's number."""
         each = [rectangle.named_tensors() for rectangle in self.rectangles]
         return {f"{i}.{name}": tensor for i, one in enumerate(each) for name, tensor in one.items()}
 
@@ -295,7 +295,7 @@ class Rectangles:
             yield rectangle, mine - (size - rectangle.used)
 
     def keep(self, columns: Tensor, counts: list[list[int]], policy: int | None) -> None:
-        """Drops the slots whose column is -1 here, and lets nothing change places.
+        """Drops the slots whose column is -1 here; no lane changes its rectangle.
 
         Args:
             columns: `[B, 1|Hkv, S]` int64.
