@@ -9,6 +9,7 @@ from .fastkv import FastKV
 from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import Knorm
+from .kvzip import KVzip
 from .observed_attention import ObservedAttention
 from .pyramidkv import PyramidKV
 from .random import Random
@@ -27,6 +28,7 @@ __all__ = [
     "DuoAttention",
     "ExpectedAttention",
     "FastKV",
+    "KVzip",
     "KeyDiff",
     "Knorm",
     "ObservedAttention",

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from kvprune.errors import KVPruneError
-from kvprune.policy import Around, Ranking, SlotView, select
+from kvprune.policy import Around, Ranking, SlotView, best_of_all, select
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,19 +106,9 @@ def _best_of_each(score: Tensor, columns: Tensor, free: Tensor, budget: Tensor) 
 def _best_of_all(
     score: Tensor, columns: Tensor, free: Tensor, first: Tensor, wanted: Tensor
 ) -> Tensor:
-    """How many of the best slots of all heads together each head has, `[B, Hkv]` int64.
-
-    Args:
-        score, columns, free: `[B, Hkv, S]`; ties go to the newer column, then to the lower head.
-        first: the same shape, those of the free slots that come first.
-        wanted: `[B]` int64.
-    """
-    order = columns.flatten(1).argsort(dim=-1, descending=True, stable=True)
-    for key in (score.flatten(1), (free.byte() + first.byte()).flatten(1)):
-        step = key.gather(-1, order).argsort(dim=-1, descending=True, stable=True)
-        order = order.gather(-1, step)
-    taken = torch.arange(order.shape[-1], device=order.device) < wanted[:, None]
-    return torch.zeros_like(taken).scatter(-1, order, taken).view_as(free).sum(-1)
+    """How many of the best slots of all heads together each head has, `[B, Hkv]` int64."""
+    score, columns, first = (tensor.flatten(1) for tensor in (score, columns, first))
+    return best_of_all(score, columns, free.flatten(1), first, wanted).view_as(free).sum(-1)
 
 
 def _mixed(best: Tensor, even: Tensor, floor: float, wanted: Tensor) -> Tensor:

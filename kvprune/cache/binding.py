@@ -73,6 +73,7 @@ def bind(
         _check_prunes(policy, attachment)
         _check_queries(policy.statistics, repr(policy), attachment)
         _check_across(policy, attachment)
+        _check_reads_again(policy, attachment)
     _check_queries(observe, "observe", attachment)
     _check_survival(policies, observe)
     working = checked([policy.for_model(base) for policy in policies])
@@ -156,6 +157,15 @@ def _check_across(policy: TokenPolicy, attachment: Attachment) -> None:
             f"{policy!r} ranks the slots of all layers at once, of which each process of a tensor "
             f"parallel model has only some heads: expected a policy with rank_slots, or a model in "
             f"one process"
+        )
+
+
+def _check_reads_again(policy: TokenPolicy, attachment: Attachment) -> None:
+    if policy.reads_again and attachment.states and any(attachment.states):
+        raise KVPruneError(
+            f"{policy!r} reads the prompt a second time and takes that back, which the states of "
+            f"{attachment.name}'s linear-attention layers cannot follow: expected a model with "
+            f"attention in every layer, or a policy that reads once, as SnapKV"
         )
 
 

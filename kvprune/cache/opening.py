@@ -52,9 +52,11 @@ class Opening:
         state, session, attachment = self.state, self.session, self.binding.attachment
         self._check_size(rows, count)
         self._check_promise(rows)
+        self._check_read_again()
         state.follow(device)
         new = self._arrival(rows, count, mask, device)
-        drafts = session.drafts(state.seen, count)
+        repeat = session.repeat
+        drafts = 0 if repeat is not None else session.drafts(state.seen, count)
         one_by_one = drafts > 0 and self._treats_drafts_apart(count - drafts)
         moment = self._moment(count, drafts)
         self._check_drafts(drafts, one_by_one, moment)
@@ -73,14 +75,18 @@ class Opening:
             position_ids = state.positions.open(layers, new.columns, new.padding, new.rows)
         elif self._awaits_positions(moment):
             position_ids = self._positions_handed(positions, rows, count, device)
+        # Nobody is asked about what is read a second time, and nothing else observes it.
+        policies, observe = self.binding.policies, self.observe
+        if repeat is not None:
+            policies, observe = (), ()
         step = Step(
-            self.binding.policies,
+            policies,
             len(state.layers),
             state.seen,
             new,
             asked,
             moment,
-            self.observe,
+            observe,
             drafts,
             one_by_one=one_by_one,
             group=attachment.group,
@@ -88,6 +94,8 @@ class Opening:
             position_ids=position_ids,
             rotations=self.binding.rotations,
             reads=self.binding.reads,
+            read_again=session.read_again,
+            repeat=repeat,
         )
         step.read = state.read
         return step
@@ -121,7 +129,8 @@ class Opening:
         ends = state.seen < end <= after or (end == 0 and lead > 1)
         left = max(end - after, 0)
         since = 0 if ends or left else after - state.prompt_end
-        return Moment(lead, left, since, ends, first=state.prompts == 0)
+        again = ends and self.session.read_again
+        return Moment(lead, left, since, ends, state.prompts == 0, again)
 
     def _treats_drafts_apart(self, lead: int) -> bool:
         """Whether drafts behind so many tokens must not be mixed up with them.
@@ -149,11 +158,25 @@ class Opening:
                 f"rows, got {rows}"
             )
 
+    def _check_read_again(self) -> None:
+        """Refuses a first prompt that is read once, where a policy goes by a second reading."""
+        if self.state.seen or self.session.read_again:
+            return
+        for policy in self.binding.policies:
+            if policy.reads_again:
+                raise KVPruneError(
+                    f"{policy!r} reads the prompt a second time, which neither generate nor a "
+                    f"forward does: expected a cache that has read it by kvprune.read:\n"
+                    f"    kvprune.read(model, cache, document_ids)\n"
+                    f"    model.generate(torch.cat([document_ids, question_ids], 1), cache=cache)"
+                )
+
     def _arrival(self, rows: int, count: int, mask: Tensor | None, device: torch.device) -> Arrival:
         """The arrival of `[rows, count]` tokens; refuses a mask that does not fit."""
         state, session = self.state, self.session
         seen = state.seen
-        if session.past_prompt(seen) and (mask is None or mask.dim() == 2):
+        repeats = session.repeat is not None
+        if session.past_prompt(seen) and not repeats and (mask is None or mask.dim() == 2):
             # It goes on with ones.
             mask = session.mask_of_ended(rows, count, seen, device)
         heads = self.binding.attachment.num_heads

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.second_reading import Repeat
 from ..errors import KVPruneError
 from .endings import Endings
 from .guard import in_use, this_thread
@@ -42,6 +43,9 @@ class Session:
         endings: what watches for rows that end; None where nobody does.
         recording: whether the newest columns may be taken back (drafts).
         pending: drafts of the last forward that nobody has accepted or taken back yet.
+        read_again: whether the announced prompt will be read a second time before policies are
+            asked at its end.
+        repeat: what the next forward reads a second time; None for new tokens.
         in_stock_generate: whether a `generate` that is not ours has taken the cache, and has read
             nothing yet.
     """
@@ -52,6 +56,8 @@ class Session:
         self.endings: Endings | None = None
         self.recording = False
         self.pending = 0
+        self.read_again = False
+        self.repeat: Repeat | None = None
         self.in_stock_generate = False
         # Several where a custom one runs another; the innermost last.
         self._generates: list[_Generate] = []
@@ -61,9 +67,16 @@ class Session:
         """Whether one of our `generate`s is under way."""
         return bool(self._generates)
 
-    def announce(self, new: Tensor | int, columns: int, endings: Endings | None) -> None:
+    def announce(
+        self,
+        new: Tensor | int,
+        columns: int,
+        endings: Endings | None,
+        read_again: bool = False,
+    ) -> None:
         """Notes an announced prompt; see `WiredCache.announce_prompt`."""
         self.promise, self.prompt_end, self.endings = new, columns, endings
+        self.read_again = read_again
 
     def enter(self, seen: int, custom: bool) -> None:
         """A `generate` begins, with `seen` columns.

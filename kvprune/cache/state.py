@@ -40,6 +40,8 @@ class CacheState:
         together: layers that give up slots together, of the last forward.
         recorded: how many of the last forward's columns can be taken back though something was
             evicted since.
+        waiting: the forward that ended a prompt which is being read a second time; its policies are
+            still to be asked. None at any other time.
         fixed: columns that stay for good: what was evicted before the cache was saved is unknown.
     """
 
@@ -59,6 +61,7 @@ class CacheState:
         self.attended: dict[int, Tensor] = {}
         self.together: list[LayerGroup] = []
         self.recorded = 0
+        self.waiting: Step | None = None
         self.fixed = 0
 
     # What there is.
@@ -160,22 +163,49 @@ class CacheState:
 
     def take_over(self, step: Step) -> None:
         """After the last layer: what the forward leaves behind."""
+        if step.repeat is not None:
+            # Nothing but votes.
+            for _, layer in self.slot_layers():
+                layer.drop_newest(step.count)
+            return
         if step.judged is not None:
             step.judged.tell(layer for _, layer in self.slot_layers())
         self.together = evict_together(step, self.together)
-        evict_across(step)
+        if step.waits:
+            self.waiting = step
+        else:
+            evict_across(step)
         _hold_states(step)
         self.mid_prompt = step.moment.left > 0
         if step.moment.ends:
             self.prompt_end, self.prompts = self.seen + step.moment.new, self.prompts + 1
-        for index, layer in self.slot_layers():
-            layer.forget_records([p for p in layer.records if step.still_awaits(p, index)])
+        if not step.waits:
+            self._forget_records(step)
         self.seen += step.count
         self.rows, self.padding, self.read = step.rows, step.padding, step.read
         self.attended = step.attended or {}
         self.recorded = step.drafts if step.one_by_one else 0
 
+    def _forget_records(self, step: Step) -> None:
+        for index, layer in self.slot_layers():
+            layer.forget_records([p for p in layer.records if step.still_awaits(p, index)])
+
+    def give_up_second_reading(self) -> None:
+        """After an error: nobody is asked."""
+        if self.waiting is not None:
+            self.waiting.let_go()
+        self.waiting = None
+
     # What happens between forwards.
+
+    def end_second_reading(self) -> None:
+        """Asks the policies at the end of a prompt that was read a second time."""
+        step, self.waiting = self.waiting, None
+        if step is None:
+            return
+        evict_across(step)
+        self._forget_records(step)
+        step.let_go()
 
     def settle(self, back: int = 0) -> None:
         """Takes back the last `back` recorded columns; the others stay for good."""

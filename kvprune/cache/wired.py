@@ -247,7 +247,11 @@ class WiredCache(Cache):
         self._hold(state)
 
     def announce_prompt(
-        self, new: Tensor | int, columns: int, endings: Endings | None = None
+        self,
+        new: Tensor | int,
+        columns: int,
+        endings: Endings | None = None,
+        read_again: bool = False,
     ) -> None:
         """`generate` tells how many valid prompt tokens `[B]` follow, however it splits them.
 
@@ -255,9 +259,10 @@ class WiredCache(Cache):
             new: how many.
             columns: of the whole prompt, what was seen before included.
             endings: what watches for rows that end; None where nobody does.
+            read_again: whether the prompt will be read a second time; see `cache.second_reading`.
         """
         self.guard.check_usable()
-        self.session.announce(new, columns, endings)
+        self.session.announce(new, columns, endings, read_again)
 
     def enter_generate(self, custom: bool = False) -> None:
         """Begins a `generate`: what follows an announced prompt does not count as prompt.
@@ -368,6 +373,8 @@ class WiredCache(Cache):
             ids: its tokens, `[B, Q]`.
         """
         step = self.step
+        if step.repeat is not None:
+            return
         count = self.session.prompt_tokens(self.seen, step.count)
         if count == 0 or torch.compiler.is_compiling():
             return
@@ -414,4 +421,5 @@ class WiredCache(Cache):
                 self.guard.failure = ""
         finally:
             self.guard.release()
-            step.let_go()
+            if self.state.waiting is not step:
+                step.let_go()

@@ -71,7 +71,7 @@ class LayerStep(Observer):
             seen=self.seen,
             complete=self.complete,
             whole=step.whole,
-            in_free_slot=step.count == 1,
+            in_free_slot=step.count == 1 and step.repeat is None,
             arrived=arrived,
         )
         if step.cache_positions is not None:
@@ -176,6 +176,10 @@ class LayerStep(Observer):
             nothing of them is held.
         """
         slots = self.slots
+        if self.step.repeat is not None:
+            output, probabilities = attend(backend, module, inputs, **arguments)
+            self._vote(inputs, scores_for(module, inputs, self._heads, **arguments), module)
+            return output, probabilities, None
         reads = {part.reads for part in slots.parts if part.of_attention}
         if not reads and not slots.layer_parts:
             return *attend(backend, module, inputs, **arguments), None
@@ -255,6 +259,8 @@ class LayerStep(Observer):
             attention: the layer's attention; None where no model runs.
         """
         at, step, slots = self.on(self.slots.device), self.step, self.slots
+        if step.repeat is not None:
+            return
         at._observe_shown()
         new = at.columns.shape[1]
         if step.prunes and at.seen <= step.seen + step.count - step.drafts:
@@ -350,6 +356,7 @@ class LayerStep(Observer):
             begin=rows.begin,
             numbers_of=rows.numbers_of,
             queried=queried,
+            window=None if slots.local is None else slots.local.size,
             attention=attention,
         )
 

@@ -19,6 +19,7 @@ from ..statistics import Block, Queries, Statistic, statistic_dtype
 from ..storage.buffers import numbers_at
 from ..storage.layer import SlotLayer
 from ..storage.rows import RowNumbers
+from .second_reading import vote, vote_by
 from .step import Step
 
 Look = Callable[[Queries], Tensor | None]
@@ -100,6 +101,13 @@ class Observer:
         Raises:
             KVPruneError: they do not answer with a number for each token.
         """
+        if self.step.repeat is not None:
+            # Nothing of these tokens stays.
+            if self.step.repeat.part.weighted:
+                norms = hidden.detach().to(statistic_dtype(hidden.dtype)).norm(dim=-1)
+                # Padding may be all zeros; it gives nothing.
+                self.step.norms[self.index] = norms.clamp(min=torch.finfo(norms.dtype).tiny)
+            return
         for part in self.slots.parts:
             if part.reads == "hidden":
                 with torch.no_grad():
@@ -219,18 +227,37 @@ class Observer:
                 for block in each:
                     slots.observe(part, block, several)
 
-    def observe(self, probabilities: Tensor) -> None:
+    def _vote(self, inputs: Inputs, scores: Scores, attention: torch.nn.Module) -> None:
+        """Lets the queries of a second reading vote for slots."""
+        repeat, slots = self.step.repeat, self.slots
+        if repeat is not None and repeat.part in slots.parts:
+            norms, dtype = self._norms, self._dtype
+            vote(repeat, slots, self.rows, inputs, scores, norms, attention, dtype)
+
+    @property
+    def _norms(self) -> Tensor | None:
+        """The norms of the hidden states that entered the layer, where they are wanted."""
+        norms = self.step.norms.get(self.index)
+        return None if norms is None else norms.to(self.slots.device, self._dtype)
+
+    def observe(self, probabilities: Tensor, attention: torch.nn.Module) -> None:
         """Adds what slots received to their statistics, for attention that was computed elsewhere.
 
         Args:
             probabilities: `[B, Hq, Q, S]`.
+            attention: the layer's.
         """
         slots, several = self.slots, self.columns.shape[1] > 1
-        if not slots.parts:
+        repeat = self.step.repeat
+        if not slots.parts or (repeat is not None and repeat.part not in slots.parts):
             return
         # Padding does not vote.
         votes = (self.columns >= 0)[:, None, :, None]
         given = (probabilities.detach().to(self._dtype) * votes).unflatten(1, (self._heads, -1))
+        if repeat is not None:
+            norms = self._norms
+            vote_by(repeat, slots, self.rows, given, self.columns, norms, attention)
+            return
         for part in slots.parts:
             if not part.of_attention:
                 continue

@@ -25,6 +25,7 @@ from ..statistics import Queries, Statistic, parts_of
 from ..storage.rows import PromptIds
 from .arrival import Arrival
 from .judged import Judged
+from .second_reading import Repeat
 from .survivors import surviving_tokens
 
 
@@ -50,6 +51,9 @@ class Step:
             cache, or where somebody reads queries before rotation; else None.
         rotations: of queries, by layer; empty where nobody reads them before rotation.
         reads: what the statistics of any layer read; see `Statistic`.
+        read_again: whether what is read here will be read a second time before policies are asked,
+            if a prompt ends with it.
+        repeat: what is read a second time here; nothing of it stays. None in any other forward.
 
     Attributes:
         count: tokens of this forward, Q.
@@ -77,6 +81,8 @@ class Step:
         around: whether it began around the model with the decoder layers, before masks were made.
         shown: by layer, what statistics say of the hidden states that entered it, each with the
             tokens' columns.
+        norms: by layer, the norms of the hidden states that entered it, `[B, Q]`, in a second
+            reading that is weighted by them.
         judged: how pruning judges the tokens; None where nobody asks.
         not_finite: rows with activations that are not finite, as the user was told.
     """
@@ -97,11 +103,16 @@ class Step:
         position_ids: Tensor | None = None,
         rotations: Sequence[Rotary] = (),
         reads: frozenset[str] = frozenset(),
+        read_again: bool = False,
+        repeat: Repeat | None = None,
     ) -> None:
         self._pruners = [p for p in policies if "rank_hidden" in p.hooks]
         self.evicters = [p for p in policies if p.evicts]
         self.around = False
-        self._across = any("rank_layers" in p.hooks for p in self.evicters)
+        self.waits = read_again and moment.ends
+        self.repeat = repeat
+        self.norms: dict[int, Tensor] = {}
+        self._across = self.waits or any("rank_layers" in p.hooks for p in self.evicters)
         self.num_layers = num_layers
         self.group = group
         self.cache_positions = cache_positions
@@ -163,11 +174,13 @@ class Step:
     def late_at(self, moment: Moment) -> list[tuple[int, TokenPolicy]]:
         """The policies that are asked after the last layer, each with its number.
 
-        From the first one on that sees all layers at once.
+        From the first one on that sees all layers at once; all where a second reading follows.
         """
         if not self._across:
             return []
         due = [each for each in enumerate(self.evicters) if each[1].is_due(moment)]
+        if self.waits:
+            return due
         first = (i for i, (_, policy) in enumerate(due) if "rank_layers" in policy.hooks)
         return due[next(first, len(due)) :]
 

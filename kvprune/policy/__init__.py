@@ -12,6 +12,7 @@ from .one_budget import OneBudget
 from .pooling import check_kernel, pooled
 from .rotary import Rotary
 from .selection import Ranking, select
+from .sharing import best_of_all
 from .views import SlotView, TokenView
 from .window import check_context, check_window
 
@@ -25,6 +26,7 @@ __all__ = [
     "SlotView",
     "TokenPolicy",
     "TokenView",
+    "best_of_all",
     "check_context",
     "check_kernel",
     "check_positions",

@@ -147,7 +147,15 @@ class TokenPolicy:
 
     def is_due(self, moment: Moment) -> bool:
         """Whether the policy is asked about slots at this moment."""
-        return moment.is_due(self.when)
+        return moment.is_due(self.when) and (moment.read_again or not self.reads_again)
+
+    @property
+    def reads_again(self) -> bool:
+        """Whether the policy goes by a second reading of the prompt; it is asked behind it alone.
+
+        See `SecondReading` in `kvprune.statistics`.
+        """
+        return any(part.reads == "second reading" for part in parts_of(self.statistics))
 
     def awaits(self, part: Statistic, moment: Moment) -> bool:
         """Whether a ranking of slots reads a statistic at this moment, or later what is seen now.

@@ -17,6 +17,7 @@ class Moment:
     since: columns since the prompt's end; 0 where it ends with these, or is still to end.
     ends: whether a prompt ends with these columns.
     first: whether no prompt ended before these columns.
+    read_again: whether the prompt that ends was read a second time.
     """
 
     new: int
@@ -24,6 +25,7 @@ class Moment:
     since: int = 0
     ends: bool = False
     first: bool = False
+    read_again: bool = False
 
     def is_due(self, when: int | str | None) -> bool:
         """Whether a policy with this `when` is asked about slots now; see `TokenPolicy`."""

@@ -222,6 +222,7 @@ class SlotView(_View):
         where the policy names `Rotations()` or `QueryMoments()`; scaling with `Queries(w)` too.
     rotary: how the layer turns queries and keys by their position.
     position: `[B]`, the position of each row's newest token, as the model knows it.
+    window: how many columns the layer's queries see (sliding or chunked attention); None for all.
     """
 
     layer: int
@@ -238,6 +239,7 @@ class SlotView(_View):
     begin: Callable[[int], Tensor] | None = field(default=None, repr=False)
     numbers_of: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     queried: Any = field(default=None, repr=False)
+    window: int | None = None
     attention: Any = field(default=None, repr=False)
 
     @property

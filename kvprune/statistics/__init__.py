@@ -5,6 +5,7 @@ from .base import Block, Statistic, check_statistics, parts_of, statistic_dtype
 from .gate import Gate
 from .moments import QueryMoments, Rotations
 from .queries import Queries
+from .second_reading import SecondReading, Votes
 from .survival import Survival
 
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     "Queries",
     "QueryMoments",
     "Rotations",
+    "SecondReading",
     "Statistic",
     "Survival",
     "Views",
+    "Votes",
     "check_statistics",
     "parts_of",
     "statistic_dtype",

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import KVPruneError
 
 READS_OF = {
-    "slot": ("received", "views", "probabilities", "hidden", "survival"),
+    "slot": ("received", "views", "probabilities", "hidden", "survival", "second reading"),
     "layer": ("queries", "unrotated", "rotations"),
 }
 """By what a statistic is per: what it can read."""
@@ -60,8 +60,9 @@ class Statistic:
             received in a forward, added up over the queries, `[B, Hkv, S]`; "views", the number of
             queries in a forward that could see the slot, the same shape; "probabilities", a `Block`
             of queries after the other, in order; "hidden", what `numbers` says of the tokens that
-            were written; "survival", how far tokens came through pruning. The last two are `[B,
-            1|Hkv, S]`, NaN for slots that nothing is said of. For layers "queries", as attention is
+            were written; "survival", how far tokens came through pruning; "second reading",
+            what tokens that are read again give (`SecondReading`). The last three are
+            `[B, 1|Hkv, S]`, NaN for slots that nothing is said of. For layers "queries", as attention is
             handed them; "unrotated", before their position turned them (RoPE); "rotations",
             nothing.
         start: the number that a slot begins with.
@@ -159,8 +160,13 @@ def _check_part(part: Statistic, what: str) -> None:
     if part.reads not in READS_OF.get(part.per, ()):
         raise KVPruneError(
             f"{what}: {part!r} has per={part.per!r} and reads={part.reads!r}: expected per 'slot' "
-            f"with reads 'received', 'views', 'probabilities', 'hidden' or 'survival', or per "
-            f"'layer' with 'queries', 'unrotated' or 'rotations'"
+            f"with reads {', '.join(map(repr, READS_OF['slot']))}, or per 'layer' with reads "
+            f"{', '.join(map(repr, READS_OF['layer']))}"
+        )
+    if part.reads == "second reading" and not hasattr(part, "repeats"):
+        raise KVPruneError(
+            f"{what}: {part!r} reads a second reading: expected a statistic that derives from "
+            f"kvprune.statistics.SecondReading"
         )
     if type(part).join is Statistic.join:
         raise KVPruneError(f"{what}: {part!r}: expected a statistic with a method join(held, new)")

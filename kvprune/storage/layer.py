@@ -404,6 +404,11 @@ class SlotLayer:
         self.form.free(gone, policy)
         self.whole = False
 
+    def drop_newest(self, count: int) -> None:
+        """Drops the last `count` slots, those of the tokens that were stored last."""
+        self.form.drop_newest(count)
+        self.seen -= count
+
     def alike(self) -> Hashable:
         """The facts that layers must share to evict together; None where this one is not full."""
         form = self.form

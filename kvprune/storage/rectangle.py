@@ -331,6 +331,17 @@ class Rectangle:
         # As it will be once the free slot is filled.
         self.gaps = fewest < (self.used if slot is None else self.used - 1)
 
+    def drop_newest(self, count: int) -> None:
+        """Drops the last `count` slots, and the room that they took; no other leaves its place."""
+        assert self.held is not None
+        self.used -= count
+        # Copies: a view would keep the larger buffers.
+        self.held_columns = self.columns.clone()
+        self.held = self.held.with_buffers(b[:, :, : self.used].clone() for b in self.held.buffers)
+        for name, value in self.held_numbers.items():
+            self.held_numbers[name] = value[..., : self.used].clone()
+        self.gaps = bool((self.held_columns < 0).any())
+
     def can_free(self, gone: Tensor) -> bool:
         """Whether `free` may drop these, `[B, 1|Hkv, 1]`; else `keep` does."""
         fits = self.turnover.slot is None and self.capacity - self.used < spare(self.used)

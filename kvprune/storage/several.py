@@ -232,6 +232,11 @@ class Rectangles:
         for rectangle, mine in self._gone(gone):
             rectangle.free(mine, policy)
 
+    def drop_newest(self, count: int) -> None:
+        """Drops the last `count` slots of each lane; see `Rectangle.drop_newest`."""
+        for rectangle in self.rectangles:
+            rectangle.drop_newest(count)
+
     def past(self) -> list[Past]:
         """What is held now, to come back to, by rectangle."""
         return [past for rectangle in self.rectangles for past in rectangle.past()]

@@ -24,6 +24,7 @@ from ..policy.views import SlotView
 from ..storage.buffers import SLACK, spare
 from ..storage.layout import allowed
 from ..storage.rectangle import Rectangle
+from ..wiring.read import read
 from .models import LAYERS, left_padded, prompt
 from .runs import Case, Run, feed
 from .stand_ins import ByHand, Fails, ReadBack, Watched
@@ -68,11 +69,22 @@ def equals_dense(policies: Policies, case: Case, new: int = 8) -> None:
         reference = ComposedCache(store=ReadBack.like(case.store))
         expected = case.model.generate(**inputs, cache=reference, **options)
     cache = ComposedCache(policies, store=case.store)
+    first = []
+    if any(policy.reads_again for policy in policies):
+        first = [read(case.model, cache, **inputs)]
+        ids, ones = first[0].argmax(-1, keepdim=True), torch.ones_like(case.mask[:, :1])
+        inputs = {
+            "input_ids": torch.cat([inputs["input_ids"], ids], 1),
+            "attention_mask": torch.cat([case.mask, ones], 1),
+        }
+        options["max_new_tokens"] = new - 1
     got = case.model.generate(**inputs, cache=cache, **options)
     same = torch.equal(got.sequences, expected.sequences)
     expect(same, "generated tokens", expected.sequences, got.sequences)
-    for step, (mine, other) in enumerate(zip(got.logits, expected.logits, strict=True)):
-        expect_close(f"logits of step {step}", mine, other, rtol=1e-10)
+    both = zip([*first, *got.logits], expected.logits, strict=True)
+    for step, (mine, other) in enumerate(both):
+        # `generate` gives them in float32.
+        expect_close(f"logits of step {step}", mine.to(other.dtype), other, rtol=1e-10)
 
 
 def equals_dense_until_something_goes(policies: Policies, case: Case) -> None:
@@ -150,7 +162,7 @@ def holds_no_more_than_its_budget(policies: Policies, case: Case, bound: int | N
         start += count
         for each in watched:
             for note in each.notes:
-                if note.hook == "rank_slots" and note.allowed is not None:
+                if note.hook != "rank_hidden" and note.allowed is not None:
                     _expect_no_more(run, note, each.base)
         for layer, _ in run.cache.slot_layers():
             most = run.cache.columns(layer).shape[-1]
@@ -164,7 +176,7 @@ def _was_asked(watched: Watched, layer: int) -> bool:
     """Whether a policy answered about a layer's slots in this forward, or never does."""
     if not watched.evicts or not watched.applies(layer):
         return True
-    return any(n.hook == "rank_slots" and n.view.layer == layer for n in watched.notes)
+    return any(n.hook != "rank_hidden" and n.view.layer == layer for n in watched.notes)
 
 
 def _expect_no_more(run: Run, note: Any, policy: TokenPolicy) -> None:

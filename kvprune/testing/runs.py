@@ -14,6 +14,7 @@ from ..cache.composed import ComposedCache
 from ..policy.base import TokenPolicy
 from ..storage.layout import parting_at_once
 from ..storage.quantized import Quantized
+from ..wiring.read import read
 from .models import left_padded, plain_model, positions, prompt, tiny_model
 
 STORES = (None, Quantized(8, 4), Quantized(4, 8), Quantized((5, 4), 4, rotate=False))
@@ -89,15 +90,22 @@ class Run:
         self.mask: Tensor | None = None
 
     def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Runs a forward of the tokens `[B, Q]`; returns the last token's logits, `[B, V]`."""
+        """Runs a forward of the tokens `[B, Q]`; returns the last token's logits, `[B, V]`.
+
+        A prompt that a policy wants read a second time is read by `kvprune.read`.
+        """
         mask = torch.ones_like(ids) if mask is None else mask
         self.mask = mask if self.mask is None else torch.cat([self.mask, mask], 1)
+        cache = self.cache
+        is_prompt = (ids.shape[1] > 1 or not cache.seen) and not cache.session.recording
         with torch.no_grad(), parting_at_once() if self.parting else nullcontext():
+            if is_prompt and any(policy.reads_again for policy in cache.policies):
+                return read(self.model, cache, ids, self.mask)
             logits: Tensor = self.model(
                 ids,
                 attention_mask=self.mask,
                 position_ids=positions(self.mask)[:, -ids.shape[1] :],
-                past_key_values=self.cache,
+                past_key_values=cache,
                 logits_to_keep=1,
             ).logits
         return logits[:, -1]

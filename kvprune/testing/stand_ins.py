@@ -116,8 +116,20 @@ class Watched(TokenPolicy):
         return self._note("rank_slots", slots)
 
     def rank_layers(self, layers: Sequence[SlotView]) -> Sequence[Ranking | None] | None:
-        """The answer of `base`; no notes are taken."""
-        return self.base.rank_layers(layers)
+        """The answer of `base`."""
+        before = [
+            [(name, tensor, tensor.clone()) for name, tensor in shown_by(view)] for view in layers
+        ]
+        answers = self.base.rank_layers(layers)
+        turned = [_turned(view) for view in layers]
+        nothing = [None] * len(layers)
+        again = self.base.rank_layers(turned)
+        each = zip(layers, answers or nothing, before, turned, again or nothing, strict=True)
+        for view, answer, tensors, other, theirs in each:
+            written = tuple(name for name, now, then in tensors if not torch.equal(now, then))
+            unordered = _kept(answer, view) == _kept(theirs, other)
+            self.notes.append(Note("rank_layers", view, answer, written, True, unordered))
+        return answers
 
     def _note(self, hook: str, view: TokenView | SlotView) -> Ranking | None:
         if isinstance(view, SlotView) and not self.base.layers_alike:
@@ -188,6 +200,16 @@ class ByHand(TokenPolicy):
         """The same for the policies as they are on a model."""
         return ByHand([policy.for_model(model) for policy in self.policies])
 
+    @property
+    def hooks(self) -> frozenset[str]:
+        """All layers are ranked at once where one of the policies does that."""
+        across = any("rank_layers" in policy.hooks for policy in self.policies)
+        return frozenset(("rank_hidden", "rank_layers" if across else "rank_slots"))
+
+    def is_due(self, moment: Moment) -> bool:
+        """True: each policy says by itself when it is due."""
+        return True
+
     def rank_hidden(self, tokens: TokenView) -> Ranking | None:
         """Ranks by hand; the last token, whose logits these tests ask for, is protected."""
         last = torch.zeros_like(tokens.valid)
@@ -197,6 +219,27 @@ class ByHand(TokenPolicy):
     def rank_slots(self, slots: SlotView) -> Ranking | None:
         """Ranks by hand; no slots are protected but by the policies."""
         return self._ranking("rank_slots", slots, None)
+
+    def rank_layers(self, layers: Sequence[SlotView]) -> list[Ranking]:
+        """Ranks by hand; policies that rank slots are asked about one layer after the other."""
+        views = list(layers)
+        for policy in self.policies:
+            places = [place for place, view in enumerate(views) if policy.applies(view.layer)]
+            if not policy.is_due(views[0].moment) or not policy.evicts:
+                continue
+            if "rank_layers" in policy.hooks:
+                found = policy.rank_layers([views[place] for place in places])
+                answers = [None] * len(places) if found is None else list(found)
+            else:
+                answers = [policy.rank_slots(views[place]) for place in places]
+            for place, ranking in zip(places, answers, strict=True):
+                if ranking is not None:
+                    view = views[place]
+                    kept = naive_select(ranking, view.columns)
+                    columns = torch.where(kept, view.columns, -1)
+                    views[place] = replace(view, columns=columns, valid=kept)
+        valid = [view.valid for view in views]
+        return [Ranking(stays.double(), stays, stays.sum(-1)) for stays in valid]
 
     def _ranking(self, hook: str, view: Any, asked: Tensor | None) -> Ranking:
         hidden = hook == "rank_hidden"

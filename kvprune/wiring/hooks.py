@@ -89,7 +89,7 @@ def _show(
     kwargs: dict[str, Any],
 ) -> None:
     """Shows the hidden states that enter a layer to statistics that read them, if some do."""
-    if "hidden" in cache.step.reads:
+    if not cache.step.reads.isdisjoint(("hidden", "second reading")):
         cache.at_layer(index).show(argument(layer, args, kwargs, "hidden_states"))
 
 
@@ -146,7 +146,7 @@ def _after_own_attention(
         return None
     layer = cache.at_layer(attention.layer_idx).on(output[0].device)
     layer.step.attentions += 1
-    layer.observe(output[1])
+    layer.observe(output[1], attention)
     output = (output[0], layer.in_order(output[1]), *output[2:])
     layer.evict(attention=attention)
     return output

@@ -32,7 +32,7 @@ def at_slots(
     mask = GivenMask(mask, layer.step.seen).at(layer.columns, slots)
     alibi = None if alibi is None else _alibi_at(alibi, slots, _closed(layer, slots))
     observed = any(part.of_attention for part in layer.slots.parts)
-    wanted = observed or layer.step.attended is not None
+    wanted = observed or layer.step.attended is not None or layer.step.repeat is not None
     if wanted and _keeps_probabilities_back(attention):
         # The branch that returns them adds the mask to the scores, and ALiBi once more, which
         # is part of this mask.

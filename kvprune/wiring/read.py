@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -9,9 +11,12 @@ from torch import Tensor
 
 from ..cache.binding import attached
 from ..cache.composed import ComposedCache
+from ..cache.second_reading import second_reading, second_readings
+from ..engine.second_reading import Repeat
 from ..errors import KVPruneError
 from ..models.releases import generate_cache_name
 from ..models.structure import has_several_positions, takes, unwrapped
+from ..statistics import SecondReading
 
 _OURS = {"past_key_values", "cache_position", "logits_to_keep", "use_cache", "return_dict"}
 
@@ -36,6 +41,9 @@ def read(
     `generate` wants new tokens behind what was read; where there are none, the first is chosen from
     the logits: `ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)`.
 
+    A policy that goes by a second reading, as KVzip, has the new tokens read again, chunk by chunk,
+    before policies are asked at the prompt's end.
+
     Args:
         model: an attached model with a language-model head.
         cache: the cache, empty or not.
@@ -51,7 +59,8 @@ def read(
     Raises:
         KVPruneError: the model is not attached or has no head, there is no cache of ours, no
             tokens, padding behind a row's tokens, a mask of another size or a chunk below 1;
-            `inputs` that cannot be cut into chunks.
+            `inputs` that cannot be cut into chunks, or together with a second reading; a second
+            reading that is longer than the model's context.
     """
     _, base = attached(model, "read")
     inner: Any = unwrapped(model)
@@ -61,6 +70,7 @@ def read(
             f"language-model head, as AutoModelForCausalLM gives one"
         )
     rows, count = _check(cache, input_ids, attention_mask, chunk, inputs)
+    again = second_readings(cache.policies)
     if cache.seen and inputs and has_several_positions(base):
         raise KVPruneError(
             f"read: {', '.join(inputs)} behind {cache.seen} tokens on {type(model).__name__}, "
@@ -68,17 +78,21 @@ def read(
             f"tokens. Hand them in together, or to generate"
         )
     cache.guard.check_usable()
+    valid = None if attention_mask is None else attention_mask[:, cache.seen :].bool()
+    repeats = [(part, _repeats(part, input_ids, valid)) for part in again]
+    _check_reach(base, cache, count, repeats, inputs)
     before, size = cache.seen, chunk or count
     given: dict[str, Any] = {**inputs, "return_dict": True}
     lengths, masked = torch.full((rows,), count), {}
-    if attention_mask is not None:
-        lengths = attention_mask[:, before:].sum(-1)
+    if valid is not None:
+        lengths = valid.sum(-1)
         masked = {"attention_mask": attention_mask}
     positions = None
     if takes(inner, "position_ids") and "position_ids" not in inputs:
         known = {**inputs, **masked, generate_cache_name(): cache}
         positions = inner._prepare_position_ids_for_generation(input_ids, known)
-    cache.announce_prompt(lengths.to(input_ids.device), before + count)
+    lengths = lengths.to(input_ids.device)
+    cache.announce_prompt(lengths, before + count, read_again=bool(again))
     try:
         for start in range(before, before + count, size):
             stop = min(start + size, before + count)
@@ -88,10 +102,98 @@ def read(
                 given["position_ids"] = positions[..., start:stop]
             piece = input_ids[:, start - before : stop - before]
             output = model(piece, past_key_values=cache, logits_to_keep=1, **given)
+        if repeats:
+            _read_again(model, cache, repeats, before, attention_mask)
     finally:
         cache.session.announce(0, 0, None)
     logits: Tensor = output.logits[:, -1]
     return logits
+
+
+Repeats = Sequence[Sequence[tuple[list[int], int, int]]]
+"""By row, what is read a second time: tokens, and the columns at which their chunk begins and ends.
+
+Columns count from the first of the new tokens.
+"""
+
+
+def _repeats(part: SecondReading, ids: Tensor, valid: Tensor | None) -> Repeats:
+    """What a statistic wants read a second time of ids `[B, n]`, of which some are padding."""
+    found = []
+    for row, tokens in enumerate(ids.tolist()):
+        columns = list(range(len(tokens)))
+        if valid is not None:
+            columns = [column for column, here in enumerate(valid[row].tolist()) if here]
+        chunks = part.repeats([tokens[column] for column in columns])
+        found.append([(read, columns[a], columns[b - 1] + 1) for read, a, b in chunks])
+    return found
+
+
+def _read_again(
+    model: Any,
+    cache: ComposedCache,
+    repeats: Sequence[tuple[SecondReading, Repeats]],
+    before: int,
+    mask: Tensor | None,
+) -> None:
+    """Reads new tokens a second time, a chunk of each row in one forward.
+
+    Args:
+        model: an attached model.
+        cache: what has read them.
+        repeats: what is read, for each statistic.
+        before: columns shown before them.
+        mask: `[B, seen]`; None where nothing is padding.
+    """
+    inner: Any = unwrapped(model)
+    device = next(model.parameters()).device if mask is None else mask.device
+    with second_reading(cache) as tell:
+        for part, by_row in repeats:
+            for each in zip_longest(*by_row, fillvalue=([], 0, 0)):
+                size = max(len(tokens) for tokens, _, _ in each)
+                ids = [[0] * (size - len(tokens)) + tokens for tokens, _, _ in each]
+                here = [[0] * (size - len(tokens)) + [1] * len(tokens) for tokens, _, _ in each]
+                read = torch.tensor(ids, device=device)
+                seen = torch.ones(len(ids), cache.seen, device=device) if mask is None else mask
+                whole = torch.cat([seen.long(), torch.tensor(here, device=device)], 1)
+                given: dict[str, Any] = {"return_dict": True}
+                if takes(inner, "position_ids"):
+                    known = {"attention_mask": whole, generate_cache_name(): cache}
+                    positions = inner._prepare_position_ids_for_generation(read, known)
+                    given["position_ids"] = positions[..., -size:]
+                if not bool(whole.all()):
+                    given["attention_mask"] = whole
+                start, stop = (
+                    torch.tensor([chunk[edge] for chunk in each], device=device) + before
+                    for edge in (1, 2)
+                )
+                tell(Repeat(part, start, stop, cache.seen))
+                model(read, past_key_values=cache, logits_to_keep=1, **given)
+
+
+def _check_reach(
+    base: Any,
+    cache: ComposedCache,
+    count: int,
+    repeats: Sequence[tuple[SecondReading, Repeats]],
+    inputs: dict[str, Any],
+) -> None:
+    """Refuses a second reading that the model cannot follow."""
+    if repeats and inputs:
+        raise KVPruneError(
+            f"read: {', '.join(inputs)} with {repeats[0][0]!r}: expected text alone, as only token "
+            f"ids can be read a second time"
+        )
+    config = base.config.get_text_config(decoder=True)
+    most = getattr(config, "max_position_embeddings", 0) or 0
+    for part, by_row in repeats:
+        size = max((len(tokens) for row in by_row for tokens, _, _ in row), default=0)
+        if most and cache.seen + count + size > most:
+            raise KVPruneError(
+                f"read: {part!r} reads {size} tokens a second time behind {cache.seen + count}: "
+                f"expected at most {most} together, the context of {type(base).__name__}. Use a "
+                f"smaller chunk, or a shorter prompt"
+            )
 
 
 def _check(cache: Any, ids: Any, mask: Any, chunk: Any, inputs: dict[str, Any]) -> tuple[int, int]:

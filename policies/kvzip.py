@@ -1,0 +1,142 @@
+"""KVzip (arXiv 2505.23416): what the model needs to repeat its prompt stays, for any question.
+
+`kvprune.read` reads a prompt, and then a second time: behind the prompt the model is handed its own
+prompt once more, chunk by chunk. A slot's score is the most that it is given there; see
+`SecondReading` in `kvprune.statistics`. One budget is shared out over all layers and heads: the
+best-scored slots of a row stay, wherever they are, and a row's first tokens in any case.
+
+KVzip+ (arXiv 2601.07891), `plus=True`: a probability is multiplied by the norm of what the slot
+writes, |W_o v|, and divided by the norm of the query's hidden state.
+
+Where the sources differ:
+
+* The paper's prompts and kvpress's read "Repeat the previous context exactly."; with
+  `KVzip.with_tokenizer` they are the same here. Without a tokenizer the prompt follows at once.
+* kvpress takes the norm of the hidden state behind the layer's norm, which is about the same for
+  all tokens. Here it is the state that enters the layer, as the paper writes it.
+* A system prompt is no case of its own here: `sinks` tokens stay.
+* kvpress masks what goes, and takes one row. Here memory is freed, of each row and head.
+* Layers whose queries see a window (sliding or chunked attention) keep what is in it, and have no
+  part in the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from kvprune.errors import KVPruneError
+from kvprune.policy import OneBudget, Ranking, SlotView, best_of_all, select
+from kvprune.statistics import SecondReading
+
+_FIRST = "\n\nRepeat the previous context exactly."
+_LATER = "\n\nRepeat the part of the previous context exactly, starting with"
+
+
+@dataclass(frozen=True, repr=False)
+class KVzip(OneBudget):
+    """Keeps the slots that are looked at most while the prompt is repeated.
+
+    Its prompt is read by `kvprune.read`; what `generate` reads behind it stays.
+
+    Args:
+        budget: the mean of what the heads keep in all; tokens (int) or a share of the prompt
+            (float).
+        plus: whether what a slot writes counts (KVzip+).
+        chunk: how many tokens are repeated at a time.
+        sinks: how many of a row's first tokens stay.
+        first: token ids of the instruction in front of the first chunk.
+        later: those in front of a later chunk.
+        reply: token ids between an instruction and its chunk.
+        when: "prompt" (at the end of each prompt that is read twice) or "first".
+        layers: the layers that the policy works on; None for all.
+
+    Raises:
+        KVPruneError: a chunk below 1, sinks below 0, sinks that fill a budget in tokens, another
+            `when`.
+    """
+
+    plus: bool = False
+    chunk: int = 2048
+    sinks: int = 4
+    first: tuple[int, ...] = field(default=(), repr=False)
+    later: tuple[int, ...] = field(default=(), repr=False)
+    reply: tuple[int, ...] = field(default=(), repr=False)
+    when: int | str | None = field(default="prompt", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.when not in ("prompt", "first"):
+            raise KVPruneError(
+                f"KVzip: when={self.when!r}: expected 'prompt' or 'first', as it is asked where a "
+                f"prompt was read a second time"
+            )
+        if type(self.plus) is not bool:
+            raise KVPruneError(f"KVzip: plus={self.plus!r}: expected True or False")
+        (reading,) = self.statistics
+        if isinstance(self.budget, int) and self.budget <= reading.sinks:
+            raise KVPruneError(
+                f"KVzip: budget={self.budget} with sinks={self.sinks}: expected more tokens than "
+                f"sinks, which stay in any case"
+            )
+
+    @classmethod
+    def with_tokenizer(cls, tokenizer: Any, budget: int | float = 0.25, **options: Any) -> Self:
+        """A policy whose second reading is asked for as in the paper, in a model's own chat form.
+
+        Args:
+            tokenizer: the model's, with `encode`, as transformers has it.
+            budget, options: see the class.
+        """
+
+        def ids(text: str) -> tuple[int, ...]:
+            return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+        reply = "\n"
+        if getattr(tokenizer, "chat_template", None) is not None:
+            mark = "kvprune-content"
+            asked = [{"role": "user", "content": mark}]
+            form = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+            reply = form.partition(mark)[2]
+        return cls(budget, first=ids(_FIRST), later=ids(_LATER), reply=ids(reply), **options)
+
+    @property
+    def statistics(self) -> tuple[SecondReading, ...]:
+        """What slots are given in the second reading."""
+        told = (self.first, self.later, self.reply)
+        return (SecondReading(self.chunk, self.sinks, self.plus, *told),)
+
+    def rank_layers(self, layers: Sequence[SlotView]) -> list[Ranking | None]:
+        """One ranking of all slots of a row, cut where its budget ends."""
+        (reading,) = self.statistics
+        shared = [view for view in layers if view.window is None]
+        found: list[Ranking | None] = [None] * len(layers)
+        if not shared:
+            return found
+        home, rows = shared[0].columns.device, len(shared[0].columns)
+        each = [self._at_layer(view, view.statistic(reading)) for view in shared]
+        score, columns, valid, first, wanted = (
+            torch.cat([tensor.flatten(1).to(home) for tensor in same], -1)
+            for same in zip(*each, strict=True)
+        )
+        kept = best_of_all(score, columns, valid, first, wanted.sum(-1))
+        parts = iter(kept.split([scores[0].numel() // rows for scores in each], -1))
+        places = [place for place, view in enumerate(layers) if view.window is None]
+        for place, (score, _, _, first, _) in zip(places, each, strict=True):
+            budget = next(parts).to(score.device).view_as(score).sum(-1)
+            found[place] = Ranking(score, first, budget)
+        return found
+
+    def _at_layer(self, view: SlotView, score: Tensor) -> tuple[Tensor, ...]:
+        """What a layer has for the one ranking, each `[B, Hkv, S]`; last, `[B, Hkv]` budgets."""
+        columns, valid = view.columns.expand_as(score), view.valid.expand_as(score)
+        sinks = valid & view.oldest(self.sinks)
+        # A head without sinks, which were pruned before this layer, keeps its best slot.
+        least = (~sinks.any(-1)).long()
+        best = select(Ranking(score, torch.zeros_like(valid), least), columns, valid)
+        budget = view.tokens(self.budget)[:, None].minimum(valid.sum(-1))
+        return score, columns, valid, sinks | best & valid, budget
