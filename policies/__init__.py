@@ -3,6 +3,7 @@
 from .adakv import AdaKV
 from .chunkkv import ChunkKV
 from .criticalkv import CriticalKV
+from .dms import DMS
 from .duoattention import DuoAttention
 from .expected_attention import ExpectedAttention
 from .fastkv import FastKV
@@ -13,13 +14,16 @@ from .kvzip import KVzip
 from .observed_attention import ObservedAttention
 from .pyramidkv import PyramidKV
 from .random import Random
+from .rkv import RKV
 from .sdtp import SDTP, SDTPHeads
 from .snapkv import SnapKV
 from .streaming_llm import StreamingLLM
 from .tova import TOVA
 
 __all__ = [
+    "DMS",
     "H2O",
+    "RKV",
     "SDTP",
     "TOVA",
     "AdaKV",

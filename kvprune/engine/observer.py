@@ -249,7 +249,8 @@ class Observer:
         """
         slots, several = self.slots, self.columns.shape[1] > 1
         repeat = self.step.repeat
-        if not slots.parts or (repeat is not None and repeat.part not in slots.parts):
+        observed = any(part.of_attention for part in slots.parts)
+        if not (observed if repeat is None else repeat.part in slots.parts):
             return
         # Padding does not vote.
         votes = (self.columns >= 0)[:, None, :, None]

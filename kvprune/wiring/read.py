@@ -151,8 +151,9 @@ def _read_again(
         for part, by_row in repeats:
             for each in zip_longest(*by_row, fillvalue=([], 0, 0)):
                 size = max(len(tokens) for tokens, _, _ in each)
-                ids = [[0] * (size - len(tokens)) + tokens for tokens, _, _ in each]
-                here = [[0] * (size - len(tokens)) + [1] * len(tokens) for tokens, _, _ in each]
+                # Right behind a row's context, as windows slide by columns; then padding.
+                ids = [tokens + [0] * (size - len(tokens)) for tokens, _, _ in each]
+                here = [[1] * len(tokens) + [0] * (size - len(tokens)) for tokens, _, _ in each]
                 read = torch.tensor(ids, device=device)
                 seen = torch.ones(len(ids), cache.seen, device=device) if mask is None else mask
                 whole = torch.cat([seen.long(), torch.tensor(here, device=device)], 1)
