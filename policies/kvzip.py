@@ -11,7 +11,7 @@ writes, |W_o v|, and divided by the norm of the query's hidden state.
 Where the sources differ:
 
 * The paper's prompts and kvpress's read "Repeat the previous context exactly."; with
-  `KVzip.with_tokenizer` they are the same here. Without a tokenizer the prompt follows at once.
+  `KVzip().for_tokenizer(tokenizer)` they are the same here; without, the prompt follows at once.
 * kvpress takes the norm of the hidden state behind the layer's norm, which is about the same for
   all tokens. Here it is the state that enters the layer, as the paper writes it.
 * A system prompt is no case of its own here: `sinks` tokens stay.
@@ -23,8 +23,8 @@ Where the sources differ:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +49,8 @@ class KVzip(OneBudget):
         plus: whether what a slot writes counts (KVzip+).
         chunk: how many tokens are repeated at a time.
         sinks: how many of a row's first tokens stay.
-        first: token ids of the instruction in front of the first chunk.
+        first: token ids of the instruction in front of the first chunk; None for those that
+            `for_tokenizer` sets, or none. So are the next two.
         later: those in front of a later chunk.
         reply: token ids between an instruction and its chunk.
         when: "prompt" (at the end of each prompt that is read twice) or "first".
@@ -63,9 +64,9 @@ class KVzip(OneBudget):
     plus: bool = False
     chunk: int = 2048
     sinks: int = 4
-    first: tuple[int, ...] = field(default=(), repr=False)
-    later: tuple[int, ...] = field(default=(), repr=False)
-    reply: tuple[int, ...] = field(default=(), repr=False)
+    first: tuple[int, ...] | None = None
+    later: tuple[int, ...] | None = None
+    reply: tuple[int, ...] | None = None
     when: int | str | None = field(default="prompt", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -84,13 +85,13 @@ class KVzip(OneBudget):
                 f"sinks, which stay in any case"
             )
 
-    @classmethod
-    def with_tokenizer(cls, tokenizer: Any, budget: int | float = 0.25, **options: Any) -> Self:
-        """A policy whose second reading is asked for as in the paper, in a model's own chat form.
+    def for_tokenizer(self, tokenizer: Any) -> KVzip:
+        """The policy that asks for the second reading as the paper does, in a model's chat form.
+
+        What was given of `first`, `later` and `reply` stays.
 
         Args:
-            tokenizer: the model's, with `encode`, as transformers has it.
-            budget, options: see the class.
+            tokenizer: the model's, as transformers has it.
         """
 
         def ids(text: str) -> tuple[int, ...]:
@@ -102,12 +103,14 @@ class KVzip(OneBudget):
             asked = [{"role": "user", "content": mark}]
             form = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
             reply = form.partition(mark)[2]
-        return cls(budget, first=ids(_FIRST), later=ids(_LATER), reply=ids(reply), **options)
+        texts = {"first": _FIRST, "later": _LATER, "reply": reply}
+        missing: Any = {n: ids(text) for n, text in texts.items() if getattr(self, n) is None}
+        return replace(self, **missing)
 
     @property
     def statistics(self) -> tuple[SecondReading, ...]:
         """What slots are given in the second reading."""
-        told = (self.first, self.later, self.reply)
+        told = [() if ids is None else ids for ids in (self.first, self.later, self.reply)]
         return (SecondReading(self.chunk, self.sinks, self.plus, *told),)
 
     def rank_layers(self, layers: Sequence[SlotView]) -> list[Ranking | None]:

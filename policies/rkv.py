@@ -44,7 +44,7 @@ class RKV(OneBudget):
         balance: the part of importance, from 0.0 to 1.0; the rest is redundancy's (lambda).
         window: how many of the newest queries look, and of the newest slots stay.
         kernel: how many neighbouring slots importance is pooled over, an odd number.
-        similar: the cosine above which two keys say the same, from -1.0 to 1.0.
+        similar: the cosine above which two keys say the same, from 0.0 to 1.0.
         when: see `TokenPolicy`; by default at a prompt's end and every 128 tokens behind it.
         layers: the layers that the policy works on; None for all.
 
@@ -64,11 +64,11 @@ class RKV(OneBudget):
         super().__post_init__()
         check_window(self.window, self.budget, "RKV")
         check_kernel(self.kernel, "max", "RKV")
-        for name, least in (("balance", 0.0), ("similar", -1.0)):
+        for name in ("balance", "similar"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not least <= value <= 1:
-                raise KVPruneError(f"RKV: {name}={value!r}: expected a number from {least} to 1.0")
+            if not number or not 0 <= value <= 1:
+                raise KVPruneError(f"RKV: {name}={value!r}: expected a number from 0.0 to 1.0")
 
     @property
     def statistics(self) -> tuple[Queries, ...]:
@@ -111,6 +111,7 @@ class RKV(OneBudget):
         step = max(1, PAIRS // (rows * heads * size))
         for start in range(0, size, step):
             cosines = unit[:, :, start : start + step] @ unit.transpose(-1, -2)
+            # Nothing is like itself; 0 is what an empty slot has, too, and never above `similar`.
             cosines.diagonal(start, -2, -1).zero_()
             newest, at = ((cosines > self.similar) * places).max(-1, keepdim=True)
             there = newest > 0

@@ -62,7 +62,7 @@ def explain(model: Any, tokenizer: Any, text: str, policies: Sequence[TokenPolic
             f"explain: expected a text of at most the {longest} tokens that the model was made "
             f"for, got {len(ids)}. Give a part of the text"
         )
-    cache = ComposedCache(policies)
+    cache = ComposedCache([policy.for_tokenizer(tokenizer) for policy in policies])
     read_prompt(model, cache, torch.tensor([ids], device=device_of(model)))
     held = torch.zeros(len(ids), dtype=torch.long)
     # Layers of hybrid models that keep a state hold no slots, and are left out.

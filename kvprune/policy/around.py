@@ -127,6 +127,10 @@ class Around(TokenPolicy):
         """The same around what the base is on `model`."""
         return self._around(self.base.for_model(model))
 
+    def for_tokenizer(self, tokenizer: Any) -> Self:
+        """The same around what the base is with the tokenizer."""
+        return self._around(self.base.for_tokenizer(tokenizer))
+
     def applies(self, layer: int) -> bool:
         """Whether the base ranks at this layer."""
         return super().applies(layer) and self.base.applies(layer)

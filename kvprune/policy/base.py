@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -138,6 +138,17 @@ class TokenPolicy:
 
         Raises:
             KVPruneError: the policy cannot work on this model.
+        """
+        return self
+
+    def for_tokenizer(self, tokenizer: Any) -> TokenPolicy:
+        """The policy with what it says to the model in words: itself, or a copy.
+
+        The commands of kvprune call it; who makes a cache by hand does so too, where a policy's
+        page says so.
+
+        Args:
+            tokenizer: the model's, as transformers has it.
         """
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,6 +118,10 @@ class Union(TokenPolicy):
     def for_model(self, model: torch.nn.Module) -> Union:
         """The union of what its parts are on `model`."""
         return replace(self, parts=tuple(part.for_model(model) for part in self.parts))
+
+    def for_tokenizer(self, tokenizer: Any) -> Union:
+        """The union of what its parts are with the tokenizer."""
+        return replace(self, parts=tuple(part.for_tokenizer(tokenizer) for part in self.parts))
 
     def rank_hidden(self, tokens: TokenView) -> Ranking | None:
         """Protects what any part keeps."""

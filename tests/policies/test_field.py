@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 import kvprune
 from kvprune.policies import (
+    DMS,
+    RKV,
     TOVA,
     ExpectedAttention,
     FastKV,
@@ -31,6 +33,7 @@ from kvprune.policies import (
 from kvprune.statistics import Attention, Queries
 
 from ..support import field_oracles as oracles
+from ..support import oracles_reading as reading
 from ..support.driver import Driver
 from ..support.models import LAYERS, fresh_model, left_padded, prompt, tiny_model
 from ..support.strategies import chunked, head_counts, seeds
@@ -103,6 +106,19 @@ def expected_attention(row: Row, budget: int, begin: int, **options: Any) -> lis
     return oracles.expected_attention(row.k, row.v, *moments, ahead, row.held, budget, **options)
 
 
+def rkv(row: Row, budget: int, **options: Any) -> list[set[int]]:
+    """The oracle's answer, by head."""
+    newest = row.newest(options["window"], row.begin if row.begin else 0)
+    found = []
+    for head, held in enumerate(row.held):
+        group = row.q.shape[0] // row.heads
+        queries = row.q[head * group : (head + 1) * group, newest]
+        keys, asked = torch.tensor(row.k[head, held]), torch.tensor(queries)
+        options["scaling"] = row.q.shape[2] ** -0.5
+        found.append(reading.rkv_kept(keys, asked, newest, held, budget, **options))
+    return found
+
+
 # By name: the policy, the oracle, and how the policy's newest queries begin.
 METHODS: dict[str, tuple[kvprune.TokenPolicy, Oracle]] = {
     "SnapKV": (
@@ -138,6 +154,27 @@ METHODS: dict[str, tuple[kvprune.TokenPolicy, Oracle]] = {
     "ExpectedAttention in every step": (
         ExpectedAttention(6, sinks=1, future=8, epsilon=0.02, when=None),
         lambda row: expected_attention(row, 6, row.begin, sinks=1, epsilon=0.02),
+    ),
+    "R-KV every three": (
+        RKV(7, window=2, kernel=3, similar=0.1, when=3),
+        lambda row: rkv(row, 7, window=2, balance=0.1, kernel=3, similar=0.1),
+    ),
+    "R-KV in every step": (
+        RKV(6, balance=0.6, window=1, kernel=1, similar=0.0, when=None),
+        lambda row: rkv(row, 6, window=1, balance=0.6, kernel=1, similar=0.0),
+    ),
+    "DMS": (
+        DMS(Knorm(1, when=None), -2.5, window=3),
+        lambda row: [
+            reading.dms_kept(
+                {n: -float(np.linalg.norm(row.k[head, n])) for n in held},
+                set(),
+                row.k.shape[1] - 1,
+                -2.5,
+                3,
+            )
+            for head, held in enumerate(row.held)
+        ],
     ),
     "ObservedAttention every three": (
         ObservedAttention(7, when=3),

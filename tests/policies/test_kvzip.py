@@ -23,7 +23,7 @@ from ..support.oracles_reading import kvzip_kept
 from ..support.strategies import chunked, sdtp_heads, seeds
 from ..support.uneven import Threshold
 
-TOLD = {"first": (7, 8, 9), "later": (10, 11), "reply": (12,)}
+TOLD: Any = {"first": (7, 8, 9), "later": (10, 11), "reply": (12,)}
 
 
 def second_reading(
@@ -101,7 +101,7 @@ def test_what_stays_is_the_oracle_s(family, heads, plus):
 def test_a_second_reading_leaves_votes_alone(store, length, data, seed):
     """Columns, keys, values and other statistics are those of a reading without it."""
     pieces = data.draw(chunked(length))
-    inputs = left_padded(prompt(2, length, seed), [0, data.draw(st.integers(0, 3))])
+    inputs: Any = left_padded(prompt(2, length, seed), [0, data.draw(st.integers(0, 3))])
     before: Any = [Threshold(0.2, recent=2)] if data.draw(st.booleans()) else []
     once = ComposedCache(before, observe=(Attention(),), store=store)
     twice = ComposedCache([*before, KVzip(500, chunk=6)], observe=(Attention(),), store=store)
@@ -154,7 +154,7 @@ def ask(family: str, policies: list[Any]) -> None:
     """A document is read once, and each question is asked of a copy; each row as it is alone."""
     model: Any = attached_family(family)
     ids, padding = prompt(2, 26, 3), [0, 7]
-    inputs = left_padded(ids, padding)
+    inputs: Any = left_padded(ids, padding)
     cache, alone = ComposedCache(policies), ComposedCache(policies)
     kvprune.read(model, cache, **inputs)
     kvprune.read(model, alone, ids[1:, 7:])
@@ -303,13 +303,17 @@ def test_instructions_are_those_of_the_paper_in_a_chat_s_form():
     def text(ids: tuple[int, ...]) -> str:
         return "".join(map(chr, ids))
 
-    policy = KVzip.with_tokenizer(Tokenizer(), 0.3, plus=True)
+    policy: Any = KVzip(0.3, plus=True).for_tokenizer(Tokenizer())
     assert policy.budget == 0.3 and policy.plus
     assert text(policy.first) == "\n\nRepeat the previous context exactly."
     assert text(policy.later).endswith("exactly, starting with")
     assert text(policy.reply) == "</u><a>"
-    Tokenizer.chat_template = None  # type: ignore[assignment]
-    assert text(KVzip.with_tokenizer(Tokenizer()).reply) == "\n"
+    bare: Any = Tokenizer()
+    bare.chat_template = None
+    around: Any = ChunkKV(KVzip(first=(1, 2)) | KVzip(0.5)).for_tokenizer(bare)
+    one, two = around.base.parts
+    assert text(one.reply) == "\n" and one.first == (1, 2)
+    assert two.first == policy.first
 
 
 def test_repeats_are_chunks_behind_an_instruction():

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 import kvprune
 from kvprune.policies import (
+    DMS,
     H2O,
+    RKV,
     SDTP,
     TOVA,
     AdaKV,
@@ -199,6 +201,20 @@ POLICIES = [
         lambda: DuoAttention({layer: [0] for layer in range(LAYERS)}, recent=500),
         budgeted=False,
         of_model=True,
+    ),
+    Listed(
+        "rkv",
+        lambda n: RKV(n, window=min(2, n - 1), kernel=3, similar=0.2, when=2),
+        lambda n: n,
+        lambda: RKV(500),
+    ),
+    Listed(
+        "dms",
+        lambda n: DMS(Knorm(1, when=None), -2.5, window=n),
+        lambda n: 1000,
+        lambda: DMS(Knorm(1, when=None), -1000.0),
+        budgeted=False,
+        even=False,
     ),
     Listed(
         "fastkv",

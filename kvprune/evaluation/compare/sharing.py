@@ -79,10 +79,11 @@ def shared(jobs: Sequence[Job], worker: Worker, source: Source) -> Iterator[Outc
 def grouped(jobs: Sequence[Job], layers: int) -> tuple[list[Group], list[Job]]:
     """Sorts jobs into groups that share what they read, and jobs that cannot.
 
-    A job cannot share its reading in four cases. It reads another prompt (the line "no context").
+    A job cannot share its reading in five cases. It reads another prompt (the line "no context").
     Its reading depends on what is evicted: with positions inside the cache, or with one policy that
     has both hooks. Attention is observed in some layers only, which changes the last bits of
-    attention itself. Or a policy wants a statistic per layer, such as the newest queries.
+    attention itself. Or a policy wants a statistic per layer, such as the newest queries, or a
+    second reading.
 
     Args:
         jobs: the jobs to sort.
@@ -98,6 +99,7 @@ def grouped(jobs: Sequence[Job], layers: int) -> tuple[list[Group], list[Job]]:
         # What is known of a layer's queries is gone once the prompt was read.
         passing = any(statistic.per == "layer" for each in wanted for statistic in each)
         alone = job.cell.policy == NO_CONTEXT or not _separable(policies)
+        alone = alone or any(policy.reads_again for policy in policies)
         if alone or passing or len(wanted) > 1:
             others.append(job)
             continue

@@ -58,7 +58,8 @@ class Worker:
         Raises:
             Exception: any error of the policy, the task or the model.
         """
-        policies = [] if job.cell.policy in LINES else parse(job.cell.policy)
+        named = [] if job.cell.policy in LINES else parse(job.cell.policy)
+        policies = [policy.for_tokenizer(self.tokenizer) for policy in named]
         bare = job.cell.policy == NO_CONTEXT
         prompts = [sample.bare if bare else sample.prompt for sample in job.samples]
         own: dict[int, float] = {}

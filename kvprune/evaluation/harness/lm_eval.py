@@ -92,6 +92,12 @@ class KVPruneLM(HFLM):
 
     def _check_policies(self) -> None:
         """Tries the policies now, so that an error does not come after an hour of other tasks."""
+        again = [policy for policy in self.policies if policy.reads_again]
+        if again:
+            raise KVPruneError(
+                f"lm-eval: {again[0]!r} reads each context a second time, which this harness does "
+                f"not do: expected a policy that reads once. kvprune compare does"
+            )
         read(self.model, kvprune.ComposedCache(self.policies), [[0]])
 
     def _loglikelihood_tokens(

@@ -37,7 +37,8 @@ class Reading:
         tokens: `[1, n]`, the token ids of the prompt.
         entered: for each layer, the tokens that entered it; empty for a prompt of one token, of
             which nothing is read yet.
-        seconds: the time of the reading; None if the prompt was read for several caches.
+        repeats: the tokens of each forward of a second reading; empty where there was none.
+        seconds: the time of the readings; None if the prompt was read for several caches.
         own: the FLOPs that policies computed themselves, if they were counted.
     """
 
@@ -45,6 +46,7 @@ class Reading:
     tokens: Tensor
     entered: list[int]
     seconds: float | None
+    repeats: Sequence[int] = ()
     own: float = 0.0
 
     @classmethod
@@ -62,10 +64,10 @@ class Reading:
         if not prompt:
             raise KVPruneError("a sample's prompt: expected at least one token, got none")
         tokens = torch.tensor([list(prompt)], device=device_of(model))
-        with _entering(model) as entered:
+        with _entering(model) as (entered, repeats):
             began = now(devices_of(model))
             read_lead(model, cache, tokens)
-            return cls(cache, tokens, entered, now(devices_of(model)) - began)
+            return cls(cache, tokens, entered, now(devices_of(model)) - began, repeats)
 
 
 class CacheReader:
@@ -165,11 +167,20 @@ class CacheReader:
         )
 
     def _flops(self, flops: Flops) -> float:
-        """The FLOPs of the two forwards that read the prompt."""
+        """The FLOPs of the two forwards that read the prompt, and of a second reading.
+
+        Of the latter the products of votes are counted too: its queries with sinks, their chunk and
+        each other, taken for twice the queries.
+        """
         last = flops.of_prompt(1, [1] * len(self._slots), self._slots)
         if not self._lead.entered:
             return last
-        return flops.of_prompt(self.tokens - 1, self._lead.entered) + last
+        found = flops.of_prompt(self.tokens - 1, self._lead.entered) + last
+        for count in self._lead.repeats:
+            entered, slots = [count] * len(self._slots), [n + count for n in self._lead.entered]
+            found += flops.of_prompt(count, entered, slots)
+            found += sum(flops.attention) / 2 * count * 2 * count
+        return found
 
     def _ask(self) -> None:
         if self._asked:
@@ -251,18 +262,29 @@ def _kept(cache: ComposedCache) -> tuple[float | None, ...]:
 
 
 @contextmanager
-def _entering(model: Any) -> Iterator[list[int]]:
-    """Notes how many tokens enter each layer, after the hooks of `attach` have pruned."""
+def _entering(model: Any) -> Iterator[tuple[list[int], list[int]]]:
+    """Notes how many tokens enter each layer, after the hooks of `attach` have pruned.
+
+    Returns:
+        by layer, in the first reading; and by forward, in a second one.
+    """
     entered: list[int] = []
+    repeats: list[int] = []
 
     def note(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Not what a cache reads of a model before its first use, as how it turns its keys.
-        if cache_in(layer, args, kwargs) is not None:
-            entered.append(argument(layer, args, kwargs, "hidden_states").shape[1])
+        cache = cache_in(layer, args, kwargs)
+        if cache is None:
+            return
+        count = argument(layer, args, kwargs, "hidden_states").shape[1]
+        if cache.step.repeat is None:
+            entered.append(count)
+        elif layer is layers_of(model)[0]:
+            repeats.append(count)
 
     hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in layers_of(model)]
     try:
-        yield entered
+        yield entered, repeats
     finally:
         for hook in hooks:
             hook.remove()

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...cache.composed import ComposedCache
+from ...cache.second_reading import second_readings
 from ...models.structure import base_of, takes, unwrapped
+from ...wiring.read import read
 
 
 def longest_of(model: Any) -> int:
@@ -64,6 +66,9 @@ def read_lead(
     """Does the first half of `read_prompt`: reads all but the last tokens, if there are any."""
     if tokens.shape[1] > 1:
         lead = tokens[:, :-1]
+        if second_readings(cache.policies):
+            read(model, cache, lead, None if mask is None else mask[:, :-1])
+            return
         with _as_prompt(cache, lead, None if mask is None else mask[:, :-1], lengths):
             forward(model, lead, cache, mask)
 
