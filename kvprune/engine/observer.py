@@ -21,6 +21,7 @@ from ..storage.layer import SlotLayer
 from ..storage.rows import RowNumbers
 from .second_reading import vote, vote_by
 from .step import Step
+from .survivors import meters
 
 Look = Callable[[Queries], Tensor | None]
 """The probabilities that newest queries give to a layer's slots; None where none are held."""
@@ -232,7 +233,8 @@ class Observer:
         repeat, slots = self.step.repeat, self.slots
         if repeat is not None and repeat.part in slots.parts:
             norms, dtype = self._norms, self._dtype
-            vote(repeat, slots, self.rows, inputs, scores, norms, attention, dtype)
+            with meters():
+                vote(repeat, slots, self.rows, inputs, scores, norms, attention, dtype)
 
     @property
     def _norms(self) -> Tensor | None:
@@ -257,7 +259,8 @@ class Observer:
         given = (probabilities.detach().to(self._dtype) * votes).unflatten(1, (self._heads, -1))
         if repeat is not None:
             norms = self._norms
-            vote_by(repeat, slots, self.rows, given, self.columns, norms, attention)
+            with meters():
+                vote_by(repeat, slots, self.rows, given, self.columns, norms, attention)
             return
         for part in slots.parts:
             if not part.of_attention:

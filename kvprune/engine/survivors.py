@@ -49,12 +49,13 @@ def ask_metered(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> R
     # Contexts cost some time, in every layer and step.
     if not _METERS:
         return answer_of(policy, hook, view)
-    with _meters():
+    with meters():
         return answer_of(policy, hook, view)
 
 
 @contextmanager
-def _meters() -> Iterator[None]:
+def meters() -> Iterator[None]:
+    """The contexts of what is a policy's own cost."""
     with ExitStack() as stack:
         for meter in tuple(_METERS):
             stack.enter_context(meter())
@@ -227,7 +228,7 @@ def surviving_layers(
     shown = list(layers)
     for _, policy in policies:
         if "rank_layers" in policy.hooks:
-            with _meters():
+            with meters():
                 rankings = answers_of(policy, layers)
         else:
             rankings = [ask_metered(policy, "rank_slots", view) for view in layers]

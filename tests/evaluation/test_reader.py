@@ -16,7 +16,7 @@ from kvprune import KVPruneError, Ranking
 from kvprune.evaluation.measure.flops import Flops, counting
 from kvprune.evaluation.measure.reader import CacheReader, Reading, own_prefill_flops
 from kvprune.evaluation.measure.reading import read_lead, read_prompt
-from kvprune.policies import H2O, SDTP, ExpectedAttention, SnapKV, StreamingLLM
+from kvprune.policies import H2O, SDTP, ExpectedAttention, KVzip, SnapKV, StreamingLLM
 
 from ..support.fake_tasks import AtTheEnd
 from ..support.family_models import attached_family
@@ -241,13 +241,26 @@ def test_flops_are_those_that_torch_counts(family, backend, length):
     flops, ids = Flops.measured(model), prompt(1, length)
     # The second drops one slot, which the last token takes.
     evicts, one = [StreamingLLM(2, 5)], [StreamingLLM(2, max(length - 4, 1))]
-    for policies in ([], evicts, one, [sdtp_pruner(0.6)], [sdtp_pruner(0.6, 3), *evicts]):
+    twice: list[Any] = [KVzip(500, chunk=70, first=(1,) * 5, later=(2,))]
+    plus: list[Any] = [sdtp_pruner(0.6), KVzip(500, plus=True, chunk=200)]
+    pruned: list[Any] = [[sdtp_pruner(0.6)], [sdtp_pruner(0.6, 3), *evicts]]
+    # Of a prompt of one token the second reading is not counted.
+    again = [twice, plus] if length > 1 else []
+    for policies in ([], evicts, one, *pruned, *again):
         with counting() as counter:
             read_prompt(model, kvprune.ComposedCache(policies), ids)
         own = own_prefill_flops(model, ids[0].tolist(), policies)
         cost = reader(policies, ids, model).cost(flops, own)
         assert cost.prefill_flops == counter.get_total_flops()
-        assert (own > 0.0) == (length > 1 and any(isinstance(p, SDTP) for p in policies))
+        costly = any(isinstance(p, (SDTP, KVzip)) for p in policies)
+        assert (own > 0.0) == (length > 1 and costly)
+
+
+def test_a_prompt_of_one_token_is_read_twice_too():
+    """The token itself is the prompt then, and the slot that stays."""
+    asked = reader([KVzip(5, sinks=0)], prompt(1, 1))
+    assert asked.cache.columns(0).tolist() == [[[0]]]
+    assert len(asked.log_likelihood([3, 4])) == 2
 
 
 def test_h2o_costs_what_dense_costs():

@@ -167,11 +167,7 @@ class CacheReader:
         )
 
     def _flops(self, flops: Flops) -> float:
-        """The FLOPs of the two forwards that read the prompt, and of a second reading.
-
-        Of the latter the products of votes are counted too: its queries with sinks, their chunk and
-        each other, taken for twice the queries.
-        """
+        """The FLOPs of the forwards that read the prompt, once or twice."""
         last = flops.of_prompt(1, [1] * len(self._slots), self._slots)
         if not self._lead.entered:
             return last
@@ -179,7 +175,6 @@ class CacheReader:
         for count in self._lead.repeats:
             entered, slots = [count] * len(self._slots), [n + count for n in self._lead.entered]
             found += flops.of_prompt(count, entered, slots)
-            found += sum(flops.attention) / 2 * count * 2 * count
         return found
 
     def _ask(self) -> None:

@@ -89,6 +89,8 @@ def read_last(
     if cache.seen:
         return forward(model, last, cache, mask)[:, -1]
     # A prompt of one token has no lead: the token itself is then the prompt.
+    if second_readings(cache.policies):
+        return read(model, cache, last, mask)
     with _as_prompt(cache, last, mask, lengths):
         return forward(model, last, cache, mask)[:, -1]
 
