@@ -42,7 +42,7 @@ class Lanes:
         self._rows_by_number = [[n // width for n in lanes] for lanes in self.numbers]
         # Autograd may save these, which it does not with tensors of inference mode.
         with torch.inference_mode(False):
-            # None where rectangle after rectangle is the order of the layer.
+            # None where the lanes, rectangle after rectangle, are in the order of the layer.
             in_order = order == sorted(order)
             self._order = None if in_order else torch.tensor(order, device=device)
             self._places = None if self._order is None else self._order.argsort()
@@ -157,7 +157,7 @@ class LaneMask:
     Args:
         mask: the rule of the layer, the same for all heads where a lane is a head.
         rows: `[N]` int64, the row of each lane.
-        numbers: the same, as numbers.
+        numbers: the same as plain numbers.
     """
 
     def __init__(self, mask: Mask, rows: Tensor, numbers: Sequence[int]) -> None:

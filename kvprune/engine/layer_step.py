@@ -120,7 +120,7 @@ class LayerStep(Observer):
         if not self.step.one_by_one:
             inputs = self._inputs(query, key, value, mask, backend, arguments)
             output, probabilities, queried = self._attend(backend, module, inputs, arguments)
-            # Before slots go: they are still those that were attended to.
+            # Before slots are dropped: the probabilities belong to the slots that attention saw.
             probabilities = self.in_order(probabilities)
             self.evict(queried, module)
             return output, probabilities
@@ -218,7 +218,10 @@ class LayerStep(Observer):
         return probabilities.gather(-1, index.expand(*probabilities.shape[:-1], -1))
 
     def _pieces(self) -> Iterator[tuple[slice, LayerStep]]:
-        """The tokens before the drafts together, then each draft by itself, on record."""
+        """One piece of all tokens before the drafts, then one for each draft.
+
+        What the layer holds is recorded before the first draft, and after each.
+        """
         count, drafts = self.columns.shape[1], self.step.drafts
         edges = range(count - drafts, count + 1)
         if edges[0]:
@@ -252,7 +255,7 @@ class LayerStep(Observer):
     def evict(
         self, queried: Queried | None = None, attention: torch.nn.Module | None = None
     ) -> None:
-        """Asks the policies that are due, after attention, and drops what none keeps.
+        """Asks the policies that are due, after attention, and drops what not all of them keep.
 
         Args:
             queried: what is known of queries, where something of them is held.
@@ -268,7 +271,7 @@ class LayerStep(Observer):
         due, late = step.due_at(self.index, self.moment), step.late_at(self.moment)
         if not due and not late and slots.local is None:
             return
-        # Once: below a budget, where there is room for more, each is a view of its own.
+        # Read once: with room for more slots each read is a new view, and `is` compares below.
         held = slots.columns
         columns = at._in_sight(held)
         full = slots.full_for
@@ -279,7 +282,7 @@ class LayerStep(Observer):
         view = at.view(columns, slots.statistics | slots.records, at.rows, queried, attention)
         left = surviving_slots(due, view, new > 1, step.not_finite)
         if late:
-            # Nothing goes yet: what queries are to look at is still what they attended to.
+            # Nothing is dropped yet: a policy asked later may look at the slots that attention saw.
             if left.kept is not None or left.gone is not None:
                 kept = _left(view.valid if left.kept is None else left.kept, left.gone)
                 view = narrowed(view, kept)
@@ -291,7 +294,7 @@ class LayerStep(Observer):
         elif left.kept is not None:
             slots.keep(left.kept, left.by)
         else:
-            # A budget that was full may have grown with the prompt.
+            # The prompt may have grown, and budgets with it: no policy counts as full any more.
             slots.keep_all()
 
     def _for_next_layer(self, queried: Queried | None, new: int) -> Statistics:
@@ -309,9 +312,12 @@ class LayerStep(Observer):
     def _evict_next(
         self, number: int, queried: Queried | None, attention: torch.nn.Module | None
     ) -> None:
-        """One slot goes in every row and head by the policy that is full: now, or with others'."""
+        """Drops one slot in every row and head, by the policy that is full.
+
+        That is now, or after the last layer, for several layers at once.
+        """
         policy, slots = self.step.evicters[number], self.slots
-        # What is held per layer is another in each.
+        # Statistics per layer differ between layers: such a layer evicts alone.
         together = policy.layers_alike and not self.step.one_by_one and not slots.layer_parts
         alike = slots.alike() if together else None
         if alike is not None:
@@ -361,7 +367,7 @@ class LayerStep(Observer):
         )
 
     def _in_sight(self, columns: Tensor) -> Tensor:
-        """The same columns, -1 for those that no query behind these can see."""
+        """The same columns, -1 for those that no later query of a local layer can see."""
         local = self.slots.local
         if local is None or self.seen < local.size:
             return columns
@@ -370,7 +376,7 @@ class LayerStep(Observer):
 
 
 def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Not a number, which stands where nothing is to be read."""
+    """NaN, which fills keys and values that have a shape but must not be read."""
     return torch.full((), nan, dtype=dtype, device=device)
 
 

@@ -53,7 +53,7 @@ class SlotLayer:
         local, store, direct, divides: see above.
         form: the slots: a rectangle, or several.
         seen: the cache's logical length, as far as the layer knows it.
-        whole: it is known that the layer lacks no valid token that was read.
+        whole: it is known that the layer still holds every token that was read, but for padding.
     """
 
     # What transformers asks of a cache's layers. What is evicted cannot come back, and a layer
@@ -378,7 +378,7 @@ class SlotLayer:
         """Drops every slot that is not named.
 
         Args:
-            kept_slots: `[B, 1|Hkv, S]` bool; with a head axis of Hkv the heads part ways.
+            kept_slots: `[B, 1|Hkv, S]` bool; with a head axis of Hkv each head may keep others.
             policy: the policy that is full now; see `Turnover`.
             loses: whether valid tokens may be among what goes; see `whole`.
         """
@@ -393,7 +393,7 @@ class SlotLayer:
         """Drops one slot in every row and head, for the next token to take.
 
         Args:
-            gone: `[B, 1|Hkv, 1]` int64; with a head axis of Hkv the heads part ways.
+            gone: `[B, 1|Hkv, 1]` int64; with a head axis of Hkv each head has its own.
             policy: the policy that is full now; see `Turnover`.
         """
         if self._record or not self.form.can_free(gone):
@@ -422,11 +422,17 @@ class SlotLayer:
     # Drafts, and rows.
 
     def record(self) -> None:
-        """Notes what is held now, to come back to; until `settle`, nothing leaves its place."""
+        """Notes what is held now, so that `settle` can go back to it.
+
+        Until then slots are emptied, but none leaves its place.
+        """
         self._record.append(_Record(self.form.past(), dict(self.records)))
 
     def settle(self, back: int) -> None:
-        """Returns to the last record but `back`, if there are any, and frees all the rest."""
+        """Goes back to what was recorded `back` records before the last; frees all records.
+
+        Does nothing where nothing was recorded.
+        """
         if not self._record:
             return
         record, self._record = self._record[-1 - back], []

@@ -317,7 +317,7 @@ class Rectangle:
         """Drops the slots whose column is -1 here.
 
         Args:
-            columns: `[B, 1|Hkv, S]` int64; with a head axis of Hkv the heads part ways.
+            columns: `[B, 1|Hkv, S]` int64; with a head axis of Hkv each head has its own.
             fewest, most: how many slots a row and head keeps.
             policy: the policy that is full now; see `Turnover`.
         """
@@ -426,7 +426,7 @@ class Rectangle:
         return found
 
     def hold_alone(self) -> None:
-        """Copies what it shares with other rectangles, which would all stay alive with it."""
+        """Copies its part of shared buffers, which would keep the memory of all others, too."""
         if not self._shares or self.held is None:
             return
         self.held = self.held.with_buffers(buffer.clone() for buffer in self.held.buffers)

@@ -36,7 +36,7 @@ class Rectangles:
     # As of `Rectangle`.
 
     complete = False
-    """Where the shorter ones end, slots are empty."""
+    """False: in front of a shorter lane's slots others are empty."""
 
     @property
     def held(self) -> Any:
@@ -193,7 +193,7 @@ class Rectangles:
             for rectangle, mine in self._apart(new):
                 rectangle.observe(part, mine, several)
             return
-        # Of all rows and heads at once, as an author was promised.
+        # Joined first: `Statistic.join` is handed all rows and heads in one tensor.
         value = joined(part, self._statistic(part), new, several)
         for rectangle, mine in self._apart(value):
             rectangle.take(part, mine)
@@ -321,7 +321,7 @@ def kept(form: Form, columns: Tensor, policy: int | None, divides: bool) -> Form
 
     Args:
         form: as they are.
-        columns: `[B, 1|Hkv, S]` int64; with a head axis of Hkv the heads part ways.
+        columns: `[B, 1|Hkv, S]` int64; with a head axis of Hkv each head has its own.
         policy: the policy that is full now; see `Turnover`.
         divides: whether one rectangle may become several.
     """
