@@ -86,6 +86,53 @@ def blocks(
         yield Block(found, columns, inputs.slot_columns)
 
 
+CACHED = 1 << 20
+"""Probabilities that are held at once where each block is read several times, by softmax and all.
+
+About what a processor's caches hold.
+"""
+
+
+@torch.no_grad()
+def blocks_of_repeat(
+    inputs: Inputs, scores: Scores, heads: int, dtype: torch.dtype
+) -> Iterator[Block]:
+    """The same as `blocks`, where a query sees every slot but those of later queries.
+
+    The slots of the queries are the last ones; they are left out of the blocks.
+
+    Args:
+        inputs: without padding, empty slots, codes or several rectangles.
+        scores, heads, dtype: see `looks`.
+    """
+    with without_autocast(inputs.query.device):
+        key = inputs.key.detach().to(dtype)
+        rows, attended, size, _ = key.shape
+        query = (inputs.query.detach().to(dtype) * scores.scaling).unflatten(1, (attended, -1))
+        groups, count = query.shape[2:4]
+        before, key = size - count, key.transpose(-1, -2)
+        step = max(1, CACHED // (rows * attended * groups * size))
+        room = query.new_empty(rows * attended * groups * min(step, count) * size)
+        later = torch.ones(step, step, dtype=torch.bool, device=key.device).triu(1)
+        for first in range(0, count, step):
+            stop = min(first + step, count)
+            new, seen = stop - first, before + stop
+            block = query[:, :, :, first:stop].flatten(2, 3)
+            found = room[: rows * attended * groups * new * seen].view(rows, attended, -1, seen)
+            torch.matmul(block, key[..., :seen], out=found)
+            if scores.softcap is not None:
+                found.copy_(scores.capped(found))
+            by_query = found.unflatten(2, (groups, new))
+            by_query[..., -new:].masked_fill_(later[:new, :new], -torch.inf)
+            torch.softmax(found, -1, out=found)
+            by_query = by_query[..., :before]
+            if attended != heads:
+                by_query = by_query.reshape(rows, heads, -1, *by_query.shape[3:])
+            yield Block(
+                by_query, inputs.query_columns[:, first:stop], inputs.slot_columns[..., :before]
+            )
+
+
 @torch.no_grad()
 def views(inputs: Inputs, dtype: torch.dtype) -> Tensor:
     """How many of a forward's queries may see each slot, `[B, 1|Hkv|Hq, S]`; padding sees none."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.inputs import Inputs, Scores
-from ..attention.looks import blocks
+from ..attention.looks import blocks, blocks_of_repeat
+from ..attention.masks import is_known, window_of
 from ..models.structure import output_weight
 from ..statistics import SecondReading, Votes
 from ..storage.layer import SlotLayer
@@ -82,18 +83,27 @@ def vote(
         coded=None,
         pieces=None,
     )
+    # The repeat's own slots are the last ones, and are not voted for.
+    before = len(places) - few.query.shape[2]
     written = None
     if repeat.part.weighted:
-        written = _written(few.value, output_weight(attention), slots.heads, dtype)
+        values = few.value[:, :, :before]
+        written = _written(values, output_weight(attention), slots.heads, dtype)
+    known = is_known(few.mask, few.local) and window_of(few.mask, few.local) is None
+    if known and scores.sinks is None and few.no_padding and bool((columns >= 0).all()):
+        each = blocks_of_repeat(few, scores, slots.heads, dtype)
+    else:
+        each = blocks(few, scores, slots.heads, dtype, newest=None)
 
-    def each() -> Iterator[Votes]:
+    def votes() -> Iterator[Votes]:
         first = 0
-        for block in blocks(few, scores, slots.heads, dtype, newest=None):
+        for block in each:
             here = slice(first, first := first + block.columns.shape[1])
             near = None if norms is None else norms[:, here]
-            yield Votes(block.probabilities, block.columns, block.slots, near, written)
+            given, to = block.probabilities[..., :before], block.slots[..., :before]
+            yield Votes(given, block.columns, to, near, written)
 
-    _count(repeat, slots, each(), places)
+    _count(repeat, slots, votes(), places[:before])
 
 
 def vote_by(
