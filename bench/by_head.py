@@ -2,8 +2,8 @@
 
     python -m bench.by_head           # fifteen minutes of two slow cores
 
-Prompts are essays. `prefill` is the time to read a prompt of so many tokens, by a policy or twice by
-KVzip, over that of the dense model in the same turn. `step` is the mean time of a token over 256
+Prompts are essays. `prefill` is the time to read a prompt of so many tokens, by a policy or twice
+by KVzip, over that of the dense model in the same turn. `step` is the mean time of a token over 256
 steps, two of R-KV's evictions included, over that of the dense model with as many slots. `bytes`
 are those held behind the prompt over the dense ones, with a quarter of the slots.
 """

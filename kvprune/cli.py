@@ -266,6 +266,9 @@ def compare_policies(
     ] = _BUDGETS,
     samples: Annotated[int, typer.Option(help="Of each cell.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    question: Annotated[
+        str, typer.Option(help="Before the context is compressed: known, unknown, both.")
+    ] = "known",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     executor: Annotated[
@@ -286,7 +289,7 @@ def compare_policies(
     from .evaluation.report.console import show
 
     _see_current_folder()
-    plan = Plan(policies, tasks, context, budgets, samples, seed)
+    plan = Plan(policies, tasks, context, budgets, samples, seed, question)
     path = model
     if path is None:
         path = str(demo_model(report=lambda line: typer.echo(line, err=True)))

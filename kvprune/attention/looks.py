@@ -111,8 +111,8 @@ def blocks_of_repeat(
         query = (inputs.query.detach().to(dtype) * scores.scaling).unflatten(1, (attended, -1))
         groups, count = query.shape[2:4]
         before, key = size - count, key.transpose(-1, -2)
-        step = max(1, CACHED // (rows * attended * groups * size))
-        room = query.new_empty(rows * attended * groups * min(step, count) * size)
+        step = min(count, max(1, CACHED // (rows * attended * groups * size)))
+        room = query.new_empty(rows * attended * groups * step * size)
         later = torch.ones(step, step, dtype=torch.bool, device=key.device).triu(1)
         for first in range(0, count, step):
             stop = min(first + step, count)

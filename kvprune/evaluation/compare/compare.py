@@ -90,6 +90,7 @@ def compare(
     budgets: Sequence[float] = (),
     samples: int = 20,
     seed: int = 0,
+    question: str = "known",
     dtype: str = "auto",
     device: str | None = None,
     out: str | Path | None = None,
@@ -114,6 +115,9 @@ def compare(
             `TokenPolicy.with_budget`); empty for the policies' own budgets.
         samples: the number of samples of each cell.
         seed: the seed of the samples.
+        question: "known" if policies act once the whole prompt was read; "unknown" if the context
+            is compressed before its question is read, as where a prefix is used for many
+            questions; "both" for both, as tasks of their own.
         dtype: the dtype to load the model in; "auto" for the dtype of its file.
         device: the device to run on, such as "cuda"; None for the CPU, or for the device of a
             loaded model.
@@ -129,7 +133,7 @@ def compare(
         KVPruneError: a choice that is not possible, before any cell is run; or no room on the disk,
             while all finished samples are kept.
     """
-    plan = Plan(policies, tasks, contexts, budgets, samples, seed)
+    plan = Plan(policies, tasks, contexts, budgets, samples, seed, question)
     run = Run(model, tokenizer, dtype, device, executor)
     keep = Path(out) if out is not None else None
     found = measured(plan, run, keep, progress)

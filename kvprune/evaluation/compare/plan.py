@@ -22,8 +22,10 @@ from ..ledger.results import Cell
 from ..measure.reading import longest_of
 from ..specs import DENSE, canonical, parse
 from ..tasks.base import Sample, Task
+from ..tasks.unknown import QuestionUnknown
 from .worker import LINES
 
+QUESTIONS = ("known", "unknown", "both")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -53,6 +55,8 @@ class Plan:
             own budgets.
         samples: the number of samples of each cell.
         seed: the seed of the samples.
+        question: "known" before the context is compressed, "unknown" (see `tasks/unknown.py`), or
+            "both".
         lines: dense, no context, and then each policy at each budget.
         found: the tasks as objects.
 
@@ -66,6 +70,7 @@ class Plan:
     budgets: Sequence[float]
     samples: int
     seed: int
+    question: str = "known"
     lines: tuple[Line, ...] = field(init=False, repr=False)
     found: tuple[Task, ...] = field(init=False, repr=False)
 
@@ -81,7 +86,14 @@ class Plan:
         policies = _listed("policies", "specs or policies, as ['h2o']", self.policies)
         object.__setattr__(self, "lines", tuple(_lines(policies, budgets)))
         self._check_fixed_budgets()
-        object.__setattr__(self, "found", tuple(_tasks(self.tasks)))
+        if self.question not in QUESTIONS:
+            raise KVPruneError(
+                f"--question {self.question!r}: expected one of {', '.join(QUESTIONS)}"
+            )
+        named = tuple(_tasks(self.tasks))
+        unknown = tuple(map(QuestionUnknown, named)) if self.question != "known" else ()
+        found = unknown if self.question == "unknown" else named + unknown
+        object.__setattr__(self, "found", found)
 
     def _check_fixed_budgets(self) -> None:
         """Refuses budgets that no prompt reaches, because dense would be compared with dense."""

@@ -153,7 +153,7 @@ def _lead(group: Group, sample: Sample, worker: Worker) -> Reading:
     """The shared reading of a prompt, with the FLOPs that the pruning policies compute in it."""
     cache = ComposedCache(group.pruners, group.observe)
     with own_flops() as counted:
-        lead = Reading.of(worker.model, sample.prompt, cache)
+        lead = Reading.of(worker.model, sample.prompt, cache, sample.behind)
     return replace(lead, seconds=None, own=sum(counted))
 
 

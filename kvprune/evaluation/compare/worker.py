@@ -68,9 +68,13 @@ class Worker:
         longest = max(prompts, key=len)
         nothing = own_prefill_flops(self.model, longest, policies) == 0.0
         for sample, prompt in zip(job.samples, prompts, strict=True):
+            behind = 1 if bare else sample.behind
+            # What the policies act on, and one token of those behind it.
+            acted = prompt[: len(prompt) + 1 - behind]
             if not nothing and len(prompt) not in own:
-                own[len(prompt)] = own_prefill_flops(self.model, prompt, policies)
-            reader = self.reader(Reading.of(self.model, prompt, ComposedCache(policies)))
+                own[len(prompt)] = own_prefill_flops(self.model, acted, policies)
+            cache = ComposedCache(policies)
+            reader = self.reader(Reading.of(self.model, prompt, cache, behind))
             if sample.number == 0 and policies:
                 texts = texts_of(self.tokenizer, prompt)
                 yield trace_of(reader.cache, texts, job.cell, sample.number)

@@ -30,7 +30,7 @@ PIECE = 64
 
 @dataclass
 class Reading:
-    """A prompt of which a cache has read all but the last token, and the cost of that.
+    """A prompt of which a cache has read all but the last tokens, and the cost of that.
 
     Attributes:
         cache: the cache.
@@ -40,6 +40,7 @@ class Reading:
         repeats: the tokens of each forward of a second reading; empty where there was none.
         seconds: the time of the readings; None if the prompt was read for several caches.
         own: the FLOPs that policies computed themselves, if they were counted.
+        behind: how many tokens are left: the last one, or a question.
     """
 
     cache: ComposedCache
@@ -48,15 +49,19 @@ class Reading:
     seconds: float | None
     repeats: Sequence[int] = ()
     own: float = 0.0
+    behind: int = 1
 
     @classmethod
-    def of(cls, model: Any, prompt: Sequence[int], cache: ComposedCache) -> Reading:
-        """Reads all of a prompt but its last token.
+    def of(
+        cls, model: Any, prompt: Sequence[int], cache: ComposedCache, behind: int = 1
+    ) -> Reading:
+        """Reads all of a prompt but its last tokens.
 
         Args:
             model: an attached model.
             prompt: the token ids of the prompt.
             cache: an empty cache.
+            behind: how many tokens are left, at least 1.
 
         Raises:
             KVPruneError: an empty prompt, or policies that do not work on the model.
@@ -66,12 +71,13 @@ class Reading:
         tokens = torch.tensor([list(prompt)], device=device_of(model))
         with _entering(model) as (entered, repeats):
             began = now(devices_of(model))
-            read_lead(model, cache, tokens)
-            return cls(cache, tokens, entered, now(devices_of(model)) - began, repeats)
+            read_lead(model, cache, tokens[:, : tokens.shape[1] + 1 - behind])
+            seconds = now(devices_of(model)) - began
+            return cls(cache, tokens, entered, seconds, repeats, behind=behind)
 
 
 class CacheReader:
-    """A reader of a prompt, which reads the last token by itself and then can be asked once.
+    """A reader of a prompt, which reads the last tokens by themselves and then can be asked once.
 
     So everything that it says depends on what the cache holds after eviction; see `reading.py`. It
     implements `Reader` of `tasks/base.py`.
@@ -79,20 +85,28 @@ class CacheReader:
     Args:
         model: an attached model.
         tokenizer: the model's tokenizer.
-        lead: the prompt, all but its last token read; see `Reading.of`.
+        lead: the prompt, all but its last tokens read; see `Reading.of`.
     """
 
     def __init__(self, model: Any, tokenizer: Any, lead: Reading) -> None:
         self._model, self._tokenizer, self._lead = model, tokenizer, lead
         self.cache, self.tokens = lead.cache, lead.tokens.shape[1]
         self._home, self._devices = device_of(model), devices_of(model)
-        # The slots of each layer when it has the last token; an empty cache has no layers yet.
+        # The slots of each layer behind the lead; an empty cache has no layers yet.
         in_use = [_in_use(layer) for layer in self.cache.layers]
-        self._slots = [n + 1 for n in in_use or [0] * len(layers_of(model))]
+        self._slots = in_use or [0] * len(layers_of(model))
+        self._behind = [1]
         # Counted before the last token, for which a cache that grows takes room for many more
         # tokens.
         held, began = self.cache.nbytes, now(devices_of(model))
-        self._next = read_last(model, self.cache, lead.tokens)[0]
+        question = lead.tokens[0, -lead.behind : -1].tolist()
+        for piece in self._pieces(question) if question else ():
+            self._forward(self._ids(piece))
+            self._behind.insert(-1, len(piece))
+        if self._recording:
+            self._next = self._forward(lead.tokens[:, -1:])[-1]
+        else:
+            self._next = read_last(model, self.cache, lead.tokens)[0]
         self._last = now(devices_of(model)) - began
         self._peak = max(held, self.cache.nbytes)
         # Before the last token of a prompt of one token, the cache is empty.
@@ -162,16 +176,23 @@ class CacheReader:
             bytes_held=self.bytes_held,
             bytes_peak=self._peak,
             prompt_tokens=self.tokens,
-            entered=tuple(n + 1 for n in self._lead.entered or [0] * len(self._slots)),
+            entered=tuple(
+                n + self._lead.behind for n in self._lead.entered or [0] * len(self._slots)
+            ),
             kept=self._kept,
         )
 
     def _flops(self, flops: Flops) -> float:
         """The FLOPs of the forwards that read the prompt, once or twice."""
-        last = flops.of_prompt(1, [1] * len(self._slots), self._slots)
+        found, read = 0.0, 0
+        for count in self._behind:
+            read += count
+            # As if nothing went meanwhile.
+            slots = [n + read for n in self._slots]
+            found += flops.of_prompt(count, [count] * len(slots), slots)
         if not self._lead.entered:
-            return last
-        found = flops.of_prompt(self.tokens - 1, self._lead.entered) + last
+            return found
+        found += flops.of_prompt(self.tokens - read, self._lead.entered)
         for count in self._lead.repeats:
             entered, slots = [count] * len(self._slots), [n + count for n in self._lead.entered]
             found += flops.of_prompt(count, entered, slots)

@@ -49,8 +49,8 @@ class _Articles(Task):
             questions = _MAKE[self.name]("final", seen + more, (room, room), tokenizer, seed)
             for question in questions[seen:]:
                 draw = seeded(self.name, context, seed, len(found))
-                prompt = _filled(self.name, question, tokenizer, context, draw)
-                found += [_sample(len(found), question, prompt, tokenizer)] if prompt else []
+                text = _filled(self.name, question, tokenizer, context, draw)
+                found += [] if text is None else [_sample(len(found), question, text, tokenizer)]
             seen, more = len(questions), (seen + more) * (len(questions) == seen + more)
         refuse_few(self.name, context, len(found), count)
         return found[:count]
@@ -107,14 +107,16 @@ def _ask(question: LongQuestion) -> Ask:
     return Ask(before, after.format(question=question.question), ASK[1])
 
 
-def _sample(number: int, question: LongQuestion, prompt: tuple[int, ...], tokenizer: Any) -> Sample:
-    return Sample(number, prompt, _ask(question).ids(tokenizer), (question.answer,))
+def _sample(number: int, question: LongQuestion, text: str, tokenizer: Any) -> Sample:
+    ask = _ask(question)
+    prompt, before = ask.ids(tokenizer, text), ask.before_question(tokenizer, text)
+    return Sample(number, prompt, ask.ids(tokenizer), (question.answer,), before)
 
 
 def _filled(
     name: str, question: LongQuestion, tokenizer: Any, context: int, draw: random.Random
-) -> tuple[int, ...] | None:
-    """The prompt, with as many other paragraphs as fit; None if the question's own do not fit."""
+) -> str | None:
+    """The context, with as many other paragraphs as fit; None if the question's own do not fit."""
     ask, own = _ask(question), question.text.strip()
     room = context - len(ask.ids(tokenizer, own))
     others = [(draw.random() < 0.5, p) for p in _others(name, question, tokenizer, room, draw)]
@@ -122,9 +124,9 @@ def _filled(
     for count in range(len(others), -1, -1):
         before = [p for first, p in others[:count] if first]
         after = [p for first, p in others[:count] if not first]
-        prompt = ask.ids(tokenizer, _GAP.join([*before, own, *after]))
-        if len(prompt) <= context:
-            return prompt
+        text = _GAP.join([*before, own, *after])
+        if len(ask.ids(tokenizer, text)) <= context:
+            return text
     return None
 
 

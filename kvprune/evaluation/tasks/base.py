@@ -18,12 +18,18 @@ class Sample:
         bare: the same without the long context, for the line "no context": the model can only
             guess.
         answers: the texts to be found in the answer, or the one text that is to be likely.
+        context: how many of the prompt's tokens stand before the question; 0 where no question
+            stands behind the context.
+        behind: how many of its last tokens are read as generated tokens are, behind what policies
+            take for the prompt: the last one, or a question that is not known before.
     """
 
     number: int
     prompt: tuple[int, ...]
     bare: tuple[int, ...]
     answers: tuple[str, ...]
+    context: int = 0
+    behind: int = 1
 
 
 @dataclass(frozen=True)

@@ -185,4 +185,5 @@ def _refuse_lists(path: str, lines: tuple[Line, ...], way: str) -> None:
 
 def _sample(number: int, line: Line, tokenizer: Any) -> Sample:
     ask = Ask("", f"\n\n{line.question}", "Answer:")
-    return Sample(number, ask.ids(tokenizer, line.context), ask.ids(tokenizer), line.answers)
+    prompt, before = ask.ids(tokenizer, line.context), ask.before_question(tokenizer, line.context)
+    return Sample(number, prompt, ask.ids(tokenizer), line.answers, before)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ...errors import KVPruneError
@@ -38,7 +38,7 @@ class Stretch(Sample):
             tokenizer finds them again in that text.
     """
 
-    following: tuple[int, ...]
+    following: tuple[int, ...] = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _stretch(
     before, following = ids[:size], ids[size:]
     answer = tokenizer.decode(following)
     prompt, bare = (*first, *before), (*first, *before[-_BARE:])
-    return Stretch(number, prompt, bare, (answer,), tuple(following))
+    return Stretch(number, prompt, bare, (answer,), following=tuple(following))
 
 
 def _starts(draws: Iterable[random.Random]) -> list[int]:

@@ -6,7 +6,7 @@ import itertools
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import KVPruneError
@@ -36,6 +36,12 @@ class Ask:
         message = [{"role": "user", "content": content}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         return tuple(tokenizer.encode(text + self.lead, add_special_tokens=False))
+
+    def before_question(self, tokenizer: Any, context: str) -> int:
+        """How many tokens of the prompt stand before what is behind the context."""
+        asked, bare = self.ids(tokenizer, context), replace(self, after="").ids(tokenizer, context)
+        pairs = enumerate(zip(asked, bare, strict=False))
+        return next((i for i, (one, other) in pairs if one != other), 0)
 
 
 def plain(tokenizer: Any, text: str) -> tuple[int, ...]:
@@ -121,7 +127,8 @@ class Filled(Task):
 def _filled(plan: Plan, number: int, tokenizer: Any, context: int) -> Sample:
     units = most(lambda n: len(plan.prompt(tokenizer, n)), plan.least, context)
     prompt = plan.prompt(tokenizer, units)
-    return Sample(number, prompt, plan.ask.ids(tokenizer), plan.answers)
+    before = plan.ask.before_question(tokenizer, plan.text(units))
+    return Sample(number, prompt, plan.ask.ids(tokenizer), plan.answers, before)
 
 
 def most(length: Callable[[int], int], least: int, limit: int) -> int:

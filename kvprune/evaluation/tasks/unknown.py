@@ -1,0 +1,69 @@
+"""A task whose question is not known when its context is compressed, as where a prefix is reused.
+
+The context alone is the prompt then: budgets are shares of it, and what is asked at a prompt's end
+is asked there. The question is read behind it, as generated tokens are read: a policy that is asked
+once, at the prompt's end, has had its say; one that is asked in every step goes on. Each sample has
+a compressed cache of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...errors import KVPruneError
+from .base import Reader, Sample, Score, Task
+
+BEHIND = ", question unknown"
+"""What stands behind the name of such a task."""
+
+
+@dataclass(frozen=True)
+class QuestionUnknown(Task):
+    """Another task, whose context is compressed before the question is read.
+
+    Attributes:
+        known: the other task.
+    """
+
+    known: Task
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """That of the other task, and what is unknown."""
+        return self.known.name + BEHIND
+
+    @property
+    def unit(self) -> str:  # type: ignore[override]
+        """That of the other task."""
+        return self.known.unit
+
+    @property
+    def floor(self) -> float | None:  # type: ignore[override]
+        """That of the other task."""
+        return self.known.floor
+
+    def samples(self, tokenizer: Any, context: int, count: int, seed: int) -> Sequence[Sample]:
+        """Those of the other task.
+
+        Raises:
+            KVPruneError: the other task has no question behind its context.
+        """
+        found = self.known.samples(tokenizer, context, count, seed)
+        for sample in found:
+            if not 0 < sample.context < len(sample.prompt):
+                raise KVPruneError(
+                    f"{self.known.name}: its prompts have no question behind their context, so "
+                    f"that none can be unknown: expected another task, as squad, or "
+                    f"--question known"
+                )
+        return [replace(s, behind=len(s.prompt) - s.context) for s in found]
+
+    def following(self, sample: Sample, tokenizer: Any) -> int:
+        """That of the other task."""
+        return self.known.following(sample, tokenizer)
+
+    def score(self, sample: Sample, reader: Reader) -> Score:
+        """That of the other task."""
+        return self.known.score(sample, reader)
