@@ -110,24 +110,22 @@ def test_a_second_reading_leaves_votes_alone(store, length, data, seed):
     assert torch.equal(*logits)
     assert once.seen == twice.seen
     for (_, one), (_, two) in zip(once.slot_layers(), twice.slot_layers(), strict=True):
-        order = [layer.columns.argsort(-1) for layer in (one, two)]
-        for name in ("columns", "keys", "values"):
-            mine, other = (
-                getattr(layer, name).gather(
-                    2,
-                    at.view(*at.shape, *[1] * (getattr(layer, name).dim() - 3)).expand_as(
-                        getattr(layer, name)
-                    ),
-                )
-                for layer, at in zip((one, two), order, strict=True)
-            )
-            valid = (one.columns.gather(-1, order[0]) >= 0).expand(mine.shape[:3])
-            assert torch.equal(mine[valid], other[valid]), name
-        mine, other = (
-            layer.statistics[Attention()].gather(-1, at.expand(layer.statistics[Attention()].shape))
-            for layer, at in zip((one, two), order, strict=True)
-        )
-        assert torch.equal(mine, other)
+        assert held_by(one) == held_by(two)
+
+
+def held_by(slots: Any) -> list[dict[int, Any]]:
+    """By row and head, what is held of each column: key, value and received attention."""
+    columns = slots.columns.expand(-1, slots.heads, -1)
+    rest = slots.keys, slots.values, slots.statistics[Attention()]
+    lanes = zip(columns.flatten(0, 1), *(t.flatten(0, 1) for t in rest), strict=True)
+    return [
+        {
+            c: (key.tolist(), value.tolist(), float(got))
+            for c, key, value, got in zip(at.tolist(), *each, strict=True)
+            if c >= 0
+        }
+        for at, *each in lanes
+    ]
 
 
 def test_the_invariants_hold():
