@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +14,19 @@ from hypothesis import strategies as st
 
 import kvprune
 from kvprune import ComposedCache, KVPruneError
+from kvprune.evaluation.specs import canonical, parse
 from kvprune.policies import (
+    DMS,
     H2O,
+    RKV,
     TOVA,
     AdaKV,
     ChunkKV,
     CriticalKV,
     ExpectedAttention,
+    FastKV,
     Knorm,
+    KVzip,
     SnapKV,
     StreamingLLM,
 )
@@ -245,3 +251,43 @@ def test_around_each_other(policies, monkeypatch):
         ids = inputs["input_ids"][row : row + 1, pad:]
         alone = model.generate(ids, cache=ComposedCache(policies), **how)
         assert torch.equal(alone[0, -6:], together[row, -6:])
+
+
+WRONG: list[tuple[Any, dict[str, Any], str]] = [
+    (RKV, {"budget": 8, "window": 8}, "more tokens than the window"),
+    (RKV, {"window": 0}, "window=0"),
+    (RKV, {"kernel": 4}, "kernel=4"),
+    (RKV, {"balance": 1.5}, "balance=1.5"),
+    (RKV, {"similar": -0.1}, "similar=-0.1"),
+    (RKV, {"similar": True}, "similar=True"),
+    (RKV, {"when": 0}, "when=0"),
+    (DMS, {"base": Knorm(), "threshold": math.nan}, "threshold=nan"),
+    (DMS, {"base": Knorm(), "threshold": "a"}, "threshold='a'"),
+    (DMS, {"base": Knorm(), "threshold": 0.0, "window": 0}, "window"),
+    (DMS, {"base": FastKV(), "threshold": 0.0}, "ranks slots"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "match"), WRONG, ids=repr)
+def test_rkv_and_dms_refuse(kind, options, match):
+    """With what was expected, before a cache has read anything."""
+    with pytest.raises(KVPruneError, match=match):
+        ComposedCache([kind(**options)])
+
+
+def test_specs_say_them_again():
+    """What `repr` prints of a policy is a spec of an equal one."""
+    for policy in (
+        RKV(64, balance=0.07, when=64),
+        DMS(KVzip(0.5, first=(1, 2)), 0.25, window=16),
+        KVzip(0.125, plus=True, layers=[1, 2]),
+    ):
+        assert repr(parse(repr(policy))) == repr(parse(canonical([policy]))) == f"[{policy!r}]"
+
+
+def test_a_budget_is_set():
+    """R-KV's is a share then; a threshold is no budget."""
+    policy: Any = RKV().with_budget(0.25)
+    assert policy.budget == 0.25 and policy.when == 128
+    assert DMS(Knorm(), 0.0).with_budget(0.25) is None
+    assert DMS(Knorm(7), 0.0).fixed_budget == 0
