@@ -151,6 +151,50 @@ def measure_heads(
     typer.echo(f"{out}: pass it as DuoAttention({str(out)!r})")
 
 
+@app.command("train-gates")
+def train_gates(
+    text: Annotated[str, typer.Argument(help="What to learn from, or a file that holds it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the gates.")],
+    model: Annotated[str | None, typer.Option(help="Name or path; the demo model.")] = None,
+    texts: Annotated[int, typer.Option(help="The most pieces of the text that are read.")] = 60,
+    tokens: Annotated[int, typer.Option(help="Of each piece.")] = 1000,
+    hidden: Annotated[int, typer.Option(help="Of each gate's MLP; 0 for linear gates.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+) -> None:
+    """Trains gates for KVzap: each piece of a text is read twice, and they learn the scores."""
+    from .evaluation.compare.progress import stage
+    from .evaluation.data.assets import demo_model
+    from .evaluation.data.loading import loaded as load
+    from .files import check_folder
+    from .policies.kvzap import train_gates as train
+    from .wiring.attach import attach
+
+    read = _text(text)
+    check_folder(out)
+    path = (
+        str(demo_model(report=lambda line: typer.echo(line, err=True))) if model is None else model
+    )
+    tokenizer, loaded = load(path)
+    ids = tokenizer(read, return_tensors="pt").input_ids.to(loaded.device)
+    pieces = [piece for piece in ids.split(tokens, 1) if piece.shape[1] == tokens][:texts]
+    said = ""
+
+    def tell(what: str, done: float) -> None:
+        nonlocal said
+        if (now := f"{what}: {done:.0%}") != said:
+            typer.echo(now, err=True)
+        said = now
+
+    with stage("training gates"):
+        found = train(
+            attach(loaded), pieces, tokenizer, hidden=hidden or None, seed=seed, report=tell
+        )
+    found.gates.save(out)
+    each = "  ".join(f"{part:.2f}" for part in found.explained)
+    typer.echo(f"explained of KVzip+'s scores (R squared), by layer: {each}")
+    typer.echo(f"{out}: pass it as KVzap({str(out)!r})")
+
+
 @app.command("explain")
 def explain_text(
     text: Annotated[str, typer.Argument(help="What to read, or a file that holds it.")],

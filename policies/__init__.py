@@ -10,6 +10,7 @@ from .fastkv import FastKV
 from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import Knorm
+from .kvzap import KVzap
 from .kvzip import KVzip
 from .observed_attention import ObservedAttention
 from .pyramidkv import PyramidKV
@@ -32,6 +33,7 @@ __all__ = [
     "DuoAttention",
     "ExpectedAttention",
     "FastKV",
+    "KVzap",
     "KVzip",
     "KeyDiff",
     "Knorm",

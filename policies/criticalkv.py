@@ -23,7 +23,7 @@ from kvprune.policy import Around, Ranking, SlotView, select
 EPSILON = 1e-4
 """So that a slot without attention is still weighed by its value."""
 
-NUMBERS = 1 << 24
+NUMBERS = 1 << 20
 """Numbers of outputs that are made at once, for all rows and heads together."""
 
 
@@ -63,5 +63,5 @@ def _added(slots: SlotView) -> Tensor:
     for group in range(weight.shape[1]):
         mine = weight[:, group].to(values.device, wide)
         for norm, some in zip(norms.split(block, 2), values.split(block, 2), strict=True):
-            norm += (some.to(wide) @ mine).abs().sum(-1)
+            norm += torch.linalg.vector_norm(some.to(wide) @ mine, 1, dim=-1)
     return norms / weight.shape[1]

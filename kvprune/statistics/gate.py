@@ -65,5 +65,5 @@ class Gate(Statistic):
             if isinstance(tensor, Tensor):
                 whole = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
                 said.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                said.update(bytes(whole.tolist()))
+                said.update(whole.numpy().tobytes())
         return f"Gate({type(self.module).__name__}, {said.hexdigest()[:12]})"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..cache.composed import ComposedCache
 from ..errors import KVPruneError
+from ..policy.around import Around
 from ..policy.base import TokenPolicy
 from ..policy.composition import leaves
 from ..policy.views import SlotView
@@ -576,12 +577,19 @@ def slots_have_no_order(policies: Policies, case: Case) -> None:
 def layers_restrict(policies: Policies, case: Case) -> None:
     """Layers that `layers` leaves out keep everything, for copies with `layers=[1]`."""
     for policy in policies:
-        restricted = copy.copy(policy)
-        object.__setattr__(restricted, "layers", [1])
-        run, dense = case.fed([restricted]), case.fed([])
+        run, dense = case.fed([_restricted(policy, [1])]), case.fed([])
         prunes = "rank_hidden" in policy.hooks
         # Tokens that are pruned before layer 1 never enter the layers behind it.
         for layer in [0] if prunes else [0, 2, 3]:
             mine, other = (each.kept()[layer] for each in (run, dense))
             heads = len(mine) // len(other) or 1
             expect(mine == other * heads, f"columns of layer {layer} with layers=[1]", other, mine)
+
+
+def _restricted(policy: TokenPolicy, layers: Sequence[int]) -> TokenPolicy:
+    """A copy that works on these layers alone; of a policy around another, both do."""
+    twin = copy.copy(policy)
+    if isinstance(policy, Around):
+        object.__setattr__(twin, "base", _restricted(policy.base, layers))
+    object.__setattr__(twin, "layers", layers)
+    return twin

@@ -20,7 +20,7 @@ from kvprune.cli import app, main
 from kvprune.evaluation.explain import Explanation, as_page, as_terminal, explain
 from kvprune.evaluation.measure.reading import read_prompt
 from kvprune.models.families import linear_layers
-from kvprune.policies import H2O, SDTP, DuoAttention, SDTPHeads, StreamingLLM
+from kvprune.policies import H2O, SDTP, DuoAttention, KVzap, SDTPHeads, StreamingLLM
 
 from ..support.family_models import attached_family
 from ..support.models import LAYERS, fresh_model, tiny_model
@@ -186,6 +186,23 @@ def test_heads_are_measured_for_duoattention(folder, tmp_path):
     assert sum(len(heads) for _, heads in policy.heads) == round(0.25 * 6 * 2)
     said = run("measure-heads", "too short", *how).exception
     assert "expected one text of more than 18 tokens" in str(said)
+
+
+def test_gates_are_trained_for_kvzap(folder, tmp_path):
+    """A folder that the policy reads, and how much of KVzip+'s scores they explain."""
+    out, text = tmp_path / "gates", "One follows another, and a third comes behind it. " * 4
+    how = ["--model", folder / "model", "--out", out, "--tokens", 24, "--texts", 3, "--hidden", 4]
+    done = run("train-gates", text, *how)
+    assert done.exception is None and "R squared" in done.output
+    assert f"KVzap({str(out)!r})" in done.output
+    policy = KVzap(out, 0.5)
+    assert policy.with_budget(0.25).budget == 0.25
+    said = run("train-gates", "too short", *how).exception
+    assert "expected two texts at least" in str(said)
+    taken = tmp_path / "taken"
+    taken.touch()
+    said = run("train-gates", text, "--out", taken).exception
+    assert "expected a folder that can be written" in str(said)
 
 
 def test_heads_are_trained_and_explain_a_text(folder, tmp_path):

@@ -35,8 +35,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import kvprune
 from kvprune.cli import app
+from kvprune.policies.kvzap import KVzapGates
 
-from .models import VOCAB, fresh_model, prompt
+from .models import LAYERS, VOCAB, fresh_model, prompt
 from .strategies import sdtp_heads
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +116,11 @@ def _heads(folder: Path) -> Path:
     return folder / "heads"
 
 
+def _gates(folder: Path) -> Path:
+    KVzapGates(LAYERS, 32, 2, hidden=4).save(folder / "gates")
+    return folder / "gates"
+
+
 GIVEN: dict[str, Callable[[Path], Any]] = {
     "name": _name,
     "model": _model,
@@ -125,6 +131,7 @@ GIVEN: dict[str, Callable[[Path], Any]] = {
     "system_ids": lambda folder: prompt(1, 40),
     "question_ids": lambda folder: prompt(1, 6, 1),
     "heads": _heads,
+    "gates": _gates,
 }
 
 
