@@ -4,10 +4,12 @@ A policy within says what each slot is worth: a gate that was trained for it, or
 The newest `window` slots stay; of the older ones those that score at least the threshold. There is
 no budget: how much stays follows from the text, in each layer and head by itself.
 
-Where the sources differ: the paper trains the model's own neurons to say which token goes, and
-decides when the token is written; with a gate that is the same here, since its number does not
-change. kvpress masks what goes, and puts off the prompt's last tokens in the same way. Here memory
-is freed.
+Where the sources differ:
+
+* The paper trains neurons of the model itself to say which token goes, and they decide when the
+  token is written. A gate gives its number then, too, and the number does not change; other scores
+  may change while the token is in the window.
+* kvpress masks what goes; here memory is freed.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ class KVzip(OneBudget):
     Its prompt is read by `kvprune.read`; what `generate` reads behind it stays.
 
     Args:
-        budget: the mean of what the heads keep in all; tokens (int) or a share of the prompt
-            (float).
+        budget: how many of the repeated slots a head keeps, sinks included, as a mean over all
+            layers and heads; tokens (int) or a share of the prompt (float).
         plus: whether what a slot writes counts (KVzip+).
         chunk: how many tokens are repeated at a time.
         sinks: how many of a row's first tokens stay.
@@ -92,7 +92,15 @@ class KVzip(OneBudget):
 
         Args:
             tokenizer: the model's, as transformers has it.
+
+        Raises:
+            KVPruneError: no tokenizer, or one whose chat template does not show what is asked.
         """
+        if not callable(getattr(tokenizer, "decode", None)):
+            raise KVPruneError(
+                f"KVzip: for_tokenizer({tokenizer!r}): expected the model's tokenizer, as "
+                f"AutoTokenizer gives it"
+            )
 
         def ids(text: str) -> tuple[int, ...]:
             return tuple(tokenizer.encode(text, add_special_tokens=False))
@@ -102,6 +110,11 @@ class KVzip(OneBudget):
             mark = "kvprune-content"
             asked = [{"role": "user", "content": mark}]
             form = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+            if mark not in form:
+                raise KVPruneError(
+                    f"KVzip: the chat template of {type(tokenizer).__name__} does not repeat what "
+                    f"it is given: expected one that does. Give reply=, the ids that begin a reply"
+                )
             reply = form.partition(mark)[2]
         texts = {"first": _FIRST, "later": _LATER, "reply": reply}
         missing: Any = {n: ids(text) for n, text in texts.items() if getattr(self, n) is None}
@@ -126,6 +139,7 @@ class KVzip(OneBudget):
             torch.cat([tensor.flatten(1).to(home) for tensor in same], -1)
             for same in zip(*each, strict=True)
         )
+        score = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         kept = best_of_all(score, columns, valid, first, wanted.sum(-1))
         parts = iter(kept.split([scores[0].numel() // rows for scores in each], -1))
         places = [place for place, view in enumerate(layers) if view.window is None]
@@ -137,9 +151,13 @@ class KVzip(OneBudget):
     def _at_layer(self, view: SlotView, score: Tensor) -> tuple[Tensor, ...]:
         """What a layer has for the one ranking, each `[B, Hkv, S]`; last, `[B, Hkv]` budgets."""
         columns, valid = view.columns.expand_as(score), view.valid.expand_as(score)
-        sinks = valid & view.oldest(self.sinks)
+        # What was not repeated stays, and is no part of the budget.
+        beside = valid & (score == torch.inf)
+        repeated = valid & ~beside
+        first = beside | (valid & view.oldest(self.sinks))
         # A head without sinks, which were pruned before this layer, keeps its best slot.
-        least = (~sinks.any(-1)).long()
-        best = select(Ranking(score, torch.zeros_like(valid), least), columns, valid)
-        budget = view.tokens(self.budget)[:, None].minimum(valid.sum(-1))
-        return score, columns, valid, sinks | best & valid, budget
+        least = (~first.any(-1)).long()
+        comparable = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        best = select(Ranking(comparable, torch.zeros_like(valid), least), columns, valid)
+        budget = view.tokens(self.budget)[:, None].minimum(repeated.sum(-1)) + beside.sum(-1)
+        return score, columns, valid, first | best & valid, budget

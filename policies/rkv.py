@@ -8,8 +8,8 @@ the best
 Importance: what the newest `window` queries give to the others (softmax over them, of the largest
 logit of the head's query heads), a mean over the queries, then the largest among `kernel`
 neighbours. Redundancy: the mean cosine between a slot's key and those of all slots, then a softmax
-over the slots. A pair does not count where one of the two is the other's newest similar slot
-(a cosine above `similar`), so that the last time a thing is said stays.
+over the slots. Of the slots that are similar to a slot (a cosine above `similar`), the newest is
+not counted as redundant for it: of three slots that say the same, the last one stays.
 
 Where the sources differ:
 
@@ -50,7 +50,8 @@ class RKV(OneBudget):
 
     Raises:
         KVPruneError: a budget in tokens that has no room beside the window, a window below 1, an
-            even kernel, a balance or a cosine out of range.
+            even kernel, a balance or a cosine out of range; in a forward, a model that stores
+            latents for keys (MLA).
     """
 
     budget: int | float = 1024
@@ -75,21 +76,24 @@ class RKV(OneBudget):
         """The newest queries."""
         return (Queries(self.window),)
 
-    def rank_slots(self, slots: SlotView) -> Ranking | None:
+    def rank_slots(self, slots: SlotView) -> Ranking:
         """Ranks slots by importance and redundancy; the window is protected."""
-        budget = slots.tokens(self.budget)
-        if slots.columns.shape[-1] <= int(budget.min()):
-            return None
         window = slots.newest(self.window)
         keys = slots.keys.to(statistic_dtype(slots.keys.dtype))
         importance = self._importance(slots, keys, slots.valid & ~window)
         redundancy = self._redundancy(slots, keys)
         score = self.balance * importance - (1 - self.balance) * redundancy
-        return Ranking(score, window, budget)
+        return Ranking(score, window, slots.tokens(self.budget))
 
     def _importance(self, slots: SlotView, keys: Tensor, others: Tensor) -> Tensor:
         """`[B, Hkv, S]`, 0 where nobody looks."""
         queries, columns = slots.statistic(Queries(self.window))
+        if queries.shape[-1] != keys.shape[-1]:
+            raise KVPruneError(
+                f"{self!r}: keys of {keys.shape[-1]} numbers and queries of {queries.shape[-1]}, "
+                f"as where heads share a latent (MLA): expected a model that stores keys. Use "
+                f"SnapKV there"
+            )
         queries = queries.to(keys.dtype).unflatten(1, (slots.heads, -1)) * slots.scaling
         logits = (queries @ keys[:, :, None].transpose(-1, -2)).amax(2)
         before = slots.columns[:, :, None] <= columns[:, None, :, None]

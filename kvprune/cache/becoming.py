@@ -90,7 +90,8 @@ def evict_all(binding: Binding, state: CacheState) -> None:
     new = Arrival(columns, state.padding is None, state.padding, state.rows, False)
     asked = torch.zeros_like(columns, dtype=torch.bool)
     group = binding.attachment.group
-    moment = Moment(state.seen, ends=True, first=True)
+    # Where a policy goes by a second reading, that was observed.
+    moment = Moment(state.seen, ends=True, first=True, read_again=True)
     step = Step(binding.policies, len(state.layers), 0, new, asked, moment, group=group)
     for index, layer in state.slot_layers():
         at_layer(step, index, layer).evict()

@@ -162,8 +162,9 @@ class Opening:
         """Refuses a first prompt that is read once, where a policy goes by a second reading."""
         if self.state.seen or self.session.read_again:
             return
-        for policy in self.binding.policies:
-            if policy.reads_again:
+        observed = [part for part in self.observe if part.reads == "second reading"]
+        for policy in (*self.binding.policies, *observed):
+            if not isinstance(policy, TokenPolicy) or policy.reads_again:
                 raise KVPruneError(
                     f"{policy!r} reads the prompt a second time, which neither generate nor a "
                     f"forward does: expected a cache that has read it by kvprune.read:\n"

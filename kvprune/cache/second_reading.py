@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ..engine.second_reading import Repeat
-from ..policy.base import TokenPolicy
+from ..policy.moment import Moment
 from ..statistics import SecondReading, parts_of
 from .wired import WiredCache
 
 
-def second_readings(policies: Sequence[TokenPolicy]) -> list[SecondReading]:
-    """The statistics of policies that go by a second reading, each once."""
-    wanted = parts_of(part for policy in policies for part in policy.statistics)
-    return [part for part in wanted if isinstance(part, SecondReading)]
+def second_readings(cache: WiredCache) -> list[SecondReading]:
+    """What the next prompt is to be read a second time for, each once: for policies that are due.
+
+    And for what is observed though no policy wants it.
+    """
+    end = Moment(1, ends=True, first=cache.state.prompts == 0, read_again=True)
+    due = [policy for policy in cache.policies if policy.is_due(end)]
+    wanted = [part for policy in due for part in policy.statistics]
+    return [part for part in parts_of([*wanted, *cache.observe]) if isinstance(part, SecondReading)]
 
 
 @contextmanager
 def second_reading(cache: WiredCache) -> Iterator[Callable[[Repeat], None]]:
-    """Behind a prompt that was announced with `read_again`: forwards that read it a second time.
+    """Around a prompt that is announced with `read_again`, and forwards that read it again.
 
-    Each is told what it repeats, by the function that is handed over. At the end the policies are
-    asked that were due when the prompt ended. An error leaves the cache unusable.
+    Each of these is told what it repeats, by the function that is handed over. At the end the
+    policies are asked that were due when the prompt ended. An error leaves the cache unusable, if
+    anything was read.
     """
+    before = cache.seen
 
     def tell(repeat: Repeat) -> None:
         cache.session.repeat = repeat
@@ -37,4 +44,5 @@ def second_reading(cache: WiredCache) -> Iterator[Callable[[Repeat], None]]:
         cache.session.repeat = None
         if not done:
             cache.state.give_up_second_reading()
-            cache.guard.failure = cache.guard.failure or "an error ended a second reading"
+            if cache.seen > before:
+                cache.guard.failure = cache.guard.failure or "an error ended a second reading"

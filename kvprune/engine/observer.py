@@ -233,7 +233,7 @@ class Observer:
         repeat, slots = self.step.repeat, self.slots
         if repeat is not None and repeat.part in slots.parts:
             norms, dtype = self._norms, self._dtype
-            with meters():
+            with meters(), without_autocast(inputs.query.device):
                 vote(repeat, slots, self.rows, inputs, scores, norms, attention, dtype)
 
     @property

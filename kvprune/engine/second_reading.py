@@ -141,9 +141,9 @@ def _count(repeat: Repeat, slots: SlotLayer, votes: Iterator[Votes], places: Ten
     for new in votes:
         found = repeat.part.votes(new, found)
     assert found is not None
-    numbers = found.new_full((*found.shape[:2], slots.used), torch.nan)
+    numbers = found.new_full((*found.shape[:2], slots.used), torch.inf)
     numbers.index_copy_(2, places, found)
-    slots.observe(repeat.part, numbers.masked_fill(~repeat.of_chunk(slots.columns), torch.nan))
+    slots.observe(repeat.part, numbers.masked_fill(~repeat.of_chunk(slots.columns), torch.inf))
 
 
 def _written(value: Tensor, weight: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
@@ -164,4 +164,5 @@ def _written(value: Tensor, weight: Tensor, heads: int, dtype: torch.dtype) -> T
     # |v W|^2 = v (W W') v': nothing has the size of the hidden states of all slots.
     products = weight @ weight.transpose(-1, -2)
     square = torch.einsum("bhsd,hgde,bhse->bhgs", value, products, value)
-    return square.clamp(min=0).sqrt().reshape(rows, heads, -1, size)
+    groups = attended * weight.shape[1] // heads
+    return square.clamp(min=0).sqrt().reshape(rows, heads, groups, size)

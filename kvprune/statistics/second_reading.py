@@ -18,10 +18,10 @@ POSTFIX = 8
 
 @dataclass(frozen=True, eq=False)
 class Votes(Block):
-    """Some queries of a second reading: what they give to sinks, their chunk and each other.
+    """Some queries of a second reading, and what they give to the slots before the repeat.
 
-    Fields as in `Block`; the softmax is over these slots alone. And where the statistic is
-    weighted, else None:
+    The fields are those of `Block`; see `SecondReading` for the slots that share a softmax. The
+    next two are None where the statistic is not weighted:
 
     norms: `[B, n]`, the norm (L2) of each query's hidden state, as it entered the layer.
     written: `[B, Hkv, G, S]`, the norm (L2) of each slot's value times the output weight: what the
@@ -38,8 +38,8 @@ class SecondReading(Statistic):
 
     `kvprune.read` reads the prompt, and then a second time, chunk by chunk: behind all that the
     cache holds stand an instruction and the chunk's tokens. Their queries vote for the chunk's
-    slots; the softmax is over the row's first `sinks` slots, the chunk's and those of the repeat.
-    Nothing else of the second reading stays. A slot whose token was not repeated, as one that was
+    slots; the softmax is over the row's first `sinks` slots, the chunk's and those of the repeat,
+    and leaves out the rest of the prompt. Nothing else of the second reading stays. A slot whose token was not repeated, as one that was
     generated, has +inf.
 
     A statistic of one's own about a second reading is a frozen dataclass that derives from this
@@ -123,5 +123,5 @@ class SecondReading(Statistic):
         return most if so_far is None else torch.maximum(so_far, most)
 
     def join(self, held: Tensor, new: Tensor) -> Tensor:
-        """Takes the new numbers, where there are any (elsewhere they are NaN)."""
-        return torch.where(new.isnan(), held, new)
+        """Takes the new numbers, where there are any (elsewhere they are +inf)."""
+        return torch.where(new == torch.inf, held, new)

@@ -34,6 +34,7 @@ from kvprune.policies.adakv import _mixed
 from kvprune.storage import layout
 
 from ..support import oracles_by_head as oracles
+from ..support.family_models import attached_family
 from ..support.models import left_padded, prompt, tiny_model
 from ..support.strategies import chunked, head_counts, seeds
 from .test_field import drive
@@ -291,3 +292,16 @@ def test_a_budget_is_set():
     assert policy.budget == 0.25 and policy.when == 128
     assert DMS(Knorm(), 0.0).with_budget(0.25) is None
     assert DMS(Knorm(7), 0.0).fixed_budget == 0
+
+
+def test_dms_reads_no_budget_of_rkv():
+    """Nor does a row depend on how long others are; a family without keys is refused in words."""
+    inputs: Any = left_padded(prompt(2, 24), [0, 19])
+    policy = DMS(RKV(6, window=2, when=1), math.inf, window=3)
+    cache, alone = ComposedCache([policy]), ComposedCache([policy])
+    kvprune.read(tiny_model(), cache, **inputs)
+    kvprune.read(tiny_model(), alone, prompt(2, 24)[1:, 19:])
+    ours, theirs = cache.columns(0)[1], alone.columns(0)[0]
+    assert [c - 19 for c in ours[0].tolist() if c >= 0] == theirs[0].tolist() == [2, 3, 4]
+    with pytest.raises(KVPruneError, match="MLA"):
+        kvprune.read(attached_family("deepseek_v3"), ComposedCache([RKV(12)]), prompt(1, 24))

@@ -13,6 +13,7 @@ from kvprune import ComposedCache, KVPruneError
 from kvprune.evaluation.specs import canonical, parse
 from kvprune.policies import DMS, AdaKV, KVzap, KVzip
 from kvprune.policies.kvzap import KVzapGates, train_gates
+from kvprune.policies.kvzap.training import _examples
 from kvprune.testing import check
 
 from ..support.family_models import attached_family
@@ -107,6 +108,34 @@ def test_gates_learn_what_kvzip_says():
     other: Any = kvprune.attach(fresh_model(vocab_size=70))
     with pytest.raises(KVPruneError, match="kvprune train-gates"):
         kvprune.read(other, ComposedCache([KVzap(mlp.gates, 8)]), texts[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_what_is_learned_from(family):
+    """States of the first reading, and logarithms of the same tokens' scores, also in windows."""
+    model: Any = attached_family(family)
+    ids, draw = prompt(1, 30, 5), torch.Generator().manual_seed(3)
+    found = _examples(model, ids, None, 12, draw)
+    chosen = torch.randperm(30, generator=torch.Generator().manual_seed(3))[:12].tolist()
+    policy = KVzip(1.0, plus=True)
+    cache = ComposedCache([policy])
+    entered: list[torch.Tensor] = []
+    norms = [layer.input_layernorm for layer in model.model.layers]
+    hooks = [n.register_forward_hook(lambda _, __, out: entered.append(out)) for n in norms]
+    kvprune.read(model, cache, ids)
+    for hook in hooks:
+        hook.remove()
+    for layer, slots in cache.slot_layers():
+        columns = slots.columns[0, 0].tolist()
+        there = [column for column in chosen if column in columns]
+        states, wanted = found[layer]
+        assert len(there) == len(states) == len(wanted) and (layer or there)
+        expected = entered[layer][0, there]
+        torch.testing.assert_close(states, expected.half(), rtol=1e-3, atol=1e-3)
+        scores = slots.statistics[policy.statistics[0]][0]
+        for number, column in enumerate(there):
+            mine = scores[:, columns.index(column)].log()
+            torch.testing.assert_close(wanted[number], mine.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_windows_that_slide():

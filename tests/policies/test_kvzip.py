@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import kvprune
 from kvprune import ComposedCache, KVPruneError, Quantized
-from kvprune.policies import H2O, SDTP, AdaKV, ChunkKV, KVzip, SnapKV, StreamingLLM
+from kvprune.policies import H2O, SDTP, AdaKV, ChunkKV, FastKV, KVzip, SnapKV, StreamingLLM
 from kvprune.statistics import Attention, SecondReading
 from kvprune.testing import check
 
@@ -94,6 +94,31 @@ def test_what_stays_is_the_oracle_s(family, heads, plus):
             scores = second_reading(plain, ids[row, pad:].tolist(), reading)
             expected = kvzip_kept(scores, 7, sinks)
             assert kept_by_row(cache, row, pad) == expected, (seed, row)
+
+
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize("cached", [1, 500, 1 << 20])
+def test_without_padding_it_is_the_same(cached, plus, monkeypatch):
+    """By way of blocks of queries, of one or of several, that attend to all that is before them."""
+    monkeypatch.setattr("kvprune.attention.looks.CACHED", cached)
+    plain: Any = fresh_model(backend="eager")
+    for seed, chunk, sinks in ((0, 9, 2), (1, 50, 4)):
+        ids = prompt(1, 23, seed)
+        policy = KVzip(7, plus, chunk, sinks, **TOLD)
+        cache = ComposedCache([policy])
+        kvprune.read(tiny_model(), cache, ids)
+        (reading,) = policy.statistics
+        with StaysDouble():
+            scores = second_reading(plain, ids[0].tolist(), reading)
+        assert kept_by_row(cache, 0, 0) == kvzip_kept(scores, 7, sinks)
+        # And the numbers themselves: they are all probabilities, or all weighted.
+        for layer, slots in cache.slot_layers():
+            held = slots.statistics[reading][0]
+            columns = slots.columns[0].expand(slots.heads, -1)
+            for head in range(slots.heads):
+                for column, score in zip(columns[head].tolist(), held[head].tolist(), strict=True):
+                    if column >= 0:
+                        assert score == pytest.approx(scores[layer][head][column], rel=1e-9)
 
 
 @pytest.mark.parametrize("store", [None, Quantized(8, 4)], ids=repr)
@@ -192,24 +217,32 @@ def test_every_family(family: str, plus: bool):
         ask(family, [KVzip(9, plus, 11, 1, **TOLD)])
 
 
-def test_a_later_prompt_may_be_read_twice_as_well():
-    """The budget is one of both; what was generated between them stays."""
+@pytest.mark.parametrize("budget", [0.4, 12])
+def test_a_later_prompt_may_be_read_twice_as_well(budget):
+    """The budget is of what was repeated; what was generated stays beside it, however much."""
     model: Any = tiny_model()
     ids = prompt(1, 40, 6)
-    cache = ComposedCache([KVzip(0.4, sinks=2)])
+    cache = ComposedCache([KVzip(budget, sinks=2)])
     kvprune.read(model, cache, ids[:, :20])
-    count = sum(int((cache.columns(layer) >= 0).sum()) for layer in range(LAYERS))
-    assert count == 8 * 2 * LAYERS
-    model.generate(ids[:, :21], cache=cache, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert held(cache) == (8 if budget == 0.4 else 12) * 2 * LAYERS
+    model.generate(ids[:, :21], cache=cache, max_new_tokens=30, do_sample=False, pad_token_id=0)
     seen = cache.seen
-    new = prompt(1, 15, 7)
-    kvprune.read(model, cache, new)
-    # 20 and 1 and 15 tokens of prompts.
-    count = sum(int((cache.columns(layer) >= 0).sum()) for layer in range(LAYERS))
-    assert count == round(0.4 * 36) * 2 * LAYERS
+    kvprune.read(model, cache, prompt(1, 15, 7))
+    # 20 and 1 and 15 tokens of prompts; the one in the middle was not repeated.
+    kept = round(0.4 * 36) if budget == 0.4 else 12
+    assert held(cache) == (kept + seen - 20) * 2 * LAYERS
     generated = set(range(20, seen))
     for layer in range(LAYERS):
-        assert all(generated <= set(head) for head in cache.columns(layer)[0].tolist())
+        for head in cache.columns(layer)[0].tolist():
+            assert generated <= set(head)
+    columns = [cache.columns(layer).flatten() for layer in range(LAYERS)]
+    assert int(torch.cat(columns).amax()) >= seen, "some of the new prompt"
+
+
+def held(cache: ComposedCache) -> int:
+    """The slots of all layers and heads."""
+    layers = cache.slot_layers()
+    return sum(int((s.columns >= 0).expand(-1, s.heads, -1).sum()) for _, s in layers)
 
 
 def test_memory_follows_what_is_kept():
@@ -291,6 +324,9 @@ def test_instructions_are_those_of_the_paper_in_a_chat_s_form():
     class Tokenizer:
         chat_template = "given"
 
+        def decode(self, ids: list[int]) -> str:
+            return text(tuple(ids))
+
         def encode(self, text: str, add_special_tokens: bool) -> list[int]:
             assert not add_special_tokens
             return [ord(letter) for letter in text]
@@ -351,3 +387,99 @@ def test_a_statistic_of_one_s_own():
     assert cache.columns(0).shape[-1] == 5
     totals = cache.layers[0].statistics[Largest(chunk=50)]
     assert bool((totals > 1).any()), "more than a probability"
+
+
+def test_what_is_observed_serves_budgets_later():
+    """One reading, twice; `with_policies` then is a cache that had the policy."""
+    ids = prompt(2, 30, 9)
+    for policy in (KVzip(8, sinks=1), KVzip(5, sinks=1)):
+        lead = ComposedCache(observe=policy.statistics)
+        kvprune.read(tiny_model(), lead, ids)
+        mine, expected = lead.with_policies([policy], tiny_model()), ComposedCache([policy])
+        kvprune.read(tiny_model(), expected, ids)
+        for layer in range(LAYERS):
+            assert torch.equal(mine.columns(layer), expected.columns(layer))
+    with pytest.raises(KVPruneError, match=r"kvprune\.read"):
+        tiny_model()(ids, past_key_values=ComposedCache(observe=(SecondReading(),)))
+
+
+def test_layers_that_hold_nothing_of_a_chunk():
+    """Where pruning has left nothing of it, and no sinks."""
+    for pruner in (FastKV(0.2, layer=2, window=3), SDTP(sdtp_heads(), 0.2, 2, 3, 6, min_tokens=1)):
+        cache = ComposedCache([pruner, KVzip(0.5, plus=True, chunk=6, sinks=0)])
+        kvprune.read(tiny_model(), cache, prompt(1, 60))
+        assert all(cache.columns(layer).shape[-1] for layer in range(LAYERS))
+
+
+def test_the_first_prompt_alone():
+    """With `when="first"` a later one is read once."""
+    model: Any = kvprune.attach(fresh_model())
+    forwards = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda *_: forwards.append(1))
+    cache = ComposedCache([KVzip(6, when="first")])
+    kvprune.read(model, cache, prompt(1, 20))
+    assert len(forwards) == 2
+    kvprune.read(model, cache, prompt(1, 9, 1))
+    assert len(forwards) == 3
+    hook.remove()
+
+
+@pytest.mark.parametrize("stage", ["behind the layers", "between chunks"])
+def test_an_error_between_the_readings(stage, monkeypatch):
+    """Policies were not asked, so that the cache has to begin anew; nothing waits."""
+    model: Any = kvprune.attach(fresh_model())
+    cache = ComposedCache([SnapKV(9, window=3), KVzip(6, chunk=7)])
+    calls = []
+
+    def stop(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == (1 if stage == "behind the layers" else 2):
+            raise KeyboardInterrupt
+
+    at = model.lm_head if stage == "behind the layers" else model
+    hook = at.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        kvprune.read(model, cache, prompt(1, 20), chunk=None if calls else 10)
+    hook.remove()
+    assert cache.state.waiting is None
+    with pytest.raises(KVPruneError, match="reset"):
+        model(prompt(1, 1), past_key_values=cache)
+    cache.reset()
+    kvprune.read(model, cache, prompt(1, 20))
+
+
+def test_activations_that_are_not_finite():
+    """The row is told of, and the others are as they are alone."""
+    model: Any = kvprune.attach(fresh_model())
+    ids = prompt(2, 20)
+    ids[0, 7] = 1
+    with torch.no_grad():
+        model.model.embed_tokens.weight[1] = torch.inf
+    for plus in (False, True):
+        cache, alone = ComposedCache([KVzip(6, plus)]), ComposedCache([KVzip(6, plus)])
+        with pytest.warns(RuntimeWarning, match=r"not finite .* rows \[0\]"):
+            kvprune.read(model, cache, ids)
+        kvprune.read(model, alone, ids[1:])
+        assert kept_by_row(cache, 1, 0) == kept_by_row(alone, 0, 0)
+
+
+def test_a_repeat_that_cannot_be():
+    """Words of another vocabulary, and chunks beyond the prompt: before anything is read."""
+
+    class Wrong(SecondReading):
+        def repeats(self, ids):
+            return [(list(ids), 0, len(ids) + 1)]
+
+    class Policy(kvprune.TokenPolicy):
+        statistics = (Wrong(),)
+
+        def rank_slots(self, slots):
+            return None
+
+    for policy, match in ((KVzip(6, first=(999,)), "token 999"), (Policy(), "repeats")):
+        cache = ComposedCache([policy])
+        with pytest.raises(KVPruneError, match=match):
+            kvprune.read(tiny_model(), cache, prompt(1, 20))
+        assert cache.seen == 0 and not cache.guard.failure
+    with pytest.raises(KVPruneError, match="expected the model's tokenizer"):
+        KVzip().for_tokenizer("gpt2")

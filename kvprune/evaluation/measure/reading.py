@@ -66,7 +66,7 @@ def read_lead(
     """Does the first half of `read_prompt`: reads all but the last tokens, if there are any."""
     if tokens.shape[1] > 1:
         lead = tokens[:, :-1]
-        if second_readings(cache.policies):
+        if second_readings(cache):
             read(model, cache, lead, None if mask is None else mask[:, :-1])
             return
         with _as_prompt(cache, lead, None if mask is None else mask[:, :-1], lengths):
@@ -89,7 +89,7 @@ def read_last(
     if cache.seen:
         return forward(model, last, cache, mask)[:, -1]
     # A prompt of one token has no lead: the token itself is then the prompt.
-    if second_readings(cache.policies):
+    if second_readings(cache):
         return read(model, cache, last, mask)
     with _as_prompt(cache, last, mask, lengths):
         return forward(model, last, cache, mask)[:, -1]
