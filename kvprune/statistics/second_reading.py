@@ -38,9 +38,9 @@ class SecondReading(Statistic):
 
     `kvprune.read` reads the prompt, and then a second time, chunk by chunk: behind all that the
     cache holds stand an instruction and the chunk's tokens. Their queries vote for the chunk's
-    slots; the softmax is over the row's first `sinks` slots, the chunk's and those of the repeat,
-    and leaves out the rest of the prompt. Nothing else of the second reading stays. A slot whose token was not repeated, as one that was
-    generated, has +inf.
+    slots. The softmax is over the row's first `sinks` slots, the chunk's and those of the repeat,
+    and leaves out the rest of the prompt. Nothing else of the second reading stays. A slot whose
+    token was not repeated, as one that was generated, has +inf.
 
     A statistic of one's own about a second reading is a frozen dataclass that derives from this
     one and overrides `votes`, or `repeats`.
