@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,12 +12,10 @@ from torch import Tensor
 from ..cache.binding import attached
 from ..cache.composed import ComposedCache
 from ..cache.second_reading import second_reading, second_readings
-from ..engine.second_reading import Repeat
 from ..errors import KVPruneError
 from ..models.releases import generate_cache_name
 from ..models.structure import has_several_positions, takes, unwrapped
-from ..policy.composition import leaves
-from ..statistics import SecondReading
+from .repeats import check_repeats, read_again, repeats_of
 
 _OURS = {"past_key_values", "cache_position", "logits_to_keep", "use_cache", "return_dict"}
 
@@ -81,8 +78,8 @@ def read(
         )
     cache.guard.check_usable()
     valid = None if attention_mask is None else attention_mask[:, cache.seen :].bool()
-    repeats = [(part, _repeats(part, input_ids, valid)) for part in again]
-    _check_repeats(model, base, cache, attention_mask, count, repeats, inputs)
+    repeats = [(part, repeats_of(part, input_ids, valid)) for part in again]
+    check_repeats(model, base, cache, attention_mask, count, repeats, inputs)
     before, size = cache.seen, chunk or count
     given: dict[str, Any] = {**inputs, "return_dict": True}
     lengths, masked = torch.full((rows,), count), {}
@@ -106,7 +103,7 @@ def read(
             piece = input_ids[:, start - before : stop - before]
             output = model(piece, past_key_values=cache, logits_to_keep=1, **given)
         if tell is not None:
-            _read_again(model, cache, repeats, before, attention_mask, tell)
+            read_again(model, cache, repeats, before, attention_mask, tell)
     logits: Tensor = output.logits[:, -1]
     return logits
 
@@ -118,117 +115,6 @@ def _announced(cache: ComposedCache) -> Iterator[None]:
         yield
     finally:
         cache.session.announce(0, 0, None)
-
-
-Repeats = Sequence[Sequence[tuple[list[int], int, int]]]
-"""By row, what is read a second time: tokens, and the columns at which their chunk begins and ends.
-
-Columns count from the first of the new tokens.
-"""
-
-
-def _repeats(part: SecondReading, ids: Tensor, valid: Tensor | None) -> Repeats:
-    """What a statistic wants read a second time of ids `[B, n]`, of which some are padding."""
-    found = []
-    for row, tokens in enumerate(ids.tolist()):
-        columns = list(range(len(tokens)))
-        if valid is not None:
-            columns = [column for column, here in enumerate(valid[row].tolist()) if here]
-        chunks = part.repeats([tokens[column] for column in columns])
-        for read, start, stop in chunks:
-            if not read or not 0 <= start < stop <= len(columns):
-                raise KVPruneError(
-                    f"read: {part!r}: repeats() gave {len(read)} tokens for a chunk from {start} "
-                    f"to {stop}: expected at least one token, and a chunk within the "
-                    f"{len(columns)} tokens of its row"
-                )
-        found.append([(read, columns[a], columns[b - 1] + 1) for read, a, b in chunks])
-    return found
-
-
-def _read_again(
-    model: Any,
-    cache: ComposedCache,
-    repeats: Sequence[tuple[SecondReading, Repeats]],
-    before: int,
-    mask: Tensor | None,
-    tell: Callable[[Repeat], None],
-) -> None:
-    """Reads new tokens a second time, a chunk of each row in one forward.
-
-    Args:
-        model: an attached model.
-        cache: what has read them.
-        repeats: what is read, for each statistic.
-        before: columns shown before them.
-        mask: `[B, seen]`; None where nothing is padding.
-        tell: is told what each forward repeats.
-    """
-    inner: Any = unwrapped(model)
-    device = next(model.parameters()).device if mask is None else mask.device
-    for part, by_row in repeats:
-        for each in zip_longest(*by_row, fillvalue=([], 0, 0)):
-            size = max(len(tokens) for tokens, _, _ in each)
-            # Right behind a row's context, as windows slide by columns; then padding.
-            ids = [tokens + [0] * (size - len(tokens)) for tokens, _, _ in each]
-            here = [[1] * len(tokens) + [0] * (size - len(tokens)) for tokens, _, _ in each]
-            read = torch.tensor(ids, device=device)
-            seen = torch.ones(len(ids), cache.seen, device=device) if mask is None else mask
-            whole = torch.cat([seen.long(), torch.tensor(here, device=device)], 1)
-            given: dict[str, Any] = {"return_dict": True}
-            if takes(inner, "position_ids"):
-                known = {"attention_mask": whole, generate_cache_name(): cache}
-                positions = inner._prepare_position_ids_for_generation(read, known)
-                given["position_ids"] = positions[..., -size:]
-            if not bool(whole.all()):
-                given["attention_mask"] = whole
-            start, stop = (
-                torch.tensor([chunk[edge] for chunk in each], device=device) + before
-                for edge in (1, 2)
-            )
-            tell(Repeat(part, start, stop, cache.seen))
-            model(read, past_key_values=cache, logits_to_keep=1, **given)
-
-
-def _check_repeats(
-    model: Any,
-    base: Any,
-    cache: ComposedCache,
-    mask: Tensor | None,
-    count: int,
-    repeats: Sequence[tuple[SecondReading, Repeats]],
-    inputs: dict[str, Any],
-) -> None:
-    """Refuses a second reading that the model cannot follow."""
-    if not repeats:
-        return
-    if inputs:
-        raise KVPruneError(
-            f"read: {', '.join(inputs)} with {repeats[0][0]!r}: expected token ids and a mask "
-            f"alone, since the forwards of a second reading know no others"
-        )
-    words = model.get_input_embeddings().weight.shape[0]
-    config = base.config.get_text_config(decoder=True)
-    # Positions inside the cache never come to an end.
-    longest = getattr(config, "max_position_embeddings", 0) or 0
-    inside = any(policy.positions_in_cache for policy in leaves(cache.policies))
-    most = 0 if inside else longest
-    for part, by_row in repeats:
-        for row, chunks in enumerate(by_row):
-            read = cache.seen + count if mask is None else int(mask[row].sum())
-            size = max((len(tokens) for tokens, _, _ in chunks), default=0)
-            if most and read + size > most:
-                raise KVPruneError(
-                    f"read: {part!r} reads {size} tokens a second time behind {read} in row {row}: "
-                    f"expected at most {most} together, the context of {type(base).__name__}. Use "
-                    f"a smaller chunk, or a shorter prompt"
-                )
-            wrong = [i for tokens, _, _ in chunks for i in tokens if not 0 <= i < words]
-            if wrong:
-                raise KVPruneError(
-                    f"read: {part!r} asks with token {wrong[0]}: expected ids below {words}, those "
-                    f"of {type(model).__name__}. Take first, later and reply from its tokenizer"
-                )
 
 
 def _check(cache: Any, ids: Any, mask: Any, chunk: Any, inputs: dict[str, Any]) -> tuple[int, int]:
