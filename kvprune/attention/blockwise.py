@@ -7,9 +7,11 @@ alike, which are summed over the queries. A block of scores stays in the process
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from itertools import chain, product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +40,43 @@ def block_by_block(inputs: Inputs, how: Scores, dtype: torch.dtype) -> tuple[Ten
     Returns:
         the output `[B, Q, Hq, Dv]`, and what each slot received `[B, Hkv, S]`.
     """
+    output, found = _by_blocks(inputs, how, dtype, None)
+    return output, torch.stack(found).sum(0)
+
+
+_Place = tuple[int, int, int]
+"""The place of a block: its row, its key/value head, its first query."""
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What is made of probabilities in place of what slots receive.
+
+    of: is handed a block's place, and its probabilities `[G, n, S']` over the slots up to its end.
+    merged: makes one of what it gave for two blocks of a row and head.
+    """
+
+    of: Callable[[_Place, Tensor], Tensor]
+    merged: Callable[[Tensor, Tensor], Tensor]
+
+
+def reduced_by_block(
+    inputs: Inputs, how: Scores, dtype: torch.dtype, reduction: Reduction
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """As `block_by_block`, but what slots receive: by row and head, what a reduction gives."""
+    output, found = _by_blocks(inputs, how, dtype, reduction)
+    rows, heads = inputs.key.shape[:2]
+    each = [
+        [[worker[row, head] for worker in found if (row, head) in worker] for head in range(heads)]
+        for row in range(rows)
+    ]
+    return output, [[reduce(reduction.merged, parts) for parts in row] for row in each]
+
+
+def _by_blocks(
+    inputs: Inputs, how: Scores, dtype: torch.dtype, reduction: Reduction | None
+) -> tuple[Tensor, list[Any]]:
+    """The output, and what each worker found of all its blocks; see `_Blocks.run`."""
     query, key, value = inputs.query, inputs.key, inputs.value
     rows, heads, count, _ = query.shape
     sinks = [] if how.sinks is None else [how.sinks]
@@ -50,16 +89,13 @@ def block_by_block(inputs: Inputs, how: Scores, dtype: torch.dtype) -> tuple[Ten
         how,
         tracked,
         workers=min(most, torch.get_num_threads(), math.ceil(count / BLOCK)),
+        reduction=reduction,
     )
     found = in_threads(blocks.run, blocks.workers, at_once=not tracked and not how.dropout)
     outputs = {place: output for outputs, _ in found for place, output in outputs.items()}
     whole = torch.stack([torch.cat([outputs[p] for p in each], 1) for each in blocks.places()])
     whole = whole.reshape(rows, heads, count, -1).transpose(1, 2)
-    return whole.contiguous(), torch.stack([mass for _, mass in found]).sum(0)
-
-
-_Place = tuple[int, int, int]
-"""The place of a block: its row, its key/value head, its first query."""
+    return whole.contiguous(), [mine for _, mine in found]
 
 
 @dataclass(frozen=True)
@@ -72,6 +108,7 @@ class _Blocks:
     tracked: there are gradients. Nothing is then written to twice, and a block's scores are not
         saved but computed once more in the backward pass: those of all blocks together are n x n.
     workers: among how many the blocks are dealt out.
+    reduction: what is made of probabilities; None for what slots receive.
     """
 
     inputs: Inputs
@@ -80,6 +117,7 @@ class _Blocks:
     how: Scores
     tracked: bool
     workers: int
+    reduction: Reduction | None = None
 
     def places(self, first: int = 0, step: int = 1) -> Iterator[list[_Place]]:
         """The places of the blocks `first`, `first + step`, ..., by row and head."""
@@ -87,8 +125,10 @@ class _Blocks:
         for row, head in product(range(self.key.shape[0]), range(self.key.shape[1])):
             yield [(row, head, start) for start in starts]
 
-    def run(self, worker: int) -> tuple[dict[_Place, Tensor], Tensor]:
+    def run(self, worker: int) -> tuple[dict[_Place, Tensor], Any]:
         """One worker's blocks: outputs `[G, n, Dv]` by place, and mass `[B, Hkv, S]`.
+
+        With a reduction, in place of mass what it gives, by row and head.
 
         They are dealt out alike in every row, so that no row's sums depend on the others.
         """
@@ -96,7 +136,7 @@ class _Blocks:
         groups = self.inputs.query.shape[1] // heads
         room = None if self.tracked else self.inputs.query.new_empty(groups * BLOCK * size)
         mass = self.inputs.query.new_zeros(rows, heads, size, dtype=self.dtype)
-        outputs = {}
+        outputs, reduced = {}, dict[tuple[int, int], Tensor]()
         for place in chain.from_iterable(self.places(worker, self.workers)):
             row, head, start = place
             count = self.inputs.query.shape[2]
@@ -108,8 +148,13 @@ class _Blocks:
                 self.inputs.value[row, head, :end],
             )
             outputs[place], votes = self._run_block(place, *states, room)
-            mass[row, head, : votes.shape[-1]] += votes
-        return outputs, mass
+            if self.reduction is None:
+                mass[row, head, : votes.shape[-1]] += votes
+            elif (row, head) in reduced:
+                reduced[row, head] = self.reduction.merged(reduced[row, head], votes)
+            else:
+                reduced[row, head] = votes
+        return outputs, mass if self.reduction is None else reduced
 
     def _run_block(
         self, place: _Place, query: Tensor, key: Tensor, value: Tensor, room: Tensor | None
@@ -144,7 +189,11 @@ class _Blocks:
             sinks = sinks[head * groups : (head + 1) * groups].view(-1, 1, 1).to(self.dtype)
         p = self.how.probabilities(scores, sinks, out=None if room is None else scores)
         output = self.how.dropped(p, value.dtype).flatten(0, 1) @ value
-        return output.view(groups, count, -1), self._votes(p.detach(), row, start)
+        if self.reduction is None:
+            votes = self._votes(p.detach(), row, start)
+        else:
+            votes = self.reduction.of(place, p.detach())
+        return output.view(groups, count, -1), votes
 
     def _scores(self, query: Tensor, key: Tensor, room: Tensor | None) -> Tensor:
         """`[G, n, D]` and `[D, S']` to `[G, n, S']`."""

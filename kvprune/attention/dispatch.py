@@ -139,7 +139,7 @@ def attend_and_observe(
             lanes.join([one.received for one in each], 0),
             lanes.join(shown, 0, axis=4) if shown else None,
         )
-    inputs = _as_autocast_has_it(inputs)
+    inputs = as_autocast_has_it(inputs)
     probabilities = None
     fast = fused.attention(backend, module, inputs, scores)
     if fast is not None:
@@ -197,7 +197,7 @@ def scores_for(
     return Scores(scaling, softcap, s_aux, dropout)
 
 
-def _as_autocast_has_it(inputs: Inputs) -> Inputs:
+def as_autocast_has_it(inputs: Inputs) -> Inputs:
     """The dtypes that autocast gives a backend: it does not look into our kernels and `out=`."""
     dtype = autocast_dtype(inputs.query.device)
     if dtype is None or inputs.coded is not None:

@@ -177,9 +177,7 @@ class LayerStep(Observer):
         """
         slots = self.slots
         if self.step.repeat is not None:
-            output, probabilities = attend(backend, module, inputs, **arguments)
-            self._vote(inputs, scores_for(module, inputs, self._heads, **arguments), module)
-            return output, probabilities, None
+            return self._attend_again(backend, module, inputs, arguments), None, None
         reads = {part.reads for part in slots.parts if part.of_attention}
         if not reads and not slots.layer_parts:
             return *attend(backend, module, inputs, **arguments), None

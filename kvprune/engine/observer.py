@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..attention.dispatch import attend
 from ..attention.inputs import Inputs, Scores
 from ..attention.looks import blocks, looks, seen_by, views
 from ..errors import KVPruneError
@@ -19,7 +20,7 @@ from ..statistics import Block, Queries, Statistic, statistic_dtype
 from ..storage.buffers import numbers_at
 from ..storage.layer import SlotLayer
 from ..storage.rows import RowNumbers
-from .second_reading import vote, vote_by
+from .second_reading import attend_and_vote, vote_by
 from .step import Step
 from .survivors import meters
 
@@ -228,13 +229,15 @@ class Observer:
                 for block in each:
                     slots.observe(part, block, several)
 
-    def _vote(self, inputs: Inputs, scores: Scores, attention: torch.nn.Module) -> None:
-        """Lets the queries of a second reading vote for slots."""
+    def _attend_again(
+        self, backend: str, module: torch.nn.Module, inputs: Inputs, arguments: dict[str, Any]
+    ) -> Tensor:
+        """Attention of a second reading, whose queries vote for slots where that is wanted."""
         repeat, slots = self.step.repeat, self.slots
-        if repeat is not None and repeat.part in slots.parts:
-            norms, dtype = self._norms, self._dtype
-            with meters(), without_autocast(inputs.query.device):
-                vote(repeat, slots, self.rows, inputs, scores, norms, attention, dtype)
+        if repeat is None or repeat.part not in slots.parts:
+            return attend(backend, module, inputs, **arguments)[0]
+        how = self._norms, self._dtype, arguments
+        return attend_and_vote(backend, module, repeat, slots, self.rows, inputs, *how)
 
     @property
     def _norms(self) -> Tensor | None:

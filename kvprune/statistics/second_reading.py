@@ -43,7 +43,7 @@ class SecondReading(Statistic):
     token was not repeated, as one that was generated, has +inf.
 
     A statistic of one's own about a second reading is a frozen dataclass that derives from this
-    one and overrides `votes`, or `repeats`.
+    one and overrides `votes` and `merged`, or `repeats`.
 
     Args:
         chunk: how many tokens are repeated at a time.
@@ -103,24 +103,19 @@ class SecondReading(Statistic):
             found.append(([*asked, *self.reply, *ids[start:stop]], start, stop))
         return found
 
-    def votes(self, new: Votes, so_far: Tensor | None) -> Tensor:
-        """What slots are given by the queries of a chunk.
-
-        Args:
-            new: some of the queries.
-            so_far: `[B, Hkv, S]`, what this returned for those before them; None for the first.
-
-        Returns:
-            `[B, Hkv, S]`.
-        """
+    def votes(self, new: Votes) -> Tensor:
+        """What slots are given by some queries of a chunk, `[B, Hkv, S]`."""
         given = new.probabilities
         if new.norms is not None:
             given = given / new.norms[:, None, None, :, None]
         most = given.amax(3)
         if new.written is not None:
             most = most * new.written
-        most = most.amax(2)
-        return most if so_far is None else torch.maximum(so_far, most)
+        return most.amax(2)
+
+    def merged(self, one: Tensor, other: Tensor) -> Tensor:
+        """What slots are given by all queries of two blocks, from what each block gives."""
+        return torch.maximum(one, other)
 
     def join(self, held: Tensor, new: Tensor) -> Tensor:
         """Takes the new numbers, where there are any (elsewhere they are +inf)."""

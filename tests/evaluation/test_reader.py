@@ -244,6 +244,7 @@ def test_flops_are_those_that_torch_counts(family, backend, length):
     twice: list[Any] = [KVzip(500, chunk=70, first=(1,) * 5, later=(2,))]
     plus: list[Any] = [sdtp_pruner(0.6), KVzip(500, plus=True, chunk=200)]
     pruned: list[Any] = [[sdtp_pruner(0.6)], [sdtp_pruner(0.6, 3), *evicts]]
+    dense = 0.0
     # Of a prompt of one token the second reading is not counted.
     again = [twice, plus] if length > 1 else []
     for policies in ([], evicts, one, *pruned, *again):
@@ -251,8 +252,14 @@ def test_flops_are_those_that_torch_counts(family, backend, length):
             read_prompt(model, kvprune.ComposedCache(policies), ids)
         own = own_prefill_flops(model, ids[0].tolist(), policies)
         cost = reader(policies, ids, model).cost(flops, own)
-        assert cost.prefill_flops == counter.get_total_flops()
-        costly = any(isinstance(p, (SDTP, KVzip)) for p in policies)
+        if policies in again:
+            # Attention that votes goes block by block, without what is hidden; as H2O's it counts
+            # as dense.
+            assert cost.prefill_flops >= counter.get_total_flops() > 1.5 * dense
+        else:
+            assert cost.prefill_flops == counter.get_total_flops()
+        dense = cost.prefill_flops if not policies else dense
+        costly = any(isinstance(p, SDTP) for p in policies) or policies is plus
         assert (own > 0.0) == (length > 1 and costly)
 
 

@@ -365,10 +365,13 @@ def test_repeats_are_chunks_behind_an_instruction():
 class Largest(SecondReading):
     """A statistic of one's own: the sum over the queries instead of the most."""
 
-    def votes(self, new, so_far):
+    def votes(self, new):
         """See `SecondReading.votes`."""
-        total = new.probabilities.sum((2, 3))
-        return total if so_far is None else so_far + total
+        return new.probabilities.sum((2, 3))
+
+    def merged(self, one, other):
+        """See `SecondReading.merged`."""
+        return one + other
 
 
 def test_a_statistic_of_one_s_own():
