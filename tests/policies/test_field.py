@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import kvprune
 from kvprune.policies import (
     DMS,
+    H2O,
     RKV,
     TOVA,
     ExpectedAttention,
@@ -401,3 +402,34 @@ def test_what_is_known_of_queries_is_gone_after_the_prompt():
     model(ids[:, 50:51], past_key_values=always)
     ((queries, columns),) = (always.layers[0].records[q] for q in (Queries(4),))
     assert queries.shape == (1, 4, 4, 8) and columns.tolist() == [[47, 48, 49, 50]]
+
+
+@given(st.integers(8, 24), seeds)
+def test_tova_behind_heads_that_hold_different_tokens(length, seed):
+    """A token's score is the mean over all heads, in whatever order the slots stand."""
+    seen = []
+
+    class Noted(TOVA):
+        def rank_slots(self, slots):
+            """Notes what it is shown and what it answers."""
+            answer = super().rank_slots(slots)
+            seen.append((slots.columns, slots.statistic(Attention(decay=0.0)), answer.score))
+            return answer
+
+    driver = Driver([H2O(2, 4), Noted(5)], 1, 4, 4, seed=seed)
+    for count in (length, 1, 1, 1):
+        driver.step(driver.tokens(count))
+    parted = 0
+    for columns, given_to, score in seen:
+        heads = columns.expand(-1, 4, -1)[0].tolist()
+        parted += columns.shape[1] > 1
+        for head, mine in enumerate(score.expand(-1, 4, -1)[0].tolist()):
+            for place, column in enumerate(heads[head]):
+                if column >= 0:
+                    held = [
+                        float(given_to[0, h, other.index(column)])
+                        for h, other in enumerate(heads)
+                        if column in other
+                    ]
+                    assert mine[place] == pytest.approx(sum(held) / 4, abs=1e-12)
+    assert parted

@@ -204,7 +204,7 @@ POLICIES = [
     ),
     Listed(
         "rkv",
-        lambda n: RKV(n, window=min(2, n - 1), kernel=3, similar=0.2, when=2),
+        lambda n: RKV(n, window=min(2, n - 1), kernel=3, similar=0.2, when=3),
         lambda n: n,
         lambda: RKV(500),
     ),
