@@ -1,6 +1,6 @@
 """Measures what budgets by head, a second reading and long answers cost, beside dense.
 
-    python -m bench.by_head           # fifteen minutes of two slow cores
+    python -m bench.by_head           # seven minutes of two cores
 
 Prompts are essays. `prefill` is the time to read a prompt of so many tokens, by a policy or twice
 by KVzip, over that of the dense model in the same turn. `step` is the mean time of a token over 256
