@@ -91,7 +91,8 @@ def attend_and_vote(
     turned = inputs.turned
     inputs = as_autocast_has_it(inputs.with_turned_queries() if turned else inputs)
     values = slots.values if turned else inputs.value
-    votes = _VotesByBlock(repeat, rows, inputs, values, norms, attention, dtype)
+    sinks = scores.sinks is not None
+    votes = _VotesByBlock(repeat, rows, inputs, values, norms, attention, dtype, sinks)
     output, found = reduced_by_block(inputs, scores, dtype, votes.reduction)
     whole = torch.stack([torch.stack(row) for row in found])
     if whole.shape[1] != slots.heads:
@@ -119,8 +120,9 @@ class _VotesByBlock:
         norms: Tensor | None,
         attention: nn.Module,
         dtype: torch.dtype,
+        sinks: bool,
     ) -> None:
-        columns = inputs.slot_columns
+        columns, self._sinks = inputs.slot_columns, sinks
         among = repeat.seen_by_queries(columns, rows)
         self.places = repeat.of_chunk(columns).flatten(0, 1).any(0).nonzero()[:, 0]
         self.reduction = Reduction(self._of, repeat.part.merged)
@@ -151,6 +153,9 @@ class _VotesByBlock:
         if self._among is not None:
             mine = self._among[row, min(head, self._among.shape[1] - 1), :size]
             whole = probabilities @ mine
+            if self._sinks:
+                # What the model's attention sinks take is theirs among fewer slots, too.
+                whole = whole + (1 - probabilities.sum(-1))
             given = given / whole.masked_fill(whole == 0, 1)[..., None]
         columns = self._inputs.query_columns[row : row + 1, here]
         if not self._inputs.no_padding:

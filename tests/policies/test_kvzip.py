@@ -97,10 +97,12 @@ def test_what_stays_is_the_oracle_s(family, heads, plus):
 
 
 @pytest.mark.parametrize("plus", [False, True])
-@pytest.mark.parametrize("cached", [1, 500, 1 << 20])
-def test_without_padding_it_is_the_same(cached, plus, monkeypatch):
-    """By way of blocks of queries, of one or of several, that attend to all that is before them."""
-    monkeypatch.setattr("kvprune.attention.looks.CACHED", cached)
+@pytest.mark.parametrize(("apart", "size"), [(True, 1), (True, 500), (False, 5), (False, 64)])
+def test_without_padding_it_is_the_same(apart, size, plus, monkeypatch):
+    """Where votes come out of the attention, and where they come apart; in blocks of any size."""
+    monkeypatch.setattr("kvprune.engine.second_reading.on_gpu", lambda _: apart)
+    monkeypatch.setattr("kvprune.attention.looks.CACHED", size)
+    monkeypatch.setattr("kvprune.attention.blockwise.BLOCK", size)
     plain: Any = fresh_model(backend="eager")
     for seed, chunk, sinks in ((0, 9, 2), (1, 50, 4)):
         ids = prompt(1, 23, seed)
@@ -119,6 +121,27 @@ def test_without_padding_it_is_the_same(cached, plus, monkeypatch):
                 for column, score in zip(columns[head].tolist(), held[head].tolist(), strict=True):
                     if column >= 0:
                         assert score == pytest.approx(scores[layer][head][column], rel=1e-9)
+
+
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "gemma2", "gpt_oss", "jetmoe"])
+def test_votes_in_one_pass_and_apart(family, plus, monkeypatch):
+    """By the model's own rule, with heads that share a latent, and in rows with padding."""
+    if family == "jetmoe" and plus:
+        pytest.skip("has no projection that is known")
+    inputs: Any = left_padded(prompt(2, 26, 3), [0, 7])
+    monkeypatch.setattr("kvprune.attention.blockwise.BLOCK", 7)
+    policy, found = KVzip(500, plus, 11, 1, **TOLD), []
+    with StaysDouble():
+        for apart in (False, True):
+            monkeypatch.setattr(
+                "kvprune.engine.second_reading.on_gpu", lambda _, apart=apart: apart
+            )
+            cache = ComposedCache([policy])
+            kvprune.read(attached_family(family), cache, **inputs)
+            found.append([s.statistics[policy.statistics[0]] for _, s in cache.slot_layers()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("store", [None, Quantized(8, 4)], ids=repr)
