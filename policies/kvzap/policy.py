@@ -145,5 +145,7 @@ class _Bare(nn.Module):
         (norms,) = self._norms
         with torch.no_grad():
             states = norms[layer](hidden) if norms else hidden
-            gate = self.gates.to(states.device)
-            return gate(states.to(next(gate.parameters()).dtype), layer)
+            # This layer's alone: others may be elsewhere.
+            gate = self.gates.layers[layer].to(states.device)
+            found: Tensor = self.gates(states.to(next(gate.parameters()).dtype), layer)
+            return found

@@ -60,7 +60,7 @@ def test_scores_are_of_what_enters_attention(hidden):
 
 
 def test_files_are_read_as_written_and_as_published(tmp_path):
-    """Those of `save`, and of a folder as the paper's authors have it."""
+    """Gates come back from what `save` wrote, and from a folder in the published form."""
     mine = gates()
     mine.save(tmp_path / "mine")
     again = KVzapGates.load(tmp_path / "mine")

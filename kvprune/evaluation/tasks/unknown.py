@@ -31,21 +31,21 @@ class QuestionUnknown(Task):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """That of the other task, and what is unknown."""
+        """The other task's name, and what is unknown."""
         return self.known.name + BEHIND
 
     @property
     def unit(self) -> str:  # type: ignore[override]
-        """That of the other task."""
+        """The other task's unit."""
         return self.known.unit
 
     @property
     def floor(self) -> float | None:  # type: ignore[override]
-        """That of the other task."""
+        """The other task's floor."""
         return self.known.floor
 
     def samples(self, tokenizer: Any, context: int, count: int, seed: int) -> Sequence[Sample]:
-        """Those of the other task.
+        """The other task's samples, of which the question is read behind the context.
 
         Raises:
             KVPruneError: the other task has no question behind its context.
@@ -61,9 +61,9 @@ class QuestionUnknown(Task):
         return [replace(s, behind=len(s.prompt) - s.context) for s in found]
 
     def following(self, sample: Sample, tokenizer: Any) -> int:
-        """That of the other task."""
+        """What may follow a prompt of the other task."""
         return self.known.following(sample, tokenizer)
 
     def score(self, sample: Sample, reader: Reader) -> Score:
-        """That of the other task."""
+        """The other task's score."""
         return self.known.score(sample, reader)
