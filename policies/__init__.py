@@ -16,6 +16,7 @@ from .observed_attention import ObservedAttention
 from .pyramidkv import PyramidKV
 from .random import Random
 from .rkv import RKV
+from .saliency import Saliency, SaliencyHeads
 from .sdtp import SDTP, SDTPHeads
 from .snapkv import SnapKV
 from .streaming_llm import StreamingLLM
@@ -41,6 +42,8 @@ __all__ = [
     "PyramidKV",
     "Random",
     "SDTPHeads",
+    "Saliency",
+    "SaliencyHeads",
     "SnapKV",
     "StreamingLLM",
 ]

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from kvprune.errors import KVPruneError
-from kvprune.policy import OneBudget, Ranking, SlotView, best_of_all, select
+from kvprune.policy import OneBudget, Ranking, SlotView, best_of_layers
 from kvprune.statistics import SecondReading
 
 _FIRST = "\n\nRepeat the previous context exactly."
@@ -130,34 +130,18 @@ class KVzip(OneBudget):
         """One ranking of all slots of a row, cut where its budget ends."""
         (reading,) = self.statistics
         shared = [view for view in layers if view.window is None]
-        found: list[Ranking | None] = [None] * len(layers)
         if not shared:
-            return found
-        home, rows = shared[0].columns.device, len(shared[0].columns)
-        each = [self._at_layer(view, view.statistic(reading)) for view in shared]
-        score, columns, valid, first, wanted = (
-            torch.cat([tensor.flatten(1).to(home) for tensor in same], -1)
-            for same in zip(*each, strict=True)
-        )
-        score = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        kept = best_of_all(score, columns, valid, first, wanted.sum(-1))
-        parts = iter(kept.split([scores[0].numel() // rows for scores in each], -1))
-        places = [place for place, view in enumerate(layers) if view.window is None]
-        for place, (score, _, _, first, _) in zip(places, each, strict=True):
-            budget = next(parts).to(score.device).view_as(score).sum(-1)
-            found[place] = Ranking(score, first, budget)
-        return found
+            return [None] * len(layers)
+        scores = [view.statistic(reading) for view in shared]
+        each = [self._of_layer(*one) for one in zip(shared, scores, strict=True)]
+        stays, budgets = zip(*each, strict=True)
+        found = iter(best_of_layers(shared, scores, stays, budgets))
+        return [next(found) if view.window is None else None for view in layers]
 
-    def _at_layer(self, view: SlotView, score: Tensor) -> tuple[Tensor, ...]:
-        """What a layer has for the one ranking, each `[B, Hkv, S]`; last, `[B, Hkv]` budgets."""
-        columns, valid = view.columns.expand_as(score), view.valid.expand_as(score)
+    def _of_layer(self, view: SlotView, score: Tensor) -> tuple[Tensor, Tensor]:
+        """What stays of a layer in any case, `[B, Hkv, S]`, and its part of the budget."""
+        valid = view.valid.expand_as(score)
         # What was not repeated stays, and is no part of the budget.
         beside = valid & (score == torch.inf)
-        repeated = valid & ~beside
-        first = beside | (valid & view.oldest(self.sinks))
-        # A head without sinks, which were pruned before this layer, keeps its best slot.
-        least = (~first.any(-1)).long()
-        comparable = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        best = select(Ranking(comparable, torch.zeros_like(valid), least), columns, valid)
-        budget = view.tokens(self.budget)[:, None].minimum(repeated.sum(-1)) + beside.sum(-1)
-        return score, columns, valid, first | best & valid, budget
+        budget = view.tokens(self.budget)[:, None].minimum((valid & ~beside).sum(-1))
+        return beside | view.oldest(self.sinks), budget + beside.sum(-1)

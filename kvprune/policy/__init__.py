@@ -12,7 +12,7 @@ from .one_budget import OneBudget
 from .pooling import check_kernel, pooled
 from .rotary import Rotary
 from .selection import Ranking, select
-from .sharing import best_of_all
+from .sharing import best_of_all, best_of_layers
 from .views import SlotView, TokenView
 from .window import check_context, check_window
 
@@ -27,6 +27,7 @@ __all__ = [
     "TokenPolicy",
     "TokenView",
     "best_of_all",
+    "best_of_layers",
     "check_context",
     "check_kernel",
     "check_positions",

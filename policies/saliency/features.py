@@ -1,0 +1,51 @@
+"""What is known of a prompt's tokens once its last layer has attended: what heads score them by.
+
+For each key/value head of each layer: the logarithms of the probabilities that the newest queries
+gave a slot, by query head, as means over three groups of these queries (the newest; the newest
+`near`; those before them), and the logarithm of the norm of its value.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvprune.policy import SlotView
+
+LEAST = 1e-8
+"""A probability, or a norm, below this counts as this: its logarithm is finite."""
+GROUPS = 3
+
+
+def of_slots(view: SlotView, queries: int, near: int) -> Tensor:
+    """The features of a layer's slots.
+
+    Args:
+        view: of the layer, behind a policy with `Queries(queries)`.
+        queries: how many newest queries look.
+        near: how many of them make the second group.
+
+    Returns:
+        `[B, Hkv, 3 G + 1, S]` float32.
+    """
+    looks = view.looks(queries).float()
+    # A query that a row does not have gives nothing to anything.
+    there = looks.sum(-1, keepdim=True) > 0
+    groups = [slice(-1, None), slice(-near, None), slice(0, max(looks.shape[3] - near, 1))]
+    means = [
+        looks[:, :, :, group].sum(3) / there[:, :, :, group].sum(3).clamp(min=1) for group in groups
+    ]
+    given = torch.stack(means, 3).flatten(2, 3)
+    norms = view.values.float().norm(dim=-1)
+    return torch.cat([given, norms[:, :, None]], 2).clamp(min=LEAST).log()
+
+
+PLACES = 4
+
+
+def of_places(view: SlotView) -> Tensor:
+    """What a token's place in its row says: `[B, 4, 1|Hkv, S]` float32, 0 for empty slots."""
+    number, count = view.positions.clamp(min=0).float(), view.prompt_length.float()[:, None, None]
+    behind = (count - number).clamp(min=1)
+    every = [behind.log(), (number + 1).log(), number / count, count.log().expand_as(number)]
+    return torch.stack(every, 1).masked_fill(~view.valid[:, None], 0)

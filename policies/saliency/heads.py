@@ -1,0 +1,182 @@
+"""The learned module of Saliency: how much each key/value head needs each token of a prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kvprune.errors import KVPruneError
+from kvprune.files import write_whole
+
+from .features import GROUPS, PLACES
+
+FORMAT = "kvprune.SaliencyHeads"
+WEIGHTS = "saliency.safetensors"
+STEP = 6.0
+"""Features are standardised, and cut at so many standard deviations."""
+
+Layer = tuple[int, Tensor, Tensor]
+"""A layer's number, the features `[B, Hkv, f, S]` of its slots, and their columns `[B, 1|Hkv, S]`."""
+
+
+class SaliencyHeads(nn.Module):
+    """A network of a token's features in all layers, with an output for each layer and head.
+
+    Every layer adds its part to a state of each token; neighbours exchange theirs (a convolution
+    by channel over the `kernel` tokens around), and a layer's output is of that state and of what
+    the head itself gave the token.
+
+    Args:
+        shape: for each layer its key/value heads, and the query heads of one.
+        width: of a token's state.
+        kernel: an odd number of tokens.
+        queries: how many of a prompt's newest queries look at it.
+        near: how many of these make a group of their own.
+        fingerprint: of the model that they are for; see `fingerprint`.
+    """
+
+    place_mean: Tensor
+    place_scale: Tensor
+
+    def __init__(
+        self,
+        shape: Sequence[tuple[int, int]],
+        width: int = 128,
+        kernel: int = 9,
+        queries: int = 64,
+        near: int = 16,
+        fingerprint: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape = tuple((heads, group) for heads, group in shape)
+        self.queries, self.near = queries, near
+        self.configuration: dict[str, Any] = {
+            "shape": [list(each) for each in self.shape],
+            "width": width,
+            "kernel": kernel,
+            "queries": queries,
+            "near": near,
+            "fingerprint": fingerprint,
+        }
+        self.layers = nn.ModuleList(_Layer(*each, width) for each in self.shape)
+        self.place = nn.Linear(PLACES, width)
+        self.register_buffer("place_mean", torch.zeros(PLACES))
+        self.register_buffer("place_scale", torch.ones(PLACES))
+        self.neighbours = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.middle = nn.Linear(width, width)
+        for parameter in self.neighbours.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, layers: Iterable[Layer], places: Tensor, there: Tensor) -> list[Tensor]:
+        """The scores of all slots, `[B, Hkv, S]` for each of the layers that are given.
+
+        Args:
+            layers: in order; columns are counted from 0, and N where a slot is empty.
+            places: `[B, 4, N]`, what the places of tokens say.
+            there: `[B, N]` bool, the columns of which something is known.
+        """
+        rows, _, count = places.shape
+        place = (places - self.place_mean[:, None]) / self.place_scale[:, None]
+        state = self.place(place.clamp(-STEP, STEP).transpose(1, 2))
+        # The last column takes what is of no token.
+        state = torch.cat([state, state.new_zeros(rows, 1, state.shape[-1])], 1)
+        own, columns = [], []
+        for number, features, where in layers:
+            layer = cast(_Layer, self.layers[number])
+            given, alone = layer.read(features)
+            if where.shape[1] == 1:
+                given = given.sum(1, keepdim=True)
+            index = where.flatten(1)[..., None].expand(-1, -1, state.shape[-1])
+            state = state.scatter_add(1, index, given.flatten(1, 2))
+            own.append((layer, alone))
+            columns.append(where)
+        state = F.gelu(state[:, :count].masked_fill(~there[..., None], 0))
+        state = state + self.neighbours(state.transpose(1, 2)).transpose(1, 2)
+        state = state + F.gelu(self.middle(state))
+        state = torch.cat([state, state.new_zeros(rows, 1, state.shape[-1])], 1)
+        found = []
+        for (layer, alone), where in zip(own, columns, strict=True):
+            mixed = layer.out(state).transpose(1, 2)
+            found.append(alone + mixed.gather(2, where.expand_as(alone)))
+        return found
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Writes them into a folder, where SDTP's heads may be as well.
+
+        Raises:
+            KVPruneError: the folder cannot be written.
+        """
+        place = Path(folder)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise KVPruneError(f"{place}: expected a folder to write to: {error}") from error
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        header = {"format": FORMAT, "configuration": json.dumps(self.configuration)}
+        write_whole(place / WEIGHTS, lambda scratch: save_file(tensors, scratch, header))
+
+    @classmethod
+    def load(cls, folder: str | PathLike[str]) -> SaliencyHeads:
+        """Reads what `save` wrote; in eval mode, in float32.
+
+        Raises:
+            KVPruneError: no such file, or one without these heads.
+        """
+        path = Path(folder) / WEIGHTS
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if header.get("format") != FORMAT:
+                raise ValueError(f"its header says format={header.get('format')!r}")
+            # On the meta device nothing is drawn from the user's random numbers.
+            with torch.device("meta"):
+                heads = cls(**json.loads(header["configuration"]))
+            heads.load_state_dict(tensors, assign=True)
+        # safetensors and JSON raise errors of many classes.
+        except Exception as error:
+            raise KVPruneError(
+                f"{path}: expected heads that SaliencyHeads.save wrote: {error}"
+            ) from error
+        return heads.float().eval().requires_grad_(False)
+
+
+def shape_of(model: Any) -> tuple[tuple[int, int], ...]:
+    """For each decoder layer of a model its key/value heads, and the query heads of one."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    held = getattr(config, "num_key_value_heads", None) or heads
+    return ((held, heads // held),) * config.num_hidden_layers
+
+
+class _Layer(nn.Module):
+    """The part of one layer: what its features add to a token's state, and its output."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, heads: int, group: int, width: int) -> None:
+        super().__init__()
+        size = GROUPS * group + 1
+        self.register_buffer("mean", torch.zeros(heads, size))
+        self.register_buffer("scale", torch.ones(heads, size))
+        self.state = nn.Parameter(torch.randn(heads, size, width) * 0.03)
+        self.alone = nn.Parameter(torch.full((heads, size), 0.1))
+        self.out = nn.Linear(width, heads)
+        nn.init.zeros_(self.out.weight)
+
+    def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """From `[B, Hkv, f, S]` to `[B, Hkv, S, width]` and `[B, Hkv, S]`."""
+        standard = (features - self.mean[:, :, None]) / self.scale[:, :, None]
+        standard = standard.clamp(-STEP, STEP)
+        given = torch.einsum("bhfs,hfw->bhsw", standard, self.state)
+        return given, torch.einsum("bhfs,hf->bhs", standard, self.alone)
