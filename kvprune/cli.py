@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,6 +119,58 @@ def train_sdtp(
     typer.echo(f"{out}: pass them as SDTP(SDTPHeads.from_pretrained({str(out)!r}))")
 
 
+@app.command("train-saliency")
+def train_saliency(
+    data: Annotated[
+        str, typer.Argument(help="JSON lines with prompt and completion, texts, or a data set.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the heads and saliency.json.")],
+    model: Annotated[str | None, typer.Option(help="Name or path; the demo model.")] = None,
+    limit: Annotated[int, typer.Option(help="The most examples that are read.")] = 1000,
+    tokens: Annotated[int, typer.Option(help="The most tokens of an example.")] = 1024,
+    completion: Annotated[int, typer.Option(help="Of a text, what is looked back from.")] = 32,
+    pruning: Annotated[
+        str, typer.Option(help="A pipeline, as sdtp, behind which every second one is read.")
+    ] = "dense",
+    epochs: Annotated[int, typer.Option(help="How often heads learn from an example.")] = 4,
+    held_out: Annotated[int, typer.Option(help="The last examples, to measure with.")] = 24,
+    dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+) -> None:
+    """Trains heads for Saliency. Stopped, it goes on where it was when called again."""
+    from .evaluation.data.assets import demo_model
+    from .evaluation.data.loading import loaded as load
+    from .evaluation.specs import parse
+    from .files import check_folder
+    from .policies.saliency import train_saliency as train
+    from .policies.sdtp import read_examples
+    from .wiring.attach import attach
+
+    check_folder(out)
+    policies = parse(pruning)
+    path = (
+        str(demo_model(report=lambda line: typer.echo(line, err=True))) if model is None else model
+    )
+    tokenizer, loaded = load(path, dtype)
+    examples = read_examples(data, tokenizer, tokens, completion, limit=limit, progress=True)
+    try:
+        train(
+            attach(loaded),
+            examples,
+            out,
+            pruning=policies,
+            epochs=epochs,
+            held_out=held_out,
+            seed=seed,
+            report=_percent(),
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the same command goes on with what is in {out}", err=True)
+        raise typer.Exit(130) from None
+    typer.echo((out / "saliency.json").read_text(encoding="utf-8").rstrip())
+    typer.echo(f"{out}: pass it as Saliency(heads={str(out)!r})")
+
+
 @app.command("measure-heads")
 def measure_heads(
     text: Annotated[str, typer.Argument(help="What to read, or a file that holds it.")],
@@ -177,6 +229,18 @@ def train_gates(
     tokenizer, loaded = load(path)
     ids = tokenizer(read, return_tensors="pt").input_ids.to(loaded.device)
     pieces = [piece for piece in ids.split(tokens, 1) if piece.shape[1] == tokens][:texts]
+    with stage("training gates"):
+        found = train(
+            attach(loaded), pieces, tokenizer, hidden=hidden or None, seed=seed, report=_percent()
+        )
+    found.gates.save(out)
+    each = "  ".join(f"{part:.2f}" for part in found.explained)
+    typer.echo(f"explained of KVzip+'s scores (R squared), by layer: {each}")
+    typer.echo(f"{out}: pass it as KVzap({str(out)!r})")
+
+
+def _percent() -> Callable[[str, float], None]:
+    """What says how much of a stage is done, each percent once."""
     said = ""
 
     def tell(what: str, done: float) -> None:
@@ -185,14 +249,7 @@ def train_gates(
             typer.echo(now, err=True)
         said = now
 
-    with stage("training gates"):
-        found = train(
-            attach(loaded), pieces, tokenizer, hidden=hidden or None, seed=seed, report=tell
-        )
-    found.gates.save(out)
-    each = "  ".join(f"{part:.2f}" for part in found.explained)
-    typer.echo(f"explained of KVzip+'s scores (R squared), by layer: {each}")
-    typer.echo(f"{out}: pass it as KVzap({str(out)!r})")
+    return tell
 
 
 @app.command("explain")

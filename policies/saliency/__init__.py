@@ -2,5 +2,6 @@
 
 from .heads import SaliencyHeads
 from .policy import Saliency
+from .training import train_saliency
 
-__all__ = ["Saliency", "SaliencyHeads"]
+__all__ = ["Saliency", "SaliencyHeads", "train_saliency"]

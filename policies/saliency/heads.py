@@ -25,7 +25,7 @@ STEP = 6.0
 """Features are standardised, and cut at so many standard deviations."""
 
 Layer = tuple[int, Tensor, Tensor]
-"""A layer's number, the features `[B, Hkv, f, S]` of its slots, and their columns `[B, 1|Hkv, S]`."""
+"""A layer's number, and of its slots features `[B, Hkv, f, S]` and columns `[B, 1|Hkv, S]`."""
 
 
 class SaliencyHeads(nn.Module):
@@ -92,9 +92,7 @@ class SaliencyHeads(nn.Module):
         own, columns = [], []
         for number, features, where in layers:
             layer = cast(_Layer, self.layers[number])
-            given, alone = layer.read(features)
-            if where.shape[1] == 1:
-                given = given.sum(1, keepdim=True)
+            given, alone = layer.read(features, where.shape[1] == 1)
             index = where.flatten(1)[..., None].expand(-1, -1, state.shape[-1])
             state = state.scatter_add(1, index, given.flatten(1, 2))
             own.append((layer, alone))
@@ -174,9 +172,19 @@ class _Layer(nn.Module):
         self.out = nn.Linear(width, heads)
         nn.init.zeros_(self.out.weight)
 
-    def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """From `[B, Hkv, f, S]` to `[B, Hkv, S, width]` and `[B, Hkv, S]`."""
+    def read(self, features: Tensor, together: bool) -> tuple[Tensor, Tensor]:
+        """What features `[B, Hkv, f, S]` add to states, and what they say by themselves.
+
+        Args:
+            features: of the layer's slots.
+            together: whether a slot of all heads is of one token.
+
+        Returns:
+            `[B, 1|Hkv, S, width]`, added up over the heads where `together`; `[B, Hkv, S]`.
+        """
         standard = (features - self.mean[:, :, None]) / self.scale[:, :, None]
         standard = standard.clamp(-STEP, STEP)
-        given = torch.einsum("bhfs,hfw->bhsw", standard, self.state)
-        return given, torch.einsum("bhfs,hf->bhs", standard, self.alone)
+        sum_of = "bhfs,hfw->bsw" if together else "bhfs,hfw->bhsw"
+        given = torch.einsum(sum_of, standard, self.state)
+        alone = torch.einsum("bhfs,hf->bhs", standard, self.alone)
+        return given[:, None] if together else given, alone

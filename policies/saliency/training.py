@@ -1,0 +1,230 @@
+"""Trains heads for Saliency: they learn what the queries of completions look at.
+
+Prompts are read once by the frozen model (see `reading`). Heads then learn, with a listwise loss
+over all slots of all layers and heads, which slots a completion would miss.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvprune.cache.composed import ComposedCache
+from kvprune.errors import KVPruneError
+from kvprune.files import write_text
+from kvprune.models.structure import base_of, unwrapped
+from kvprune.policy import TokenPolicy
+
+from ..random import Random
+from ..sdtp.examples import Example, sharing
+from ..sdtp.shipped import fingerprint
+from .heads import SaliencyHeads, shape_of
+from .policy import Saliency
+from .reading import Reader, Seen
+
+ACCOUNT = "saliency.json"
+SEEN = "saliency-examples"
+SHARES = (0.25, 0.125)
+"""Of a prompt's slots, for which trained heads are measured."""
+
+_ALIKE = 128
+"""Examples whose first so many tokens are the same share a beginning."""
+
+Report = Callable[[str, float], None]
+
+
+def train_saliency(
+    model: Any,
+    examples: Sequence[Example],
+    out: str | Path,
+    *,
+    pruning: Sequence[TokenPolicy] = (),
+    width: int = 128,
+    epochs: int = 4,
+    rate: float = 2e-3,
+    batch: int = 4,
+    held_out: int = 24,
+    seed: int = 0,
+    report: Report | None = None,
+) -> SaliencyHeads:
+    """Trains heads for a model, which stays as it is.
+
+    A training that was killed goes on with what it has read, if it is called again with the same
+    arguments. Heads are written before they are measured.
+
+    Args:
+        model: attached.
+        examples: prompts with completions; see `read_examples`. Where those that share a long
+            beginning stand one after the other, it is read once.
+        out: a folder for the heads and `saliency.json`, what was measured; SDTP's heads may be
+            there as well.
+        pruning: policies that rank hidden states, as `[SDTP()]`, behind which every second example
+            is read, so that heads are good with and without them.
+        width: see `SaliencyHeads`.
+        epochs: how often heads learn from each example.
+        rate: the highest learning rate of AdamW, which rises for a tenth of the steps, and falls.
+        batch: examples of a step.
+        held_out: how many examples, the last ones, are measured by, and not learned from.
+        seed: of the first weights and of the order.
+        report: is called with a stage and how much of it is done, from 0 to 1.
+
+    Returns:
+        the heads, on the model's device.
+
+    Raises:
+        KVPruneError: too few examples, prompts no longer than what Saliency protects, no
+            completions, a model whose queries cannot be observed, a loss that is not finite, or a
+            folder that cannot be written.
+    """
+    told = report or (lambda stage, done: None)
+    place, home = Path(out), model.device
+    base = base_of(unwrapped(model))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        heads = SaliencyHeads(shape_of(base), width, fingerprint=fingerprint(base)).to(home)
+    policy = Saliency(heads=heads)
+    _check_examples(examples, held_out, policy.sinks + policy.recent)
+    folder = place / SEEN
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KVPruneError(f"{place}: expected a folder that can be written ({error})") from error
+    learned = [
+        example
+        for _, group in groupby(examples[: len(examples) - held_out], lambda e: e.prompt[:_ALIKE])
+        for example in sharing(list(group))
+    ]
+    dense, pruned = (
+        Reader(model, folder, some, heads.queries, heads.near) for some in ((), tuple(pruning))
+    )
+    files = []
+    for number, example in enumerate(learned):
+        files.append((pruned if number % 2 else dense).of(example))
+        told("reading", (number + 1) / len(learned))
+    draw = random.Random(seed)
+    _standardise(heads, [Seen.load(path) for path in draw.sample(files, min(100, len(files)))])
+    _learn(heads, policy, files, epochs, rate, batch, draw, told)
+    heads.eval().requires_grad_(False)
+    heads.save(place)
+    measured = _measured(model, examples[len(examples) - held_out :], policy, told)
+    account = {"examples": len(learned), "pruning": repr(list(pruning)), "epochs": epochs}
+    write_text(place / ACCOUNT, json.dumps({**account, **measured}, indent=2) + "\n")
+    shutil.rmtree(folder)
+    return heads
+
+
+def _check_examples(examples: Sequence[Example], held_out: int, protected: int) -> None:
+    if held_out < 1 or len(examples) <= held_out:
+        raise KVPruneError(
+            f"train_saliency: expected more examples than the {held_out} that are held out, at "
+            f"least 1, got {len(examples)}"
+        )
+    short = [e for e in examples if len(e.prompt) <= protected + 1 or not e.completion]
+    if short:
+        raise KVPruneError(
+            f"train_saliency: expected prompts of more than {protected + 1} tokens (as many are "
+            f"protected) with completions, got {len(short)} of {len(examples)} without, the first "
+            f"of {len(short[0].prompt)} + {len(short[0].completion)} tokens"
+        )
+
+
+@torch.no_grad()
+def _standardise(heads: SaliencyHeads, seen: Sequence[Seen]) -> None:
+    """Sets means and scales of features to those of some examples."""
+    for number, layer in enumerate(heads.layers):
+        features = torch.cat([each.features[number].float() for each in seen], -1)
+        layer.mean.copy_(features.mean(-1))  # type: ignore[operator, union-attr]
+        layer.scale.copy_(features.std(-1).clamp(min=1e-2))  # type: ignore[operator, union-attr]
+    places = torch.cat([each.places for each in seen], -1)
+    heads.place_mean.copy_(places.mean(-1))
+    heads.place_scale.copy_(places.std(-1).clamp(min=1e-2))
+
+
+@torch.enable_grad()
+def _learn(
+    heads: SaliencyHeads,
+    policy: Saliency,
+    files: Sequence[Path],
+    epochs: int,
+    rate: float,
+    batch: int,
+    draw: random.Random,
+    told: Report,
+) -> None:
+    """All epochs."""
+    batch = min(batch, len(files))
+    steps = epochs * (len(files) // batch)
+    optimizer = torch.optim.AdamW(heads.parameters(), rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps + 1, pct_start=0.1)
+    done = 0
+    for _ in range(epochs):
+        order = draw.sample(list(files), len(files))
+        for start in range(0, len(order) - batch + 1, batch):
+            for path in order[start : start + batch]:
+                loss = _loss(heads, Seen.load(path), policy.sinks, policy.recent)
+                if not bool(loss.isfinite()):
+                    raise KVPruneError(
+                        f"train_saliency: a loss of {float(loss)}: expected numbers. Load the "
+                        f"model in float32, or lower the rate"
+                    )
+                (loss / batch).backward()
+            torch.nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            done += 1
+            told("learning", done / steps)
+
+
+def _loss(heads: SaliencyHeads, seen: Seen, sinks: int, recent: int) -> Tensor:
+    """The cross-entropy of scores against what completions look at, over all free slots."""
+    home, count = heads.place_mean.device, seen.places.shape[-1]
+    layers = (
+        (number, features[None].float().to(home), seen.columns[number][None, None].to(home))
+        for number, features in seen.features.items()
+    )
+    there = torch.ones(1, count, dtype=torch.bool, device=home)
+    scores = heads(layers, seen.places[None].to(home), there)
+    said, wanted = [], []
+    for score, (number, columns) in zip(scores, seen.columns.items(), strict=True):
+        if number in seen.wanted:
+            free = (columns >= sinks) & (columns < count - recent)
+            said.append(score[0, :, free.to(home)].flatten())
+            wanted.append(seen.wanted[number][:, free].flatten().float().to(home))
+    target = torch.cat(wanted).softmax(0)
+    return -(target * torch.cat(said).log_softmax(0)).sum()
+
+
+@torch.no_grad()
+def _measured(
+    model: Any, examples: Sequence[Example], policy: Saliency, told: Report
+) -> dict[str, Any]:
+    """Nats a token of completions: dense, with these heads, and with slots kept at random."""
+    runs: dict[str, TokenPolicy | None] = {"dense": None}
+    for share in SHARES:
+        runs[f"saliency {share}"] = policy.with_budget(share)
+        runs[f"random {share}"] = Random(share, when="first")
+    lost: dict[str, list[float]] = {name: [] for name in runs}
+    for number, example in enumerate(examples):
+        for name, one in runs.items():
+            lost[name].append(_nats(model, example, one))
+        told("measuring", (number + 1) / len(examples))
+    means = {name: sum(each) / len(each) for name, each in lost.items()}
+    return {"held_out": len(examples), "nats": {n: round(mean, 4) for n, mean in means.items()}}
+
+
+def _nats(model: Any, example: Example, policy: TokenPolicy | None) -> float:
+    """The loss of a completion's tokens, each behind what the policy left of the prompt."""
+    cache = ComposedCache([] if policy is None else [policy])
+    whole = torch.tensor([example.prompt + example.completion], device=model.device)
+    lead = len(example.prompt) - 1
+    model(whole[:, :lead], past_key_values=cache, logits_to_keep=1)
+    said = model(whole[:, lead:-1], past_key_values=cache).logits[0].float()
+    return float(torch.nn.functional.cross_entropy(said, whole[0, lead + 1 :]))
