@@ -77,6 +77,7 @@ def bind(
     _check_queries(observe, "observe", attachment)
     _check_survival(policies, observe)
     working = checked([policy.for_model(base) for policy in policies])
+    _check_judged(working)
     positions = positions_for(working, base, attachment.memory, rewritable=store is None)
     direct = hands_on_what_is_stored(base)
     layers: list[SlotLayer | LinearAttentionLayer] = []
@@ -149,6 +150,17 @@ def _check_survival(policies: Sequence[TokenPolicy], observe: Iterable[Statistic
             f"so that nobody knows how far a token came. Expected policies that prune one after "
             f"the other: ComposedCache([a, b])"
         )
+
+
+def _check_judged(policies: Sequence[TokenPolicy]) -> None:
+    judges = any("rank_hidden" in policy.hooks for policy in policies)
+    for policy in policies:
+        if not judges and any(p.reads == "survival" for p in parts_of(policy.statistics)):
+            raise KVPruneError(
+                f"{policy!r} goes by how far tokens came through the pruning of hidden states, and "
+                f"nothing in the pipeline prunes them: expected such a policy in front, as "
+                f"ComposedCache([SDTP(), {policy!r}]); SDTP(keep=1.0) only judges"
+            )
 
 
 def _check_across(policy: TokenPolicy, attachment: Attachment) -> None:

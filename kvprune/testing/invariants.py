@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ..policy.around import Around
 from ..policy.base import TokenPolicy
 from ..policy.composition import leaves
 from ..policy.views import SlotView
+from ..statistics import parts_of
 from ..storage.buffers import SLACK, spare
 from ..storage.layout import allowed
 from ..storage.rectangle import Rectangle
@@ -355,12 +356,19 @@ def pipeline_is_by_hand(policies: Policies, case: Case) -> None:
 
 def united_with_itself(policies: Policies, case: Case) -> None:
     """`a | a` equals `a`, for each policy."""
-    for policy in policies:
-        one, two = case.run([policy]), case.run([policy | policy])
+    for policy, before in _by_themselves(policies):
+        one, two = case.run([*before, policy]), case.run([*before, policy | policy])
         logits = [feed(run, case.ids, case.mask, case.steps) for run in (one, two)]
         expect_same("a | a beside a", two, one)
         for step, (mine, other) in enumerate(zip(*logits, strict=True)):
             expect_close(f"logits of a | a beside a, step {step}", other, mine)
+
+
+def _by_themselves(policies: Policies) -> Iterator[tuple[TokenPolicy, Policies]]:
+    """Each policy, with those in front of it where it goes by their judgement, else with none."""
+    for place, policy in enumerate(policies):
+        judged = any(part.reads == "survival" for part in parts_of(policy.statistics))
+        yield policy, policies[:place] if judged else ()
 
 
 def caches_share_a_policy(policies: Policies, case: Case) -> None:
@@ -480,9 +488,9 @@ def error_needs_a_reset(
 
 def promises_are_kept(policies: Policies, case: Case) -> None:
     """Each policy, by itself, keeps the same without its promises, and its promises are true."""
-    for policy in policies:
+    for policy, before in _by_themselves(policies):
         watched = Watched(policy)
-        run, plain, start = case.run([policy]), case.run([watched]), 0
+        run, plain, start = case.run([*before, policy]), case.run([*before, watched]), 0
         for count in case.steps:
             new = slice(start, start + count)
             start += count
@@ -576,8 +584,8 @@ def slots_have_no_order(policies: Policies, case: Case) -> None:
 
 def layers_restrict(policies: Policies, case: Case) -> None:
     """Layers that `layers` leaves out keep everything, for copies with `layers=[1]`."""
-    for policy in policies:
-        run, dense = case.fed([_restricted(policy, [1])]), case.fed([])
+    for policy, before in _by_themselves(policies):
+        run, dense = case.fed([*before, _restricted(policy, [1])]), case.fed(before)
         prunes = "rank_hidden" in policy.hooks
         # Tokens that are pruned before layer 1 never enter the layers behind it.
         for layer in [0] if prunes else [0, 2, 3]:

@@ -17,18 +17,19 @@ LEAST = 1e-8
 GROUPS = 3
 
 
-def of_slots(view: SlotView, queries: int, near: int) -> Tensor:
+def of_slots(view: SlotView, queries: int, near: int, dtype: torch.dtype) -> Tensor:
     """The features of a layer's slots.
 
     Args:
         view: of the layer, behind a policy with `Queries(queries)`.
         queries: how many newest queries look.
         near: how many of them make the second group.
+        dtype: of the result, and of all that is computed.
 
     Returns:
-        `[B, Hkv, 3 G + 1, S]` float32.
+        `[B, Hkv, 3 G + 1, S]`.
     """
-    looks = view.looks(queries).float()
+    looks = view.looks(queries).to(dtype)
     # A query that a row does not have gives nothing to anything.
     there = looks.sum(-1, keepdim=True) > 0
     groups = [slice(-1, None), slice(-near, None), slice(0, max(looks.shape[3] - near, 1))]
@@ -36,16 +37,17 @@ def of_slots(view: SlotView, queries: int, near: int) -> Tensor:
         looks[:, :, :, group].sum(3) / there[:, :, :, group].sum(3).clamp(min=1) for group in groups
     ]
     given = torch.stack(means, 3).flatten(2, 3)
-    norms = view.values.float().norm(dim=-1)
+    norms = view.values.to(dtype).norm(dim=-1)
     return torch.cat([given, norms[:, :, None]], 2).clamp(min=LEAST).log()
 
 
 PLACES = 4
 
 
-def of_places(view: SlotView) -> Tensor:
-    """What a token's place in its row says: `[B, 4, 1|Hkv, S]` float32, 0 for empty slots."""
-    number, count = view.positions.clamp(min=0).float(), view.prompt_length.float()[:, None, None]
+def of_places(view: SlotView, dtype: torch.dtype) -> Tensor:
+    """What a token's place in its row says: `[B, 4, 1|Hkv, S]`, 0 for empty slots."""
+    number = view.positions.clamp(min=0).to(dtype)
+    count = view.prompt_length.to(dtype)[:, None, None]
     behind = (count - number).clamp(min=1)
     every = [behind.log(), (number + 1).log(), number / count, count.log().expand_as(number)]
     return torch.stack(every, 1).masked_fill(~view.valid[:, None], 0)

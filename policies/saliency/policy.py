@@ -28,6 +28,7 @@ from kvprune.errors import KVPruneError
 from kvprune.policy import OneBudget, Ranking, SlotView, best_of_layers
 from kvprune.statistics import Queries, Statistic, Survival
 
+from ..sdtp.shipped import fingerprint
 from .features import PLACES, of_places, of_slots
 from .heads import Layer, SaliencyHeads, shape_of
 from .shipped import heads_for, heads_in
@@ -145,15 +146,15 @@ def scores_of(heads: SaliencyHeads, layers: Sequence[SlotView]) -> list[Tensor]:
     Tokens meet by column: what one layer lacks, as hidden states were pruned before it, others may
     hold.
     """
-    home = next(heads.parameters()).device
+    home, dtype = heads.place_mean.device, heads.place_mean.dtype
     count = max(view.seen for view in layers)
     rows = layers[0].columns.shape[0]
-    places = torch.zeros(rows, PLACES, count + 1, device=home)
+    places = torch.zeros(rows, PLACES, count + 1, device=home, dtype=dtype)
     there = torch.zeros(rows, count + 1, dtype=torch.bool, device=home)
     where = []
     for view in layers:
         columns = view.columns.masked_fill(~view.valid, count).to(home)
-        said, known = of_places(view).to(home), view.valid.to(home)
+        said, known = of_places(view, dtype).to(home), view.valid.to(home)
         for head in range(columns.shape[1]):
             index = columns[:, head]
             places.scatter_(2, index[:, None].expand(-1, PLACES, -1), said[:, :, head])
@@ -162,22 +163,24 @@ def scores_of(heads: SaliencyHeads, layers: Sequence[SlotView]) -> list[Tensor]:
 
     def each() -> Iterator[Layer]:
         for view, columns in zip(layers, where, strict=True):
-            yield view.layer, of_slots(view, heads.queries, heads.near).to(home), columns
+            yield view.layer, of_slots(view, heads.queries, heads.near, dtype).to(home), columns
 
     found = heads(each(), places[..., :count], there[:, :count])
     return [score.to(view.columns.device) for score, view in zip(found, layers, strict=True)]
 
 
 def check_shape(heads: SaliencyHeads, model: Any) -> None:
-    """Refuses heads of another model.
+    """Refuses heads of another architecture.
 
     Raises:
-        KVPruneError: a model with other layers or heads.
+        KVPruneError: a model with other layers or heads, or of another family.
     """
-    here = shape_of(model)
-    if heads.shape != here:
+    mine = heads.configuration["fingerprint"]
+    of_heads = heads.shape, None if mine is None else mine["architecture"]
+    here = shape_of(model), None if mine is None else fingerprint(model)["architecture"]
+    if of_heads != here:
         raise KVPruneError(
             f"Saliency: the heads are for layers with {list(heads.shape)} (key/value heads, query "
-            f"heads of each): expected {list(here)}, those of {type(model).__name__}. Train heads "
-            f"for this model: kvprune train-saliency"
+            f"heads of each) of {of_heads[1] or 'a model'}: expected {list(here[0])} of "
+            f"{here[1] or type(model).__name__}. Train heads for this model: kvprune train-saliency"
         )

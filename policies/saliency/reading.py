@@ -100,8 +100,8 @@ class _Notes(TokenPolicy):
             return
         self.places = torch.zeros(PLACES, layers[0].seen)
         for view in layers:
-            self.places[:, here[view.layer]] = of_places(view)[0, :, 0].cpu()
-            of_these = of_slots(view, self.queries, self.near)[0].cpu()
+            self.places[:, here[view.layer]] = of_places(view, torch.float32)[0, :, 0].cpu()
+            of_these = of_slots(view, self.queries, self.near, torch.float32)[0].cpu()
             self.features[view.layer] = here[view.layer], of_these
 
     def _wanted(self, view: SlotView) -> Tensor:
