@@ -142,6 +142,7 @@ def train_saliency(
     from .evaluation.data.loading import loaded as load
     from .evaluation.specs import parse
     from .files import check_folder
+    from .policies.saliency import Saliency
     from .policies.saliency import train_saliency as train
     from .policies.sdtp import read_examples
     from .wiring.attach import attach
@@ -152,7 +153,9 @@ def train_saliency(
         str(demo_model(report=lambda line: typer.echo(line, err=True))) if model is None else model
     )
     tokenizer, loaded = load(path, dtype)
-    examples = read_examples(data, tokenizer, tokens, completion, limit=limit, progress=True)
+    # Shorter prompts are kept whole.
+    least = Saliency().sinks + Saliency().recent + 2
+    examples = read_examples(data, tokenizer, tokens, completion, least, limit, progress=True)
     try:
         train(
             attach(loaded),

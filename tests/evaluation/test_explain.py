@@ -205,6 +205,21 @@ def test_gates_are_trained_for_kvzap(folder, tmp_path):
     assert "expected a folder that can be written" in str(said)
 
 
+def test_heads_are_trained_for_saliency(folder, tmp_path):
+    """A folder that the policy reads, what was measured, and errors before anything is read."""
+    model, data, out = folder / "model", folder / "texts.jsonl", tmp_path / "heads"
+    how = ["--model", model, "--out", out, "--limit", 6, "--held-out", 2, "--tokens", 110]
+    how += ["--completion", 8]
+    done = run("train-saliency", data, *how, "--epochs", 1)
+    assert done.exception is None and f"Saliency(heads={str(out)!r})" in done.output
+    account = json.loads((out / "saliency.json").read_text())
+    assert account["examples"] == 4 and account["held_out"] == 2
+    said = run("train-saliency", data, *how, "--pruning", "nothing").exception
+    assert "nothing" in str(said) and isinstance(said, KVPruneError)
+    said = run("train-saliency", data, *how, "--held-out", 6).exception
+    assert "more examples than the 6" in str(said)
+
+
 def test_heads_are_trained_and_explain_a_text(folder, tmp_path):
     """Both commands, one after the other, on files alone."""
     model, data, out = folder / "model", folder / "texts.jsonl", folder / "heads"
