@@ -154,7 +154,7 @@ def train_saliency(
     )
     tokenizer, loaded = load(path, dtype)
     # Shorter prompts are kept whole.
-    least = Saliency().sinks + Saliency().recent + 2
+    least = max(64, Saliency().protected + 2)
     examples = read_examples(data, tokenizer, tokens, completion, least, limit, progress=True)
     try:
         train(

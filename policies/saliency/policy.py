@@ -34,6 +34,7 @@ from .heads import Layer, SaliencyHeads, shape_of
 from .shipped import heads_for, heads_in
 
 SURVIVAL = "survival"
+RECENT, RECENT_OF_SURVIVAL = 16, 64
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,7 +45,8 @@ class Saliency(OneBudget):
         budget: what a head keeps in all, sinks and newest slots included, as a mean over all
             layers and heads; tokens (int) or a share of the prompt (float).
         sinks: how many of a row's first tokens stay.
-        recent: how many of the newest slots stay, so that a question at the prompt's end is whole.
+        recent: how many of the newest slots stay; None for 16 where heads score the others, which
+            know what a question needs, and for 64 with "survival", so that questions are whole.
         heads: `SaliencyHeads`, or the folder that they are in; "survival" for the scores of the
             pruning of hidden states; None for the heads that ship with kvprune for the model, and
             "survival" where none do.
@@ -59,7 +61,7 @@ class Saliency(OneBudget):
     """
 
     sinks: int = 4
-    recent: int = 64
+    recent: int | None = None
     heads: SaliencyHeads | str | None = None
     when: int | str | None = field(default="first", kw_only=True)
 
@@ -67,18 +69,31 @@ class Saliency(OneBudget):
         super().__post_init__()
         for name in ("sinks", "recent"):
             value = getattr(self, name)
-            if type(value) is not int or value < 0:
+            absent = name == "recent" and value is None
+            if not absent and (type(value) is not int or value < 0):
                 raise KVPruneError(f"Saliency: {name}={value!r}: expected tokens, at least 0")
-        if isinstance(self.budget, int) and self.budget <= self.sinks + self.recent:
-            raise KVPruneError(
-                f"Saliency: budget={self.budget} with sinks={self.sinks} and recent={self.recent}, "
-                f"which stay in any case: expected a budget above {self.sinks + self.recent}"
-            )
         if not isinstance(self.heads, SaliencyHeads | str | None):
             raise KVPruneError(
                 f"Saliency: heads={self.heads!r}: expected SaliencyHeads, a folder, 'survival' or "
                 f"None"
             )
+        if isinstance(self.budget, int) and self.budget <= self.protected:
+            raise KVPruneError(
+                f"Saliency: budget={self.budget}, of which sinks={self.sinks} and as many of the "
+                f"newest as recent={self.recent!r} says stay in any case: expected a budget above "
+                f"{self.protected}"
+            )
+
+    @property
+    def protected(self) -> int:
+        """The slots of each head that stay in any case, sinks and newest."""
+        return self.sinks + self._newest
+
+    @property
+    def _newest(self) -> int:
+        if self.recent is not None:
+            return self.recent
+        return RECENT_OF_SURVIVAL if self.heads == SURVIVAL else RECENT
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
@@ -127,7 +142,7 @@ class Saliency(OneBudget):
 
     def _stays(self, view: SlotView) -> Tensor:
         """`[B, 1|Hkv, S]`."""
-        return view.oldest(self.sinks) | view.newest(self.recent)
+        return view.oldest(self.sinks) | view.newest(self._newest)
 
     @property
     def _learned(self) -> SaliencyHeads | None:

@@ -91,7 +91,7 @@ def train_saliency(
         torch.manual_seed(seed)
         heads = SaliencyHeads(shape_of(base), width, fingerprint=fingerprint(base)).to(home)
     policy = Saliency(heads=heads)
-    _check_examples(examples, held_out, policy.sinks + policy.recent)
+    _check_examples(examples, held_out, policy.protected)
     folder = place / SEEN
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def _learn(
         order = draw.sample(list(files), len(files))
         for start in range(0, len(order) - batch + 1, batch):
             for path in order[start : start + batch]:
-                loss = _loss(heads, Seen.load(path), policy.sinks, policy.recent)
+                loss = _loss(heads, Seen.load(path), policy.sinks, policy.protected - policy.sinks)
                 if not bool(loss.isfinite()):
                     raise KVPruneError(
                         f"train_saliency: a loss of {float(loss)}: expected numbers. Load the "

@@ -324,7 +324,7 @@ def test_learning_lowers_the_loss(tmp_path):
     losses = []
     for epochs in (1, 30):
         heads = train_saliency(model, few, tmp_path / "out", held_out=1, width=8, epochs=epochs)
-        losses.append(float(_loss(heads, Seen.load(file), 4, 64)))
+        losses.append(float(_loss(heads, Seen.load(file), 4, 16)))
     assert losses[1] < losses[0] - 0.05
 
 
@@ -344,8 +344,11 @@ def test_windows_that_slide():
 
 def test_what_is_refused(tmp_path):
     """Numbers, files, models and pipelines, with the way out."""
+    with pytest.raises(KVPruneError, match="above 20"):
+        Saliency(20)
     with pytest.raises(KVPruneError, match="above 68"):
-        Saliency(68)
+        Saliency(68, heads="survival")
+    assert Saliency(21).protected == 20 and Saliency(21, 1, 0).protected == 1
     for given_, match in (
         ({"sinks": -1}, "sinks"),
         ({"recent": 1.5}, "recent"),
@@ -372,7 +375,7 @@ def test_what_is_refused(tmp_path):
     model: Any = tiny_model()
     for few, match in (
         (examples(3), "held out"),
-        (examples(30, 60), "more than 69"),
+        (examples(30, 21), "more than 21"),
         ([Example(e.prompt, ()) for e in examples(30)], "completions"),
     ):
         with pytest.raises(KVPruneError, match=match):
