@@ -32,8 +32,9 @@ docs: $(READY) ## the documentation as a site, in build/docs
 test-gpu: $(READY) ## the tests that need CUDA (skipped, and said so, without it)
 	$(BIN)/python -m pytest -m gpu -rs tests/gpu
 
-heads: $(READY) ## train the heads that ship (an hour of two cores), and put them into the package
+heads: $(READY) ## train the heads that ship (an hour and a half of two cores)
 	$(BIN)/python -m bench.heads --ship
+	$(BIN)/python -m bench.saliency --ship
 
 comparison: $(READY) ## the published comparison (two hours of two cores); goes on where it was stopped
 	$(BIN)/python -m bench.comparison $(ARGS)
