@@ -78,7 +78,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/evicting"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args(given)
-    run = Run(str(demo_model(report=print)), executor="shared")
+    run = Run(str(demo_model(report=print)))
     plans = [Plan(asked.policies, TASKS, asked.context, asked.budgets, asked.samples, 0)]
     if asked.twice:
         plans.append(Plan(TWICE, TASKS, asked.context, TWICE_BUDGETS, asked.twice, 0))

@@ -5,7 +5,7 @@
 The examples are made as those of `bench.heads`: questions about SQuAD articles and HotpotQA
 paragraphs of the splits to train on, made-up facts, and stretches of text. Half of them are read
 behind SDTP, with the heads that ship. What is measured is the split to choose by. A training that
-was stopped goes on where it was.
+was stopped while it read goes on there.
 """
 
 from __future__ import annotations

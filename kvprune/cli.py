@@ -137,7 +137,7 @@ def train_saliency(
     dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
 ) -> None:
-    """Trains heads for Saliency. Stopped, it goes on where it was when called again."""
+    """Trains heads for Saliency. Stopped while it reads, it goes on there when called again."""
     from .evaluation.data.assets import demo_model
     from .evaluation.data.loading import loaded as load
     from .evaluation.specs import parse

@@ -71,12 +71,14 @@ def bind(
     for policy in leaves(policies):
         _check_layers(policy, attachment)
         _check_prunes(policy, attachment)
-        _check_queries(policy.statistics, repr(policy), attachment)
         _check_across(policy, attachment)
         _check_reads_again(policy, attachment)
     _check_queries(observe, "observe", attachment)
-    _check_survival(policies, observe)
     working = checked([policy.for_model(base) for policy in policies])
+    # What some policies observe depends on what they found for the model.
+    for policy in leaves(working):
+        _check_queries(policy.statistics, repr(policy), attachment)
+    _check_survival(working, observe)
     _check_judged(working)
     positions = positions_for(working, base, attachment.memory, rewritable=store is None)
     direct = hands_on_what_is_stored(base)
@@ -159,7 +161,9 @@ def _check_judged(policies: Sequence[TokenPolicy]) -> None:
             raise KVPruneError(
                 f"{policy!r} goes by how far tokens came through the pruning of hidden states, and "
                 f"nothing in the pipeline prunes them: expected such a policy in front, as "
-                f"ComposedCache([SDTP(), {policy!r}]); SDTP(keep=1.0) only judges"
+                f"ComposedCache([SDTP(), {policy!r}]); SDTP(keep=1.0) only judges. Saliency needs "
+                f"none with heads of its own: no such ship for this model, or they were not asked "
+                f"for; kvprune train-saliency makes them"
             )
 
 

@@ -2,7 +2,7 @@
 
 For each key/value head of each layer: the logarithms of the probabilities that the newest queries
 gave a slot, by query head, as means over three groups of these queries (the newest; the newest
-`near`; those before them), and the logarithm of the norm of its value.
+`near`; those before them, if there are any), and the logarithm of the norm of its value.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from kvprune.policy import SlotView
 LEAST = 1e-8
 """A probability, or a norm, below this counts as this: its logarithm is finite."""
 GROUPS = 3
+QUERIES, NEAR = 64, 16
+"""How many of the newest queries look, and how many of these make the second group."""
 
 
 def of_slots(view: SlotView, queries: int, near: int, dtype: torch.dtype) -> Tensor:
@@ -32,7 +34,7 @@ def of_slots(view: SlotView, queries: int, near: int, dtype: torch.dtype) -> Ten
     looks = view.looks(queries).to(dtype)
     # A query that a row does not have gives nothing to anything.
     there = looks.sum(-1, keepdim=True) > 0
-    groups = [slice(-1, None), slice(-near, None), slice(0, max(looks.shape[3] - near, 1))]
+    groups = [slice(-1, None), slice(-near, None), slice(0, -near)]
     means = [
         looks[:, :, :, group].sum(3) / there[:, :, :, group].sum(3).clamp(min=1) for group in groups
     ]

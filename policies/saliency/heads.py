@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from kvprune.errors import KVPruneError
 from kvprune.files import write_whole
 
-from .features import GROUPS, PLACES
+from .features import GROUPS, NEAR, PLACES, QUERIES
 
 FORMAT = "kvprune.SaliencyHeads"
 WEIGHTS = "saliency.safetensors"
@@ -25,7 +25,7 @@ STEP = 6.0
 """Features are standardised, and cut at so many standard deviations."""
 
 Layer = tuple[int, Tensor, Tensor]
-"""A layer's number, and of its slots features `[B, Hkv, f, S]` and columns `[B, 1|Hkv, S]`."""
+"""A layer's number, and of its slots features `[B, Hkv, f, S]` and tokens `[B, 1|Hkv, S]`."""
 
 
 class SaliencyHeads(nn.Module):
@@ -36,12 +36,15 @@ class SaliencyHeads(nn.Module):
     the head itself gave the token.
 
     Args:
-        shape: for each layer its key/value heads, and the query heads of one.
+        shape: for each layer the key/value heads that its slots have, and the query heads of one.
         width: of a token's state.
         kernel: an odd number of tokens.
         queries: how many of a prompt's newest queries look at it.
         near: how many of these make a group of their own.
         fingerprint: of the model that they are for; see `fingerprint`.
+
+    Raises:
+        KVPruneError: a number below 1, or an even kernel.
     """
 
     place_mean: Tensor
@@ -52,19 +55,23 @@ class SaliencyHeads(nn.Module):
         shape: Sequence[tuple[int, int]],
         width: int = 128,
         kernel: int = 9,
-        queries: int = 64,
-        near: int = 16,
+        queries: int = QUERIES,
+        near: int = NEAR,
         fingerprint: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        numbers = {"width": width, "kernel": kernel, "queries": queries, "near": near}
+        for name, number in numbers.items():
+            if type(number) is not int or number < 1 or (name == "kernel" and number % 2 == 0):
+                odd = "an odd" if name == "kernel" else "a whole"
+                raise KVPruneError(
+                    f"SaliencyHeads: {name}={number!r}: expected {odd} number of at least 1"
+                )
         self.shape = tuple((heads, group) for heads, group in shape)
         self.queries, self.near = queries, near
         self.configuration: dict[str, Any] = {
             "shape": [list(each) for each in self.shape],
-            "width": width,
-            "kernel": kernel,
-            "queries": queries,
-            "near": near,
+            **numbers,
             "fingerprint": fingerprint,
         }
         self.layers = nn.ModuleList(_Layer(*each, width) for each in self.shape)
@@ -80,18 +87,28 @@ class SaliencyHeads(nn.Module):
         """The scores of all slots, `[B, Hkv, S]` for each of the layers that are given.
 
         Args:
-            layers: in order; columns are counted from 0, and N where a slot is empty.
+            layers: in order; tokens are counted from 0 in each row, and N is where a slot is empty.
             places: `[B, 4, N]`, what the places of tokens say.
-            there: `[B, N]` bool, the columns of which something is known.
+            there: `[B, N]` bool, the tokens of which something is known.
+
+        Raises:
+            KVPruneError: a layer with other heads.
         """
         rows, _, count = places.shape
         place = (places - self.place_mean[:, None]) / self.place_scale[:, None]
         state = self.place(place.clamp(-STEP, STEP).transpose(1, 2))
-        # The last column takes what is of no token.
+        # The last place takes what is of no token.
         state = torch.cat([state, state.new_zeros(rows, 1, state.shape[-1])], 1)
         own, columns = [], []
         for number, features, where in layers:
             layer = cast(_Layer, self.layers[number])
+            if features.shape[1:3] != layer.mean.shape:
+                raise KVPruneError(
+                    f"SaliencyHeads: layer {number} has {features.shape[1]} key/value heads with "
+                    f"{features.shape[2]} features: expected {list(layer.mean.shape)}, as in the "
+                    f"model that the heads are for. Train heads for this one: kvprune "
+                    f"train-saliency"
+                )
             given, alone = layer.read(features, where.shape[1] == 1)
             index = where.flatten(1)[..., None].expand(-1, -1, state.shape[-1])
             state = state.scatter_add(1, index, given.flatten(1, 2))
@@ -146,14 +163,6 @@ class SaliencyHeads(nn.Module):
                 f"{path}: expected heads that SaliencyHeads.save wrote: {error}"
             ) from error
         return heads.float().eval().requires_grad_(False)
-
-
-def shape_of(model: Any) -> tuple[tuple[int, int], ...]:
-    """For each decoder layer of a model its key/value heads, and the query heads of one."""
-    config = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    held = getattr(config, "num_key_value_heads", None) or heads
-    return ((held, heads // held),) * config.num_hidden_layers
 
 
 class _Layer(nn.Module):

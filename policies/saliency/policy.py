@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ from kvprune.policy import OneBudget, Ranking, SlotView, best_of_layers
 from kvprune.statistics import Queries, Statistic, Survival
 
 from ..sdtp.shipped import fingerprint
-from .features import PLACES, of_places, of_slots
-from .heads import Layer, SaliencyHeads, shape_of
+from .features import PLACES, QUERIES, of_places, of_slots
+from .heads import Layer, SaliencyHeads
 from .shipped import heads_for, heads_in
 
 SURVIVAL = "survival"
@@ -56,13 +57,13 @@ class Saliency(OneBudget):
 
     Raises:
         KVPruneError: a number out of range, a budget in tokens without room beside the sinks and
-            the newest, no heads there; with a model, heads of another one, or
+            the newest, no heads there; with a model, heads of another architecture, or
             "survival" in a pipeline without a policy that ranks hidden states.
     """
 
     sinks: int = 4
     recent: int | None = None
-    heads: SaliencyHeads | str | None = None
+    heads: SaliencyHeads | str | PathLike[str] | None = None
     when: int | str | None = field(default="first", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -72,16 +73,17 @@ class Saliency(OneBudget):
             absent = name == "recent" and value is None
             if not absent and (type(value) is not int or value < 0):
                 raise KVPruneError(f"Saliency: {name}={value!r}: expected tokens, at least 0")
-        if not isinstance(self.heads, SaliencyHeads | str | None):
+        if not isinstance(self.heads, SaliencyHeads | str | PathLike | None):
             raise KVPruneError(
                 f"Saliency: heads={self.heads!r}: expected SaliencyHeads, a folder, 'survival' or "
                 f"None"
             )
         if isinstance(self.budget, int) and self.budget <= self.protected:
+            how = "with heads='survival'" if self.heads == SURVIVAL else "with heads"
             raise KVPruneError(
-                f"Saliency: budget={self.budget}, of which sinks={self.sinks} and as many of the "
-                f"newest as recent={self.recent!r} says stay in any case: expected a budget above "
-                f"{self.protected}"
+                f"Saliency: budget={self.budget}, of which the sinks={self.sinks} and (recent="
+                f"{self.recent!r}, {how}) the newest {self._newest} stay in any case: expected a "
+                f"budget above {self.protected}"
             )
 
     @property
@@ -97,19 +99,20 @@ class Saliency(OneBudget):
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
-        """The newest queries, or how far tokens came."""
-        heads = self._learned
-        return (Survival(),) if heads is None else (Queries(heads.queries),)
+        """The newest queries, or how far tokens came; both while a model is not known."""
+        if self._learned is not None:
+            return (Queries(self._learned.queries),)
+        return (Survival(),) if self.heads == SURVIVAL else (Queries(QUERIES), Survival())
 
     def for_model(self, model: nn.Module) -> Saliency:
-        """The policy with its heads; refuses those of another model."""
+        """The policy with its heads; refuses those of another architecture."""
         heads = self.heads
         if heads is None:
             heads = heads_for(model) or SURVIVAL
-        elif heads != SURVIVAL and isinstance(heads, str):
+        elif heads != SURVIVAL and isinstance(heads, str | PathLike):
             heads = heads_in(heads, model)
         if isinstance(heads, SaliencyHeads):
-            check_shape(heads, model)
+            check_architecture(heads, model)
         return replace(self, heads=heads)
 
     def rank_layers(self, layers: Sequence[SlotView]) -> list[Ranking | None]:
@@ -158,8 +161,8 @@ class Saliency(OneBudget):
 def scores_of(heads: SaliencyHeads, layers: Sequence[SlotView]) -> list[Tensor]:
     """What heads say of the slots of layers, `[B, Hkv, S]` each, behind `Queries(heads.queries)`.
 
-    Tokens meet by column: what one layer lacks, as hidden states were pruned before it, others may
-    hold.
+    Tokens meet by their number in the row: what one layer lacks, as hidden states were pruned
+    before it, others may hold.
     """
     home, dtype = heads.place_mean.device, heads.place_mean.dtype
     count = max(view.seen for view in layers)
@@ -168,34 +171,33 @@ def scores_of(heads: SaliencyHeads, layers: Sequence[SlotView]) -> list[Tensor]:
     there = torch.zeros(rows, count + 1, dtype=torch.bool, device=home)
     where = []
     for view in layers:
-        columns = view.columns.masked_fill(~view.valid, count).to(home)
+        tokens = view.positions.masked_fill(~view.valid, count).to(home)
         said, known = of_places(view, dtype).to(home), view.valid.to(home)
-        for head in range(columns.shape[1]):
-            index = columns[:, head]
+        for head in range(tokens.shape[1]):
+            index = tokens[:, head]
             places.scatter_(2, index[:, None].expand(-1, PLACES, -1), said[:, :, head])
             there.scatter_(1, index, known[:, head])
-        where.append(columns)
+        where.append(tokens)
 
     def each() -> Iterator[Layer]:
-        for view, columns in zip(layers, where, strict=True):
-            yield view.layer, of_slots(view, heads.queries, heads.near, dtype).to(home), columns
+        for view, tokens in zip(layers, where, strict=True):
+            yield view.layer, of_slots(view, heads.queries, heads.near, dtype).to(home), tokens
 
     found = heads(each(), places[..., :count], there[:, :count])
     return [score.to(view.columns.device) for score, view in zip(found, layers, strict=True)]
 
 
-def check_shape(heads: SaliencyHeads, model: Any) -> None:
+def check_architecture(heads: SaliencyHeads, model: Any) -> None:
     """Refuses heads of another architecture.
 
     Raises:
-        KVPruneError: a model with other layers or heads, or of another family.
+        KVPruneError: a model of another family, or of other sizes.
     """
     mine = heads.configuration["fingerprint"]
-    of_heads = heads.shape, None if mine is None else mine["architecture"]
-    here = shape_of(model), None if mine is None else fingerprint(model)["architecture"]
-    if of_heads != here:
+    here = fingerprint(model)["architecture"]
+    if len(heads.shape) != here["num_hidden_layers"] or (mine and mine["architecture"] != here):
         raise KVPruneError(
-            f"Saliency: the heads are for layers with {list(heads.shape)} (key/value heads, query "
-            f"heads of each) of {of_heads[1] or 'a model'}: expected {list(here[0])} of "
-            f"{here[1] or type(model).__name__}. Train heads for this model: kvprune train-saliency"
+            f"Saliency: the heads are for {mine['architecture'] if mine else len(heads.shape)} "
+            f"(layers): expected those of {type(model).__name__}: {here}. Train heads for this "
+            f"model: kvprune train-saliency"
         )

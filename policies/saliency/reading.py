@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvprune.cache.composed import ComposedCache
+from kvprune.errors import KVPruneError
 from kvprune.files import write_whole
+from kvprune.models.structure import base_of, unwrapped
 from kvprune.policy import SlotView, TokenPolicy
 from kvprune.statistics import Queries
 
@@ -94,6 +96,13 @@ class _Notes(TokenPolicy):
         """Takes notes."""
         here = {view.layer: view.columns[0, 0].cpu() for view in layers}
         if self.after:
+            short = min(int((mine >= self.places.shape[1]).sum()) for mine in here.values())
+            if short < self.after:
+                raise KVPruneError(
+                    f"train_saliency: of {self.after} tokens behind a prompt {short} reach the "
+                    f"last layer: expected policies that prune long prompts alone, as "
+                    f"SDTP(min_tokens=64)"
+                )
             for view in layers:
                 if view.window is None:
                     self.wanted[view.layer] = here[view.layer], self._wanted(view).cpu()
@@ -136,13 +145,18 @@ class Reader:
         return path
 
     def _name(self, example: Example) -> str:
-        facts = self._model, self.pruning, self.queries, self.near
-        said = repr((*facts, example.prompt, example.completion))
+        said = repr((self._facts, self.queries, self.near, example.prompt, example.completion))
         return hashlib.sha256(said.encode()).hexdigest()[:32]
 
     @cached_property
-    def _model(self) -> str:
-        return weights_digest(self.model)
+    def _facts(self) -> tuple[Any, ...]:
+        """What tells the model, and the policies with their weights, from others."""
+        base = base_of(unwrapped(self.model))
+        pruning = [policy.for_model(base) for policy in self.pruning]
+        fields = [value for policy in pruning for value in vars(policy).values()]
+        modules = [weights_digest(value) for value in fields if isinstance(value, nn.Module)]
+        config = {**self.model.config.to_dict(), "_name_or_path": None}
+        return weights_digest(self.model), repr(sorted(config.items())), repr(pruning), modules
 
     @torch.no_grad()
     def _read(self, example: Example) -> Seen:

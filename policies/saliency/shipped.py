@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from os import PathLike
 from pathlib import Path
 
 from torch import nn
@@ -25,7 +26,7 @@ def heads_for(model: nn.Module) -> SaliencyHeads | None:
     return None
 
 
-def heads_in(folder: str, model: nn.Module) -> SaliencyHeads:
+def heads_in(folder: str | PathLike[str], model: nn.Module) -> SaliencyHeads:
     """The heads in a folder, on the model's device; read again after their file changed.
 
     Raises:
@@ -33,9 +34,9 @@ def heads_in(folder: str, model: nn.Module) -> SaliencyHeads:
     """
     file = Path(folder, WEIGHTS)
     written = file.stat().st_mtime_ns if file.is_file() else 0
-    return _loaded(folder, str(device_of(model)), written)
+    return _loaded(Path(folder), str(device_of(model)), written)
 
 
 @cache
-def _loaded(folder: Path | str, device: str, written: int = 0) -> SaliencyHeads:
+def _loaded(folder: str | Path, device: str, written: int = 0) -> SaliencyHeads:
     return SaliencyHeads.load(folder).to(device)

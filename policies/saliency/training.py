@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ from kvprune.errors import KVPruneError
 from kvprune.files import write_text
 from kvprune.models.structure import base_of, unwrapped
 from kvprune.policy import TokenPolicy
+from kvprune.policy.checks import checked
+from kvprune.policy.composition import leaves
 
 from ..random import Random
 from ..sdtp.examples import Example, sharing
 from ..sdtp.shipped import fingerprint
-from .heads import SaliencyHeads, shape_of
+from .features import GROUPS, NEAR, QUERIES
+from .heads import SaliencyHeads
 from .policy import Saliency
 from .reading import Reader, Seen
 
@@ -57,8 +61,8 @@ def train_saliency(
 ) -> SaliencyHeads:
     """Trains heads for a model, which stays as it is.
 
-    A training that was killed goes on with what it has read, if it is called again with the same
-    arguments. Heads are written before they are measured.
+    A training that was killed while it read goes on there, if it is called again with the same
+    arguments; it then learns from the beginning. Heads are written before they are measured.
 
     Args:
         model: attached.
@@ -80,18 +84,21 @@ def train_saliency(
         the heads, on the model's device.
 
     Raises:
-        KVPruneError: too few examples, prompts no longer than what Saliency protects, no
-            completions, a model whose queries cannot be observed, a loss that is not finite, or a
-            folder that cannot be written.
+        KVPruneError: a number below 1, policies that evict, too few examples, prompts no longer
+            than what Saliency protects, no completions, a model without layers that see
+            everything, or whose queries cannot be observed, a loss that is not finite, or a folder
+            that cannot be written.
     """
     told = report or (lambda stage, done: None)
+    _check_numbers(width=width, epochs=epochs, batch=batch, held_out=held_out)
+    if any(policy.evicts for policy in leaves(checked(pruning))):
+        raise KVPruneError(
+            f"train_saliency: pruning={list(pruning)!r}: expected policies that prune hidden "
+            f"states alone, as [SDTP()], and none that evicts"
+        )
+    _check_examples(examples, held_out, Saliency().protected)
     place, home = Path(out), model.device
     base = base_of(unwrapped(model))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        heads = SaliencyHeads(shape_of(base), width, fingerprint=fingerprint(base)).to(home)
-    policy = Saliency(heads=heads)
-    _check_examples(examples, held_out, policy.protected)
     folder = place / SEEN
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,17 +109,25 @@ def train_saliency(
         for _, group in groupby(examples[: len(examples) - held_out], lambda e: e.prompt[:_ALIKE])
         for example in sharing(list(group))
     ]
-    dense, pruned = (
-        Reader(model, folder, some, heads.queries, heads.near) for some in ((), tuple(pruning))
-    )
+    dense = Reader(model, folder, (), QUERIES, NEAR)
+    pruned = replace(dense, pruning=tuple(pruning)) if pruning else dense
     files = []
     for number, example in enumerate(learned):
         files.append((pruned if number % 2 else dense).of(example))
         told("reading", (number + 1) / len(learned))
     draw = random.Random(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        heads = SaliencyHeads(
+            _shape(Seen.load(files[0]), base), width, fingerprint=fingerprint(base)
+        )
+    heads.to(home)
+    policy = Saliency(heads=heads)
     _standardise(heads, [Seen.load(path) for path in draw.sample(files, min(100, len(files)))])
     _learn(heads, policy, files, epochs, rate, batch, draw, told)
     heads.eval().requires_grad_(False)
+    # It tells of other heads, until these are measured.
+    (place / ACCOUNT).unlink(missing_ok=True)
     heads.save(place)
     measured = _measured(model, examples[len(examples) - held_out :], policy, told)
     account = {"examples": len(learned), "pruning": repr(list(pruning)), "epochs": epochs}
@@ -121,11 +136,36 @@ def train_saliency(
     return heads
 
 
-def _check_examples(examples: Sequence[Example], held_out: int, protected: int) -> None:
-    if held_out < 1 or len(examples) <= held_out:
+def _check_numbers(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if type(number) is not int or number < 1:
+            raise KVPruneError(
+                f"train_saliency: {name}={number!r}: expected a whole number of at least 1"
+            )
+
+
+def _shape(seen: Seen, base: Any) -> list[tuple[int, int]]:
+    """For each layer its key/value heads, and the query heads of one; (1, 1) where it has no slots.
+
+    Raises:
+        KVPruneError: all layers hold what is in a window alone.
+    """
+    if not seen.wanted:
         raise KVPruneError(
-            f"train_saliency: expected more examples than the {held_out} that are held out, at "
-            f"least 1, got {len(examples)}"
+            f"train_saliency: all layers of {type(base).__name__} hold what is in a window alone, "
+            f"so that there is nothing to evict: expected a model with layers that see everything"
+        )
+    count = base.config.get_text_config(decoder=True).num_hidden_layers
+    sizes = {layer: tuple(features.shape[:2]) for layer, features in seen.features.items()}
+    found = (sizes.get(layer, (1, GROUPS + 1)) for layer in range(count))
+    return [(heads, (size - 1) // GROUPS) for heads, size in found]
+
+
+def _check_examples(examples: Sequence[Example], held_out: int, protected: int) -> None:
+    if len(examples) <= held_out:
+        raise KVPruneError(
+            f"train_saliency: expected more examples than the {held_out} that are held out, got "
+            f"{len(examples)}"
         )
     short = [e for e in examples if len(e.prompt) <= protected + 1 or not e.completion]
     if short:
@@ -139,7 +179,8 @@ def _check_examples(examples: Sequence[Example], held_out: int, protected: int) 
 @torch.no_grad()
 def _standardise(heads: SaliencyHeads, seen: Sequence[Seen]) -> None:
     """Sets means and scales of features to those of some examples."""
-    for number, layer in enumerate(heads.layers):
+    for number in seen[0].features:
+        layer = heads.layers[number]
         features = torch.cat([each.features[number].float() for each in seen], -1)
         layer.mean.copy_(features.mean(-1))  # type: ignore[operator, union-attr]
         layer.scale.copy_(features.std(-1).clamp(min=1e-2))  # type: ignore[operator, union-attr]
@@ -191,7 +232,9 @@ def _loss(heads: SaliencyHeads, seen: Seen, sinks: int, recent: int) -> Tensor:
         (number, features[None].float().to(home), seen.columns[number][None, None].to(home))
         for number, features in seen.features.items()
     )
-    there = torch.ones(1, count, dtype=torch.bool, device=home)
+    there = torch.zeros(1, count, dtype=torch.bool, device=home)
+    for columns in seen.columns.values():
+        there[0, columns.to(home)] = True
     scores = heads(layers, seen.places[None].to(home), there)
     said, wanted = [], []
     for score, (number, columns) in zip(scores, seen.columns.items(), strict=True):
