@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import kvprune
 from kvprune import ComposedCache, KVPruneError, Ranking
-from kvprune.policies import H2O, SDTP, FastKV
+from kvprune.policies import H2O, FastKV
 from kvprune.policy import OneBudget, SlotView, TokenView
 from kvprune.statistics import Gate, Statistic, Survival
 
@@ -177,7 +177,7 @@ class Both(Noted):
 
 def test_a_union_that_prunes_is_refused():
     """Its parts judge apart."""
-    union = SDTP(keep=0.8) | FastKV(0.5)
+    union = sdtp_pruner(0.8) | FastKV(0.5)
     for cache in (
         ComposedCache([union, BySurvival(5)]),
         ComposedCache([sdtp_pruner(0.6) | sdtp_pruner(0.7)], observe=(Survival(),)),
