@@ -94,7 +94,9 @@ class _Notes(TokenPolicy):
 
     def rank_layers(self, layers: Sequence[SlotView]) -> None:
         """Takes notes."""
-        here = {view.layer: view.columns[0, 0].cpu() for view in layers}
+        # A layer with a window has empty slots.
+        there = {view.layer: view.valid[0, 0] for view in layers}
+        here = {view.layer: view.columns[0, 0, there[view.layer]].cpu() for view in layers}
         if self.after:
             short = min(int((mine >= self.places.shape[1]).sum()) for mine in here.values())
             if short < self.after:
@@ -109,9 +111,10 @@ class _Notes(TokenPolicy):
             return
         self.places = torch.zeros(PLACES, layers[0].seen)
         for view in layers:
-            self.places[:, here[view.layer]] = of_places(view, torch.float32)[0, :, 0].cpu()
-            of_these = of_slots(view, self.queries, self.near, torch.float32)[0].cpu()
-            self.features[view.layer] = here[view.layer], of_these
+            places = of_places(view, torch.float32)[0, :, 0, there[view.layer]]
+            self.places[:, here[view.layer]] = places.cpu()
+            features = of_slots(view, self.queries, self.near, torch.float32)[0]
+            self.features[view.layer] = here[view.layer], features[..., there[view.layer]].cpu()
 
     def _wanted(self, view: SlotView) -> Tensor:
         """`[Hkv, S]`."""
