@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -21,8 +21,8 @@ from .features import GROUPS, NEAR, PLACES, QUERIES
 
 FORMAT = "kvprune.SaliencyHeads"
 WEIGHTS = "saliency.safetensors"
-STEP = 6.0
-"""Features are standardised, and cut at so many standard deviations."""
+STEP, LEAST_SCALE = 6.0, 1e-2
+"""Features are standardised, by a scale no smaller, and cut at so many standard deviations."""
 
 Layer = tuple[int, Tensor, Tensor]
 """A layer's number, and of its slots features `[B, Hkv, f, S]` and tokens `[B, 1|Hkv, S]`."""
@@ -123,6 +123,21 @@ class SaliencyHeads(nn.Module):
             mixed = layer.out(state).transpose(1, 2)
             found.append(alone + mixed.gather(2, where.expand_as(alone)))
         return found
+
+    @torch.no_grad()
+    def standardise(self, features: Mapping[int, Tensor], places: Tensor) -> None:
+        """Sets means and scales to those of examples.
+
+        Args:
+            features: by layer, `[Hkv, f, n]`.
+            places: `[4, n]`.
+        """
+        for number, each in features.items():
+            layer = cast(_Layer, self.layers[number])
+            layer.mean.copy_(each.mean(-1))
+            layer.scale.copy_(each.std(-1).clamp(min=LEAST_SCALE))
+        self.place_mean.copy_(places.mean(-1))
+        self.place_scale.copy_(places.std(-1).clamp(min=LEAST_SCALE))
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Writes them into a folder, where SDTP's heads may be as well.

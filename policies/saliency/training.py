@@ -123,7 +123,11 @@ def train_saliency(
         )
     heads.to(home)
     policy = Saliency(heads=heads)
-    _standardise(heads, [Seen.load(path) for path in draw.sample(files, min(100, len(files)))])
+    some = [Seen.load(path) for path in draw.sample(files, min(100, len(files)))]
+    heads.standardise(
+        {n: torch.cat([seen.features[n] for seen in some], -1).float() for n in some[0].features},
+        torch.cat([seen.places for seen in some], -1),
+    )
     _learn(heads, policy, files, epochs, rate, batch, draw, told)
     heads.eval().requires_grad_(False)
     # It tells of other heads, until these are measured.
@@ -174,19 +178,6 @@ def _check_examples(examples: Sequence[Example], held_out: int, protected: int) 
             f"protected) with completions, got {len(short)} of {len(examples)} without, the first "
             f"of {len(short[0].prompt)} + {len(short[0].completion)} tokens"
         )
-
-
-@torch.no_grad()
-def _standardise(heads: SaliencyHeads, seen: Sequence[Seen]) -> None:
-    """Sets means and scales of features to those of some examples."""
-    for number in seen[0].features:
-        layer = heads.layers[number]
-        features = torch.cat([each.features[number].float() for each in seen], -1)
-        layer.mean.copy_(features.mean(-1))  # type: ignore[operator, union-attr]
-        layer.scale.copy_(features.std(-1).clamp(min=1e-2))  # type: ignore[operator, union-attr]
-    places = torch.cat([each.places for each in seen], -1)
-    heads.place_mean.copy_(places.mean(-1))
-    heads.place_scale.copy_(places.std(-1).clamp(min=1e-2))
 
 
 @torch.enable_grad()
