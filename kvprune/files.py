@@ -64,6 +64,18 @@ def check_folder(folder: Path) -> None:
         )
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder, with those above it, unless it is there.
+
+    Raises:
+        KVPruneError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KVPruneError(f"{folder}: expected a folder that can be written ({error})") from error
+
+
 def check_file(path: Path) -> None:
     """Refuses the path of a file that could not be written; writes none.
 

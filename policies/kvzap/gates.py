@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kvprune.errors import KVPruneError
-from kvprune.files import write_whole
+from kvprune.files import make_folder, write_whole
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 SIZES = ("input_dim", "output_dim", "n_modules")
@@ -58,10 +58,7 @@ class KVzapGates(nn.Module):
             KVPruneError: the folder cannot be written.
         """
         place = Path(folder)
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise KVPruneError(f"{place}: expected a folder to write to: {error}") from error
+        make_folder(place)
         config = {
             "model_type": "kvzap",
             "input_dim": self.inputs,

@@ -47,7 +47,7 @@ PLACES = 4
 
 
 def of_places(view: SlotView, dtype: torch.dtype) -> Tensor:
-    """What a token's place in its row says: `[B, 4, 1|Hkv, S]`, 0 for empty slots."""
+    """The features of a token's place in its row: `[B, 4, 1|Hkv, S]`, 0 for empty slots."""
     number = view.positions.clamp(min=0).to(dtype)
     count = view.prompt_length.to(dtype)[:, None, None]
     behind = (count - number).clamp(min=1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvprune.errors import KVPruneError
-from kvprune.files import write_whole
+from kvprune.files import make_folder, write_whole
 
 from .features import GROUPS, NEAR, PLACES, QUERIES
 
@@ -146,10 +146,7 @@ class SaliencyHeads(nn.Module):
             KVPruneError: the folder cannot be written.
         """
         place = Path(folder)
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise KVPruneError(f"{place}: expected a folder to write to: {error}") from error
+        make_folder(place)
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
         header = {"format": FORMAT, "configuration": json.dumps(self.configuration)}
         write_whole(place / WEIGHTS, lambda scratch: save_file(tensors, scratch, header))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvprune.cache.composed import ComposedCache
 from kvprune.errors import KVPruneError
-from kvprune.files import write_text
+from kvprune.files import make_folder, write_text
 from kvprune.models.structure import base_of, unwrapped
 from kvprune.policy import TokenPolicy
 from kvprune.policy.checks import checked
@@ -100,10 +100,7 @@ def train_saliency(
     place, home = Path(out), model.device
     base = base_of(unwrapped(model))
     folder = place / SEEN
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KVPruneError(f"{place}: expected a folder that can be written ({error})") from error
+    make_folder(folder)
     learned = [
         example
         for _, group in groupby(examples[: len(examples) - held_out], lambda e: e.prompt[:_ALIKE])

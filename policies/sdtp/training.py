@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from kvprune.errors import KVPruneError
+from kvprune.files import make_folder
 from kvprune.models.devices import devices_of, is_offloaded
 from kvprune.models.families import check_family
 from kvprune.wiring.attach import attach, detach
@@ -95,8 +96,8 @@ def train(
         _check_examples([*examples, *(held_out or ())], policy, size)
         parts = _split(examples, held_out, options)
         folder = Path(marks or Path(out) / "marks")
-        _make(Path(out))
-        _make(folder)
+        make_folder(Path(out))
+        make_folder(folder)
         assert isinstance(policy.heads, SDTPHeads)
         marked = Marks(
             model,
@@ -282,13 +283,6 @@ def _check_examples(examples: Sequence[Example], policy: SDTP, vocabulary: int) 
             f"train: expected tokens of 0 to {vocabulary - 1}, got {strange[0]}: the examples "
             f"were made with the tokenizer of another model"
         )
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KVPruneError(f"{folder}: expected a folder that can be written ({error})") from error
 
 
 def _require(*packages: str) -> None:

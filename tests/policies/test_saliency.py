@@ -246,7 +246,7 @@ def examples(count: int, length: int = 90) -> list[Example]:
 
 @torch.no_grad()
 def test_what_is_learned_from(tmp_path):
-    """What transformers says of the completion's queries; a shared beginning changes nothing."""
+    """Heads learn what transformers' own probabilities say; a shared beginning changes nothing."""
     model: Any = fresh_model(backend="eager")
     (example,) = examples(1)
     whole = torch.tensor([example.prompt + example.completion])
