@@ -16,6 +16,7 @@ from .errors import KVPruneError
 _TASKS = ["needle", "squad"]
 _CONTEXTS = [1024]
 _BUDGETS = list[float]()
+_STORES = list[str]()
 
 app = typer.Typer(
     add_completion=False,
@@ -373,6 +374,9 @@ def compare_policies(
     question: Annotated[
         str, typer.Option(help="Before the context is compressed: known, unknown, both.")
     ] = "known",
+    stores: Annotated[
+        list[str], typer.Option(help="How slots are held: plain, quantized, quantized(bits=8).")
+    ] = _STORES,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     executor: Annotated[
@@ -393,7 +397,7 @@ def compare_policies(
     from .evaluation.report.console import show
 
     _see_current_folder()
-    plan = Plan(policies, tasks, context, budgets, samples, seed, question)
+    plan = Plan(policies, tasks, context, budgets, samples, seed, question, stores)
     path = model
     if path is None:
         path = str(demo_model(report=lambda line: typer.echo(line, err=True)))

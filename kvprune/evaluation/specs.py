@@ -1,9 +1,11 @@
 """Policies as text: the specs that a command line takes and that a results file keeps.
 
-    spec     = "dense" | pipeline | "[" pipeline with "," "]" | "ComposedCache(" such a list ")"
+    spec     = "dense" | pipeline | "[" pipeline with "," "]"
+             | "ComposedCache(" such a list ["," "store=" store] ")"
     pipeline = union ("+" union)*
     union    = policy ("|" policy)*             binds tighter than "+"
     policy   = name ["(" arguments ")"]         arguments as in Python: plain values, unions
+    store    = "quantized" ["(" arguments ")"]
 
 So the text that `repr` prints of a policy or of a list of policies is a spec. The text that it
 prints of a cache without content is one too, but for the ": empty" at its end. Nothing is
@@ -29,12 +31,16 @@ from importlib.metadata import entry_points
 from operator import attrgetter
 from typing import Any, NoReturn
 
+from ..cache.composed import ComposedCache
 from ..errors import KVPruneError
 from ..policy.base import TokenPolicy
 from ..policy.composition import Union, leaves
+from ..storage.quantized import Quantized
 
 GROUP = "kvprune.policies"
 DENSE = "dense"
+PLAIN = "plain"
+"""Instead of a store: keys and values are held as the model made them."""
 ALIASES = {"streaming": "streamingllm"}
 # What Python's grammar has no place for, and quoted text, in which it stays as it is. In Python `|`
 # binds less tightly than `+`, and here more tightly: it is read as `*`.
@@ -48,21 +54,51 @@ def parse(text: str) -> list[TokenPolicy]:
     """The pipeline that a spec names; an empty list for "dense".
 
     Raises:
-        KVPruneError: a text that is no spec, an unknown name or argument, or a value that the
-            policy refuses.
+        KVPruneError: a text that is no spec, an unknown name or argument, a value that the policy
+            refuses, or a spec with a store.
+    """
+    cache = cache_of(text)
+    if cache.store is not None:
+        raise KVPruneError(
+            f"policy {text!r}: expected policies alone, got a store: {cache.store!r}. Leave it out"
+        )
+    return list(cache.policies)
+
+
+def cache_of(text: str) -> ComposedCache:
+    """An empty cache with the policies, and the store, that a spec names.
+
+    Raises:
+        KVPruneError: see `parse`; a store is allowed.
     """
     if not isinstance(text, str):
         raise KVPruneError(f"policy {text!r}: expected a spec as 'h2o(heavy=256)', got no text")
-    return _Spec(text).policies()
+    policies, store = _Spec(text).read()
+    return ComposedCache(policies, store=store)
 
 
-def canonical(policies: Sequence[TokenPolicy]) -> str:
-    """The spec of a pipeline with every argument named; `parse` makes equal policies of it.
+def store_of(text: str) -> Quantized | None:
+    """The store of a name, as "quantized(bits=4)"; None for "plain".
+
+    Raises:
+        KVPruneError: no such store, or arguments that it refuses.
+    """
+    if not isinstance(text, str):
+        raise KVPruneError(f"store {text!r}: expected a text, as 'quantized(bits=4)' or 'plain'")
+    if text.strip().lower() == PLAIN:
+        return None
+    return _Spec(f"ComposedCache([], store={text})").read()[1]
+
+
+def canonical(policies: Sequence[TokenPolicy], store: Quantized | None = None) -> str:
+    """The spec of a pipeline, in a store, with every argument named; it is read as equal ones.
 
     Raises:
         KVPruneError: a policy that no spec can express, such as SDTP with heads that are in no
             folder.
     """
+    if store is not None:
+        return f"ComposedCache([{', '.join(map(_written, policies))}], store={store!r})"
     return " + ".join(map(_written, policies)) or DENSE
 
 
@@ -130,7 +166,7 @@ def _name_of(kind: type[TokenPolicy]) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def _arguments(kind: type[TokenPolicy]) -> list[str]:
+def _arguments(kind: type) -> list[str]:
     return list(inspect.signature(kind).parameters)
 
 
@@ -159,15 +195,26 @@ class _Spec:
     def __init__(self, text: str) -> None:
         self._text = text
 
-    def policies(self) -> list[TokenPolicy]:
-        """The pipeline that the text names."""
+    def read(self) -> tuple[list[TokenPolicy], Quantized | None]:
+        """The pipeline that the text names, and the store."""
         if self._text.strip().lower() == DENSE:
-            return []
+            return [], None
         match self._tree():
             case ast.List(elts) | ast.Call(ast.Name("ComposedCache"), [ast.List(elts)], []):
-                return [self._union(node) for node in elts]
+                return [self._union(node) for node in elts], None
+            case ast.Call(
+                ast.Name("ComposedCache"), [ast.List(elts)], [ast.keyword("store", store)]
+            ):
+                return [self._union(node) for node in elts], self._store(store)
             case node:
-                return self._pipeline(node)
+                return self._pipeline(node), None
+
+    def _store(self, node: ast.expr) -> Quantized:
+        called = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        if self._name(called.func).lower() != Quantized.__name__.lower():
+            self._fail(f"expected the store quantized, as quantized(bits=4), got {_spec_of(node)}")
+        store: Quantized = self._called(Quantized, called)
+        return store
 
     def _tree(self) -> ast.expr:
         line = _APART.sub(_as_python, re.sub(r"[\r\n]", " ", self._text).strip())
@@ -193,12 +240,17 @@ class _Spec:
     def _union(self, node: ast.expr) -> TokenPolicy:
         match node:
             case ast.BinOp(left, ast.Mult(), right):
-                return self._made(Union.of, self._union(left), self._union(right))
+                both: TokenPolicy = self._made(Union.of, self._union(left), self._union(right))
+                return both
         return self._policy(node)
 
     def _policy(self, node: ast.expr) -> TokenPolicy:
         called = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-        kind = self._class(self._name(called.func))
+        policy: TokenPolicy = self._called(self._class(self._name(called.func)), called)
+        return policy
+
+    def _called(self, kind: type, called: ast.Call) -> Any:
+        """What a class makes of the arguments of a call."""
         positional = [self._value(value) for value in called.args]
         if ... in positional:
             self._fail("expected arguments with their names where one is left out")
@@ -216,7 +268,7 @@ class _Spec:
         named = {name: value for name, value in named.items() if value is not ...}
         return self._made(kind, *positional, **named)
 
-    def _made(self, make: Callable[..., TokenPolicy], *args: Any, **kwargs: Any) -> TokenPolicy:
+    def _made(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             return make(*args, **kwargs)
         # As in `_loaded`, code that is not ours may raise anything. The class of an unusual error

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvprune
-from kvprune import KVPruneError
+from kvprune import KVPruneError, Quantized
 from kvprune.evaluation import tasks
 from kvprune.evaluation.compare.compare import Comparison
 from kvprune.evaluation.compare.worker import texts_of
@@ -28,6 +28,7 @@ from kvprune.evaluation.data.loading import loaded
 from kvprune.evaluation.explain import pieces
 from kvprune.evaluation.ledger.ledger import LOCK, NAME, read
 from kvprune.evaluation.measure.traces import levels
+from kvprune.evaluation.specs import cache_of, canonical
 from kvprune.policies import H2O, SDTP
 
 from ..support import fake_tasks
@@ -288,6 +289,38 @@ def test_a_full_disk_loses_nothing(folder, whole, tmp_path, monkeypatch):
     assert said(tmp_path) == said(whole)
 
 
+def test_each_policy_is_run_in_each_store(folder, tmp_path):
+    """Dense as well; codes take fewer bytes, and a cell's answers are those of its cache."""
+    stores = ["plain", "quantized(bits=8, group=8)", Quantized(4, 8)]
+    given: dict[str, Any] = {"policies": ["dense", "h2o"], "budgets": [0.5], "tasks": [Likely()]}
+    found = small(folder, **given, stores=stores, out=tmp_path)
+    assert not found.failures
+    tokenizer, model = loaded(str(folder))
+    kvprune.attach(model)
+    sample = Likely().samples(tokenizer, 20, 3, 0)[1]
+    mine = {(r.cell.label, r.cell.budget): r for r in found.results.samples if r.sample == 1}
+    eight, four = " in quantized(bits=8, group=8)", f" in {stores[2]!r}"
+    lines = {("dense", None), ("no context", None), ("dense" + eight, None), ("dense" + four, None)}
+    assert mine.keys() == lines | {("h2o" + end, 0.5) for end in ("", eight, four)}
+    for (label, budget), result in mine.items():
+        if label == "no context":
+            continue
+        named = cache_of(result.cell.policy)
+        store = None if " in " not in label else Quantized(8 if label.endswith(eight) else 4, 8)
+        assert named.store == store
+        policies = [H2O(0.25, 0.25)] if budget else []
+        assert canonical(named.policies) == canonical(policies)
+        cache = kvprune.ComposedCache(policies, store=store)
+        kvprune.read(model, cache, torch.tensor([sample.prompt[:-1]]))
+        assert result.cost.bytes_held == cache.nbytes
+    held = [mine["dense" + end, None].cost.bytes_held for end in ("", eight, four)]
+    assert held == sorted(held, reverse=True) and len(set(held)) == 3
+    scores = {r.score for (label, _), r in mine.items() if label.startswith("dense")}
+    assert len(scores) == 3
+    again = small(folder, **given, stores=stores[1:], out=tmp_path)
+    assert again.results.samples == found.results.samples
+
+
 # What is refused, before any work.
 
 
@@ -347,6 +380,14 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("H2O: layers=0: expected numbers of layers", {"policies": ["h2o(layers=0)"]}),
     ("H2O: layers={0: 1}: expected numbers", {"policies": ["h2o(layers={0:1})"]}),
     ("H2O: layers=3: expected numbers", {"policies": [H2O(layers=3)]}),  # type: ignore[arg-type]
+    ("store 'h2o': expected|expected the store quantized", {"stores": ["h2o"]}),
+    ("store=3: expected a store", {"stores": [3]}),
+    ("stores: expected a list", {"stores": "plain"}),
+    (
+        "expected policies alone where --stores names stores",
+        {"policies": ["ComposedCache([h2o], store=quantized(group=8))"], "stores": ["plain"]},
+    ),
+    ("group=6.*expected", {"policies": ["h2o"], "stores": ["quantized(group=6)"]}),
     ("20 tokens, and 500 that may follow it: expected at most the 512", {"tasks": [Goes("", 500)]}),
 ]
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvprune
-from kvprune import KVPruneError
-from kvprune.evaluation.specs import canonical, parse
+from kvprune import KVPruneError, Quantized
+from kvprune.evaluation.specs import cache_of, canonical, parse, store_of
 from kvprune.policies import H2O, SDTP, SDTPHeads, StreamingLLM
 from kvprune.policy.composition import Union
 
@@ -125,6 +125,49 @@ def test_what_is_no_spec_is_refused(text):
     """With what is wrong with it, and nothing is ever run."""
     with pytest.raises(KVPruneError, match=f"(?s){REFUSED[text]}"):
         parse(text)
+
+
+def test_a_spec_may_name_a_store():
+    """As the text of a cache does; and that text is read as an equal cache."""
+    for text in ("ComposedCache([sdtp, h2o(3, 4)], store=quantized(bits=8))", "Quantized(8)"):
+        store = cache_of(text).store if "[" in text else store_of(text)
+        assert store == Quantized(bits=8)
+    cache = cache_of("ComposedCache([h2o(3, 4)], store=Quantized(bits=(8, 4), group=32))")
+    assert cache.policies == (H2O(3, 4),) and cache.store == Quantized((8, 4), 32)
+    text = canonical(cache.policies, cache.store)
+    for said in (text, repr(cache).removesuffix(": empty")):
+        assert (cache_of(said).policies, cache_of(said).store) == (cache.policies, cache.store)
+    assert cache_of(canonical([], Quantized())).policies == () == cache_of("dense").policies
+    assert store_of(" Plain") is None and store_of("quantized") == Quantized()
+    assert cache_of("h2o").store is None
+
+
+NO_STORES = {
+    "ComposedCache([h2o], store=h2o)": "expected the store quantized, as .*got h2o",
+    "ComposedCache([h2o], store='plain')": "expected the name of a policy.*got",
+    "ComposedCache([h2o], store=quantized(bits=3))": "Quantized: bits=3: expected 4, 5 or 8",
+    "ComposedCache([h2o], store=quantized(bit=4))": "no argument 'bit'.*did you mean 'bits'",
+    "ComposedCache([h2o], stores=quantized)": "expected",
+    "h2o + quantized": "there is no policy 'quantized'",
+}
+
+
+@pytest.mark.parametrize("text", NO_STORES)
+def test_what_is_no_store_is_refused(text):
+    """With what is wrong with it."""
+    with pytest.raises(KVPruneError, match=f"(?s){NO_STORES[text]}"):
+        cache_of(text)
+
+
+def test_stores_where_there_are_none_are_refused():
+    """By a command that takes policies alone; and names of stores that there are not."""
+    with pytest.raises(KVPruneError, match="expected policies alone, got a store: Quantized"):
+        parse("ComposedCache([h2o], store=quantized)")
+    for wrong in ("h2o", "", "quantized(bits=3)"):
+        with pytest.raises(KVPruneError, match="expected"):
+            store_of(wrong)
+    with pytest.raises(KVPruneError, match="store None: expected a text"):
+        store_of(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [None, 3, ["h2o"]])

@@ -27,6 +27,7 @@ from ...errors import KVPruneError
 from ...models.devices import device_of
 from ...models.structure import base_of, unwrapped
 from ...policy.base import TokenPolicy
+from ...storage.quantized import Quantized
 from ...wiring.attach import attach, detach
 from ..command import command_line
 from ..data.loading import loaded
@@ -91,6 +92,7 @@ def compare(
     samples: int = 20,
     seed: int = 0,
     question: str = "known",
+    stores: Sequence[str | Quantized | None] = (),
     dtype: str = "auto",
     device: str | None = None,
     out: str | Path | None = None,
@@ -118,6 +120,9 @@ def compare(
         question: "known" if policies act once the whole prompt was read; "unknown" if the context
             is compressed before its question is read, as where a prefix is used for many
             questions; "both" for both, as tasks of their own.
+        stores: how keys and values are held: "plain" or None for as the model made them, and
+            stores, as "quantized(bits=4)" or `Quantized(bits=4)`; each policy is run in each. Empty
+            for the stores that the specs name.
         dtype: the dtype to load the model in; "auto" for the dtype of its file.
         device: the device to run on, such as "cuda"; None for the CPU, or for the device of a
             loaded model.
@@ -133,7 +138,7 @@ def compare(
         KVPruneError: a choice that is not possible, before any cell is run; or no room on the disk,
             while all finished samples are kept.
     """
-    plan = Plan(policies, tasks, contexts, budgets, samples, seed, question)
+    plan = Plan(policies, tasks, contexts, budgets, samples, seed, question, stores)
     run = Run(model, tokenizer, dtype, device, executor)
     keep = Path(out) if out is not None else None
     found = measured(plan, run, keep, progress)

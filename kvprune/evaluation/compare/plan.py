@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from ...models.fingerprint import weights_digest
 from ...models.structure import base_of, unwrapped
 from ...policy.base import TokenPolicy
 from ...policy.composition import leaves, nested
+from ...storage.quantized import Quantized
 from ..ledger.identity import code_digest
 from ..ledger.results import Cell
 from ..measure.reading import longest_of
-from ..specs import DENSE, canonical, parse
+from ..specs import DENSE, cache_of, canonical, store_of
 from ..tasks.base import Sample, Task
 from ..tasks.unknown import QuestionUnknown
 from .worker import LINES
@@ -35,12 +36,13 @@ Drawn = Mapping[tuple[str, int], tuple[Sample, ...]]
 
 @dataclass(frozen=True)
 class Line:
-    """One policy at one budget; for the fields see `Cell` in `ledger/results.py`."""
+    """One policy at one budget in one store; for the fields see `Cell` in `ledger/results.py`."""
 
     policy: str
     label: str
     budget: float | None
     policies: Sequence[TokenPolicy] = field(repr=False)
+    store: Quantized | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ class Plan:
         seed: the seed of the samples.
         question: "known" before the context is compressed, "unknown" (see `tasks/unknown.py`), or
             "both".
-        lines: dense, no context, and then each policy at each budget.
+        stores: names as "quantized(bits=4)" and "plain", or stores and None, each for all policies;
+            empty for the stores of the specs.
+        lines: dense, no context, and then each policy at each budget in each store.
         found: the tasks as objects.
 
     Raises:
@@ -71,6 +75,7 @@ class Plan:
     samples: int
     seed: int
     question: str = "known"
+    stores: Sequence[str | Quantized | None] = ()
     lines: tuple[Line, ...] = field(init=False, repr=False)
     found: tuple[Task, ...] = field(init=False, repr=False)
 
@@ -84,7 +89,8 @@ class Plan:
         budgets = _listed("budgets", "shares of the prompt, as [0.5, 0.25]", self.budgets)
         _check_budgets(budgets)
         policies = _listed("policies", "specs or policies, as ['h2o']", self.policies)
-        object.__setattr__(self, "lines", tuple(_lines(policies, budgets)))
+        stores = _listed("stores", "stores, as ['plain', 'quantized(bits=4)']", self.stores)
+        object.__setattr__(self, "lines", tuple(_lines(policies, budgets, stores)))
         self._check_fixed_budgets()
         if self.question not in QUESTIONS:
             raise KVPruneError(
@@ -206,13 +212,15 @@ def _check_budgets(budgets: Any) -> None:
             )
 
 
-def _lines(given: Sequence[Any], budgets: Sequence[float]) -> list[Line]:
-    """The two lines, then each policy at each budget; equal ones only once."""
+def _lines(given: Sequence[Any], budgets: Sequence[float], stores: Sequence[Any]) -> list[Line]:
+    """The two lines, then each policy at each budget in each store; equal ones only once."""
     lines = [Line(name, name, None, ()) for name in LINES]
     found = {(line.policy, line.budget): (line, line.policy) for line in lines}
-    for policies, label in map(_pipeline, given):
-        own = canonical(policies)
-        for line in _at_budgets(policies, label, budgets):
+    in_stores = [line for one in given for line in _in_stores(_pipeline(one), stores)]
+    for pipeline in in_stores:
+        own = canonical(pipeline.policies, pipeline.store)
+        for line in _at_budgets(pipeline, budgets):
+            label = pipeline.label
             first, others = found.setdefault((line.policy, line.budget), (line, own))
             # Two different policies became the same when the budget replaced their own budgets.
             if others != own:
@@ -224,10 +232,37 @@ def _lines(given: Sequence[Any], budgets: Sequence[float]) -> list[Line]:
     return [line for line, _ in found.values()]
 
 
-def _pipeline(given: Any) -> tuple[Sequence[TokenPolicy], str]:
-    """The policies that were given, and their label."""
+def _in_stores(line: Line, stores: Sequence[Any]) -> Iterator[Line]:
+    """The line in each store; in its own if none is given.
+
+    Raises:
+        KVPruneError: no such store, or a line that has a store of its own.
+    """
+    if not stores:
+        yield line
+        return
+    if line.store is not None:
+        raise KVPruneError(
+            f"policy {line.label!r}: expected policies alone where --stores names stores, got "
+            f"the store {line.store!r}. Leave one of the two out"
+        )
+    for given in stores:
+        store = store_of(given) if isinstance(given, str) else given
+        # A cache refuses what is no store.
+        ComposedCache(store=store)
+        said = given if isinstance(given, str) else repr(store)
+        label = line.label if store is None else f"{line.label} in {' '.join(said.split())}"
+        yield replace(line, label=label, store=store)
+
+
+def _pipeline(given: Any) -> Line:
+    """The line of what was given, with its own budget."""
     if isinstance(given, str):
-        return parse(given), " ".join(given.split())
+        cache = cache_of(given)
+        label = " ".join(given.split())
+        return Line(
+            canonical(cache.policies, cache.store), label, None, cache.policies, cache.store
+        )
     pipeline = [given] if isinstance(given, TokenPolicy) else given
     if not isinstance(pipeline, (list, tuple)):
         raise KVPruneError(
@@ -235,23 +270,23 @@ def _pipeline(given: Any) -> tuple[Sequence[TokenPolicy], str]:
             f"got {given!r}"
         )
     policies = ComposedCache(pipeline).policies
-    return policies, canonical(policies)
+    label = canonical(policies)
+    return Line(label, label, None, policies)
 
 
-def _at_budgets(
-    policies: Sequence[TokenPolicy], label: str, budgets: Sequence[float]
-) -> Iterator[Line]:
-    """The line of a pipeline at each budget; its own line if it has no budget or none is given."""
-    if not policies:
+def _at_budgets(line: Line, budgets: Sequence[float]) -> Iterator[Line]:
+    """The line at each budget; as it is if its policies have no budget or none is given."""
+    if not line.policies and line.store is None:
         yield Line(DENSE, DENSE, None, ())
         return
-    shared = {budget: _with_budget(policies, budget) for budget in budgets}
+    shared = {budget: _with_budget(line.policies, budget) for budget in budgets}
     if not budgets or shared[budgets[0]] is None:
-        yield Line(canonical(policies), label, None, policies)
+        yield replace(line, policy=canonical(line.policies, line.store))
         return
     for budget, smaller in shared.items():
         assert smaller is not None
-        yield Line(canonical(smaller), label, budget, smaller)
+        text = canonical(smaller, line.store)
+        yield replace(line, policy=text, budget=budget, policies=smaller)
 
 
 def _with_budget(policies: Sequence[TokenPolicy], budget: float) -> list[TokenPolicy] | None:
@@ -303,7 +338,7 @@ def _drawn(task: Task, tokenizer: Any, context: int, count: int, seed: int) -> t
 
 def _digests(line: Line, base: Any) -> tuple[str, str]:
     """Digests of the learned modules of a line's policies on a model, and of the policies' code."""
-    cache = ComposedCache(line.policies)
+    cache = ComposedCache(line.policies, store=line.store)
     # Binding refuses whatever else is not possible with the model.
     cache.bind(base._kvprune, base)
     working = list(nested(p.for_model(base) for p in line.policies))

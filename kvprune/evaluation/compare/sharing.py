@@ -21,7 +21,7 @@ from ..ledger.ledger import Outcome
 from ..ledger.results import Cell, Failure
 from ..measure.flops import counting, layers_of, own_flops
 from ..measure.reader import Reading
-from ..specs import canonical, parse
+from ..specs import DENSE, cache_of, canonical
 from ..tasks.base import Sample
 from .executors import Source, attempted
 from .worker import LINES, NO_CONTEXT, Job, Worker, failed
@@ -79,11 +79,11 @@ def shared(jobs: Sequence[Job], worker: Worker, source: Source) -> Iterator[Outc
 def grouped(jobs: Sequence[Job], layers: int) -> tuple[list[Group], list[Job]]:
     """Sorts jobs into groups that share what they read, and jobs that cannot.
 
-    A job cannot share its reading in five cases. It reads another prompt (the line "no context").
-    Its reading depends on what is evicted: with positions inside the cache, or with one policy that
-    has both hooks. Attention is observed in some layers only, which changes the last bits of
-    attention itself. Or a policy wants a statistic per layer, such as the newest queries, or a
-    second reading.
+    A job cannot share its reading in six cases. It reads another prompt (the line "no context").
+    Its cache has a store. Its reading depends on what is evicted: with positions inside the cache,
+    or with one policy that has both hooks. Attention is observed in some layers only, which changes
+    the last bits of attention itself. Or a policy wants a statistic per layer, such as the newest
+    queries, or a second reading.
 
     Args:
         jobs: the jobs to sort.
@@ -94,12 +94,13 @@ def grouped(jobs: Sequence[Job], layers: int) -> tuple[list[Group], list[Job]]:
     """
     groups, others = dict[tuple[str, int, str, tuple[Statistic, ...]], Group](), list[Job]()
     for job in jobs:
-        policies = [] if job.cell.policy in LINES else parse(job.cell.policy)
+        cache = cache_of(DENSE if job.cell.policy in LINES else job.cell.policy)
+        policies = cache.policies
         wanted = {wanted_at(policies, layer) for layer in range(layers)}
         # What is known of a layer's queries is gone once the prompt was read.
         passing = any(statistic.per == "layer" for each in wanted for statistic in each)
-        alone = job.cell.policy == NO_CONTEXT or not _separable(policies)
-        alone = alone or any(policy.reads_again for policy in policies)
+        alone = job.cell.policy == NO_CONTEXT or cache.store is not None
+        alone = alone or not _separable(policies) or any(policy.reads_again for policy in policies)
         if alone or passing or len(wanted) > 1:
             others.append(job)
             continue

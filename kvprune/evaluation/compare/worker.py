@@ -16,7 +16,7 @@ from ..ledger.results import Cell, Failure, SampleResult, Trace
 from ..measure.flops import Flops
 from ..measure.reader import CacheReader, Reading, own_prefill_flops
 from ..measure.traces import trace_of
-from ..specs import DENSE, parse
+from ..specs import DENSE, cache_of
 from ..tasks.base import Sample, Task
 
 NO_CONTEXT = "no context"
@@ -58,8 +58,8 @@ class Worker:
         Raises:
             Exception: any error of the policy, the task or the model.
         """
-        named = [] if job.cell.policy in LINES else parse(job.cell.policy)
-        policies = [policy.for_tokenizer(self.tokenizer) for policy in named]
+        named = cache_of(DENSE if job.cell.policy in LINES else job.cell.policy)
+        policies = [policy.for_tokenizer(self.tokenizer) for policy in named.policies]
         bare = job.cell.policy == NO_CONTEXT
         prompts = [sample.bare if bare else sample.prompt for sample in job.samples]
         own: dict[int, float] = {}
@@ -73,7 +73,7 @@ class Worker:
             acted = prompt[: len(prompt) + 1 - behind]
             if not nothing and len(prompt) not in own:
                 own[len(prompt)] = own_prefill_flops(self.model, acted, policies)
-            cache = ComposedCache(policies)
+            cache = ComposedCache(policies, store=named.store)
             reader = self.reader(Reading.of(self.model, prompt, cache, behind))
             if sample.number == 0 and policies:
                 texts = texts_of(self.tokenizer, prompt)

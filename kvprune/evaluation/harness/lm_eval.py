@@ -23,6 +23,7 @@ import kvprune
 
 from ...errors import KVPruneError
 from ...policy.base import TokenPolicy
+from ...storage.quantized import Quantized
 from ..ledger.results import Cost
 from ..measure.flops import Flops
 from ..measure.likelihood import Contexts, read
@@ -62,7 +63,7 @@ class KVPruneLM(HFLM):
     Args:
         pretrained: a name, a path or a model, as for lm-eval's `hf`.
         policies: a spec as `kvprune compare` takes it, such as "sdtp+h2o" (in `--model_args` it may
-            hold commas in brackets), or a list of policies.
+            hold commas in brackets; it may name a store), or a list of policies.
         more: lm-eval's own arguments for `hf`, all of which work.
 
     Raises:
@@ -73,7 +74,7 @@ class KVPruneLM(HFLM):
     def __init__(
         self, pretrained: Any, policies: str | Sequence[TokenPolicy] = "dense", **more: Any
     ) -> None:
-        self.policies, self.spec = _parsed(policies)
+        self.policies, self.store, self.spec = _parsed(policies)
         self.label = policies if isinstance(policies, str) else self.spec
         super().__init__(pretrained, **more)
         kvprune.attach(self.model)
@@ -98,7 +99,7 @@ class KVPruneLM(HFLM):
                 f"lm-eval: {again[0]!r} reads each context a second time, which this harness does "
                 f"not do: expected a policy that reads once. kvprune compare does"
             )
-        read(self.model, kvprune.ComposedCache(self.policies), [[0]])
+        read(self.model, kvprune.ComposedCache(self.policies, store=self.store), [[0]])
 
     def _loglikelihood_tokens(
         self,
@@ -164,7 +165,7 @@ class KVPruneLM(HFLM):
         self, questions: Sequence[_Question], texts: Sequence[str | None]
     ) -> Iterator[tuple[int, Answer]]:
         """The number of each request with its answer; every context is read once."""
-        cache = kvprune.ComposedCache(self.policies)
+        cache = kvprune.ComposedCache(self.policies, store=self.store)
         lengths = [q.prompt_length for q in questions]
         with self._precision():
             with Watch(self.model, cache, len(questions[0].context)) as watch:
@@ -202,7 +203,7 @@ class KVPruneLM(HFLM):
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
     ) -> Any:
-        cache = kvprune.ComposedCache(self.policies)
+        cache = kvprune.ComposedCache(self.policies, store=self.store)
         with Watch(self.model, cache, context.shape[1]) as watch:
             said = super()._model_generate(
                 context, max_length, stop, past_key_values=cache, **options
@@ -224,11 +225,13 @@ class KVPruneLM(HFLM):
         return {**super().get_model_info(), "kvprune": {**mine, "costs": costs}}
 
 
-def _parsed(policies: str | Sequence[TokenPolicy]) -> tuple[list[TokenPolicy], str]:
-    """The policies, and a spec of them: canonical if a spec was given, else made of their reprs."""
+def _parsed(
+    policies: str | Sequence[TokenPolicy],
+) -> tuple[Sequence[TokenPolicy], Quantized | None, str]:
+    """The policies, a store, and a spec: canonical if one was given, else made of reprs."""
     if not isinstance(policies, str):
-        return list(policies), " + ".join(map(repr, policies)) or "dense"
-    from ..specs import canonical, parse
+        return list(policies), None, " + ".join(map(repr, policies)) or "dense"
+    from ..specs import cache_of, canonical
 
-    found = parse(policies)
-    return found, canonical(found)
+    found = cache_of(policies)
+    return found.policies, found.store, canonical(found.policies, found.store)
