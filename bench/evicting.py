@@ -1,24 +1,29 @@
 """What evicting loses of answers: Saliency beside the field's best, at equal shares of the slots.
 
     python -m bench.evicting --samples 100  # an hour of two cores; goes on where it stopped
+    python -m bench.evicting --samples 60 --policies saliency --stores quantized --twice 0
 
 Questions are those of the splits to test with (`kvprune compare`'s tasks); nothing was learned from
 them, nor chosen by them. Figures are nats a token of the gold answer, paired with the dense model's
-on the same question, with bootstrap intervals of 95 %; bytes are over the dense ones.
+on the same question, with bootstrap intervals of 95 %. Bytes are over those of the keys and values
+of the dense model in bfloat16: float32 counts at two bytes a number where there is no store.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from transformers import AutoConfig
 
 from kvprune.evaluation.compare.compare import Run, measured
 from kvprune.evaluation.compare.plan import Plan
 from kvprune.evaluation.data.assets import demo_model
 from kvprune.evaluation.report.statistics import interval
+from kvprune.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "evicting.json"
 POLICIES = ("saliency", "sdtp+saliency", "adakv(base=snapkv(0.25))")
@@ -29,8 +34,13 @@ TWICE_BUDGETS = (0.25, 0.125)
 TASKS = ("squad", "hotpotqa")
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    """A row for each policy, share and task in a results file."""
+def rows(path: Path, numbers: int) -> list[dict[str, Any]]:
+    """A row for each policy, share and task in a results file.
+
+    Args:
+        path: the file.
+        numbers: of one slot's key and value, over all heads of a layer.
+    """
     found: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
     for line in path.read_text().splitlines():
         entry = json.loads(line)
@@ -44,6 +54,9 @@ def rows(path: Path) -> list[dict[str, Any]]:
         if label == "dense" or not set(mine) <= set(dense):
             continue
         lost = [dense[n]["score"] - mine[n]["score"] for n in mine]
+        plain = "store=" not in next(iter(mine.values()))["cell"]["policy"]
+        held = sum(_as_bfloat16(one["cost"], numbers, plain) for one in mine.values())
+        whole = sum(2 * numbers * _slots(dense[n]["cost"]) for n in mine)
         each.append(
             {
                 "task": task,
@@ -53,16 +66,25 @@ def rows(path: Path) -> list[dict[str, Any]]:
                 "samples": len(lost),
                 "nats_lost": round(sum(lost) / len(lost), 4),
                 "interval": [round(end, 4) for end in interval(lost)],
-                "bytes": round(_over(mine, dense, "bytes_held"), 4),
-                "prefill_flops": round(_over(mine, dense, "prefill_flops"), 4),
+                "bytes": round(held / whole, 4),
+                "prefill_flops": round(
+                    sum(one["cost"]["prefill_flops"] for one in mine.values())
+                    / sum(dense[n]["cost"]["prefill_flops"] for n in mine),
+                    4,
+                ),
             }
         )
     return each
 
 
-def _over(mine: dict[int, Any], dense: dict[int, Any], what: str) -> float:
-    total: float = sum(one["cost"][what] for one in mine.values())
-    return total / sum(dense[n]["cost"][what] for n in mine)
+def _slots(cost: Mapping[str, Any]) -> float:
+    """Of all layers, behind all of the prompt but its last token."""
+    return float(sum(kept - 1 for kept in cost["kept"]))
+
+
+def _as_bfloat16(cost: Mapping[str, Any], numbers: int, plain: bool) -> float:
+    """The bytes held, with two bytes for each number of keys and values that are float32."""
+    return cost["bytes_held"] - (2 * numbers * _slots(cost) if plain else 0)
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -74,19 +96,29 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[1024])
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS))
+    parser.add_argument("--stores", nargs="+", default=["plain"])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--question", default="known")
+    parser.add_argument("--model", help="name or path; the demo model")
     parser.add_argument("--twice", type=int, default=50, help="samples of what reads twice; 0")
     parser.add_argument("--work", type=Path, default=Path("build/evicting"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args(given)
-    run = Run(str(demo_model(report=print)))
-    plans = [Plan(asked.policies, TASKS, asked.context, asked.budgets, asked.samples, 0)]
+    path = asked.model or str(demo_model(report=print))
+    run, where = Run(path, dtype="float32"), (asked.tasks, asked.context)
+    more = {"question": asked.question, "stores": asked.stores}
+    plans = [Plan(asked.policies, *where, asked.budgets, asked.samples, 0, **more)]
     if asked.twice:
-        plans.append(Plan(TWICE, TASKS, asked.context, TWICE_BUDGETS, asked.twice, 0))
+        plans.append(Plan(TWICE, *where, TWICE_BUDGETS, asked.twice, 0, **more))
     for plan in plans:
-        for failure in measured(plan, run, asked.work, progress=True).failures:
+        compared = measured(plan, run, asked.work, progress=True)
+        for failure in compared.failures:
             print(failure)
-    found = rows(asked.work / "results.jsonl")
-    asked.out.write_text(json.dumps(found, indent=1) + "\n")
+    config: Any = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
+    numbers = 2 * config.num_key_value_heads * config.head_dim
+    found = rows(asked.work / "results.jsonl", numbers)
+    said = {"about": compared.results.run, "rows": found}
+    write_text(asked.out, json.dumps(said, indent=1) + "\n")
     for row in found:
         print(row)
 

@@ -17,6 +17,7 @@ _TASKS = ["needle", "squad"]
 _CONTEXTS = [1024]
 _BUDGETS = list[float]()
 _STORES = list[str]()
+_ASK = list[str]()
 
 app = typer.Typer(
     add_completion=False,
@@ -26,11 +27,18 @@ app = typer.Typer(
 
 
 @app.command()
-def demo() -> None:
-    """A real prompt of 2,000 tokens and a question, with each policy: one table."""
+def demo(
+    model: Annotated[str | None, typer.Option(help="Name or path; the demo model.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="A document, or a file that holds it; an article.")
+    ] = None,
+    ask: Annotated[list[str], typer.Option(help="A question about it; may be repeated.")] = _ASK,
+    html: Annotated[Path | None, typer.Option(help="Write what is kept as a page.")] = None,
+) -> None:
+    """One long document and questions about it, with several configurations: one table."""
     from .evaluation.demo import run_demo
 
-    run_demo()
+    run_demo(model=model, text=None if text is None else _text(text), ask=ask, html=html)
 
 
 @app.command("train-sdtp")
@@ -260,37 +268,39 @@ def _percent() -> Callable[[str, float], None]:
 def explain_text(
     text: Annotated[str, typer.Argument(help="What to read, or a file that holds it.")],
     model: Annotated[str | None, typer.Option(help="Name or path; the demo model.")] = None,
-    heads: Annotated[Path | None, typer.Option(help="Heads; those that ship.")] = None,
+    policies: Annotated[
+        str, typer.Option(help="A pipeline, as sdtp+saliency(0.25) or sdtp(heads='folder').")
+    ] = "sdtp",
     html: Annotated[Path | None, typer.Option(help="Write a page as well.")] = None,
 ) -> None:
-    """Shows which tokens of a text survive to which layer under SDTP."""
+    """Shows which tokens of a text policies keep, and in how many layers."""
     from rich.console import Console
 
     from .evaluation.compare.progress import stage
     from .evaluation.data.assets import demo_model
     from .evaluation.data.loading import loaded as load
     from .evaluation.explain import as_page, as_terminal, explain
+    from .evaluation.specs import parse
     from .files import check_file, write_text
-    from .policies import SDTP, SDTPHeads
     from .wiring.attach import attach
 
     read = _text(text)
     if html is not None:
         check_file(html)
-    policy = SDTP(None if heads is None else SDTPHeads.from_pretrained(heads).float())
+    pipeline = parse(policies)
     path = (
         str(demo_model(report=lambda line: typer.echo(line, err=True))) if model is None else model
     )
     tokenizer, loaded = load(path)
     with stage("reading the text"):
-        explained = explain(attach(loaded), tokenizer, read, [policy])
+        explained = explain(attach(loaded), tokenizer, read, pipeline)
     Console().print(as_terminal(explained))
     if html is not None:
         write_text(html, as_page(explained))
 
 
 def _text(given: str) -> str:
-    """The text to explain: the argument itself, or the contents of the file that it names.
+    """A text that a command reads: the argument itself, or the contents of the file that it names.
 
     Raises:
         KVPruneError: an empty text, a file that is not UTF-8, or a name that only a file can have
@@ -298,7 +308,7 @@ def _text(given: str) -> str:
     """
     # An empty path would mean the current folder.
     if not given:
-        raise KVPruneError("explain: expected a text of at least one token, got an empty one")
+        raise KVPruneError("expected a text of at least one token, got an empty one")
     try:
         path = Path(given)
         if path.is_file():
@@ -306,14 +316,12 @@ def _text(given: str) -> str:
         missing = path.suffix in (".txt", ".md") and not any(c.isspace() for c in given)
         given.encode()
     except UnicodeError as error:
-        raise KVPruneError(f"explain: expected a text in UTF-8, got {error}") from error
+        raise KVPruneError(f"expected a text in UTF-8, got {error}") from error
     except (OSError, ValueError):
         # The text cannot be the name of a file, for example because it is too long.
         return given
     if missing or path.is_dir():
-        raise KVPruneError(
-            f"explain: {given}: expected a text or a file, and there is no such file"
-        )
+        raise KVPruneError(f"{given}: expected a text or a file, and there is no such file")
     return given
 
 

@@ -85,7 +85,7 @@ def test_a_text_beyond_what_the_model_was_made_for(folder, tmp_path, monkeypatch
     """As `compare` refuses it; a text of just as many tokens is fine."""
     heads = tmp_path / "heads"
     SDTPHeads(32, 6).save_pretrained(heads)
-    options = ["--model", folder / "model", "--heads", heads]
+    options = ["--model", folder / "model", "--policies", f"sdtp(heads={str(heads)!r})"]
     assert run("explain", "x" * 512, *options).exception is None
     said = refused(monkeypatch, capsys, "explain", "x" * 513, *options)
     assert "at most the 512 tokens that the model was made for, got 513" in said

@@ -1,127 +1,207 @@
-"""The demo: one real prompt with a question, and the cost and the answer of each policy."""
+"""The demo: one long document, questions about it, and each configuration's costs and answers."""
 
 from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.live import Live
 from rich.table import Table
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Cache,
-    DynamicCache,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from rich.text import Text
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import kvprune
 
-from ..policies import H2O, SDTP, StreamingLLM
-from .data.assets import (
-    DEMO_ARTICLE,
-    DEMO_LEAD,
-    DEMO_QUESTION,
-    Report,
-    article_question,
-    demo_model,
-)
+from ..errors import KVPruneError
+from ..files import check_file, write_text
+from ..models.structure import base_of, unwrapped
+from ..policies import SDTP, AdaKV, Saliency, SnapKV
+from .compare.worker import texts_of
+from .data.assets import DEMO_ARTICLE, DEMO_QUESTIONS, Document, article_questions, demo_model
+from .data.loading import loaded
+from .explain import Explanation, as_page, as_terminal, explained
+from .measure.reading import longest_of
+from .tasks.prompts import Ask
+from .tasks.scoring import stands_in
 
-CONTEXT_TOKENS = 2000
-NEW_TOKENS = 32
+DOCUMENT_TOKENS = 2000
+NEW_TOKENS = 24
 PLAIN_WIDTH = 140
+ASK = "\n\nQuestion: {question}\nAnswer in a few words, with words of the text."
+LEAD = "Answer:"
 
 
-@dataclass
+@dataclass(frozen=True)
+class Configuration:
+    """A row of the table: the name, and what its cache is made with; None for the stock cache."""
+
+    name: str
+    policies: tuple[kvprune.TokenPolicy, ...] | None = None
+    store: kvprune.Quantized | None = None
+
+    def cache(self, model: Any) -> Any:
+        """A new cache for the model."""
+        if self.policies is None:
+            return DynamicCache(config=model.config)
+        return kvprune.ComposedCache(list(self.policies), store=self.store)
+
+
+QUARTER = (SDTP(), Saliency(0.25))
+WITH_HEADS = (
+    Configuration("dense"),
+    Configuration("SDTP", (SDTP(),)),
+    Configuration("Saliency 25 %", (Saliency(0.25),)),
+    Configuration("SDTP + Saliency 25 %", QUARTER),
+    Configuration("SDTP + Saliency 25 %, quantized", QUARTER, kvprune.Quantized()),
+    Configuration("SDTP + Saliency 12.5 %", (SDTP(), Saliency(0.125))),
+    Configuration("SnapKV 25 %", (SnapKV(0.25),)),
+)
+BY_HEAD = (AdaKV(SnapKV(0.25)),)
+WITHOUT_HEADS = (
+    Configuration("dense"),
+    Configuration("SnapKV 25 %", (SnapKV(0.25),)),
+    Configuration("AdaKV(SnapKV) 25 %", BY_HEAD),
+    Configuration("AdaKV(SnapKV) 25 %, quantized", BY_HEAD, kvprune.Quantized()),
+)
+"""For models for which no heads ship."""
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """The cost and the answer of one run.
+    """The costs and the answers of a configuration; costs are means over the questions.
 
     Attributes:
-        name: the policy, as the table names it.
+        name: as the table has it.
         prefill: seconds until the first new token.
-        decode: new tokens per second after the first one.
-        megabytes: the size of the cache at the end, in 10^6 bytes.
-        share: the share of all columns that a layer holds at the end, a mean over the layers.
-        text: the new tokens as text, on one line.
+        decode: new tokens per second after the first ones; None if there were none.
+        held: the bytes of the cache at the end.
+        as_bfloat16: the same, but two bytes for each number of keys and values that no store holds.
+        answers: what was generated for each question, on one line.
+        right: for each question, whether the answer that is expected stands in it.
+        kept: what the cache held of the first prompt; None for the stock cache.
     """
 
     name: str
     prefill: float
-    decode: float
-    megabytes: float
-    share: float
-    text: str
+    decode: float | None
+    held: float
+    as_bfloat16: float
+    answers: tuple[str, ...]
+    right: tuple[bool, ...]
+    kept: Explanation | None
 
 
 class _Clock(StoppingCriteria):
     """Notes the time of each new token; never stops a generation."""
 
-    def __init__(self, progress: Any, task: Any) -> None:
+    def __init__(self) -> None:
         self.times = [time.perf_counter()]
-        self._progress, self._task = progress, task
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.times.append(time.perf_counter())
-        self._progress.advance(self._task)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 @dataclass
 class _Demo:
+    """A model, prompts `[1, n]`, and the answers that are expected; None where nobody knows them.
+
+    The dense model's answers are then the ones that the others are measured by.
+    """
+
     model: Any
     tokenizer: Any
-    inputs: dict[str, torch.Tensor]
-    progress: Progress
-    outcomes: list[Outcome] = field(default_factory=list)
+    prompts: Sequence[torch.Tensor]
+    expected: tuple[str, ...] | None
 
-    def run(self, name: str, cache: Cache) -> None:
-        """Generates once with this cache, and notes the outcome under this name."""
-        task = self.progress.add_task(name, total=NEW_TOKENS)
-        clock = _Clock(self.progress, task)
-        tokens = self.model.generate(
-            **self.inputs,
-            past_key_values=cache,
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            stopping_criteria=StoppingCriteriaList([clock]),
-        )
-        new = tokens[0, self.inputs["input_ids"].shape[1] :]
+    def run(self, row: Configuration) -> Outcome:
+        """Asks each question once, with a cache of its own."""
+        clocks, answers = list[list[float]](), list[str]()
+        held, as_bfloat16, kept = list[float](), list[float](), None
+        for ids in self.prompts:
+            cache, clock = row.cache(self.model), _Clock()
+            tokens = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                cache=cache,
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )
+            clocks.append(clock.times)
+            text = self.tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
+            answers.append(" ".join(text.split()))
+            numbers, size = _numbers(cache), self.model.dtype.itemsize
+            held.append(numbers * size if row.policies is None else cache.nbytes)
+            as_bfloat16.append(held[-1] - (numbers * (size - 2) if row.store is None else 0))
+            if row.policies is not None and kept is None:
+                kept = explained(cache, texts_of(self.tokenizer, ids[0].tolist()))
+        self.expected = self.expected or tuple(answers)
         # The first time is the start of prefill, and the second one its end.
-        steps = [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
-        text = self.tokenizer.decode(new, skip_special_tokens=True)
-        rate = len(steps) / sum(steps)
-        prefill = clock.times[1] - clock.times[0]
-        self.outcomes.append(Outcome(name, prefill, rate, *_held(cache), " ".join(text.split())))
+        steps = [b - a for each in clocks for a, b in pairwise(each[1:])]
+        return Outcome(
+            row.name,
+            fmean(each[1] - each[0] for each in clocks),
+            len(steps) / sum(steps) if steps else None,
+            fmean(held),
+            fmean(as_bfloat16),
+            tuple(answers),
+            tuple(map(stands_in, self.expected, answers)),
+            kept,
+        )
 
 
-def _held(cache: Any) -> tuple[float, float]:
-    """The megabytes of a cache, and the share of all columns that its layers hold on average."""
-    if isinstance(cache, kvprune.ComposedCache):
-        kept = [cache.columns(i).shape[-1] for i in range(len(cache))]
-        return cache.nbytes / 1e6, sum(kept) / len(kept) / cache.seen
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 1e6, 1.0
+def _numbers(cache: Any) -> int:
+    """The numbers of all keys and values that a cache holds."""
+    if not isinstance(cache, kvprune.ComposedCache):
+        return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    found = 0
+    for index, layer in cache.slot_layers():
+        columns, keys, values = cache.columns(index), layer.keys, layer.values
+        # Columns that all heads share count once for each head.
+        slots = int((columns >= 0).sum()) * keys.shape[1] // columns.shape[1]
+        found += slots * (keys.shape[-1] + values.shape[-1])
+    return found
 
 
-def run_demo(console: Console | None = None) -> list[Outcome]:
-    """Prints the cost and the answer of each policy on a real prompt of 2,000 tokens.
+def run_demo(
+    console: Console | None = None,
+    *,
+    model: str | None = None,
+    text: str | None = None,
+    ask: Sequence[str] = (),
+    html: Path | None = None,
+) -> list[Outcome]:
+    """Asks questions about one long document, with each configuration: one table.
 
     The first run fetches and converts the model (see `demo_model` in `data/assets.py`).
 
     Args:
         console: the console to print on; None for stdout.
+        model: name or folder of a model; None for the demo model.
+        text: a document of the user's own; None for an article of SQuAD.
+        ask: questions about it; empty for those of the article.
+        html: a file for a page that shows what of the document is kept.
 
     Returns:
         the outcomes in the order of the table, dense first.
 
     Raises:
-        KVPruneError: the model or the text cannot be fetched.
+        KVPruneError: a text without questions, or longer than the model was made for; or the model
+            or the article cannot be fetched.
     """
+    if text is not None and not ask:
+        raise KVPruneError("demo: expected a question about the text, got none: add --ask")
+    if html is not None:
+        check_file(html)
     if console is None:
         console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     torch.set_num_threads(min(torch.get_num_threads(), 2))
@@ -129,51 +209,90 @@ def run_demo(console: Console | None = None) -> list[Outcome]:
     def report(line: str) -> None:
         console.print(f"[dim]{line}[/dim]")
 
-    path = demo_model(report)
-    tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    model: Any = kvprune.attach(AutoModelForCausalLM.from_pretrained(path))
-    inputs = _prompt(tokenizer, console, report)
-    with Progress(console=console, transient=True) as progress:
-        demo = _Demo(model, tokenizer, inputs, progress)
+    tokenizer, stock = loaded(str(demo_model(report)) if model is None else model)
+    attached: Any = kvprune.attach(stock)
+    if text is None:
+        document = article_questions(
+            DEMO_ARTICLE, DEMO_QUESTIONS, tokenizer, DOCUMENT_TOKENS, report
+        )
+        title = f"“{document.title}” (SQuAD)"
+    else:
+        document, title = Document("", text, ()), "your text"
+    questions = list(ask) or [question for question, _ in document.questions]
+    expected = None if ask else tuple(answer for _, answer in document.questions)
+    prompts = [_prompt(attached, tokenizer, document.text, question) for question in questions]
+    console.print(Text(f"{prompts[0].shape[1]:,} tokens of {title}, and questions about it:"))
+    for number, question in enumerate(questions):
+        wanted = "" if expected is None else f" Expected: {expected[number]}."
+        console.print(Text(f"  {number + 1}. {question}{wanted}"))
+    rows: Sequence[Configuration] = WITH_HEADS
+    try:
+        base: Any = base_of(unwrapped(attached))
+        for row in rows[1:]:
+            row.cache(attached).bind(base._kvprune, base)
+    except KVPruneError as error:
+        rows = WITHOUT_HEADS
+        console.print(Text(f"Not with learned heads: {error}", style="dim"))
+    demo, outcomes = _Demo(attached, tokenizer, prompts, expected), list[Outcome]()
+    with Live(_table([], expected is None, ""), console=console) as live:
         # This run is not timed: the first run of a process is slower.
-        model.generate(inputs["input_ids"][:, :256], max_new_tokens=2, do_sample=False)
-        demo.run("dense", DynamicCache(config=model.config))
-        for name, policies in _rows():
-            demo.run(name, kvprune.ComposedCache(policies))
-    console.print(_table(demo.outcomes))
-    return demo.outcomes
+        attached.generate(prompts[0][:, :256], max_new_tokens=2, do_sample=False)
+        for row in rows:
+            live.update(_table(outcomes, expected is None, f"running: {row.name}"))
+            outcomes.append(demo.run(row))
+        live.update(_table(outcomes, expected is None, ""))
+    best = min(outcomes[1:], key=lambda o: (-sum(o.right), o.as_bfloat16))
+    assert best.kept is not None
+    console.print(Text(f"\nWhat {best.name} keeps of the first prompt:\n", style="bold"))
+    console.print(as_terminal(best.kept))
+    if html is not None:
+        write_text(html, as_page(best.kept))
+        console.print(Text(f"The same as a page: {html}"))
+    console.print(Text("\n" + _in_words(outcomes[0], best, expected is None), style="bold"))
+    return outcomes
 
 
-def _rows() -> list[tuple[str, list[kvprune.TokenPolicy]]]:
-    h2o, streaming, sdtp = H2O(heavy=0.1, recent=0.1), StreamingLLM(sinks=4, window=0.2), SDTP()
-    return [
-        ("StreamingLLM 20 %", [streaming]),
-        ("H2O 20 %", [h2o]),
-        ("SDTP", [sdtp]),
-        ("SDTP + H2O 20 %", [sdtp, h2o]),
-    ]
+def _prompt(model: Any, tokenizer: Any, text: str, question: str) -> torch.Tensor:
+    ids = Ask("", ASK.format(question=question), LEAD).ids(tokenizer, text)
+    longest = longest_of(model)
+    if longest and len(ids) + NEW_TOKENS > longest:
+        raise KVPruneError(
+            f"demo: expected a text and a question of at most the {longest - NEW_TOKENS} tokens "
+            f"that leave room for an answer, got {len(ids)}. Give a part of the text"
+        )
+    return torch.tensor([ids], device=model.device)
 
 
-def _prompt(tokenizer: Any, console: Console, report: Report) -> dict[str, torch.Tensor]:
-    asked = article_question(DEMO_ARTICLE, DEMO_QUESTION, tokenizer, CONTEXT_TOKENS, report)
-    message = [{"role": "user", "content": f"{asked.context}\n\n{asked.question}"}]
-    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(text + DEMO_LEAD, add_special_tokens=False, return_tensors="pt")
-    console.print(
-        f"[bold]{inputs['input_ids'].shape[1]} tokens[/bold] of “{asked.title}” (SQuAD), then: "
-        f"[bold]{asked.question}[/bold] Expected: {asked.answer}.\n"
-        f"The answer begins: {DEMO_LEAD} ..."
-    )
-    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
-
-
-def _table(outcomes: list[Outcome]) -> Table:
-    table = Table(show_lines=True)
-    headers = ("policy", "prefill s", "decode tokens/s", "KV MB held", "share kept")
+def _table(outcomes: Sequence[Outcome], by_dense: bool, running: str) -> Table:
+    table = Table(show_lines=True, caption=running or None)
+    right = "as dense" if by_dense else "right"
+    headers = ("policies", "prefill s", "decode tokens/s", "KV MB", "of bf16 dense", right)
     for header in headers:
-        table.add_column(header, justify="left" if header == "policy" else "right")
-    table.add_column("text", ratio=1)
+        table.add_column(header, justify="left" if header == "policies" else "right")
+    table.add_column("answers", ratio=1)
     for o in outcomes:
-        numbers = (f"{o.prefill:.2f}", f"{o.decode:.1f}", f"{o.megabytes:.1f}", f"{o.share:.0%}")
-        table.add_row(o.name, *numbers, o.text)
+        answers = Text("\n").join(
+            Text(f"{number}. {answer}", style="" if right else "dim red")
+            for number, (answer, right) in enumerate(zip(o.answers, o.right, strict=True), 1)
+        )
+        table.add_row(
+            Text(o.name),
+            f"{o.prefill:.2f}",
+            "-" if o.decode is None else f"{o.decode:.1f}",
+            f"{o.held / 1e6:.1f}",
+            f"{o.as_bfloat16 / outcomes[0].as_bfloat16:.1%}",
+            f"{sum(o.right)} of {len(o.right)}",
+            answers,
+        )
     return table
+
+
+def _in_words(dense: Outcome, best: Outcome, by_dense: bool) -> str:
+    """What the configuration gains and loses that answers most, in the fewest bytes."""
+    answers = f"{sum(best.right)} of {len(best.right)} answers are "
+    answers += "those of the dense model" if by_dense else f"right (dense: {sum(dense.right)})"
+    return (
+        f"{best.name}: prompts are read in {best.prefill / dense.prefill:.2f} of the dense "
+        f"model's time, keys and values take {best.as_bfloat16 / dense.as_bfloat16:.1%} of its "
+        f"bytes in bfloat16, and {answers}."
+    )

@@ -24,14 +24,14 @@ class Explanation:
 
     Attributes:
         tokens: the texts of the n tokens.
-        layers: for each token, how many layers hold it. A layer counts if any of its key/value
-            heads holds the token.
+        layers: for each token, how many layers hold it. A layer counts by the share of its
+            key/value heads that hold the token.
         num_layers: how many layers of the model hold slots.
         policies: the policies that decided, as text.
     """
 
     tokens: tuple[str, ...]
-    layers: tuple[int, ...]
+    layers: tuple[float, ...]
     num_layers: int
     policies: str
 
@@ -64,15 +64,21 @@ def explain(model: Any, tokenizer: Any, text: str, policies: Sequence[TokenPolic
         )
     cache = ComposedCache([policy.for_tokenizer(tokenizer) for policy in policies])
     read_prompt(model, cache, torch.tensor([ids], device=device_of(model)))
-    held = torch.zeros(len(ids), dtype=torch.long)
+    return explained(cache, pieces(text, spans))
+
+
+def explained(cache: ComposedCache, texts: Sequence[str]) -> Explanation:
+    """The explanation of the first tokens that a cache of one row has read, by their texts."""
+    held = torch.zeros(len(texts), dtype=torch.double)
     # Layers of hybrid models that keep a state hold no slots, and are left out.
     layers = [index for index, _ in cache.slot_layers()]
     for layer in layers:
-        columns = cache.columns(layer).unique()
-        held[columns[columns >= 0].cpu()] += 1
-    return Explanation(
-        pieces(text, spans), tuple(held.tolist()), len(layers), repr(list(cache.policies))
-    )
+        columns = cache.columns(layer)[0].cpu()
+        mine = columns[(columns >= 0) & (columns < len(texts))]
+        held += torch.bincount(mine, minlength=len(texts)) / len(columns)
+    # So that a token that all layers hold is held by a whole number of layers.
+    shares = tuple(round(float(each), 6) for each in held)
+    return Explanation(tuple(texts), shares, len(layers), repr(list(cache.policies)))
 
 
 def pieces(text: str, spans: Sequence[tuple[int, int]]) -> tuple[str, ...]:
@@ -96,9 +102,11 @@ SHADES = 5
 _TERMINAL = ("grey30", "grey50", "grey70", "bold white on dark_green", "bold black on green3")
 
 
-def _shade(held: int, num_layers: int) -> int:
+def _shade(held: float, num_layers: int) -> int:
     """The shade of a token: 0 for the first tokens to go, SHADES - 1 if every layer holds it."""
-    return SHADES - 1 if held == num_layers else min(held * (SHADES - 1) // num_layers, SHADES - 2)
+    if held == num_layers:
+        return SHADES - 1
+    return min(int(held * (SHADES - 1) // num_layers), SHADES - 2)
 
 
 def as_terminal(explained: Explanation) -> Text:
@@ -136,7 +144,7 @@ def _caption(explained: Explanation) -> str:
 def as_page(explained: Explanation) -> str:
     """The explanation as a self-contained HTML page; tooltips say how many layers hold a token."""
     spans = "".join(
-        f'<span class="s{_shade(held, explained.num_layers)}" title="held by {held} of '
+        f'<span class="s{_shade(held, explained.num_layers)}" title="held by {held:.3g} of '
         f'{explained.num_layers} layers">{html.escape(token)}</span>'
         for token, held in zip(explained.tokens, explained.layers, strict=True)
     )

@@ -316,8 +316,8 @@ def test_digits_are_split_as_smollm2_does() -> None:
 @pytest.mark.parametrize("tokens", [30, 45, 60, 90])
 @pytest.mark.parametrize("number", range(18))
 def test_the_context_of_a_question(cache: Path, pip: Pip, number: int, tokens: int) -> None:
-    question = assets.article_question(1, number, Words(), tokens)
-    kept = question.context.split("\n\n")
+    document = assets.article_questions(1, [number], Words(), tokens)
+    kept = document.text.split("\n\n")
     start = TEXTS.index(kept[0])
     assert kept == TEXTS[start : start + len(kept)]
     assert tokens - 10 < 10 * len(kept) <= tokens or kept[-1] == TEXTS[-1]
@@ -328,10 +328,19 @@ def test_the_context_of_a_question(cache: Path, pip: Pip, number: int, tokens: i
 
 
 def test_questions_without_an_answer_do_not_count(cache: Path, pip: Pip) -> None:
-    question = assets.article_question(1, 3, Words(), 40)
-    assert question.question == f"{ANSWERS[3]}?"
-    assert question.answer == ANSWERS[3]
-    assert question.title == "Steel mill"
+    document = assets.article_questions(1, [3], Words(), 40)
+    assert document.questions == ((f"{ANSWERS[3]}?", ANSWERS[3]),)
+    assert document.title == "Steel mill"
+
+
+def test_several_questions_have_one_text(cache: Path, pip: Pip) -> None:
+    """It is that of the first one; a question that it does not answer is refused."""
+    alone = assets.article_questions(1, [3], Words(), 60)
+    document = assets.article_questions(1, [3, 5], Words(), 60)
+    assert document.text == alone.text
+    assert [answer for _, answer in document.questions] == [ANSWERS[3], ANSWERS[5]]
+    with pytest.raises(KVPruneError, match="60 tokens around the first one answer, got number 25"):
+        assets.article_questions(1, [3, 25], Words(), 60)
 
 
 @pytest.mark.parametrize(
@@ -348,4 +357,4 @@ def test_questions_that_cannot_be_had(
     cache: Path, pip: Pip, article: int, question: int, complaint: str
 ) -> None:
     with pytest.raises(KVPruneError, match=complaint):
-        assets.article_question(article, question, Words(), 40)
+        assets.article_questions(article, [question], Words(), 40)

@@ -73,13 +73,14 @@ POLICIES: list[Any] = [
 @pytest.mark.parametrize("text", TEXTS, ids=["ascii", "mixed", "emoji", "x"])
 @pytest.mark.parametrize("policies", POLICIES, ids=repr)
 def test_counts_are_those_of_the_cache(policies, text):
-    """For each token the layers in which any head holds it."""
+    """For each token the layers that hold it, each by the share of its heads that do."""
     model, tokenizer = tiny_model(vocab_size=SIZE), bytes_tokenizer()
     found = explain(model, tokenizer, text, policies)
     ids, cache = torch.tensor([list(tokenizer(text)["input_ids"])]), kvprune.ComposedCache(policies)
     read_prompt(model, cache, ids)
-    held = [set(cache.columns(layer).flatten().tolist()) for layer in range(LAYERS)]
-    assert found.layers == tuple(sum(c in s for s in held) for c in range(ids.shape[1]))
+    held = [[h.tolist() for h in cache.columns(layer)[0]] for layer in range(LAYERS)]
+    wanted = [sum(sum(c in h for h in s) / len(s) for s in held) for c in range(ids.shape[1])]
+    assert found.layers == pytest.approx(wanted, abs=1e-5)
     assert found.num_layers == LAYERS and len(found.tokens) == ids.shape[1]
     assert all(type(policy).__name__ in found.policies for policy in policies)
 
@@ -233,8 +234,9 @@ def test_heads_are_trained_and_explain_a_text(folder, tmp_path):
     assert heads.layers == (4,) and heads.keep == 0.5
     text, page = "As long as it has 64 tokens, what it says is of no concern. " * 2, tmp_path / "p"
     (tmp_path / "text").write_text(text)
+    how = ["--policies", f"sdtp(heads={str(out)!r})"]
     for given in (text, tmp_path / "text"):
-        done = run("explain", given, "--model", model, "--heads", out, "--html", page)
+        done = run("explain", given, "--model", model, *how, "--html", page)
         assert done.exception is None and done.stdout.startswith(text[:60])
         shown = " ".join(done.stdout.split())
         assert "120 tokens, 6 layers" in shown and "61 tokens are in every layer" in shown
@@ -247,7 +249,8 @@ def test_expected_errors_are_one_line(folder, tmp_path, monkeypatch, capsys):
     model, out = str(folder / "model"), str(tmp_path / "out")
     for arguments, match in (
         (["explain", "text", "--model", str(tmp_path / "none")], "--model .*none: expected"),
-        (["explain", "x", "--model", model, "--heads", out], "from_pretrained"),
+        (["explain", "x", "--model", model, "--policies", f"sdtp(heads={out!r})"], "from_pretra"),
+        (["explain", "x", "--model", model, "--policies", "sdpt"], "did you mean 'sdtp'"),
         (["explain", "x", "--model", model], "no heads ship"),
         ([*TRAIN, "--model", model, "--data", model, "--out", out], "nothing to train on"),
     ):

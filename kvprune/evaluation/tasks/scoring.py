@@ -19,7 +19,7 @@ def recall(sample: Sample, reader: Reader, tokens: int) -> Score:
     although RULER counts it.
     """
     text = reader.generate(tokens)
-    found = sum(_stands_in(answer, text) for answer in sample.answers)
+    found = sum(stands_in(answer, text) for answer in sample.answers)
     return Score(found / len(sample.answers), answer=text)
 
 
@@ -40,7 +40,8 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _stands_in(answer: str, text: str) -> bool:
+def stands_in(answer: str, text: str) -> bool:
+    """Whether an answer stands in a text, and not inside a longer word."""
     # Only letters and digits of ASCII make a longer word here, since Chinese has no spaces.
     pattern = rf"(?<![a-z0-9]){re.escape(answer.casefold())}(?![a-z0-9])"
     return re.search(pattern, text.casefold()) is not None
