@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changes.md",
     "policies/sdtp/pretrained/SmolLM2-135M-Instruct/README.md": "sdtp-heads.md",
 }
 

@@ -8,6 +8,7 @@ model.generate(**inputs, cache=cache, max_new_tokens=128)
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from .cache.composed import ComposedCache
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from . import testing
     from .evaluation.compare.compare import compare
 
+    __version__: str
+
 __all__ = [
     "Around",
     "ComposedCache",
@@ -30,6 +33,7 @@ __all__ = [
     "Quantized",
     "Ranking",
     "TokenPolicy",
+    "__version__",
     "attach",
     "compare",
     "detach",
@@ -39,7 +43,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`compare` and `testing`, and what they need, only once they are asked for."""
+    """`compare`, `testing` and the version, and what they need, once they are asked for."""
+    if name == "__version__":
+        return importlib.metadata.version(__name__)
     if name == "testing":
         return importlib.import_module(".testing", __name__)
     if name == "compare":

@@ -299,6 +299,25 @@ def explain_text(
         write_text(html, as_page(explained))
 
 
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Name or path of a model to try.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16.")] = "auto",
+) -> None:
+    """Says what is installed, and what works with a model: what to send with a question.
+
+    Ends with 1 if this transformers release lacks what kvprune needs, or a model is refused.
+    """
+    from .evaluation.doctor import examined
+
+    well = True
+    for line in examined(model, dtype):
+        typer.echo(f"{line.name:20} {line.found}")
+        well = well and line.well
+    if not well:
+        raise typer.Exit(1)
+
+
 def _text(given: str) -> str:
     """A text that a command reads: the argument itself, or the contents of the file that it names.
 

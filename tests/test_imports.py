@@ -26,6 +26,7 @@ LEVELS = [
     {"testing"},
     {"evaluation"},
     {"cli"},
+    {"__main__"},
 ]
 """What kvprune consists of, the lowest first; parts of one level know nothing of each other."""
 FOR_POLICIES = {"policy", "statistics", "errors"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import kvprune
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"kvprune": "kvprune", "policies": "kvprune/policies"}  # in the repository: as installed
@@ -92,6 +96,56 @@ def test_an_installed_wheel_imports_from_anywhere(built: Path, tmp_path: Path) -
     paths = run(sys.executable, "-c", WHERE, cwd=tmp_path, PYTHONPATH=str(site)).split("\n")
     assert paths[0] == str(site / "kvprune/__init__.py")
     assert paths[1] == str(site / "kvprune/policies/__init__.py")
+
+
+@pytest.mark.slow
+def test_the_index_would_take_what_is_built(built: Path) -> None:
+    """As the tools say that look at packages before they are uploaded."""
+    for source in ("checkout", "sdist"):
+        files = sorted((built / source).iterdir())
+        run(sys.executable, "-m", "twine", "check", "--strict", *files, cwd=built)
+        run(sys.executable, "-m", "check_wheel_contents", the_one(built / source, "*.whl"),
+            cwd=built)  # fmt: skip
+
+
+def test_changes_make_a_section(tmp_path: Path) -> None:
+    """Each file of `changes/` is of a kind that there is, and stands in the next release."""
+    draft = run(sys.executable, "-m", "towncrier", "build", "--draft", "--version", "9.9", cwd=ROOT)
+    assert draft.index("## 9.9 (") < draft.index("### Added")
+    for file in (ROOT / "changes").glob("*.md"):
+        said = "".join(file.read_text().split())
+        assert said in "".join(draft.split()), file
+
+
+def test_the_version_is_the_package_s() -> None:
+    """The name that people look for."""
+    assert kvprune.__version__ == importlib.metadata.version("kvprune")
+
+
+def test_the_command_is_a_module_too(tmp_path: Path) -> None:
+    """`python -m kvprune` is `kvprune`."""
+    said = run(sys.executable, "-m", "kvprune", "--help", cwd=tmp_path)
+    assert all(name in said for name in ("demo", "doctor", "compare", "train-saliency"))
+
+
+PLACES = re.compile(r"(?<![\w.~])/(home|root|Users|work|tmp|mnt|var/folders)/[\w.-]+")
+
+
+def test_no_file_names_a_place_on_some_machine() -> None:
+    """What was measured or made here tells nothing of the folders that it was in."""
+    found = []
+    for folder in ("kvprune", "policies", "bench", "docs", "tests", "changes", "."):
+        below = ROOT.glob("*.*") if folder == "." else (ROOT / folder).rglob("*")
+        for path in below:
+            if path.is_file() and path.suffix in TEXTS and path.resolve() not in MADE_UP:
+                text = path.read_text(encoding="utf-8")
+                found += [f"{path}: {place[0]}" for place in PLACES.finditer(text)]
+    assert not found
+
+
+MADE_UP = {Path(__file__).resolve(), ROOT / "tests" / "evaluation" / "test_command.py"}
+"""Tests of the places themselves."""
+TEXTS = {".py", ".md", ".json", ".jsonl", ".html", ".svg", ".yml", ".toml", ".txt", ".cff"}
 
 
 def test_an_editable_install_imports_from_anywhere(tmp_path: Path) -> None:
