@@ -88,8 +88,13 @@ def _devices() -> Iterator[str]:
 
 def _stand_in() -> Any:
     """A model without weights, on which this release's seams can be looked for."""
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 8}
-    config = transformers.LlamaConfig(num_hidden_layers=1, num_attention_heads=1, **sizes)
+    config = transformers.LlamaConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        vocab_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
     with torch.device("meta"):
         return transformers.LlamaForCausalLM(config)
 

@@ -12,6 +12,7 @@ positions; counts are per row, from the row's own valid tokens; layers count fro
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class SDTP(TokenPolicy):
             model over several devices the heads follow the tokens.)
     """
 
-    heads: SDTPHeads | str | None = None
+    heads: SDTPHeads | str | PathLike[str] | None = None
     keep: float | None = None
     stages: int | None = None
     sinks: int = 4
@@ -58,6 +59,9 @@ class SDTP(TokenPolicy):
     min_tokens: int = 64
 
     def __post_init__(self) -> None:
+        if isinstance(self.heads, PathLike):
+            # As a text, which a spec can hold.
+            object.__setattr__(self, "heads", fspath(self.heads))
         if not isinstance(self.heads, SDTPHeads | str | None):
             raise KVPruneError(
                 f"SDTP: heads: expected SDTPHeads, as SDTPHeads.from_pretrained(folder), such a "

@@ -255,5 +255,6 @@ def test_heads_in_a_folder_are_those_of_the_object(tmp_path):
         heads = SDTPHeads.from_pretrained(tmp_path).float()
         assert kept(by_name) == kept(SDTP(heads, min_tokens=8))
         assert len(kept(by_name)) == 80 // 2**stages
+        assert SDTP(Path(tmp_path), min_tokens=8) == by_name
     with pytest.raises(KVPruneError, match="from_pretrained"):
         kept(SDTP(str(Path(tmp_path) / "none")))
