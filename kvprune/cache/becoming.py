@@ -1,21 +1,28 @@
-"""One reading of a prompt, many policies: what a cache with other policies would hold."""
+"""What a cache would hold that had read what another has: other policies, or a stock cache."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..engine.arrival import Arrival
 from ..engine.layer_step import at_layer
 from ..engine.step import Step
 from ..engine.turnover import evict_across
 from ..errors import KVPruneError
+from ..models.structure import attention_of, decoder_layers
 from ..policy.base import TokenPolicy
 from ..policy.composition import evicts
 from ..policy.moment import Moment
 from .binding import Binding
 from .state import CacheState
+from .wired import WiredCache
 
 
 def check_becomes(
@@ -77,8 +84,13 @@ def check_becomes(
 
 
 @torch.no_grad()
-def evict_all(binding: Binding, state: CacheState) -> None:
-    """Asks the policies at every layer, as at the end of a forward of all that was seen."""
+def evict_all(binding: Binding, state: CacheState, base: Any) -> None:
+    """Asks the policies at every layer, as at the end of a forward of all that was seen.
+
+    Args:
+        binding, state: of the cache.
+        base: the model that has the decoder layers.
+    """
     assert state.rows is not None
     columns = torch.arange(state.seen, device=state.rows.first.device)
     columns = columns.expand(state.batch_size, -1)
@@ -93,7 +105,76 @@ def evict_all(binding: Binding, state: CacheState) -> None:
     # Where a policy goes by a second reading, that was observed.
     moment = Moment(state.seen, ends=True, first=True, read_again=True)
     step = Step(binding.policies, len(state.layers), 0, new, asked, moment, group=group)
+    layers = decoder_layers(base)
     for index, layer in state.slot_layers():
-        at_layer(step, index, layer).evict()
+        at_layer(step, index, layer).evict(attention=attention_of(layers[index]))
     evict_across(step)
     step.let_go()
+
+
+def take_dynamic(cache: WiredCache, given: Any, mask: Tensor | None, base: Any) -> None:
+    """Stores what a stock cache holds in an empty one, and asks the policies.
+
+    Args:
+        cache: empty, bound to the model.
+        given: what is to be a `DynamicCache` with something in it.
+        mask: `[B, seen]`, 0 for padding; None for none.
+        base: the model that has the decoder layers.
+
+    Raises:
+        KVPruneError: see `ComposedCache.from_dynamic`; nothing was stored then.
+    """
+    layers = _checked_layers(cache, given)
+    seen = given.get_seq_length()
+    shape, device = layers[0].keys.shape, layers[0].keys.device
+    cache.open_step(shape[0], seen, mask, device)
+    done = False
+    try:
+        for index, (layer, model) in enumerate(zip(layers, decoder_layers(base), strict=True)):
+            keys, values = layer.keys, layer.values
+            # A layer with a window may hold its newest tokens alone.
+            whole = cache.at_layer(index).on(keys.device)
+            columns = whole.columns[:, -keys.shape[2] :]
+            part = replace(whole, columns=columns, slot_columns=columns[:, None])
+            # Copies: the other cache goes on with its own.
+            part.store(keys.clone(), values.clone())
+            part.evict(attention=attention_of(model))
+        done = True
+    finally:
+        cache.close_step(done)
+
+
+def _checked_layers(cache: WiredCache, given: Any) -> list[Any]:
+    """The layers of a stock cache that fits; refuses any other."""
+    if not isinstance(given, DynamicCache) or not given.get_seq_length():
+        what = "an empty one" if isinstance(given, DynamicCache) else f"{type(given).__name__}"
+        raise KVPruneError(
+            f"from_dynamic: expected a DynamicCache that has read something, got {what}"
+        )
+    layers: list[Any] = list(given.layers)
+    state = cache.state
+    kinds = {type(layer).__name__ for layer in layers}
+    if state.is_hybrid or {type(x) for x in layers} - {DynamicLayer, DynamicSlidingWindowLayer}:
+        raise KVPruneError(
+            f"from_dynamic: expected layers that hold keys and values alone, got "
+            f"{', '.join(sorted(kinds))}"
+        )
+    if len(layers) != len(state.layers):
+        raise KVPruneError(
+            f"from_dynamic: expected what this model has read, with {len(state.layers)} layers, "
+            f"got {len(layers)} layers"
+        )
+    for policy in cache.policies:
+        if "rank_hidden" in policy.hooks or policy.statistics:
+            why = [repr(statistic) for statistic in policy.statistics] or ["hidden states"]
+            raise KVPruneError(
+                f"from_dynamic: {policy!r} goes by {', '.join(why)}, of which a DynamicCache knows "
+                f"nothing: expected policies that go by keys, values and columns alone, as Knorm. "
+                f"Read the prompt with ComposedCache([...]) instead"
+            )
+    if state.positions is not None:
+        raise KVPruneError(
+            "from_dynamic: expected policies that leave positions as they are, got some inside "
+            "the cache, by which keys are held differently"
+        )
+    return layers

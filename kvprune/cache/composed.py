@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from ..errors import KVPruneError
 from ..policy.base import TokenPolicy
@@ -24,7 +25,7 @@ from ..policy.checks import checked
 from ..statistics import Statistic, check_statistics
 from ..storage.quantized import Quantized
 from . import saving
-from .becoming import check_becomes, evict_all
+from .becoming import check_becomes, evict_all, take_dynamic
 from .binding import attached
 from .guard import in_use
 from .session import checked_lengths
@@ -56,6 +57,10 @@ class ComposedCache(WiredCache):
         policies: as they were handed in.
         observe: likewise.
         store: likewise.
+        on_evict: a function that is called with an `Eviction` (`kvprune.cache.evictions`) for each
+            layer that a forward made smaller, behind that forward; None for nobody, which costs
+            nothing. An error of its own reaches whoever called the model; the cache is as it was
+            without it.
         state: what is held; for the library's own use, as are the three below.
         session: what `generate` has said.
         guard: who uses the cache.
@@ -279,6 +284,41 @@ class ComposedCache(WiredCache):
         saving.restore(cache.state, contents, base)
         return cache
 
+    @classmethod
+    def from_dynamic(
+        cls,
+        cache: DynamicCache,
+        policies: Sequence[TokenPolicy],
+        model: torch.nn.Module,
+        *,
+        attention_mask: Tensor | None = None,
+        store: Quantized | None = None,
+    ) -> ComposedCache:
+        """A cache that holds what policies keep of a `DynamicCache` that was filled elsewhere.
+
+        It is as if this cache had read all of that, in one forward, as a prompt. The other cache
+        stays as it is.
+
+        Args:
+            cache: what this model has read.
+            policies: a pipeline of policies that go by keys, values and columns alone, as `Knorm`,
+                `KeyDiff`, `StreamingLLM`, and policies around them. A `DynamicCache` knows nothing
+                of attention, queries or hidden states.
+            model: the one that has read it, attached.
+            attention_mask: `[B, seen]`, 0 for padding on the left; None for none.
+            store: see `ComposedCache`.
+
+        Raises:
+            KVPruneError: an empty cache, one of another class, or with another number of layers, or
+                with layers that keep a state; policies that prune hidden states, observe something,
+                or assign positions inside the cache.
+        """
+        twin = cls(policies, store=store)
+        attachment, base = attached(model, "from_dynamic")
+        twin.bind(attachment, base)
+        take_dynamic(twin, cache, attention_mask, base)
+        return twin
+
     def with_policies(
         self, policies: Sequence[TokenPolicy], model: torch.nn.Module
     ) -> ComposedCache:
@@ -305,7 +345,8 @@ class ComposedCache(WiredCache):
         if self.session.in_generate:
             raise in_use("generate")
         twin = type(self)(policies, store=self.store)
-        twin.bind(*attached(model, "with_policies"))
+        attachment, base = attached(model, "with_policies")
+        twin.bind(attachment, base)
         assert twin.binding is not None
         mine = self.policies, self.binding, self.state
         check_becomes(*mine, twin.policies, twin.binding, twin.state)
@@ -318,5 +359,5 @@ class ComposedCache(WiredCache):
         assert self.binding is not None
         held.binding = replace(twin.binding, model=self.binding.model)
         held.policies, held.observe = twin.policies, ()
-        evict_all(twin.binding, held.state)
+        evict_all(twin.binding, held.state, base)
         return held

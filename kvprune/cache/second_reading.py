@@ -40,6 +40,7 @@ def second_reading(cache: WiredCache) -> Iterator[Callable[[Repeat], None]]:
         yield tell
         cache.state.end_second_reading()
         done = True
+        cache.tell_evictions(None)
     finally:
         cache.session.repeat = None
         if not done:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..storage.quantized import Quantized
 from ..storage.rows import PromptIds
 from .binding import Binding, bind
 from .endings import Endings
+from .evictions import Eviction, evictions, held_columns
 from .guard import Guard
 from .opening import Opening, drops_slots
 from .session import Session
@@ -44,8 +45,10 @@ class WiredCache(Cache):
         session: what `generate` has said.
         guard: who uses the cache.
         binding: the model that the cache is tied to; None before its first use.
+        on_evict: see `ComposedCache`.
     """
 
+    on_evict: Callable[[Eviction], None] | None = None
     layers: list[Any]  # SlotLayer, or LinearAttentionLayer in hybrid models
 
     def __init__(
@@ -63,6 +66,7 @@ class WiredCache(Cache):
         self.binding: Binding | None = None
         self.session = Session()
         self.guard = Guard()
+        self._held: dict[int, Tensor] = {}
         self._hold(CacheState([]))
 
     def _hold(self, state: CacheState) -> None:
@@ -359,6 +363,9 @@ class WiredCache(Cache):
             raise
         guard.begin(step)
         self.session.in_stock_generate = False
+        # What is read a second time is in the layers only meanwhile.
+        if self.on_evict is not None and step.repeat is None:
+            self._held = held_columns(self.state)
         try:
             self.state.make_way(step)
         except BaseException:
@@ -419,7 +426,21 @@ class WiredCache(Cache):
                 self.session.promise = 0
                 self.session.pending = step.drafts
                 self.guard.failure = ""
+                self.tell_evictions(step)
         finally:
             self.guard.release()
             if self.state.waiting is not step:
                 step.let_go()
+
+    def tell_evictions(self, step: Step | None) -> None:
+        """Tells `on_evict` what went since the beginning of a forward, if anybody listens.
+
+        Args:
+            step: the forward; None behind a second reading.
+        """
+        if self.on_evict is None or (step is not None and step.repeat is not None):
+            return
+        found = list(evictions(self._held, self.state, step))
+        self._held = held_columns(self.state)
+        for each in found:
+            self.on_evict(each)

@@ -107,6 +107,12 @@ OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 """The names of the projection of attention's outputs."""
 
 
+def attention_of(layer: nn.Module) -> nn.Module | None:
+    """The attention of a decoder layer, by its number and its projection; None if there is none."""
+    found = (module for module in layer.modules() if hasattr(module, "layer_idx"))
+    return next((m for m in found if any(hasattr(m, name) for name in OUTPUTS)), None)
+
+
 @torch.no_grad()
 def output_weight(attention: nn.Module) -> Tensor:
     """What each query head's output is multiplied with, `[Hq * Dv, C]`.

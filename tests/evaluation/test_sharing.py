@@ -13,7 +13,7 @@ import kvprune
 from kvprune import ComposedCache, KVPruneError
 from kvprune.evaluation.compare.sharing import grouped
 from kvprune.evaluation.compare.worker import Job
-from kvprune.policies import H2O, StreamingLLM
+from kvprune.policies import H2O, AdaKV, CriticalKV, Knorm, StreamingLLM
 from kvprune.statistics import Attention
 
 from ..support import fake_tasks
@@ -33,6 +33,7 @@ EVICTING: list[list[Any]] = [
     [StreamingLLM(1, 0.3)],
     [H2O(0.1, 0.1) | StreamingLLM(2, 5)],
     [H2O(0.3, 0.1, layers=[1, 2]), StreamingLLM(2, 9)],
+    [AdaKV(CriticalKV(Knorm(0.3)))],
 ]
 
 
