@@ -136,8 +136,7 @@ def take_dynamic(cache: WiredCache, given: Any, mask: Tensor | None, base: Any) 
             whole = cache.at_layer(index).on(keys.device)
             columns = whole.columns[:, -keys.shape[2] :]
             part = replace(whole, columns=columns, slot_columns=columns[:, None])
-            # Copies: the other cache goes on with its own.
-            part.store(keys.clone(), values.clone())
+            part.store(keys, values)
             part.evict(attention=attention_of(model))
         done = True
     finally:

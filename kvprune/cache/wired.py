@@ -363,8 +363,7 @@ class WiredCache(Cache):
             raise
         guard.begin(step)
         self.session.in_stock_generate = False
-        # What is read a second time is in the layers only meanwhile.
-        if self.on_evict is not None and step.repeat is None:
+        if self.on_evict is not None:
             self._held = held_columns(self.state)
         try:
             self.state.make_way(step)

@@ -48,6 +48,13 @@ def both(
         model(ids, past_key_values=read, logits_to_keep=1, **given)
     before = copy.deepcopy(dynamic)
     taken = ComposedCache.from_dynamic(dynamic, policies, model, attention_mask=mask, store=store)
+    other = copy.deepcopy(taken)
+    with torch.no_grad():
+        # What the cache does later on does nothing to what it came from.
+        for number in range(3):
+            model(prompt(2, 1, number), past_key_values=other)
+        last = ComposedCache.from_dynamic(dynamic, policies, model, attention_mask=mask)
+        model(prompt(2, 2), past_key_values=last)
     for one, two in zip(dynamic.layers, before.layers, strict=True):
         assert torch.equal(one.keys, two.keys) and torch.equal(one.values, two.values)
     return model, taken, read, ids

@@ -65,7 +65,7 @@ def test_rows_are_what_generate_gives(folder, small, tmp_path):
     found, said = small(text=TEXT, ask=questions, html=tmp_path / "page.html")
     assert [outcome.name for outcome in found] == [row.name for row in ROWS]
     for row, outcome in zip(ROWS, found, strict=True):
-        held = []
+        held, as_bfloat16 = [], []
         for number, question in enumerate(questions):
             model, tokenizer, ids = asked(folder, question)
             cache = row.cache(kvprune.attach(model))
@@ -74,15 +74,22 @@ def test_rows_are_what_generate_gives(folder, small, tmp_path):
             assert outcome.answers[number] == " ".join(text.split())
             if isinstance(cache, DynamicCache):
                 held.append(sum(x.keys.nbytes + x.values.nbytes for x in cache.layers))
+                as_bfloat16.append(held[-1] / 2)
                 continue
             held.append(cache.nbytes)
             columns = [cache.columns(layer)[0] for layer in range(len(cache))]
+            slots = sum(
+                int((c >= 0).sum()) * model.config.num_key_value_heads // len(c) for c in columns
+            )
+            saved = 0 if row.store else slots * 2 * model.config.head_dim * 2
+            as_bfloat16.append(held[-1] - saved)
             if number == 0:
                 assert outcome.kept is not None
                 share = sum(float((c < ids.shape[1])[c >= 0].sum()) / len(c) for c in columns)
                 assert sum(outcome.kept.layers) == pytest.approx(share, abs=1e-3)
                 assert "".join(outcome.kept.tokens).startswith(TEXT[:80])
         assert outcome.held == sum(held) / 2 and outcome.prefill > 0
+        assert outcome.as_bfloat16 == sum(as_bfloat16) / 2
         assert outcome.decode is not None and outcome.decode > 0
     dense, whole, knorm, by_head, quantized = found
     assert dense.right == whole.right == (True, True) and whole.answers == dense.answers
