@@ -18,6 +18,8 @@ _CONTEXTS = [1024]
 _BUDGETS = list[float]()
 _STORES = list[str]()
 _ASK = list[str]()
+_DATA, _HEADS, _LOSSES, _STEPS = "Data", "Heads", "Losses", "Steps"
+"""The parts of a long list of options."""
 
 app = typer.Typer(
     add_completion=False,
@@ -43,42 +45,71 @@ def demo(
 
 @app.command("train-sdtp")
 def train_sdtp(
-    model: Annotated[str, typer.Option(help="Name or path of the model to train heads for.")],
+    model: Annotated[str, typer.Option(help="Name or path of the model.", rich_help_panel=_DATA)],
     data: Annotated[
-        str, typer.Option(help="A text, a JSON-lines file, a folder of these, or a dataset's name.")
+        str, typer.Option(help="Texts, JSON lines, a folder, a data set.", rich_help_panel=_DATA)
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the heads and training.json.")],
-    tokens: Annotated[int, typer.Option(help="The most tokens of an example.")] = 1024,
-    completion: Annotated[int, typer.Option(help="Tokens of a text that are to be likely.")] = 64,
-    limit: Annotated[int | None, typer.Option(help="Use only so many examples.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16.")] = "auto",
-    keep: Annotated[float, typer.Option(help="The share that each stage keeps.")] = 0.9,
-    stages: Annotated[int | None, typer.Option(help="How many; as many as fit.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for what is made.", rich_help_panel=_DATA)],
+    tokens: Annotated[int, typer.Option(help="Most of an example.", rich_help_panel=_DATA)] = 1024,
+    completion: Annotated[
+        int, typer.Option(help="Of a text's tokens, to be likely.", rich_help_panel=_DATA)
+    ] = 64,
+    limit: Annotated[
+        int | None, typer.Option(help="Use only so many examples.", rich_help_panel=_DATA)
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="As --data; else a share of it.", rich_help_panel=_DATA)
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16.", rich_help_panel=_DATA)
+    ] = "auto",
+    keep: Annotated[
+        float, typer.Option(help="Share that a stage keeps.", rich_help_panel=_HEADS)
+    ] = 0.9,
+    stages: Annotated[
+        int | None, typer.Option(help="How many; as many as fit.", rich_help_panel=_HEADS)
+    ] = None,
     query_heads: Annotated[
-        int, typer.Option(help="Heads of the low-rank term; 0 for the paper's module.")
+        int, typer.Option(help="Low-rank term; the paper has 0.", rich_help_panel=_HEADS)
     ] = 4,
     target: Annotated[
-        str, typer.Option(help="What is learned: removal, or the paper's gradient.")
+        str, typer.Option(help="removal; gradient (paper's).", rich_help_panel=_LOSSES)
     ] = "removal",
-    held_out: Annotated[
-        str | None, typer.Option(help="Data to measure by, as --data; a share of that.")
+    listwise: Annotated[
+        float, typer.Option(help="Weight; 0 leaves it out.", rich_help_panel=_LOSSES)
+    ] = 1.0,
+    ranking: Annotated[
+        float, typer.Option(help="Likewise; the paper's.", rich_help_panel=_LOSSES)
+    ] = 0.0,
+    mse: Annotated[
+        float, typer.Option(help="Likewise; the paper's.", rich_help_panel=_LOSSES)
+    ] = 0.0,
+    cross_entropy: Annotated[float, typer.Option(help="Likewise.", rich_help_panel=_LOSSES)] = 1.0,
+    distillation: Annotated[float, typer.Option(help="Likewise.", rich_help_panel=_LOSSES)] = 1.0,
+    pairs: Annotated[
+        int | None, typer.Option(help="To rank per stage; all.", rich_help_panel=_LOSSES)
     ] = None,
-    marking_epochs: Annotated[int, typer.Option(help="Through the dense model.")] = 3,
-    pruning_epochs: Annotated[int, typer.Option(help="Through the pruned model.")] = 0,
-    listwise: Annotated[float, typer.Option(help="Weight of this loss; 0 leaves it out.")] = 1.0,
-    ranking: Annotated[float, typer.Option(help="Likewise; the paper's.")] = 0.0,
-    mse: Annotated[float, typer.Option(help="Likewise; the paper's.")] = 0.0,
-    cross_entropy: Annotated[float, typer.Option(help="Likewise.")] = 1.0,
-    distillation: Annotated[float, typer.Option(help="Likewise.")] = 1.0,
-    pairs: Annotated[int | None, typer.Option(help="Pairs to rank per stage; all.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="The highest, in the first phase.")] = 1e-3,
-    batch: Annotated[int, typer.Option(help="Examples per step.")] = 2,
-    mixed_precision: Annotated[str | None, typer.Option(help="no or bf16; accelerate's.")] = None,
-    evaluate_every: Annotated[int | None, typer.Option(help="Steps; each epoch's end.")] = None,
+    marking_epochs: Annotated[
+        int, typer.Option(help="Through the dense model.", rich_help_panel=_STEPS)
+    ] = 3,
+    pruning_epochs: Annotated[
+        int, typer.Option(help="Through the pruned model.", rich_help_panel=_STEPS)
+    ] = 0,
+    learning_rate: Annotated[
+        float, typer.Option(help="The highest.", rich_help_panel=_STEPS)
+    ] = 1e-3,
+    batch: Annotated[int, typer.Option(help="Examples per step.", rich_help_panel=_STEPS)] = 2,
+    mixed_precision: Annotated[
+        str | None, typer.Option(help="no or bf16; accelerate's.", rich_help_panel=_STEPS)
+    ] = None,
+    evaluate_every: Annotated[
+        int | None, typer.Option(help="Steps; each epoch's end.", rich_help_panel=_STEPS)
+    ] = None,
     keep_hidden: Annotated[
-        bool, typer.Option(help="Keep hidden states on disk: many epochs for one forward.")
+        bool,
+        typer.Option("--keep-hidden", help="One forward, on disk.", rich_help_panel=_STEPS),
     ] = False,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.", rich_help_panel=_STEPS)] = 0,
 ) -> None:
     """Trains SDTP's heads for a model. Stopped, it goes on where it was when called again."""
     from .evaluation.data.loading import loaded as load
