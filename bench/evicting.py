@@ -32,6 +32,8 @@ TWICE = ("kvzip(0.25,plus=True)",)
 """Read the prompt a second time, so that they are measured at fewer shares."""
 TWICE_BUDGETS = (0.25, 0.125)
 TASKS = ("squad", "hotpotqa")
+LEAST = 10
+"""A row of fewer questions says nothing."""
 
 
 def rows(path: Path, numbers: int) -> list[dict[str, Any]]:
@@ -51,7 +53,7 @@ def rows(path: Path, numbers: int) -> list[dict[str, Any]]:
     each = []
     for (task, context, label, budget), mine in found.items():
         dense = found[task, context, "dense", None]
-        if label == "dense" or not set(mine) <= set(dense):
+        if label == "dense" or not set(mine) <= set(dense) or len(mine) < LEAST:
             continue
         lost = [dense[n]["score"] - mine[n]["score"] for n in mine]
         plain = "store=" not in next(iter(mine.values()))["cell"]["policy"]
