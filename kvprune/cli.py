@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Collection
@@ -177,11 +178,12 @@ def train_saliency(
     dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
 ) -> None:
-    """Trains heads for Saliency. Stopped while it reads, it goes on there when called again."""
+    """Trains heads for Saliency. Stopped, it goes on where it was when called again."""
     from .evaluation.data.assets import demo_model
     from .evaluation.data.loading import loaded as load
     from .evaluation.specs import parse
-    from .files import check_folder
+    from .evaluation.trained import as_page, flops_of_scores, in_words
+    from .files import check_folder, write_text
     from .policies.saliency import Saliency
     from .policies.saliency import train_saliency as train
     from .policies.sdtp import read_examples
@@ -196,9 +198,10 @@ def train_saliency(
     # Shorter prompts are kept whole.
     least = max(64, Saliency().protected + 2)
     examples = read_examples(data, tokenizer, tokens, completion, least, limit, progress=True)
+    attached = attach(loaded)
     try:
-        train(
-            attach(loaded),
+        heads = train(
+            attached,
             examples,
             out,
             pruning=policies,
@@ -210,7 +213,12 @@ def train_saliency(
     except KeyboardInterrupt:
         typer.echo(f"stopped; the same command goes on with what is in {out}", err=True)
         raise typer.Exit(130) from None
-    typer.echo((out / "saliency.json").read_text(encoding="utf-8").rstrip())
+    account = json.loads((out / "saliency.json").read_text(encoding="utf-8"))
+    flops = flops_of_scores(attached, Saliency(heads=heads), examples[-1].prompt)
+    typer.echo(in_words(account, flops))
+    name = Path(path).name or path
+    write_text(out / "saliency.html", as_page(account, flops, name))
+    typer.echo(f"{out / 'saliency.html'}: the same, with a plot")
     typer.echo(f"{out}: pass it as Saliency(heads={str(out)!r})")
 
 

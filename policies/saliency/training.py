@@ -6,11 +6,13 @@ over all slots of all layers and heads, which slots a completion would miss.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from kvprune.cache.composed import ComposedCache
 from kvprune.errors import KVPruneError
-from kvprune.files import make_folder, write_text
+from kvprune.files import make_folder, write_text, write_whole
 from kvprune.models.structure import base_of, unwrapped
 from kvprune.policy import TokenPolicy
 from kvprune.policy.checks import checked
@@ -28,7 +30,7 @@ from kvprune.policy.composition import leaves
 
 from ..random import Random
 from ..sdtp.examples import Example, sharing
-from ..sdtp.shipped import fingerprint
+from ..sdtp.shipped import fingerprint, weights_digest
 from .features import GROUPS, NEAR, QUERIES
 from .heads import SaliencyHeads
 from .policy import Saliency
@@ -61,8 +63,9 @@ def train_saliency(
 ) -> SaliencyHeads:
     """Trains heads for a model, which stays as it is.
 
-    A training that was killed while it read goes on there, if it is called again with the same
-    arguments; it then learns from the beginning. Heads are written before they are measured.
+    A training that was killed goes on there, if it is called again with the same arguments: with
+    the example that it read, or the epoch that it learned. Heads are written before they are
+    measured.
 
     Args:
         model: attached.
@@ -125,7 +128,7 @@ def train_saliency(
         {n: torch.cat([seen.features[n] for seen in some], -1).float() for n in some[0].features},
         torch.cat([seen.places for seen in some], -1),
     )
-    _learn(heads, policy, files, epochs, rate, batch, draw, told)
+    _learn(heads, policy, files, epochs, rate, batch, draw, folder, told)
     heads.eval().requires_grad_(False)
     # It tells of other heads, until these are measured.
     (place / ACCOUNT).unlink(missing_ok=True)
@@ -186,15 +189,26 @@ def _learn(
     rate: float,
     batch: int,
     draw: random.Random,
+    folder: Path,
     told: Report,
 ) -> None:
-    """All epochs."""
+    """All epochs, or those that are left of a training that was killed; see `folder`."""
     batch = min(batch, len(files))
     steps = epochs * (len(files) // batch)
     optimizer = torch.optim.AdamW(heads.parameters(), rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps + 1, pct_start=0.1)
-    done = 0
-    for _ in range(epochs):
+    asked = repr((weights_digest(heads), repr(policy), sorted(files), epochs, rate, batch))
+    reached = folder / f"learned-{hashlib.sha256(asked.encode()).hexdigest()[:32]}.pt"
+    begun = 0
+    if reached.exists():
+        before = torch.load(reached, map_location=heads.place_mean.device, weights_only=True)
+        begun = before["epochs"]
+        heads.load_state_dict(before["heads"])
+        optimizer.load_state_dict(before["optimizer"])
+        schedule.load_state_dict(before["schedule"])
+        draw.setstate(before["draw"])
+    done = begun * (len(files) // batch)
+    for epoch in range(begun, epochs):
         order = draw.sample(list(files), len(files))
         for start in range(0, len(order) - batch + 1, batch):
             for path in order[start : start + batch]:
@@ -211,6 +225,14 @@ def _learn(
             schedule.step()
             done += 1
             told("learning", done / steps)
+        state = {
+            "epochs": epoch + 1,
+            "heads": heads.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "draw": draw.getstate(),
+        }
+        write_whole(reached, partial(torch.save, state))
 
 
 def _loss(heads: SaliencyHeads, seen: Seen, sinks: int, recent: int) -> Tensor:
@@ -249,7 +271,13 @@ def _measured(
             lost[name].append(_nats(model, example, one))
         told("measuring", (number + 1) / len(examples))
     means = {name: sum(each) / len(each) for name, each in lost.items()}
-    return {"held_out": len(examples), "nats": {n: round(mean, 4) for n, mean in means.items()}}
+    return {
+        "held_out": len(examples),
+        "prompt_tokens": sum(len(example.prompt) for example in examples) / len(examples),
+        "shares": list(SHARES),
+        "nats": {name: round(mean, 4) for name, mean in means.items()},
+        "each": {name: [round(nats, 4) for nats in each] for name, each in lost.items()},
+    }
 
 
 def _nats(model: Any, example: Example, policy: TokenPolicy | None) -> float:

@@ -215,6 +215,20 @@ def test_heads_are_trained_for_saliency(folder, tmp_path):
     assert done.exception is None and f"Saliency(heads={str(out)!r})" in done.output
     account = json.loads((out / "saliency.json").read_text())
     assert account["examples"] == 4 and account["held_out"] == 2
+    shown, page = " ".join(done.output.split()), (out / "saliency.html").read_text()
+    for share in ("0.25", "0.125"):
+        mine, chance = (
+            sum(a - b for a, b in zip(account["each"][name], account["each"]["dense"], strict=True))
+            for name in (f"saliency {share}", f"random {share}")
+        )
+        assert account["prompt_tokens"] == 76
+        said = f"With {share} of a prompt's slots ({float(share) * 76:.0f} of 76 tokens)"
+        assert f"{said}, completions lose {mine / 2:.2f} nats a token (" in shown
+        assert f"and {chance / 2:.2f} where slots stay by chance" in shown
+        assert f"saliency {share}" in page and f"random {share}" in page
+    assert "Heads for Saliency on model" in page and page.count("<circle") == 4
+    assert not re.search(r"https?:|src=|href=|url\(|@import|<link|<script", page)
+    assert re.search(r"Scores cost \d+\.\d% of the FLOPs", shown)
     said = run("train-saliency", data, *how, "--pruning", "nothing").exception
     assert "nothing" in str(said) and isinstance(said, KVPruneError)
     said = run("train-saliency", data, *how, "--held-out", 6).exception

@@ -294,12 +294,34 @@ def test_heads_learn(tmp_path):
 
     def watch(stage: str, done: float) -> None:
         if stage == "learning":
-            now = {path: path.stat().st_mtime_ns for path in (tmp_path / SEEN).iterdir()}
-            assert now == read
+            files = (tmp_path / SEEN).glob("*.safetensors")
+            assert {path: path.stat().st_mtime_ns for path in files} == read
         if stage == "measuring":
             assert (tmp_path / WEIGHTS).exists()
 
-    heads = train_saliency(model, examples(24), tmp_path, report=watch, **asked)
+    steps = []
+
+    def stop_later(stage: str, done: float) -> None:
+        steps.append(stage)
+        if done > 0.6 and stage == "learning":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_saliency(model, examples(24), tmp_path, report=stop_later, **asked)
+    learned = []
+    heads = train_saliency(
+        model,
+        examples(24),
+        tmp_path,
+        report=lambda *said: (watch(*said), learned.append(said)),
+        **asked,
+    )
+    # Two of four epochs were left; what comes out is what a training without a stop makes.
+    first = next(done for stage, done in learned if stage == "learning")
+    assert steps.count("learning") > 10 and first == pytest.approx(0.5 + 0.25 / 5)
+    whole = train_saliency(model, examples(24), tmp_path / "whole", **asked)
+    for name, tensor in heads.state_dict().items():
+        assert torch.equal(tensor, whole.state_dict()[name])
     assert not (tmp_path / SEEN).exists()
     account = json.loads((tmp_path / ACCOUNT).read_text())
     assert account["held_out"] == 4
