@@ -46,10 +46,11 @@ from kvprune.evaluation.specs import cache_of
 
 @dataclass
 class Conversation:
-    """One user's: all token ids so far `[1, n]`, and what the cache holds of them."""
+    """One user's: all token ids so far `[1, n]`, what the cache holds of them, and its bytes."""
 
     ids: torch.Tensor
     cache: kvprune.ComposedCache
+    held: int
     busy: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
 
@@ -117,13 +118,14 @@ class Server:
     async def state(self, request: Request) -> Response:
         """How many conversations there are, and the bytes of their caches."""
         found = list(self.conversations.values())
-        held = {"system": self.lead.nbytes, "conversations": sum(c.cache.nbytes for c in found)}
+        held = {"system": self.lead.nbytes, "conversations": sum(c.held for c in found)}
         return JSONResponse({"conversations": len(found), "bytes": held})
 
     async def begin(self, request: Request) -> Response:
         """A conversation behind a copy of the system prompt's cache."""
         name = uuid.uuid4().hex
-        self.conversations[name] = Conversation(self.ids, copy.deepcopy(self.lead))
+        cache = copy.deepcopy(self.lead)
+        self.conversations[name] = Conversation(self.ids, cache, cache.nbytes)
         return JSONResponse({"conversation": name}, status_code=201)
 
     async def end(self, request: Request) -> Response:
@@ -147,6 +149,8 @@ class Server:
         most = getattr(self.model.config, "max_position_embeddings", 0)
         if most and ids.shape[1] + self.longest > most:
             raise HTTPException(413, f"expected a conversation of at most {most} tokens in all")
+        # It may have been forgotten meanwhile.
+        self._found(request)
         conversation.busy, conversation.stop = True, threading.Event()
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
 
@@ -180,8 +184,12 @@ class Server:
                 )
             send(_event({}, "done"))
         except Exception as error:
-            send(_event({"error": str(error)}, "error"))
+            # What the cache has read of this turn is not known: the conversation begins anew.
+            conversation.ids, conversation.cache = self.ids, copy.deepcopy(self.lead)
+            said = f"{error}. The conversation begins anew, behind the system prompt"
+            send(_event({"error": said}, "error"))
         finally:
+            conversation.held = conversation.cache.nbytes
             conversation.busy = False
             send(None)
 
@@ -215,7 +223,9 @@ def main() -> None:
     model = kvprune.attach(AutoModelForCausalLM.from_pretrained(asked.model))
     with open(asked.system, encoding="utf-8") as file:
         system = file.read()
-    cache = cache_of(asked.policies)
+    named = cache_of(asked.policies)
+    policies = [policy.for_tokenizer(tokenizer) for policy in named.policies]
+    cache = kvprune.ComposedCache(policies, store=named.store)
     server = Server(model, tokenizer, system, cache, asked.at_once, asked.longest)
     uvicorn.run(server.app, port=asked.port)
 

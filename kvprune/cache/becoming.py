@@ -163,6 +163,17 @@ def _checked_layers(cache: WiredCache, given: Any) -> list[Any]:
             f"from_dynamic: expected what this model has read, with {len(state.layers)} layers, "
             f"got {len(layers)} layers"
         )
+    seen, rows = given.get_seq_length(), layers[0].keys.shape[0]
+    for (index, slots), layer in zip(state.slot_layers(), layers, strict=True):
+        held = 0 if layer.keys is None else layer.keys.shape[2]
+        # A layer with a window may have let go what is out of sight.
+        least = seen if slots.local is None else min(seen, slots.local.size - 1)
+        if not least <= held <= seen or layer.keys.shape[0] != rows:
+            raise KVPruneError(
+                f"from_dynamic: layer {index} holds {held} tokens of {seen}: expected at least "
+                f"{least}, in {rows} rows. A cache that a forward left unfinished, or that "
+                f"something else made shorter, does not say which tokens these are"
+            )
     for policy in cache.policies:
         if "rank_hidden" in policy.hooks or policy.statistics:
             why = [repr(statistic) for statistic in policy.statistics] or ["hidden states"]

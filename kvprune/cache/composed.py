@@ -58,9 +58,9 @@ class ComposedCache(WiredCache):
         observe: likewise.
         store: likewise.
         on_evict: a function that is called with an `Eviction` (`kvprune.cache.evictions`) for each
-            layer that a forward made smaller, behind that forward; None for nobody, which costs
-            nothing. An error of its own reaches whoever called the model; the cache is as it was
-            without it.
+            layer that a forward made smaller, behind that forward (where drafts are recorded, once
+            it is known which of them stay); None for nobody, which costs nothing. An error of its
+            own reaches whoever called the model; the cache is as it was without it.
         state: what is held; for the library's own use, as are the three below.
         session: what `generate` has said.
         guard: who uses the cache.
@@ -216,6 +216,8 @@ class ComposedCache(WiredCache):
         # Shared, not copied: the policies, which hold no state, and the model.
         memo[id(self.policies)] = self.policies
         memo[id(self.binding)] = self.binding
+        # Whoever listens to this cache listens to its copy.
+        memo[id(self.on_evict)] = self.on_evict
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         self.guard.claim()

@@ -13,6 +13,19 @@ from .state import CacheState
 
 
 @dataclass(frozen=True, eq=False)
+class Arrived:
+    """The tokens of a forward, as their columns `[B, Q]`, and by layer those that entered it."""
+
+    tokens: Tensor
+    entered: Mapping[int, Tensor]
+
+    @classmethod
+    def of(cls, step: Step) -> Arrived:
+        """What a forward brought, noted at its end."""
+        return cls(step.tokens, {i: layer.columns for i, layer in step.layer_steps.items()})
+
+
+@dataclass(frozen=True, eq=False)
 class Eviction:
     """What a layer gave up in a forward, or behind a prompt that was read twice.
 
@@ -42,22 +55,21 @@ def held_columns(state: CacheState) -> dict[int, Tensor]:
 
 
 def evictions(
-    before: Mapping[int, Tensor], state: CacheState, step: Step | None
+    before: Mapping[int, Tensor], state: CacheState, arrived: Arrived | None
 ) -> Iterator[Eviction]:
     """What layers hold no more; nothing is said of a layer that gave up nothing.
 
     Args:
         before: what `held_columns` said, before the forward.
         state: what is held behind it.
-        step: the forward; None where there was none.
+        arrived: the forward; None where there was none. What was taken back of it is left out.
     """
     for index, now in held_columns(state).items():
         none = now.new_full((now.shape[0], 1, 0), -1)
         was, entered, shown = before.get(index, none), none, none
-        if step is not None:
-            shown = step.tokens[:, None].to(now.device)
-            known = step.layer_steps.get(index)
-            entered = shown if known is None else known.columns[:, None].to(now.device)
+        if arrived is not None:
+            shown = arrived.tokens[:, None].to(now.device)
+            entered = arrived.entered.get(index, arrived.tokens)[:, None].to(now.device)
         heads = max(each.shape[1] for each in (was, now))
         there, here, came, all_came = (
             _marked(each, state.seen).expand(-1, count, -1)
@@ -71,8 +83,8 @@ def evictions(
 def _marked(columns: Tensor, count: int) -> Tensor:
     """`[B, H, count]` bool, where the columns `[B, H, S]` are."""
     marks = torch.zeros(*columns.shape[:2], count + 1, dtype=torch.bool, device=columns.device)
-    # What is empty goes to the last place, which is cut off.
-    marks.scatter_(2, columns.masked_fill(columns < 0, count), True)
+    # What is empty, or was taken back, goes to the last place, which is cut off.
+    marks.scatter_(2, columns.masked_fill((columns < 0) | (columns > count), count), True)
     return marks[..., :count]
 
 

@@ -38,9 +38,8 @@ def second_reading(cache: WiredCache) -> Iterator[Callable[[Repeat], None]]:
     done = False
     try:
         yield tell
-        cache.state.end_second_reading()
+        cache.end_second_reading()
         done = True
-        cache.tell_evictions(None)
     finally:
         cache.session.repeat = None
         if not done:

@@ -22,7 +22,7 @@ from ..storage.quantized import Quantized
 from ..storage.rows import PromptIds
 from .binding import Binding, bind
 from .endings import Endings
-from .evictions import Eviction, evictions, held_columns
+from .evictions import Arrived, Eviction, evictions, held_columns
 from .guard import Guard
 from .opening import Opening, drops_slots
 from .session import Session
@@ -66,7 +66,11 @@ class WiredCache(Cache):
         self.binding: Binding | None = None
         self.session = Session()
         self.guard = Guard()
+        # For `on_evict`: what was held before the last forward, what that brought, and whether
+        # what went is still to be told.
         self._held: dict[int, Tensor] = {}
+        self._arrived: Arrived | None = None
+        self._untold = False
         self._hold(CacheState([]))
 
     def _hold(self, state: CacheState) -> None:
@@ -193,6 +197,7 @@ class WiredCache(Cache):
             state.check_still_there(self.seen - back)
         self.session.pending = 0
         state.take_back(back)
+        self._tell_evictions()
 
     def activate_past_recording(self) -> None:
         """Lets `crop` take back, from here on, what the last forward read beyond the prompt.
@@ -294,6 +299,7 @@ class WiredCache(Cache):
         self.session.leave(self.seen)
         if not failed and not self.session.recording:
             self.state.settle()
+            self._tell_evictions()
 
     def check_prompt_ids(self, ids: Tensor, mask: Tensor | None = None) -> None:
         """Refuses ids that are not those of the prompt that was read; see `PromptIds`.
@@ -364,6 +370,7 @@ class WiredCache(Cache):
         guard.begin(step)
         self.session.in_stock_generate = False
         if self.on_evict is not None:
+            self._tell_evictions()
             self._held = held_columns(self.state)
         try:
             self.state.make_way(step)
@@ -425,21 +432,27 @@ class WiredCache(Cache):
                 self.session.promise = 0
                 self.session.pending = step.drafts
                 self.guard.failure = ""
-                self.tell_evictions(step)
+                if self.on_evict is not None and step.repeat is None:
+                    self._arrived, self._untold = Arrived.of(step), True
+                    # What drafts evict may come back.
+                    if not self.state.recorded:
+                        self._tell_evictions()
         finally:
             self.guard.release()
             if self.state.waiting is not step:
                 step.let_go()
 
-    def tell_evictions(self, step: Step | None) -> None:
-        """Tells `on_evict` what went since the beginning of a forward, if anybody listens.
+    def end_second_reading(self) -> None:
+        """Asks the policies that wait for it."""
+        self.state.end_second_reading()
+        self._untold = self.on_evict is not None
+        self._tell_evictions()
 
-        Args:
-            step: the forward; None behind a second reading.
-        """
-        if self.on_evict is None or (step is not None and step.repeat is not None):
+    def _tell_evictions(self) -> None:
+        """Tells `on_evict` what went since the last forward began, once, if anybody listens."""
+        if self.on_evict is None or not self._untold:
             return
-        found = list(evictions(self._held, self.state, step))
-        self._held = held_columns(self.state)
+        found = list(evictions(self._held, self.state, self._arrived))
+        self._held, self._arrived, self._untold = held_columns(self.state), None, False
         for each in found:
             self.on_evict(each)

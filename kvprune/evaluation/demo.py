@@ -162,7 +162,9 @@ class _Demo:
 def _numbers(cache: Any) -> int:
     """The numbers of all keys and values that a cache holds."""
     if not isinstance(cache, kvprune.ComposedCache):
-        return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+        states = ((getattr(x, "keys", None), getattr(x, "values", None)) for x in cache.layers)
+        # Layers that keep a state have none.
+        return sum(k.numel() + v.numel() for k, v in states if k is not None and v is not None)
     found = 0
     for index, layer in cache.slot_layers():
         columns, keys, values = cache.columns(index), layer.keys, layer.values
@@ -225,14 +227,12 @@ def run_demo(
     for number, question in enumerate(questions):
         wanted = "" if expected is None else f" Expected: {expected[number]}."
         console.print(Text(f"  {number + 1}. {question}{wanted}"))
-    rows: Sequence[Configuration] = WITH_HEADS
-    try:
-        base: Any = base_of(unwrapped(attached))
-        for row in rows[1:]:
-            row.cache(attached).bind(base._kvprune, base)
-    except KVPruneError as error:
-        rows = WITHOUT_HEADS
-        console.print(Text(f"Not with learned heads: {error}", style="dim"))
+    rows, refused = _possible(attached, WITH_HEADS)
+    if refused:
+        console.print(Text(f"Not with learned heads: {refused[0]}", style="dim"))
+        rows, refused = _possible(attached, WITHOUT_HEADS)
+        for reason in refused:
+            console.print(Text(f"Left out: {reason}", style="dim"))
     demo, outcomes = _Demo(attached, tokenizer, prompts, expected), list[Outcome]()
     with Live(_table([], expected is None, ""), console=console) as live:
         # This run is not timed: the first run of a process is slower.
@@ -241,6 +241,8 @@ def run_demo(
             live.update(_table(outcomes, expected is None, f"running: {row.name}"))
             outcomes.append(demo.run(row))
         live.update(_table(outcomes, expected is None, ""))
+    if len(outcomes) == 1:
+        return outcomes
     best = min(outcomes[1:], key=lambda o: (-sum(o.right), o.as_bfloat16))
     assert best.kept is not None
     console.print(Text(f"\nWhat {best.name} keeps of the first prompt:\n", style="bold"))
@@ -250,6 +252,20 @@ def run_demo(
         console.print(Text(f"The same as a page: {html}"))
     console.print(Text("\n" + _in_words(outcomes[0], best, expected is None), style="bold"))
     return outcomes
+
+
+def _possible(model: Any, rows: Sequence[Configuration]) -> tuple[list[Configuration], list[str]]:
+    """The rows that an attached model can have, and why it cannot have the others."""
+    base: Any = base_of(unwrapped(model))
+    found, refused = list[Configuration](), list[str]()
+    for row in rows:
+        try:
+            if row.policies is not None:
+                row.cache(model).bind(base._kvprune, base)
+            found.append(row)
+        except KVPruneError as error:
+            refused.append(f"{row.name}: {error}")
+    return found, refused
 
 
 def _prompt(model: Any, tokenizer: Any, text: str, question: str) -> torch.Tensor:

@@ -33,11 +33,15 @@ EXTRAS = {
     "train": ("accelerate", "scipy", "tqdm"),
     "bench": ("gguf",),
     "lm-eval": ("lm_eval",),
+    "examples": ("starlette", "uvicorn"),
     "ray": ("ray",),
     "flash": ("flash_attn",),
     "triton": ("triton",),
 }
 """The extras of the package, and the modules that each of them brings."""
+
+TRIED = 96
+"""The tokens that each policy reads of a model."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,11 @@ class Line:
     well: bool = True
 
 
-def examined(model: str | None = None, dtype: str = "auto") -> Iterator[Line]:
+def examined(name: str | None = None, dtype: str = "auto") -> Iterator[Line]:
     """The lines of the report, as they are found.
 
     Args:
-        model: name or folder of a model; None for this installation alone.
+        name: of a model, or its folder; None for this installation alone.
         dtype: to load it in; see `loaded`.
 
     Raises:
@@ -65,16 +69,16 @@ def examined(model: str | None = None, dtype: str = "auto") -> Iterator[Line]:
     yield Line("transformers", f"{transformers.__version__} (tested: {', '.join(TESTED)})")
     yield Line("devices", ", ".join(_devices()))
     for extra, modules in EXTRAS.items():
-        missing = [name for name in modules if find_spec(name) is None]
+        missing = [module for module in modules if find_spec(module) is None]
         yield Line(
             f"[{extra}]", "installed" if not missing else f"not installed ({', '.join(missing)})"
         )
-    stock: Any = _stand_in() if model is None else loaded(model, dtype)[1]
+    stock: Any = _stand_in() if name is None else loaded(name, dtype)[1]
     lacking = [(s.missing(stock), s.used) for s in SEAMS if s.needed(stock) and s.missing(stock)]
     yield Line("seams", f"{len(SEAMS) - len(lacking)} of {len(SEAMS)} found", not lacking)
-    for name, used in lacking:
-        yield Line("missing", f"{name}: kvprune needs it to {used}", False)
-    if model is not None and not lacking:
+    for what, used in lacking:
+        yield Line("missing", f"{what}: kvprune needs it to {used}", False)
+    if name is not None and not lacking:
         yield from _of_model(stock)
 
 
@@ -102,7 +106,8 @@ def _stand_in() -> Any:
 def _of_model(stock: Any) -> Iterator[Line]:
     yield Line("model", f"{type(stock).__name__}, {str(stock.dtype).removeprefix('torch.')}")
     try:
-        base: Any = base_of(unwrapped(attach(stock)))
+        model = attach(stock)
+        base: Any = base_of(unwrapped(model))
     except KVPruneError as error:
         yield Line("attach", f"refused: {error}", False)
         return
@@ -111,9 +116,11 @@ def _of_model(stock: Any) -> Iterator[Line]:
     saliency = "ship" if saliency_heads_for(base) else "none ship: kvprune train-saliency"
     yield Line("heads of Saliency", saliency)
     for name, store in (("plain", None), ("Quantized()", kvprune.Quantized())):
-        yield Line(f"store {name}", _tried(base, [], store))
-    for policy in _policies():
-        yield Line(repr(policy).partition("(")[0], _tried(base, [policy], None))
+        yield Line(f"store {name}", _tried(model, [], store))
+    left_out = list[str]()
+    for policy in _policies(left_out):
+        yield Line(repr(policy).partition("(")[0], _tried(model, [policy], None))
+    yield Line("not tried", f"{', '.join(left_out)}: they need files or numbers")
 
 
 def _has_sdtp(base: Any) -> bool:
@@ -124,8 +131,11 @@ def _has_sdtp(base: Any) -> bool:
     return True
 
 
-def _policies() -> Iterator[TokenPolicy]:
-    """Each policy that needs no files, with its defaults; those around another have SnapKV."""
+def _policies(left_out: list[str]) -> Iterator[TokenPolicy]:
+    """Each policy that needs nothing, with its defaults; those around another have SnapKV.
+
+    The names of the others go to `left_out`.
+    """
     for name in kvprune.policies.__all__:
         kind = getattr(kvprune.policies, name)
         if not issubclass(kind, TokenPolicy):
@@ -139,12 +149,15 @@ def _policies() -> Iterator[TokenPolicy]:
             yield kind(kvprune.policies.SnapKV())
         elif not needed:
             yield kind()
+        else:
+            left_out.append(name)
 
 
-def _tried(base: Any, policies: list[TokenPolicy], store: kvprune.Quantized | None) -> str:
-    """Whether a cache can be bound to the model."""
+def _tried(model: Any, policies: list[TokenPolicy], store: kvprune.Quantized | None) -> str:
+    """Whether a cache reads some tokens with the model."""
+    ids = torch.arange(TRIED)[None] % model.config.get_text_config(decoder=True).vocab_size
     try:
-        kvprune.ComposedCache(policies, store=store).bind(base._kvprune, base)
+        kvprune.read(model, kvprune.ComposedCache(policies, store=store), ids.to(model.device))
     except KVPruneError as error:
         return f"refused: {error}"
     return "works"

@@ -87,7 +87,13 @@ def store_of(text: str) -> Quantized | None:
         raise KVPruneError(f"store {text!r}: expected a text, as 'quantized(bits=4)' or 'plain'")
     if text.strip().lower() == PLAIN:
         return None
-    return _Spec(f"ComposedCache([], store={text})").read()[1]
+    try:
+        return _Spec(f"ComposedCache([], store={text})").read()[1]
+    except KVPruneError as error:
+        reason = str(error).partition(": ")[2].partition(". A spec is")[0]
+        raise KVPruneError(
+            f"store {text!r}: expected plain, or quantized, as quantized(bits=4) ({reason})"
+        ) from error
 
 
 def canonical(policies: Sequence[TokenPolicy], store: Quantized | None = None) -> str:
@@ -200,12 +206,22 @@ class _Spec:
         if self._text.strip().lower() == DENSE:
             return [], None
         match self._tree():
-            case ast.List(elts) | ast.Call(ast.Name("ComposedCache"), [ast.List(elts)], []):
+            case (
+                ast.List(elts)
+                | ast.Call(ast.Name("ComposedCache"), [ast.List(elts)], [])
+                | ast.Call(
+                    ast.Name("ComposedCache"),
+                    [ast.List(elts)],
+                    [ast.keyword("store", ast.Constant(None))],
+                )
+            ):
                 return [self._union(node) for node in elts], None
             case ast.Call(
                 ast.Name("ComposedCache"), [ast.List(elts)], [ast.keyword("store", store)]
             ):
                 return [self._union(node) for node in elts], self._store(store)
+            case ast.Call(ast.Name("ComposedCache")):
+                return self._fail("expected ComposedCache([policies], store=quantized)")
             case node:
                 return self._pipeline(node), None
 

@@ -20,7 +20,8 @@ WIDTH, ROW, LEFT, TOP = 640, 30, 150, 24
 def flops_of_scores(model: Any, policy: Saliency, prompt: Sequence[int]) -> float:
     """The FLOPs of the heads' scores of a prompt, over those of reading it."""
     count = len(prompt)
-    dense = Flops.measured(model).of_prompt(count, [count] * model.config.num_hidden_layers)
+    flops = Flops.measured(model)
+    dense = flops.of_prompt(count, [count] * len(flops.linear))
     return own_prefill_flops(model, prompt, [policy]) / dense
 
 
@@ -35,11 +36,12 @@ def in_words(account: Mapping[str, Any], flops: float) -> str:
     for share in account["shares"]:
         mine, chance = fmean(lost[f"saliency {share}"]), fmean(lost[f"random {share}"])
         low, high = interval(lost[f"saliency {share}"])
+        # One example has no interval.
+        span = f" ({low:.2f} to {high:.2f})" if low == low else ""
         sentence = (
             f"With {share:.3g} of a prompt's slots ({share * account['prompt_tokens']:.0f} of "
-            f"{account['prompt_tokens']:.0f} tokens), completions lose {mine:.2f} nats a token "
-            f"({low:.2f} to {high:.2f}) against the dense model, and {chance:.2f} where slots stay "
-            f"by chance"
+            f"{account['prompt_tokens']:.0f} tokens), completions lose {mine:.2f} nats a token"
+            f"{span} against the dense model, and {chance:.2f} where slots stay by chance"
         )
         if chance > 0:
             sentence += f": {1 - mine / chance:.0%} of that is recovered"
@@ -105,7 +107,8 @@ def _plot(account: Mapping[str, Any]) -> str:
                 f'<line x1="{at(left):.1f}" x2="{at(right):.1f}" y1="{y}" y2="{y}" class="{kind}"/>'
             )
         parts.append(f'<circle cx="{at(mean):.1f}" cy="{y}" r="5" class="{kind}"/>')
-        parts.append(f'<text x="{at(max(mean, right)) + 10:.1f}" y="{y + 4}">{mean:.2f}</text>')
+        end = max(mean, right) if right == right else mean
+        parts.append(f'<text x="{at(end) + 10:.1f}" y="{y + 4}">{mean:.2f}</text>')
     label = html.escape("; ".join(f"{name}: {span[0]:.2f}" for name, span in spans.items()))
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="nats a token lost: {label}">'

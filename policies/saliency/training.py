@@ -197,7 +197,8 @@ def _learn(
     steps = epochs * (len(files) // batch)
     optimizer = torch.optim.AdamW(heads.parameters(), rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps + 1, pct_start=0.1)
-    asked = repr((weights_digest(heads), repr(policy), sorted(files), epochs, rate, batch))
+    names = sorted(path.name for path in files)
+    asked = repr((weights_digest(heads), repr(policy), names, epochs, rate, batch))
     reached = folder / f"learned-{hashlib.sha256(asked.encode()).hexdigest()[:32]}.pt"
     begun = 0
     if reached.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -64,6 +65,30 @@ def test_what_was_shown_is_held_or_was_told(policies, family):
                 assert sum(map(len, each)) == len(shown)
     if "rank_hidden" in policies[0].hooks:
         assert any(each.pruned.numel() for each in told)
+
+
+@pytest.mark.parametrize("policies", POLICIES[:2], ids=repr)
+def test_drafts_that_are_taken_back(policies):
+    """What comes back was never told; in the end all is told that is gone."""
+    model, cache, told = tiny_model(), ComposedCache(policies), list[Eviction]()
+    cache.on_evict = told.append
+    ids = prompt(1, 12).repeat(1, 3)
+    model.generate(ids, cache=cache, max_new_tokens=20, prompt_lookup_num_tokens=4, do_sample=False)
+    for layer in range(LAYERS):
+        for head in range(2):
+            held = sets(cache.columns(layer), 2)[0][head]
+            mine = [sets(each.columns, 2)[0][head] for each in told if each.layer == layer]
+            assert set().union(held, *mine) == set(range(cache.seen))
+            assert len(held) + sum(map(len, mine)) == cache.seen
+
+
+def test_a_copy_has_the_same_listener():
+    """Not a copy of it, which nobody would ever read."""
+    model, cache, told = tiny_model(), ComposedCache([H2O(3, 4)]), list[Eviction]()
+    cache.on_evict = told.append
+    twin = copy.deepcopy(cache)
+    model.generate(prompt(1, 30), cache=twin, max_new_tokens=2, do_sample=False)
+    assert told
 
 
 def test_a_prompt_that_is_read_twice():

@@ -131,6 +131,13 @@ def test_what_cannot_be_taken_over():
     fewer = DynamicCache(config=stock.config)
     fewer.layers = dynamic.layers[:2]
     refused("with 4 layers, got 2 layers", fewer, [])
+    shorter = copy.deepcopy(dynamic)
+    shorter.layers[2].keys = shorter.layers[2].keys[:, :, :9]
+    refused("layer 2 holds 9 tokens of 12: expected at least 12", shorter, [])
+    unfinished: Any = DynamicCache(config=stock.config)
+    for index, layer in enumerate(dynamic.layers[:2]):
+        unfinished.update(layer.keys, layer.values, index)
+    refused("layer 2 holds 0 tokens of 12", unfinished, [])
     cache = ComposedCache.from_dynamic(dynamic, [Knorm(5)], model)
     assert cache.seen == 12 and cache.columns(0).shape[-1] == 5
     with pytest.raises(KVPruneError, match="which was not observed"):

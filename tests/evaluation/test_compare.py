@@ -380,7 +380,7 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("H2O: layers=0: expected numbers of layers", {"policies": ["h2o(layers=0)"]}),
     ("H2O: layers={0: 1}: expected numbers", {"policies": ["h2o(layers={0:1})"]}),
     ("H2O: layers=3: expected numbers", {"policies": [H2O(layers=3)]}),  # type: ignore[arg-type]
-    ("store 'h2o': expected|expected the store quantized", {"stores": ["h2o"]}),
+    ("store 'h2o': expected plain, or quantized", {"stores": ["h2o"]}),
     ("store=3: expected a store", {"stores": [3]}),
     ("stores: expected a list", {"stores": "plain"}),
     (

@@ -100,7 +100,7 @@ def test_rows_are_what_generate_gives(folder, small, tmp_path):
     assert 0.2 < by_head.as_bfloat16 / whole.as_bfloat16 < 0.4
     assert quantized.as_bfloat16 == quantized.held < by_head.held
     assert "2 of 2" in said and "as dense" in said and "those of the dense model" in said
-    assert "Not with learned heads: SDTP(): no heads ship" in said
+    assert "Not with learned heads: SDTP: SDTP(): no heads ship" in said
     page = (tmp_path / "page.html").read_text()
     assert page.count("<span") > len(TEXT) and "https://" not in page
 

@@ -147,7 +147,8 @@ NO_STORES = {
     "ComposedCache([h2o], store='plain')": "expected the name of a policy.*got",
     "ComposedCache([h2o], store=quantized(bits=3))": "Quantized: bits=3: expected 4, 5 or 8",
     "ComposedCache([h2o], store=quantized(bit=4))": "no argument 'bit'.*did you mean 'bits'",
-    "ComposedCache([h2o], stores=quantized)": "expected",
+    "ComposedCache([h2o], stores=quantized)": r"expected ComposedCache\(\[policies\], store=",
+    "ComposedCache([h2o], quantized)": r"expected ComposedCache\(\[policies\], store=",
     "h2o + quantized": "there is no policy 'quantized'",
 }
 
@@ -163,9 +164,10 @@ def test_stores_where_there_are_none_are_refused():
     """By a command that takes policies alone; and names of stores that there are not."""
     with pytest.raises(KVPruneError, match="expected policies alone, got a store: Quantized"):
         parse("ComposedCache([h2o], store=quantized)")
-    for wrong in ("h2o", "", "quantized(bits=3)"):
-        with pytest.raises(KVPruneError, match="expected"):
+    for wrong, why in (("h2o", "got h2o"), ("", "invalid"), ("quantized(bits=3)", "bits=3")):
+        with pytest.raises(KVPruneError, match=f"(?s)^store '.*': expected plain, or .*{why}"):
             store_of(wrong)
+    assert cache_of("ComposedCache([h2o], store=None)").store is None
     with pytest.raises(KVPruneError, match="store None: expected a text"):
         store_of(None)  # type: ignore[arg-type]
 

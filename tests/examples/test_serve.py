@@ -153,6 +153,23 @@ def test_a_client_that_goes_away():
         running.end()
 
 
+def test_an_error_in_an_answer(running, monkeypatch):
+    """Says so, and the conversation can be gone on with, from its beginning."""
+    name = running.begun()
+    running.asked(name, "Ahoy!")
+    path, right = f"/conversations/{name}", running.model.generate
+
+    def fails(*given: Any, **more: Any) -> Any:
+        right(*given, **{**more, "max_new_tokens": 2})
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(running.model, "generate", fails)
+    answer = running.client.post(path, json={"text": " And you?"})
+    assert "event: error" in answer.text and "no room. The conversation begins anew" in answer.text
+    monkeypatch.undo()
+    assert running.asked(name, "Ahoy!") == running.expected(["Ahoy!"])[0]
+
+
 @pytest.mark.slow
 def test_nothing_leaks():
     """Bytes, threads and conversations after two hundred are those after a few."""

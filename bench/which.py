@@ -1,0 +1,83 @@
+"""Writes the tables of docs/which.md from what `bench.evicting` measured.
+
+python -m bench.which
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvprune.files import write_text
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+PAGE = ROOT / "docs" / "which.md"
+
+TABLE = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def page(text: str, results: Path = RESULTS) -> str:
+    """The page with the tables that the results say; they stand between comments that name them."""
+    return TABLE.sub(lambda at: f"{at[1]}{_table(_rows(results / at[2]))}{at[3]}", text)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+    return [row for row in found if row["context"] == 1024 and row["policy"] != "no context"]
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each policy at each budget, the least lost first; both data sets side by side."""
+    found: dict[tuple[str, float], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        task = row["task"].partition(",")[0]
+        found.setdefault((row["policy"], row["budget"]), {})[task] = row
+    lines = ["| kept | policy | bytes | reading | SQuAD | HotpotQA |", "|" + " --- |" * 6]
+    for (policy, budget), of in sorted(found.items(), key=lambda item: _order(item[0], item[1])):
+        any_row = next(iter(of.values()))
+        cells = [f"{budget:g}", f"`{_named(policy)}`", f"{any_row['bytes']:.3f}"]
+        cells += [f"{any_row['prefill_flops']:.2f} x"]
+        cells += [_said(of.get(task)) for task in ("squad", "hotpotqa")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _order(key: tuple[str, float], of: dict[str, dict[str, Any]]) -> tuple[float, float]:
+    return -key[1], _mean(row["nats_lost"] for row in of.values())
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _named(policy: str) -> str:
+    """The policy as the page names it, without places on the machine that measured it."""
+    name = policy.replace("sdtp+", "SDTP + ").replace("saliency", "Saliency")
+    name = name.replace("adakv(base=", "AdaKV(").replace("snapkv(0.25)", "SnapKV")
+    name = name.replace("kvzip(0.25,plus=True)", "KVzip(plus=True)").replace("kvzap", "KVzap")
+    name = name.replace("random", "Random").replace(" in quantized", ", in 5 and 4 bits")
+    while "='" in name:
+        start = name.rindex("(", 0, name.index("='"))
+        name = name[:start] + name[name.index(")", start) + 1 :]
+    return name.replace("(when='first')", "")
+
+
+def _said(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    low, high = row["interval"]
+    return f"{row['nats_lost']:.2f} ({low:.2f} to {high:.2f}), {row['samples']}"
+
+
+def main() -> None:
+    """Writes the page."""
+    write_text(PAGE, page(PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    main()
