@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import kvprune
 from kvprune.cli import app
+from kvprune.policies.duoattention import HeadScores
 from kvprune.policies.kvzap import KVzapGates
 
 from .models import LAYERS, VOCAB, fresh_model, prompt
@@ -121,17 +122,25 @@ def _gates(folder: Path) -> Path:
     return folder / "gates"
 
 
+def _scores(folder: Path) -> HeadScores:
+    scores = HeadScores(torch.rand(LAYERS, 2))
+    scores.save(folder / "heads.safetensors")
+    return scores
+
+
 GIVEN: dict[str, Callable[[Path], Any]] = {
     "name": _name,
     "model": _model,
     "tokenizer": lambda folder: AutoTokenizer.from_pretrained(_name(folder)),
     "inputs": lambda folder: {"input_ids": prompt(1, 150)},
+    "ids": lambda folder: prompt(1, 150),
     "long_text": lambda folder: TEXT,
     "prompts": lambda folder: [TEXT, TEXT[:80]],
     "system_ids": lambda folder: prompt(1, 40),
     "question_ids": lambda folder: prompt(1, 6, 1),
     "heads": _heads,
     "gates": _gates,
+    "scores": _scores,
 }
 
 
