@@ -19,6 +19,7 @@ from .policy.selection import Ranking
 from .storage.quantized import Quantized
 from .wiring.attach import attach, detach
 from .wiring.read import read
+from .wiring.room import share_for_bytes
 
 if TYPE_CHECKING:
     from . import testing
@@ -38,6 +39,7 @@ __all__ = [
     "compare",
     "detach",
     "read",
+    "share_for_bytes",
     "testing",
 ]
 
