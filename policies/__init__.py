@@ -7,6 +7,7 @@ from .dms import DMS
 from .duoattention import DuoAttention
 from .expected_attention import ExpectedAttention
 from .fastkv import FastKV
+from .global_budget import GlobalBudget
 from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import Knorm
@@ -34,6 +35,7 @@ __all__ = [
     "DuoAttention",
     "ExpectedAttention",
     "FastKV",
+    "GlobalBudget",
     "KVzap",
     "KVzip",
     "KeyDiff",
