@@ -16,6 +16,7 @@ from ..engine.layer_step import at_layer
 from ..engine.step import Step
 from ..engine.turnover import evict_across
 from ..errors import KVPruneError
+from ..models.families import head_sizes
 from ..models.structure import attention_of, decoder_layers
 from ..policy.base import TokenPolicy
 from ..policy.composition import evicts
@@ -124,7 +125,7 @@ def take_dynamic(cache: WiredCache, given: Any, mask: Tensor | None, base: Any) 
     Raises:
         KVPruneError: see `ComposedCache.from_dynamic`; nothing was stored then.
     """
-    layers = _checked_layers(cache, given)
+    layers = _checked_layers(cache, given, base)
     seen = given.get_seq_length()
     shape, device = layers[0].keys.shape, layers[0].keys.device
     cache.open_step(shape[0], seen, mask, device)
@@ -143,7 +144,7 @@ def take_dynamic(cache: WiredCache, given: Any, mask: Tensor | None, base: Any) 
         cache.close_step(done)
 
 
-def _checked_layers(cache: WiredCache, given: Any) -> list[Any]:
+def _checked_layers(cache: WiredCache, given: Any, base: Any) -> list[Any]:
     """The layers of a stock cache that fits; refuses any other."""
     if not isinstance(given, DynamicCache) or not given.get_seq_length():
         what = "an empty one" if isinstance(given, DynamicCache) else f"{type(given).__name__}"
@@ -174,6 +175,13 @@ def _checked_layers(cache: WiredCache, given: Any) -> list[Any]:
                 f"{least}, in {rows} rows. A cache that a forward left unfinished, or that "
                 f"something else made shorter, does not say which tokens these are"
             )
+    sizes = head_sizes(base)
+    found = {layer.keys.shape[-1] for layer in layers}
+    if sizes and not found <= set(sizes):
+        raise KVPruneError(
+            f"from_dynamic: expected what this model has read, with {list(sizes)} numbers a head, "
+            f"got {sorted(found)}"
+        )
     for policy in cache.policies:
         if "rank_hidden" in policy.hooks or policy.statistics:
             why = [repr(statistic) for statistic in policy.statistics] or ["hidden states"]

@@ -131,6 +131,10 @@ def test_what_cannot_be_taken_over():
     fewer = DynamicCache(config=stock.config)
     fewer.layers = dynamic.layers[:2]
     refused("with 4 layers, got 2 layers", fewer, [])
+    wider = copy.deepcopy(dynamic)
+    for layer in wider.layers:
+        layer.keys = torch.cat([layer.keys, layer.keys], -1)
+    refused(r"with \[8\] numbers a head, got \[16\]", wider, [])
     shorter = copy.deepcopy(dynamic)
     shorter.layers[2].keys = shorter.layers[2].keys[:, :, :9]
     refused("layer 2 holds 9 tokens of 12: expected at least 12", shorter, [])
