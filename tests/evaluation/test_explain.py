@@ -224,7 +224,8 @@ def test_heads_are_trained_for_saliency(folder, tmp_path):
         assert account["prompt_tokens"] == 76
         said = f"With {share} of a prompt's slots ({float(share) * 76:.0f} of 76 tokens)"
         assert f"{said}, completions lose {mine / 2:.2f} nats a token (" in shown
-        assert f"and {chance / 2:.2f} where slots stay by chance" in shown
+        recovered = f": {1 - mine / chance:.0%} of that is recovered" if chance > 0 else ""
+        assert f"and {chance / 2:.2f} where slots stay by chance{recovered}." in shown
         assert f"saliency {share}" in page and f"random {share}" in page
     assert "Heads for Saliency on model" in page and page.count("<circle") == 4
     assert not re.search(r"https?:|src=|href=|url\(|@import|<link|<script", page)

@@ -116,6 +116,19 @@ def test_beside_others(family, name):
     ask(family, BESIDE[name])
 
 
+def test_heads_that_hold_less_give_nothing_away():
+    """A head counts with what it holds, where that is less than its budget."""
+    model, ids = tiny_model(), prompt(1, 40)
+    before, behind = [AdaKV(Short(9), floor=0.0)], GlobalBudget(Short(9))
+    held = []
+    for policies in (before, [*before, behind]):
+        cache = ComposedCache(policies)
+        kvprune.read(model, cache, ids)
+        held.append([len(h) for each in kept_by_row(cache, 0, 0) for h in each])
+    assert min(held[0]) < 9 < max(held[0])
+    assert sum(held[1]) == sum(min(9, count) for count in held[0]) < sum(held[0])
+
+
 def test_gates_share_one_budget():
     """As KVzip does: the sum over all heads is what each would have by itself, elsewhere."""
     model, ids, zap = tiny_model(), prompt(1, 40), KVzap(gates(), 10, sinks=1, recent=2)
