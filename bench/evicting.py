@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from kvprune.evaluation.command import without_places
 from kvprune.evaluation.compare.compare import Run, measured
 from kvprune.evaluation.compare.plan import Plan
 from kvprune.evaluation.data.assets import demo_model
@@ -63,7 +64,7 @@ def rows(path: Path, numbers: int) -> list[dict[str, Any]]:
             {
                 "task": task,
                 "context": context,
-                "policy": label,
+                "policy": without_places(label),
                 "budget": budget,
                 "samples": len(lost),
                 "nats_lost": round(sum(lost) / len(lost), 4),

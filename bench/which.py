@@ -61,10 +61,12 @@ def _named(policy: str) -> str:
     name = name.replace("adakv(base=", "AdaKV(").replace("snapkv(0.25)", "SnapKV")
     name = name.replace("kvzip(0.25,plus=True)", "KVzip(plus=True)").replace("kvzap", "KVzap")
     name = name.replace("random", "Random").replace(" in quantized", ", in 5 and 4 bits")
+    name = name.replace("globalbudget(base=", "GlobalBudget(").replace("snapkv(0.25,", "SnapKV(")
+    name = name.replace("when='first',", "").replace("(when='first')", "")
     while "='" in name:
         start = name.rindex("(", 0, name.index("='"))
         name = name[:start] + name[name.index(")", start) + 1 :]
-    return name.replace("(when='first')", "")
+    return name
 
 
 def _said(row: dict[str, Any] | None) -> str:

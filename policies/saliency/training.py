@@ -133,7 +133,9 @@ def train_saliency(
     # It tells of other heads, until these are measured.
     (place / ACCOUNT).unlink(missing_ok=True)
     heads.save(place)
-    measured = _measured(model, examples[len(examples) - held_out :], policy, told)
+    # Those that Saliency evicts from, so that chance has as many bytes.
+    layers = sorted(some[0].wanted)
+    measured = _measured(model, examples[len(examples) - held_out :], policy, layers, told)
     account = {"examples": len(learned), "pruning": repr(list(pruning)), "epochs": epochs}
     write_text(place / ACCOUNT, json.dumps({**account, **measured}, indent=2) + "\n")
     shutil.rmtree(folder)
@@ -259,13 +261,13 @@ def _loss(heads: SaliencyHeads, seen: Seen, sinks: int, recent: int) -> Tensor:
 
 @torch.no_grad()
 def _measured(
-    model: Any, examples: Sequence[Example], policy: Saliency, told: Report
+    model: Any, examples: Sequence[Example], policy: Saliency, layers: list[int], told: Report
 ) -> dict[str, Any]:
     """Nats a token of completions: dense, with these heads, and with slots kept at random."""
     runs: dict[str, TokenPolicy | None] = {"dense": None}
     for share in SHARES:
         runs[f"saliency {share}"] = policy.with_budget(share)
-        runs[f"random {share}"] = Random(share, when="first")
+        runs[f"random {share}"] = Random(share, when="first", layers=layers)
     lost: dict[str, list[float]] = {name: [] for name in runs}
     for number, example in enumerate(examples):
         for name, one in runs.items():
