@@ -16,7 +16,7 @@ def test_the_page_says_what_the_results_say():
 
 
 def test_a_table(tmp_path: Path):
-    """One line for each policy at each budget, the least lost first; what was not run has a dash."""
+    """A line for each policy at each budget, the least lost first; a dash for what was not run."""
     row = {"context": 1024, "budget": 0.25, "bytes": 0.26, "prefill_flops": 1.0, "samples": 30}
     rows = [
         {**row, "task": "squad", "policy": "h2o", "nats_lost": 0.5, "interval": [0.25, 0.75]},
