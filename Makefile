@@ -15,7 +15,8 @@ help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
 demo: $(READY) ## the quick look: a small model, with and without pruning
-	$(BIN)/kvprune demo
+	mkdir -p build
+	$(BIN)/kvprune demo --html build/demo.html
 
 test: lint ## lint and the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2
