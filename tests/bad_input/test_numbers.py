@@ -101,9 +101,11 @@ def test_share_that_sdtp_cannot_keep(value):
 # The learned heads of SDTP.
 
 
-@pytest.mark.parametrize("heads", [Path("heads.safetensors"), SDTPHeads, nn.Linear(32, 2)])
+@pytest.mark.parametrize(
+    "heads", [b"heads", SDTPHeads, nn.Linear(32, 2)], ids=["bytes", "class", "module"]
+)
 def test_sdtp_heads_that_are_none(heads):
-    """A folder is named by a text."""
+    """A folder is named by a text or a path."""
     with pytest.raises(KVPruneError, match=r"SDTP: heads: .*SDTPHeads\.from_pretrained\(folder\)"):
         SDTP(heads)
 
