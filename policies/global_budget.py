@@ -51,7 +51,7 @@ class GlobalBudget(Around):
 
     @property
     def hooks(self) -> frozenset[str]:
-        """Those of the policy within, but for all layers at once."""
+        """The hooks of the policy within, but that it is asked about all layers at once."""
         alone, together = HOOKS
         return self.base.hooks - alone | together
 

@@ -125,7 +125,8 @@ def take_dynamic(cache: WiredCache, given: Any, mask: Tensor | None, base: Any) 
     Raises:
         KVPruneError: see `ComposedCache.from_dynamic`; nothing was stored then.
     """
-    layers = _checked_layers(cache, given, base)
+    layers = _checked_layers(cache.state, given, base)
+    _check_knows(cache)
     seen = given.get_seq_length()
     shape, device = layers[0].keys.shape, layers[0].keys.device
     cache.open_step(shape[0], seen, mask, device)
@@ -144,7 +145,7 @@ def take_dynamic(cache: WiredCache, given: Any, mask: Tensor | None, base: Any) 
         cache.close_step(done)
 
 
-def _checked_layers(cache: WiredCache, given: Any, base: Any) -> list[Any]:
+def _checked_layers(state: CacheState, given: Any, base: Any) -> list[Any]:
     """The layers of a stock cache that fits; refuses any other."""
     if not isinstance(given, DynamicCache) or not given.get_seq_length():
         what = "an empty one" if isinstance(given, DynamicCache) else f"{type(given).__name__}"
@@ -152,7 +153,6 @@ def _checked_layers(cache: WiredCache, given: Any, base: Any) -> list[Any]:
             f"from_dynamic: expected a DynamicCache that has read something, got {what}"
         )
     layers: list[Any] = list(given.layers)
-    state = cache.state
     kinds = {type(layer).__name__ for layer in layers}
     if state.is_hybrid or {type(x) for x in layers} - {DynamicLayer, DynamicSlidingWindowLayer}:
         raise KVPruneError(
@@ -182,6 +182,11 @@ def _checked_layers(cache: WiredCache, given: Any, base: Any) -> list[Any]:
             f"from_dynamic: expected what this model has read, with {list(sizes)} numbers a head, "
             f"got {sorted(found)}"
         )
+    return layers
+
+
+def _check_knows(cache: WiredCache) -> None:
+    """Refuses policies that go by what a stock cache does not know."""
     for policy in cache.policies:
         if "rank_hidden" in policy.hooks or policy.statistics:
             why = [repr(statistic) for statistic in policy.statistics] or ["hidden states"]
@@ -190,9 +195,8 @@ def _checked_layers(cache: WiredCache, given: Any, base: Any) -> list[Any]:
                 f"nothing: expected policies that go by keys, values and columns alone, as Knorm. "
                 f"Read the prompt with ComposedCache([...]) instead"
             )
-    if state.positions is not None:
+    if cache.state.positions is not None:
         raise KVPruneError(
             "from_dynamic: expected policies that leave positions as they are, got some inside "
             "the cache, by which keys are held differently"
         )
-    return layers

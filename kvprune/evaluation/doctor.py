@@ -1,6 +1,6 @@
-"""What `kvprune doctor` says: versions, devices, seams of transformers, and what a model may have.
+"""`kvprune doctor` says versions, devices, seams of transformers, and what a model may have.
 
-Nothing is changed, and nothing but the model is loaded.
+It changes nothing, and loads nothing but the model.
 """
 
 from __future__ import annotations

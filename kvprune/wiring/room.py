@@ -72,31 +72,7 @@ def share_for_bytes(
             f"share_for_bytes: {list(policies)!r}: expected a policy that evicts, whose budget is "
             f"a share of the prompt"
         )
-    base: Any = base_of(unwrapped(model))
-    working = [policy.for_model(base) for policy in evicting]
-    observe = parts_of([s for policy in working for s in policy.statistics if s.per == "slot"])
-    caches = []
-    for length in LENGTHS:
-        caches.append(ComposedCache(observe=observe, store=store))
-        ids = torch.arange(length, device=model.device)[None]
-        read(model, caches[-1], ids % base.config.get_text_config(decoder=True).vocab_size)
-    fixed, each, columns = 0.0, 0.0, 0
-    for index, (short, long) in enumerate(zip(*(c.layers for c in caches), strict=True)):
-        if not isinstance(long, SlotLayer):
-            fixed += sum(t.nbytes for t in _states(long))
-            continue
-        slot = (_bytes(long) - _bytes(short)) / (LENGTHS[1] - LENGTHS[0])
-        if long.local is not None:
-            # Until its window is full, a layer grows as others do.
-            slot = _bytes(short) / short.used if short.used else 0.0
-            fixed += slot * min(tokens + new, long.local.size)
-        elif any(policy.layers is None or index in policy.layers for policy in evicting):
-            each += slot + (long.keys.shape[1] - 1) * long.columns.itemsize
-        else:
-            # Layers that hold the same share their columns, which are counted once, below.
-            fixed += (slot - long.columns.itemsize) * (tokens + new)
-            columns = long.columns.itemsize * (tokens + new)
-    fixed += columns
+    fixed, each = _taken(model, evicting, store, tokens + new)
     # Buffers that grow have room for a few slots more, and so have heads of different lengths.
     beside = new + new // 32 + SLACK
     slots = int(((nbytes / rows - fixed) / each - beside) / (1 + WASTE))
@@ -107,6 +83,44 @@ def share_for_bytes(
             f"least {fewest}. Take a store of fewer bits, or shorter prompts"
         )
     return min(1.0, slots / tokens)
+
+
+def _taken(
+    model: Any, evicting: Sequence[TokenPolicy], store: Quantized | None, columns: int
+) -> tuple[float, float]:
+    """The bytes of a row in layers that keep all, and those of a slot in all other layers.
+
+    Args:
+        model: attached.
+        evicting: the policies that evict.
+        store: see `ComposedCache`.
+        columns: of the prompt, and of what follows it.
+    """
+    base: Any = base_of(unwrapped(model))
+    working = [policy.for_model(base) for policy in evicting]
+    observe = parts_of([s for policy in working for s in policy.statistics if s.per == "slot"])
+    caches = []
+    for length in LENGTHS:
+        caches.append(ComposedCache(observe=observe, store=store))
+        ids = torch.arange(length, device=model.device)[None]
+        read(model, caches[-1], ids % base.config.get_text_config(decoder=True).vocab_size)
+    fixed, each, shared = 0.0, 0.0, 0
+    for index, (short, long) in enumerate(zip(*(c.layers for c in caches), strict=True)):
+        if not isinstance(long, SlotLayer):
+            fixed += sum(t.nbytes for t in _states(long))
+            continue
+        slot = (_bytes(long) - _bytes(short)) / (LENGTHS[1] - LENGTHS[0])
+        if long.local is not None:
+            # Until its window is full, a layer grows as others do.
+            slot = _bytes(short) / short.used if short.used else 0.0
+            fixed += slot * min(columns, long.local.size)
+        elif any(policy.layers is None or index in policy.layers for policy in evicting):
+            each += slot + (long.keys.shape[1] - 1) * long.columns.itemsize
+        else:
+            # Layers that hold the same share their columns, which are counted once, below.
+            fixed += (slot - long.columns.itemsize) * columns
+            shared = long.columns.itemsize * columns
+    return fixed + shared, each
 
 
 def _bytes(layer: SlotLayer) -> int:

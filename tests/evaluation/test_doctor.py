@@ -1,4 +1,4 @@
-"""What `kvprune doctor` says of this installation, and of a model."""
+"""`kvprune doctor` speaks of this installation, and of a model."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Running:
         return "".join(piece["text"] for piece in told)
 
     def expected(self, texts: list[str]) -> list[str]:
-        """What `generate` says by itself, in a conversation of these texts."""
+        """The answers that `generate` gives by itself, in a conversation of these texts."""
         ids = self.tokenizer(SYSTEM, return_tensors="pt").input_ids
         cache = kvprune.ComposedCache(self.policies)
         kvprune.read(self.model, cache, ids)

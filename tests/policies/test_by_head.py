@@ -42,16 +42,18 @@ from .test_field import drive
 
 @dataclass(frozen=True)
 class Short(kvprune.TokenPolicy):
-    """Short keys stay, and the newest slots.
+    """Short keys stay, and a row's first and newest slots.
 
     budget: of each head.
     recent: how many of the newest stay in any case.
     steps: scores are whole numbers of these, so that some are equal; 0 for no such steps.
+    sinks: how many of the first stay in any case.
     """
 
     budget: int
     recent: int = 0
     steps: float = 0.0
+    sinks: int = 0
 
     def rank_slots(self, slots):
         """See `TokenPolicy.rank_slots`."""
@@ -59,6 +61,7 @@ class Short(kvprune.TokenPolicy):
         if self.steps:
             score = (score / self.steps).round()
         protected = slots.newest(self.recent) if self.recent else torch.zeros_like(slots.valid)
+        protected = protected | slots.oldest(self.sinks)
         return kvprune.Ranking(score, protected, torch.full((len(score),), self.budget))
 
     def of(self, row: Any) -> tuple[list[dict[int, float]], list[set[int]]]:

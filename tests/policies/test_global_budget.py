@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 
 import kvprune
 from kvprune import ComposedCache, KVPruneError
@@ -29,35 +27,15 @@ from ..support.family_models import attached_family, local_of
 from ..support.models import LAYERS, left_padded, prompt, tiny_model
 from ..support.oracles_reading import kvzip_kept
 from ..support.strategies import sdtp_heads
+from .test_by_head import Short
 from .test_kvzap import gates
 from .test_kvzip import ask, kept_by_row
 
 
-@dataclass(frozen=True)
-class Short(kvprune.TokenPolicy):
-    """Short keys stay, and a row's first tokens.
-
-    budget: of each head.
-    sinks: how many of the first stay in any case.
-    steps: scores are whole numbers of these, so that some are equal; 0 for no such steps.
-    """
-
-    budget: int
-    sinks: int = 0
-    steps: float = 0.0
-
-    def rank_slots(self, slots):
-        """See `TokenPolicy.rank_slots`."""
-        score = -slots.keys.norm(dim=-1)
-        if self.steps:
-            score = (score / self.steps).round()
-        return kvprune.Ranking(
-            score, slots.oldest(self.sinks), torch.full((len(score),), self.budget)
-        )
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "deepseek_v3"])
-@pytest.mark.parametrize("base", [Short(5), Short(7, 2), Short(6, 1, 0.5), Short(3, 5)], ids=repr)
+@pytest.mark.parametrize(
+    "base", [Short(5), Short(7, sinks=2), Short(6, steps=0.5, sinks=1), Short(3, sinks=5)], ids=repr
+)
 def test_what_stays_is_the_oracle_s(base, family):
     """Exact sets, in rows with padding; layers with a window keep what they held."""
     model: Any = tiny_model() if family == "llama" else attached_family(family)
