@@ -43,7 +43,17 @@ def test_the_readme_s_tree_is_true():
     assert found - {"__pycache__"} == set(re.findall(r"(\w+)/", folders[1]))
 
 
-INTERNALS = ("wiring", "cache", "engine", "positions", "storage", "attention", "policy", "models")
+INTERNALS = (
+    "cli",
+    "wiring",
+    "cache",
+    "engine",
+    "positions",
+    "storage",
+    "attention",
+    "policy",
+    "models",
+)
 
 
 def test_the_internals_page_lists_every_file():

@@ -48,6 +48,35 @@ class Eviction:
         return f"Eviction(seen={self.seen}, layer={self.layer}: {gone} slots, {pruned} pruned)"
 
 
+class Watch:
+    """What `on_evict` has still to be told: what layers held before the last forward, and since."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Tensor] = {}
+        self._arrived: Arrived | None = None
+        self._untold = False
+
+    def begin(self, state: CacheState) -> None:
+        """A forward begins."""
+        self._held = held_columns(state)
+
+    def arrived(self, step: Step) -> None:
+        """It has ended."""
+        self._arrived, self._untold = Arrived.of(step), True
+
+    def read_again(self) -> None:
+        """A second reading has ended, and what waited for it was evicted."""
+        self._untold = True
+
+    def untold(self, state: CacheState) -> list[Eviction]:
+        """What went since; each eviction is returned once."""
+        if not self._untold:
+            return []
+        found = list(evictions(self._held, state, self._arrived))
+        self._held, self._arrived, self._untold = held_columns(state), None, False
+        return found
+
+
 def held_columns(state: CacheState) -> dict[int, Tensor]:
     """By layer, the columns `[B, 1|Hkv, S]` of its slots, -1 where one is empty."""
     layers = state.slot_layers()

@@ -39,7 +39,7 @@ class Breaks(kvprune.TokenPolicy):
 
 def attributes(cache: ComposedCache) -> dict[str, Any]:
     """All that a cache knows, and its parts."""
-    parts = ("state", "session", "guard")
+    parts = ("state", "session", "guard", "_watch")
     return vars(cache) | {part: vars(getattr(cache, part)) for part in parts}
 
 
