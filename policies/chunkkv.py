@@ -7,8 +7,10 @@ What the policy within protects, as SnapKV's window, stays in any case, and is n
 Where not even the best chunk fits, its best slots stay, so that no head is left with nothing.
 
 Where the sources differ: the paper's code sums up the scores of a chunk, which is the same order
-for whole chunks; kvpress rounds the number of chunks, so that a budget may be exceeded. Here a
-budget is an upper bound, and up to `size - 1` slots of it are not used.
+for whole chunks; kvpress adds up the heads of a layer, so that all keep the same chunks, counts the
+window as part of the last ones, and rounds the number of chunks, so that a budget may be exceeded.
+Here each head keeps its own chunks, a budget is an upper bound, and up to `size - 1` slots of it
+are not used.
 """
 
 from __future__ import annotations

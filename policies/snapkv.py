@@ -1,8 +1,8 @@
 """SnapKV (arXiv 2404.14469): what the end of the prompt looks at stays.
 
 Once, at the end of a prompt, each head keeps the newest `window` slots and those that their queries
-look at most: the probabilities of the `window` newest queries, added up, pooled over neighbouring
-slots, as the mean over the query heads of a key/value head.
+look at most: the mean probability of the `window` newest queries, pooled over neighbouring slots,
+as the mean over the query heads of a key/value head.
 
 Where the sources differ:
 
@@ -12,6 +12,8 @@ Where the sources differ:
   before pooling.
 * The paper keeps a set for each query head, and keys repeated for each. Here scores are the mean
   over the query heads of a key/value head, after pooling, and keys are held once.
+* The paper adds up what the queries give, AdaKV's code takes the mean: the same order, and the scale
+  that `CriticalKV` expects.
 * The budget counts the window. Shorter prompts than the budget stay whole.
 """
 
@@ -80,7 +82,7 @@ class SnapKV(OneBudget):
 
     def _score(self, slots: SlotView, window: Tensor) -> Tensor:
         """`[B, Hkv, S]`."""
-        given = slots.looks(self.window).sum(3)
+        given = slots.looks(self.window).mean(3)
         others = slots.valid & ~window
         return pooled(given, slots.order, others, self.kernel, self.pooling).mean(2)
 
