@@ -37,7 +37,7 @@ NOTHING = "\nNothing has been measured with this version yet.\n"
 SECTIONS = {
     "prefill": ("Prefill", ("prefill",)),
     "field": ("Methods of the field", ("field",)),
-    "decode": ("Decoding", ("decode",)),
+    "decode": ("Decoding", ("decode", "field-step")),
     "whole": ("End to end", ("whole",)),
     "stream": ("How costs grow", ("stream",)),
     "attach": ("What `attach` costs", ("attach",)),
@@ -48,6 +48,7 @@ TABLES = {
     "prefill": tables.of_prefill,
     "field": tables.of_prefill,
     "decode": tables.of_decode,
+    "field-step": tables.of_decode,
     "whole": tables.of_whole,
     "stream": tables.of_stream,
     "attach": tables.of_attach,

@@ -39,6 +39,7 @@ MEASURES = {
     "prefill": prefill.measure,
     "field": prefill.measure,
     "decode": decode.measure,
+    "field-step": decode.measure_field,
     "whole": whole.measure,
     "stream": stream.measure,
 }

@@ -33,6 +33,8 @@ class Knorm(OneBudget):
 
     when: int | str | None = field(default="prompt", kw_only=True)
 
+    constant_budget = True
+
     def rank_slots(self, slots: SlotView) -> Ranking:
         """Ranks slots by the norms of their keys."""
         dtype = statistic_dtype(slots.keys.dtype)

@@ -34,6 +34,8 @@ class ObservedAttention(OneBudget):
     when: int | str | None = field(default="prompt", kw_only=True)
 
     statistics = (_MEAN,)
+    constant_budget = True
+    layers_alike = True
 
     def rank_slots(self, slots: SlotView) -> Ranking:
         """Ranks slots by their mean attention."""

@@ -47,7 +47,9 @@ class Bar:
 def bars(found: list[Found]) -> list[Bar]:
     """All bars that can be told from these results."""
     return [
-        bar for each in (_prefill, _field, _decode, _whole, _stream, _attach) for bar in each(found)
+        bar
+        for each in (_prefill, _field, _decode, _field_step, _whole, _stream, _attach)
+        for bar in each(found)
     ]
 
 
@@ -105,6 +107,15 @@ def _decode(found: list[Found]) -> Iterator[Bar]:
         for name in BUDGETED:
             what = f"{name}, a step at {int(budget):,} slots, to dense at as many tokens"
             yield Bar.at_most(what, 1.05, ratios(rows[name]["step"], rows[DENSE]["step"]))
+
+
+def _field_step(found: list[Found]) -> Iterator[Bar]:
+    for one in groups(found, "field-step"):
+        for budget, rows in one["found"].items():
+            for name in (name for name in rows if name != DENSE):
+                what = f"{name}, a step at {int(budget):,} slots, to dense at as many tokens"
+                most = 1.25 if name == "RKV" else 1.06
+                yield Bar.at_most(what, most, ratios(rows[name]["step"], rows[DENSE]["step"]))
 
 
 def _whole(found: list[Found]) -> Iterator[Bar]:

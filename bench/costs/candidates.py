@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache
 import kvprune
 from kvprune.policies import (
     H2O,
+    RKV,
     SDTP,
     TOVA,
     ExpectedAttention,
@@ -88,6 +89,21 @@ def methods(model: Any) -> dict[str, Make]:
         kind.__name__: partial(kvprune.ComposedCache, [kind(0.125)]) for kind in FIELD
     }
     composed[FASTKV] = partial(kvprune.ComposedCache, [FastKV(0.25)])
+    return {DENSE: lambda: DynamicCache(config=model.config), **composed}
+
+
+def in_decoding(model: Any, budget: int) -> dict[str, Make]:
+    """Makers of fresh caches whose policies evict in every step, by name, the dense one first.
+
+    SnapKV is the exception: it evicts at the end of the prompt, and what it holds grows.
+    """
+    each: list[kvprune.TokenPolicy] = [H2O(heavy=budget // 2, recent=budget - budget // 2)]
+    each += [SnapKV(budget, window=min(32, budget // 2)), TOVA(budget), RKV(budget)]
+    each += [kind(budget, when=None) for kind in (KeyDiff, Knorm, ObservedAttention)]
+    each += [ExpectedAttention(budget, when=None)]
+    composed: dict[str, Make] = {
+        type(policy).__name__: partial(kvprune.ComposedCache, [policy]) for policy in each
+    }
     return {DENSE: lambda: DynamicCache(config=model.config), **composed}
 
 

@@ -1,4 +1,4 @@
-"""Steps at a full budget after a long prompt, beside dense steps after as many tokens."""
+"""Steps at a full budget after a prompt, beside dense steps after as many tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache
 import kvprune
 from kvprune.statistics import Attention
 
-from .candidates import BOTH, DENSE, HEAVY, STREAMING, held, policies, random_prompt
+from .candidates import BOTH, DENSE, HEAVY, STREAMING, held, in_decoding, policies, random_prompt
 from .clock import Clock, Tick, tidy, turns
 from .models import Pair
 from .plan import STEPS, Part
@@ -19,14 +19,43 @@ from .plan import STEPS, Part
 BUDGETED = (STREAMING, HEAVY, BOTH)
 WARM_UP = 5
 """Steps of every candidate that are not counted."""
+READING = 0.7
+"""The share of the time in which the prompt is read."""
 
 
 @torch.no_grad()
 def measure(pair: Pair, part: Part, clock: Clock, tick: Tick) -> dict[str, Any]:
     """The seconds of each `step`, and the bytes `held` afterwards, by budget and candidate."""
-    model, reading = pair.attached, 0.7
+    ids = random_prompt(pair.attached, 1, part.context)
+    caches = _read(pair.attached, ids, part.budgets, lambda share: tick(READING * share))
+    return _stepped(pair.attached, ids, part, caches, clock, tick)
+
+
+@torch.no_grad()
+def measure_field(pair: Pair, part: Part, clock: Clock, tick: Tick) -> dict[str, Any]:
+    """As `measure`, of the field's methods; each reads the prompt, and keeps its budget of it."""
+    model = pair.attached
     ids = random_prompt(model, 1, part.context)
-    caches = _read(model, ids, part.budgets, lambda share: tick(reading * share))
+    caches: dict[int, dict[str, Cache]] = {budget: {} for budget in part.budgets}
+    for budget, found in caches.items():
+        makers = in_decoding(model, budget)
+        for number, (name, make) in enumerate(makers.items(), 1):
+            found[name] = make()
+            shown = ids[:, :budget] if name == DENSE else ids
+            model(shown, past_key_values=found[name], logits_to_keep=1)
+            tick(READING * number / len(makers))
+    return _stepped(model, ids, part, caches, clock, tick)
+
+
+def _stepped(
+    model: Any,
+    ids: Tensor,
+    part: Part,
+    caches: dict[int, dict[str, Cache]],
+    clock: Clock,
+    tick: Tick,
+) -> dict[str, Any]:
+    """The steps of all caches, in turns."""
     names = [(budget, name) for budget in part.budgets for name in caches[budget]]
     steps: dict[tuple[int, str], list[float]] = {key: [] for key in names}
     tidy()
@@ -34,7 +63,7 @@ def measure(pair: Pair, part: Part, clock: Clock, tick: Tick) -> dict[str, Any]:
     for turn in range(WARM_UP + count):
         for key in turns(names, turn):
             steps[key].append(step(model, ids, caches[key[0]][key[1]], clock))
-        tick(reading + (1 - reading) * (turn + 1) / (WARM_UP + count))
+        tick(READING + (1 - READING) * (turn + 1) / (WARM_UP + count))
     return {
         str(budget): {
             name: {"step": steps[budget, name][WARM_UP:], "held": held(cache)}

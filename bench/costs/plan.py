@@ -83,6 +83,7 @@ class Sizes:
             *(_prefill("prefill", n, 5 if n < 2048 else 4 if n <= 4096 else 3) for n in contexts),
             _field(max(layers)),
             _decode(last, tuple(sorted(self.budgets))),
+            _field_step(max(self.budgets), sorted(self.budgets)[len(self.budgets) // 2]),
             _whole(last, self.new),
             _stream(self.stream, min(self.budgets)),
             _prefill("bfloat16", first, 3, dtype="bfloat16"),
@@ -126,6 +127,14 @@ def _decode(context: int, budgets: tuple[int, ...]) -> Part:
     reading = _BUDGETED * dense_seconds(context) + sum(map(dense_seconds, budgets))
     seconds = reading + repeats * STEPS * 4 * len(budgets) * _STEP
     return Part(f"decode-{context}", "decode", context, repeats, seconds, budgets=budgets)
+
+
+def _field_step(context: int, budget: int) -> Part:
+    """A part of steps on what the field's methods keep, beside dense steps."""
+    repeats = 6
+    seconds = _FIELD * dense_seconds(context) + repeats * STEPS * _FIELD * _STEP
+    name = f"field-step-{context}"
+    return Part(name, "field-step", context, repeats, seconds, budgets=(budget,))
 
 
 def _whole(context: int, new: int) -> Part:

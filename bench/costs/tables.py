@@ -142,6 +142,7 @@ def title(one: Found) -> str:
         "prefill": f"Prefill of {part['context']:,} tokens",
         "field": f"Prefill of {part['context']:,} tokens by methods of the field",
         "decode": f"Steps after {part['context']:,} tokens",
+        "field-step": f"Steps after {part['context']:,} tokens by methods of the field",
         "whole": f"End to end: {part['context']:,} tokens and {part['new']} new ones",
         "stream": f"A stream of {part['context']:,} tokens",
         "attach": f"`attach` alone, {part['context']:,} tokens",

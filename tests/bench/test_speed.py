@@ -78,13 +78,13 @@ def test_one_command_measures_all_and_a_page_is_made_of_it(asked, monkeypatch, t
     assert run(monkeypatch, *asked) == 0
     found = results.read(tmp_path / "results")
     names = {"attach-128", "prefill-128", "decode-128", "whole-128", "stream-2048"}
-    others = {"bfloat16-128", "batch-128", "layer-128", "field-128"}
+    others = {"bfloat16-128", "batch-128", "layer-128", "field-128", "field-step-32"}
     assert {one["part"]["name"] for one in found} == names | others
     for one in found:
         assert {"command", "torch", "transformers", "machine", "dtype"} <= set(one["about"])
     assert {one["about"]["dtype"] for one in found} == {"torch.float32", "torch.bfloat16"}
     said = capsys.readouterr().out
-    assert said.startswith("9 parts, about ") and "layer-128: 100%; 0 min left in all" in said
+    assert said.startswith("10 parts, about ") and "layer-128: 100%; 0 min left in all" in said
     performance.write(found, tmp_path / "page.md")
     assert "\n## How costs grow\n" in (tmp_path / "page.md").read_text()
 

@@ -48,6 +48,8 @@ def results() -> list[dict[str, Any]]:
         "64": {DENSE: {"step": [0.1] * 12, "held": 5_000_000}}
         | {name: {"step": [0.104] * 12, "held": 5_000_000} for name in BUDGETED}
     }
+    rows = decode["64"]
+    field = {"64": {DENSE: rows[DENSE], "TOVA": {"step": [0.105] * 12, "held": 5_000_000}}}
     whole = {
         DENSE: {"whole": [16.0, 18.0, 20.0], "held": 100_000_000},
         BOTH: {"whole": [10.0, 10.0, 10.0], "held": 15_000_000},
@@ -62,6 +64,7 @@ def results() -> list[dict[str, Any]]:
     attach = {name: {"prefill": [1.0] * 3, "step": [0.1] * 30} for name in (WITHOUT, WITH)}
     others = [
         (part("decode-8192", "decode", 8192), decode),
+        (part("field-step-2048", "field-step", 2048), field),
         (part("whole-8192", "whole", 8192, new=128), whole),
         (part("stream-4096", "stream", 4096), stream),
         (part("attach-1024", "attach", 1024), attach),
