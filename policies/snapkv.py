@@ -12,8 +12,8 @@ Where the sources differ:
   before pooling.
 * The paper keeps a set for each query head, and keys repeated for each. Here scores are the mean
   over the query heads of a key/value head, after pooling, and keys are held once.
-* The paper adds up what the queries give, AdaKV's code takes the mean: the same order, and the scale
-  that `CriticalKV` expects.
+* The paper adds up what the queries give, AdaKV's code takes the mean: the same order, and the
+  scale that `CriticalKV` expects.
 * The budget counts the window. Shorter prompts than the budget stay whole.
 """
 
