@@ -19,7 +19,29 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kvprune
 from kvprune.evaluation.data.assets import demo_model
 from kvprune.files import write_text
-from kvprune.policies import H2O, SDTP, StreamingLLM
+from kvprune.policies import (
+    DMS,
+    H2O,
+    RKV,
+    SDTP,
+    TOVA,
+    AdaKV,
+    ChunkKV,
+    CriticalKV,
+    DuoAttention,
+    ExpectedAttention,
+    FastKV,
+    GlobalBudget,
+    KeyDiff,
+    Knorm,
+    KVzip,
+    ObservedAttention,
+    PyramidKV,
+    Random,
+    Saliency,
+    SnapKV,
+    StreamingLLM,
+)
 
 FOLDER = Path(__file__).parent.parent / "docs" / "policies"
 TEXT = (
@@ -32,13 +54,39 @@ TEXT = (
     "to the top.\n\nQuestion: In which year was the lighthouse built?\nAnswer:"
 )
 NEW_TOKENS = 16
+SNAP = SnapKV(0.25, window=8)
+HEADS = 3
+STREAMING = {layer: [layer % HEADS] if layer % 4 else [] for layer in range(30)}
+"""Made up, for the demo model: heads that keep the first and the newest tokens."""
 POLICIES: dict[str, tuple[kvprune.TokenPolicy, ...]] = {
     "h2o": (H2O(heavy=0.1, recent=0.1),),
     "streaming-llm": (StreamingLLM(sinks=4, window=24),),
     "sdtp": (SDTP(),),
     "sdtp-h2o": (SDTP(), H2O(heavy=0.1, recent=0.1)),
     "union": (StreamingLLM(sinks=4, window=14) | H2O(heavy=14, recent=14),),
+    "saliency": (Saliency(0.25),),
+    "fastkv": (FastKV(0.25),),
+    "snapkv": (SNAP,),
+    "pyramidkv": (PyramidKV(0.25, window=8),),
+    "tova": (TOVA(0.25),),
+    "observed-attention": (ObservedAttention(0.25),),
+    "expected-attention": (ExpectedAttention(0.25),),
+    "keydiff": (KeyDiff(0.25),),
+    "knorm": (Knorm(0.25),),
+    "random": (Random(0.25),),
+    "adakv": (AdaKV(SNAP),),
+    "global-budget": (GlobalBudget(SNAP),),
+    "criticalkv": (CriticalKV(SNAP),),
+    "chunkkv": (ChunkKV(SNAP, size=10),),
+    "duoattention": (DuoAttention(STREAMING, sinks=4, recent=24),),
+    "kvzip": (KVzip(0.25),),
+    "rkv": (RKV(36, when=4),),
+    "dms": (DMS(Knorm(when=None), threshold=-11.0, window=16),),
 }
+READ_TWICE = ("kvzip",)
+"""These do not run in a `generate` alone."""
+NAMES = {"duoattention": f"DuoAttention(0 or 1 of {HEADS} heads stream, sinks=4, recent=24)"}
+"""Where the policy's own name is too long."""
 
 # For light and dark screens: `few` are columns that some heads keep, `all` that all heads keep.
 STYLE = """
@@ -52,9 +100,20 @@ STYLE = """
 WIDTH, HEIGHT, LEFT, TOP = 4.6, 6, 56, 24  # of a token, of a layer; margins left and above
 
 
-def kept(model: Any, ids: torch.Tensor, policies: tuple[kvprune.TokenPolicy, ...]) -> list[str]:
-    """A digit for each column, by layer: how many key/value heads hold the column at the end."""
+def kept(
+    model: Any, ids: torch.Tensor, policies: tuple[kvprune.TokenPolicy, ...], twice: bool = False
+) -> list[str]:
+    """A digit for each column, by layer: how many key/value heads hold the column at the end.
+
+    Args:
+        model: attached.
+        ids: the prompt, `[1, N]`.
+        policies: the pipeline.
+        twice: whether the prompt, but for its last token, is read before `generate`.
+    """
     cache = kvprune.ComposedCache(policies)
+    if twice:
+        kvprune.read(model, cache, ids[:, :-1])
     tokens = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), cache=cache, **tokens)
     rows = []
@@ -67,13 +126,18 @@ def kept(model: Any, ids: torch.Tensor, policies: tuple[kvprune.TokenPolicy, ...
     return rows
 
 
+def named(picture: str) -> str:
+    """The policies of a picture, as code."""
+    return NAMES.get(picture, ", ".join(map(repr, POLICIES[picture])))
+
+
 def found(model: Any, ids: torch.Tensor) -> dict[str, Any]:
     """The data of all pictures, for ids `[1, N]`."""
     return {
         "prompt": ids.shape[1],
         "heads": model.config.num_key_value_heads,
         "pictures": {
-            name: {"policies": ", ".join(map(repr, p)), "kept": kept(model, ids, p)}
+            name: {"policies": named(name), "kept": kept(model, ids, p, name in READ_TWICE)}
             for name, p in POLICIES.items()
         },
     }

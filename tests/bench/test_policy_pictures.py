@@ -40,7 +40,7 @@ def test_every_picture_is_drawn_from_what_was_found(tmp_path: Path):
     assert drawn == {p.name: p.read_text() for p in pictures.FOLDER.glob("*.svg")}
     assert {f"{name}.svg" for name in pictures.POLICIES} == set(drawn)
     said = {name: picture["policies"] for name, picture in SAID["pictures"].items()}
-    assert said == {n: ", ".join(map(repr, p)) for n, p in pictures.POLICIES.items()}
+    assert said == {name: pictures.named(name) for name in pictures.POLICIES}
 
 
 def test_a_drawing_has_a_rectangle_for_each_run():
@@ -53,8 +53,12 @@ def test_a_drawing_has_a_rectangle_for_each_run():
 
 
 def test_every_picture_stands_on_a_page():
+    """On one of a policy, and in the gallery."""
     text = "".join(page.read_text() for page in pictures.FOLDER.glob("*.md"))
     assert set(re.findall(r"\]\(([\w-]+\.svg)\)", text)) == {f"{n}.svg" for n in pictures.POLICIES}
+    gallery = (pictures.FOLDER.parent / "gallery.md").read_text()
+    shown = re.findall(r"\]\(policies/([\w-]+)\.svg\)", gallery)
+    assert sorted(shown) == sorted(pictures.POLICIES)
 
 
 @pytest.mark.slow
