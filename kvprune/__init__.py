@@ -11,19 +11,18 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
-from .cache.composed import ComposedCache
-from .errors import KVPruneError
-from .policy.around import Around
-from .policy.base import TokenPolicy
-from .policy.selection import Ranking
-from .storage.quantized import Quantized
-from .wiring.attach import attach, detach
-from .wiring.read import read
-from .wiring.room import share_for_bytes
-
 if TYPE_CHECKING:
     from . import testing
+    from .cache.composed import ComposedCache
+    from .errors import KVPruneError
     from .evaluation.compare.compare import compare
+    from .policy.around import Around
+    from .policy.base import TokenPolicy
+    from .policy.selection import Ranking
+    from .storage.quantized import Quantized
+    from .wiring.attach import attach, detach
+    from .wiring.read import read
+    from .wiring.room import share_for_bytes
 
     __version__: str
 
@@ -43,15 +42,37 @@ __all__ = [
     "testing",
 ]
 
+_HOMES = {
+    "Around": ".policy.around",
+    "ComposedCache": ".cache.composed",
+    "KVPruneError": ".errors",
+    "Quantized": ".storage.quantized",
+    "Ranking": ".policy.selection",
+    "TokenPolicy": ".policy.base",
+    "attach": ".wiring.attach",
+    "compare": ".evaluation.compare.compare",
+    "detach": ".wiring.attach",
+    "read": ".wiring.read",
+    "share_for_bytes": ".wiring.room",
+}
+"""Where each name is. None is imported before it is asked for: torch and transformers take seconds,
+which nobody should wait for `kvprune --help`."""
+
 
 def __getattr__(name: str) -> Any:
-    """`compare`, `testing` and the version, and what they need, once they are asked for."""
+    """A public name, and what it needs, once it is asked for."""
     if name == "__version__":
-        return importlib.metadata.version(__name__)
-    if name == "testing":
+        found: Any = importlib.metadata.version(__name__)
+    elif name in _HOMES:
+        found = getattr(importlib.import_module(_HOMES[name], __name__), name)
+    elif name == "testing":
         return importlib.import_module(".testing", __name__)
-    if name == "compare":
-        from .evaluation.compare.compare import compare
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
 
-        return compare
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    """The public names, asked for or not."""
+    return sorted({*globals(), *__all__})

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +205,56 @@ def test_a_stage_is_shown_as_it_is_spelled(monkeypatch, capsys):
     with progress.stage("silent", wanted=False):
         pass
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_command_needs_nothing_to_say_its_options():
+    """Neither torch nor transformers, which take seconds."""
+    program = "import kvprune.cli, sys; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_ctrl_c_ends_a_command_without_a_traceback(wrapped, monkeypatch, capsys):
+    """Also where a library has made another error of it."""
+
+    def stopped() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            if wrapped:
+                raise ModuleNotFoundError("some module") from error
+            raise
+
+    monkeypatch.setattr("kvprune.cli.app", stopped)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130 and not capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_another_error_is_no_ctrl_c(monkeypatch):
+    """It comes out as it is."""
+    monkeypatch.setattr("kvprune.cli.app", lambda: {}["missing"])
+    with pytest.raises(KeyError):
+        main()
+
+
+def test_ctrl_c_in_a_destructor_is_not_lost(monkeypatch):
+    """Python lets no error out of one: it comes a moment later."""
+
+    class Object:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def app() -> None:
+        it = Object()
+        del it
+        time.sleep(5)
+        raise AssertionError("it was lost")
+
+    monkeypatch.setattr("kvprune.cli.app", app)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from types import FrameType
+
 import typer
 
 from ..errors import KVPruneError
@@ -28,9 +32,38 @@ app.command()(doctor)
 
 
 def main() -> None:
-    """Runs the command; an expected error is printed as one line, without a traceback."""
+    """Runs the command; an expected error is printed as one line, without a traceback.
+
+    Ctrl-C ends it with 130, also where a library has turned it into an error of its own.
+    """
+    before = signal.signal(signal.SIGINT, _ctrl_c)
     try:
         app()
     except KVPruneError as error:
         typer.echo(f"kvprune: {error}", err=True)
         raise SystemExit(2) from None
+    except (Exception, KeyboardInterrupt) as error:
+        if not _from_ctrl_c(error):
+            raise
+        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _ctrl_c(number: int, frame: FrameType | None) -> None:
+    """Raises; a moment later where Python would not let the error out of a destructor."""
+    if frame is not None and frame.f_code.co_name == "__del__":
+        again = threading.Timer(0.05, signal.raise_signal, [number])
+        again.daemon = True
+        again.start()
+        return
+    raise KeyboardInterrupt
+
+
+def _from_ctrl_c(error: BaseException | None) -> bool:
+    """Whether a Ctrl-C stands behind an error, as where an import in transformers was stopped."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
