@@ -9,7 +9,7 @@ LM_EVAL := $(VENV)/.ready-lm-eval
 
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help demo test test-all test-releases test-gpu lint docs heads comparison peers speed clean
+.PHONY: help demo test test-all test-releases test-gpu lint docs heads comparison pareto peers speed clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ heads: $(READY) ## train the heads that ship (an hour and a half of two cores)
 
 comparison: $(READY) ## the published comparison (two hours of two cores); goes on where it was stopped
 	$(BIN)/python -m bench.comparison $(ARGS)
+
+pareto: $(READY) ## shares, bits and policies: nats lost against bytes (two hours of two cores)
+	$(BIN)/python -m bench.pareto $(ARGS)
 
 peers: $(READY) ## kvpress beside kvprune, in an environment of its own; ARGS="speed --repeats 2"
 	$(BIN)/python -m bench.peers $(ARGS)

@@ -2,7 +2,9 @@
 
     python -m bench.pareto                                   # two hours; goes on where it stopped
     python -m bench.pareto --samples 200 --policies none     # stores alone
-    python -m bench.pareto --samples 0                       # the page anew, from the results
+    python -m bench.pareto --page                            # the page anew, from the results
+
+What was measured is kept in build/pareto.jsonl: remove it after a change of code.
 
 The questions are the final splits of SQuAD and HotpotQA (see `kvprune.evaluation.tasks.articles`),
 on which nothing was chosen. What is lost is the gold answer's log-likelihood, in nats a token,
@@ -15,8 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -24,14 +29,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvprune
 from kvprune.evaluation.data.assets import demo_model
+from kvprune.evaluation.report.figures import canvas, finished, look
+from kvprune.evaluation.report.palette import INK, MUTED, styles
+from kvprune.evaluation.report.pareto import front
 from kvprune.evaluation.report.statistics import interval
 from kvprune.evaluation.specs import store_of
 from kvprune.evaluation.tasks import task
+from kvprune.files import write_text
 from kvprune.policies import H2O, SDTP, Saliency, SnapKV
 
 from .about import write
+from .command import run
 
-RESULTS = Path(__file__).parent / "results" / "pareto.json"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results" / "pareto.json"
+PAGE = ROOT / "docs" / "pareto.md"
 TASKS = ("squad", "hotpotqa")
 STORES = ("plain", "quantized(bits=8)", "quantized")
 SHARES = (0.5, 0.25, 0.125)
@@ -106,14 +118,14 @@ def measured(
             sample = each[number]
             answer = tokenizer.encode(f" {sample.answers[0]}", add_special_tokens=False)
             dense, _ = scored(model, sample.prompt, answer, kvprune.ComposedCache())
-            found = []
+            found = [work.read_text(encoding="utf-8")] if work.exists() else []
             for cell in missing:
                 cache = kvprune.ComposedCache(pipelines[cell], store=store_of(cell.store))
                 got, held = scored(model, sample.prompt, answer, cache)
                 said = {"task": name, "context": context, "sample": number, **cell._asdict()}
                 found.append(json.dumps(said | {"lost": dense - got, "bytes": held}) + "\n")
-            with work.open("a", encoding="utf-8") as file:
-                file.writelines(found)
+            # Written as a whole, so that no run that was killed leaves a part of a line.
+            write_text(work, "".join(found))
             print(f"{name}: {number + 1} of {samples}", flush=True)
 
 
@@ -144,8 +156,115 @@ def rows(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return said
 
 
-def main() -> None:
-    """Measures, and writes what was found."""
+def together(found: Iterable[Mapping[str, Any]]) -> dict[Cell, dict[str, Any]]:
+    """By cell, the row of each task, and the means over tasks of `lost` and `bytes`."""
+    each: dict[Cell, dict[str, Any]] = {}
+    for row in found:
+        each.setdefault(_cell(row), {})[row["task"]] = row
+    whole = {cell: tasks for cell, tasks in each.items() if tasks.keys() == set(TASKS)}
+    for tasks in whole.values():
+        of_tasks = list(tasks.values())
+        tasks |= {of: fmean(row[of] for row in of_tasks) for of in ("lost", "bytes")}
+    return whole
+
+
+def best(cells_found: Mapping[Cell, Mapping[str, Any]]) -> list[Cell]:
+    """The Pareto front from the fewest bytes on: none has both fewer bytes and fewer nats lost."""
+    points = [(row["bytes"], -row["lost"]) for row in cells_found.values()]
+    on = [cell for cell, is_on in zip(cells_found, front(points), strict=True) if is_on]
+    return sorted(on, key=lambda cell: cells_found[cell]["bytes"])
+
+
+def page(found: Sequence[Mapping[str, Any]]) -> str:
+    """The text of the page."""
+    each = together(found)
+    samples = [row["samples"] for row in found]
+    told = f"{min(samples)} to {max(samples)}" if min(samples) < max(samples) else f"{samples[0]}"
+    order = sorted(each, key=lambda cell: each[cell]["bytes"])
+    return (
+        HEAD.format(samples=told)
+        + _table(each, best(each))
+        + "\n## All of them\n\n"
+        + _table(each, order)
+    )
+
+
+def _table(each: Mapping[Cell, Mapping[str, Any]], order: Sequence[Cell]) -> str:
+    lines = [
+        "| bytes | policy | slots | store | SQuAD | HotpotQA |",
+        "| ---: | --- | ---: " + "| --- " * 3 + "|",
+    ]
+    for cell in order:
+        row = each[cell]
+        said = [f"{row['bytes']:.3f}", cell.policy, f"{cell.share:g}", f"`{cell.store}`"]
+        said += [
+            f"{one['lost']:.2f} ({one['low']:.2f} to {one['high']:.2f}), {one['samples']}"
+            for one in (row[name] for name in TASKS)
+        ]
+        lines.append(f"| {' | '.join(said)} |")
+    return "\n".join(lines) + "\n"
+
+
+HEAD = """# Shares, bits and policies
+
+Evicting slots and holding them in few bits both save bytes, and go together: which of the two pays
+where? SmolLM2-135M reads prompts of about 1,024 tokens, and what is lost is the log-likelihood of
+the gold answer against the dense model on the same question, in nats a token ({samples} questions
+of each set, the final splits, with 95 % bootstrap intervals). Bytes are all that a cache holds
+behind the prompt, over those of the dense keys and values in bfloat16; keys and values that are
+float32 here count at two bytes a number. *Slots* is the share that stays; SDTP alone has a
+schedule, and evicts nothing. The picture has the mean of both sets. `make pareto` measures all of
+it, and makes this page.
+
+![Nats lost against bytes: one line for each policy and store](pareto.svg)
+
+## The Pareto front
+
+Nothing that was measured has both fewer bytes and less lost than one of these; intervals overlap,
+so that neighbours may change places.
+
+"""
+
+
+def picture(found: Sequence[Mapping[str, Any]]) -> str:
+    """The SVG of the page: a line for each policy and store, and rings around the front."""
+    from matplotlib.lines import Line2D
+
+    each = together(found)
+    style = styles([name for name in POLICIES if any(cell.policy == name for cell in each)])
+    lines: dict[str, Any] = dict(zip(STORES, ("-", "--", ":"), strict=True))
+    ring: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 10}
+    ring |= {"markerfacecolor": "none", "markeredgecolor": INK}
+    looks: dict[str, dict[str, Any]] = {
+        name: {"color": one.colour, "marker": one.marker, "markersize": 5}
+        for name, one in style.items()
+    }
+    legend = [(Line2D([], [], **drawn), name) for name, drawn in looks.items()]
+    legend += [(Line2D([], [], color=INK, linestyle=line), name) for name, line in lines.items()]
+    legend.append((Line2D([], [], **ring), "Pareto front"))
+    title = "Nats lost against bytes"
+    with look("pareto"):
+        figure, axes = canvas(title, 3.6, legend)
+        for name, drawn in looks.items():
+            for store, line in lines.items():
+                mine = [row for cell, row in each.items() if cell[::2] == (name, store)]
+                mine.sort(key=lambda row: row["bytes"])
+                axes.plot(*_points(mine), linestyle=line, **drawn)
+        axes.plot(*_points([each[cell] for cell in best(each)]), **ring)
+        axes.axhline(0, color=MUTED, linewidth=0.9)
+        axes.set_xscale("log", base=2)
+        ticks = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
+        axes.set_xticks(ticks, [f"1/{round(1 / tick)}" if tick < 1 else "1" for tick in ticks])
+        axes.set(xlabel="bytes over dense in bfloat16", ylabel="nats lost a token")
+        return finished(figure, "pareto", title).svg
+
+
+def _points(each: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    return [row["bytes"] for row in each], [row["lost"] for row in each]
+
+
+def main() -> int:
+    """Measures, and writes what was found; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -153,19 +272,27 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
-    parser.add_argument("--stores", nargs="+", default=list(STORES))
+    parser.add_argument("--stores", nargs="+", default=list(STORES), choices=list(STORES))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=Path("build/pareto.jsonl"))
+    parser.add_argument("--page", action="store_true", help="the page alone, from the results")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "pareto.jsonl")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    path = demo_model()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = kvprune.attach(AutoModelForCausalLM.from_pretrained(path))
-    wanted = cells(args.policies, args.shares, args.stores)
-    measured(model, tokenizer, wanted, args.samples, args.context, args.work)
-    write(args.out, args, model, rows(lines(args.work, args.context)))
+    return run("pareto", partial(_all, parser.parse_args()))
+
+
+def _all(args: argparse.Namespace) -> None:
+    if not args.page:
+        torch.set_num_threads(args.threads)
+        path = demo_model(report=print)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = kvprune.attach(AutoModelForCausalLM.from_pretrained(path))
+        wanted = cells(args.policies, args.shares, args.stores)
+        measured(model, tokenizer, wanted, args.samples, args.context, args.work)
+        write(args.out, args, model, rows(lines(args.work, args.context)))
+    found = json.loads(args.out.read_text())["rows"]
+    write_text(PAGE, page(found))
+    write_text(PAGE.with_suffix(".svg"), picture(found))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -36,7 +36,7 @@ from kvprune.policies import DuoAttention
 from .about import write
 from .command import run
 from .peers.environment import ROOT, peers_python
-from .peers.parity_rows import BUDGET, HEAD_SCORES, LENGTH, RECENT, SINKS
+from .peers.parity_rows import BUDGET, HEAD_SCORES, LENGTH, PRESSES, RECENT, SINKS
 
 RESULTS = Path(__file__).parent / "results" / "parity.json"
 PAGE = ROOT / "docs" / "parity.md"
@@ -49,13 +49,11 @@ class Row(NamedTuple):
 
     Attributes:
         here: the policy, as a spec.
-        press: the code of the other side.
         differs: why what is kept is another; empty where it has to be the same.
         made: the policy, where no spec can say it.
     """
 
     here: str
-    press: str
     differs: str = ""
     made: kvprune.TokenPolicy | None = None
 
@@ -67,49 +65,39 @@ STREAMING = {
 }
 
 ROWS: Mapping[str, Row] = {
-    "StreamingLLM": Row(
-        f"streaming(sinks={SINKS},window={BUDGET - SINKS})", "StreamingLLMPress(0.75, n_sink=4)"
-    ),
-    "SnapKV": Row(SNAP, "SnapKVPress(0.75)"),
-    "TOVA": Row(f"tova({BUDGET})", "TOVAPress(0.75)"),
+    "StreamingLLM": Row(f"streaming(sinks={SINKS},window={BUDGET - SINKS})"),
+    "SnapKV": Row(SNAP),
+    "TOVA": Row(f"tova({BUDGET})"),
     "PyramidKV": Row(
         f"pyramidkv({BUDGET},window=64,kernel=5,pooling='average',beta=3.0)",
-        "PyramidKVPress(0.75, beta=2)",
         "the budgets of layers are rounded so that their sum is exact, so that some keep one slot "
         "more or less; `beta=3` here is their 2, as theirs counts the window",
     ),
-    "KeyDiff": Row(f"keydiff({BUDGET})", "KeyDiffPress(0.75)"),
-    "Knorm": Row(f"knorm({BUDGET})", "KnormPress(0.75)"),
-    "ObservedAttention": Row(f"observedattention({BUDGET})", "ObservedAttentionPress(0.75)"),
-    "ExpectedAttention": Row(f"expectedattention({BUDGET})", "ExpectedAttentionPress(0.75)"),
-    "CriticalKV": Row(f"criticalkv({SNAP})", "CriticalKVPress(SnapKVPress(0.75))"),
+    "KeyDiff": Row(f"keydiff({BUDGET})"),
+    "Knorm": Row(f"knorm({BUDGET})"),
+    "ObservedAttention": Row(f"observedattention({BUDGET})"),
+    "ExpectedAttention": Row(f"expectedattention({BUDGET})"),
+    "CriticalKV": Row(f"criticalkv({SNAP})"),
     "ChunkKV": Row(
         # Of 52 chunks kvpress keeps 13, which are 260 slots.
         f"chunkkv({SNAP.replace('256', '260')})",
-        "ChunkKVPress(SnapKVPress(0.75))",
         "each head keeps its own chunks, and the window is no part of one; the press adds up heads",
     ),
-    "AdaKV, no floor": Row(
-        f"adakv({SNAP},floor=0.0)", "AdaKVPress(SnapKVPress(0.75), alpha_safeguard=0.0)"
-    ),
+    "AdaKV, no floor": Row(f"adakv({SNAP},floor=0.0)"),
     "AdaKV": Row(
         f"adakv({SNAP})",
-        "AdaKVPress(SnapKVPress(0.75))",
         "a floor is shared out before the rest is (the paper's code), not forced in afterwards",
     ),
     "AdaKV(ExpectedAttention), no floor": Row(
-        f"adakv(expectedattention({BUDGET},epsilon=0.01),floor=0.0)",
-        "AdaKVPress(ExpectedAttentionPress(0.75, epsilon=0.01), alpha_safeguard=0.0)",
+        f"adakv(expectedattention({BUDGET},epsilon=0.01),floor=0.0)"
     ),
     "DuoAttention": Row(
         f"DuoAttention(streaming, sinks={SINKS}, recent={RECENT})",
-        "DuoAttentionPress(0.5)",
         made=DuoAttention(STREAMING, sinks=SINKS, recent=RECENT),
     ),
-    "KVzip": Row(f"kvzip({BUDGET})", "KVzipPress(0.75)"),
+    "KVzip": Row(f"kvzip({BUDGET})"),
     "KVzip+": Row(
         f"kvzip({BUDGET},plus=True)",
-        "KVzipPress(0.75, kvzip_plus_normalization=True)",
         "the norm is of the state that enters the layer, as in the paper, not of the normed state",
     ),
 }
@@ -173,24 +161,25 @@ def compared(name: str, mine: Tensor, found: Mapping[str, Tensor]) -> dict[str, 
     other, scores = found[name], found.get(f"{name}.scores")
     differ = mine != other
     row = {"name": name, "kept": int(mine.sum()), "theirs": int(other.sum())}
-    row |= {"differ": int(differ.sum()), "untied": int(differ.sum())}
-    if scores is None or not differ.any():
-        return row
+    row |= {"differ": int(differ.sum())}
+    if scores is None:
+        return row | {"untied": None if row["differ"] else 0}
     scores = scores.expand_as(other).double()
     # By head, or over the heads of a layer that share a budget.
     over = (1, 2) if name.startswith("AdaKV") else (2,)
     last = scores.masked_fill(~other, torch.inf).amin(over, keepdim=True)
-    apart = ((scores - last).abs() / last.abs()).masked_fill(~differ, 0)
-    return row | {"untied": int((apart > TIED).sum()), "furthest": float(apart.amax())}
+    apart = (scores - last).abs() / last.abs()
+    # What cannot be compared is no tie.
+    return row | {"untied": int((differ & ~(apart <= TIED)).sum())}
 
 
 def page(rows: list[dict[str, Any]]) -> str:
     """The text of the page."""
     lines = ["| method | here | press | kept | kept otherwise | beyond ties |", "| --- " * 6 + "|"]
     for row in rows:
-        of = ROWS[row["name"]]
-        said = f"| {row['name']} | `{of.here}` | `{of.press}` | {row['kept']:,} |"
-        lines.append(f"{said} {row['differ']:,} | {row['untied']:,} |")
+        name, untied = row["name"], row["untied"]
+        said = f"| {name} | `{ROWS[name].here}` | `{PRESSES[name]}` | {row['kept']:,} |"
+        lines.append(f"{said} {row['differ']:,} | {'-' if untied is None else f'{untied:,}'} |")
     why = [f"* {name}: {row.differs}." for name, row in ROWS.items() if row.differs]
     return HEAD + "\n".join(lines) + "\n\nWhere it has to be otherwise:\n\n" + "\n".join(why) + "\n"
 
@@ -201,8 +190,8 @@ What policies keep of one prompt beside what kvpress 0.5.5 keeps: SmolLM2-135M-I
 the first {LENGTH:,} tokens of an essay, options and budgets as the press has them. A pair is a slot
 of one key/value head in one layer. *Kept otherwise* counts the pairs that one side keeps and the
 other does not; *beyond ties* those of them whose score is further from that of the last pair kept
-than {TIED:g} of it. DuoAttention's scores of heads are made up. This page is made by
-`python -m bench.parity`.
+than {TIED:g} of it (a dash where a press shows no scores). DuoAttention's scores of heads are made
+up. This page is made by `python -m bench.parity`.
 
 """
 

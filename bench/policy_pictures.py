@@ -127,7 +127,7 @@ def kept(
 
 
 def named(picture: str) -> str:
-    """The policies of a picture, as code."""
+    """The title of a picture: the policies as code, or what `NAMES` says."""
     return NAMES.get(picture, ", ".join(map(repr, POLICIES[picture])))
 
 

@@ -1,16 +1,10 @@
-"""Measures what stores lose of an answer, alone and under policies that evict.
+"""Measures how far stores are from the dense model, and what a decode step costs with them.
 
-    python -m bench.stores                                   # 200 + 200 questions: hours
-    python -m bench.stores --samples 30 --stores 5-4-64 8-8-32 --policies none
     python -m bench.stores --choose                          # what defaults are chosen by: minutes
     python -m bench.stores --steps                           # a decode step's time: a minute
 
-The questions are the final splits of SQuAD and HotpotQA (see `kvprune.evaluation.tasks.articles`),
-on which nothing was chosen. What is lost is the gold answer's log-likelihood, in nats a token,
-paired with the dense model's on the same question. Bytes are those that a cache holds behind the
-prompt, over those of its keys and values in bfloat16 with nothing evicted (float32 counts at two
-bytes a number where there is no store). A store is named BITS-BITS-GROUP, for keys and values;
-`plain` is none.
+A store is named BITS-BITS-GROUP, for keys and values; `plain` is none. What they lose of answers,
+alone and under policies, is measured by `python -m bench.pareto`.
 
 `--choose` reads texts of the choosing splits, and says how far the model's predictions of their
 second halves are from the dense model's: the mean Kullback-Leibler divergence, in nats a token.
@@ -22,7 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +28,11 @@ import kvprune
 from kvprune.evaluation.data.assets import demo_model
 from kvprune.evaluation.data.questions import hotpotqa, squad
 from kvprune.evaluation.report.statistics import interval
-from kvprune.evaluation.tasks import task
-from kvprune.policies import H2O, SDTP, SnapKV
 
 from .about import write
 from .costs.candidates import random_prompt
 
 RESULTS = Path(__file__).parent / "results"
-
-POLICIES: dict[str, Callable[[float], list[kvprune.TokenPolicy]]] = {
-    "none": lambda share: [],
-    "SnapKV": lambda share: [SnapKV(share)],
-    "H2O": lambda share: [H2O(heavy=share / 2, recent=share / 2)],
-    "SDTP + SnapKV": lambda share: [SDTP(), SnapKV(share)],
-    "SDTP + H2O": lambda share: [SDTP(), H2O(heavy=share / 2, recent=share / 2)],
-}
 
 
 def store_of(name: str) -> kvprune.Quantized | None:
@@ -57,24 +41,6 @@ def store_of(name: str) -> kvprune.Quantized | None:
         return None
     keys, values, group = map(int, name.split("-"))
     return kvprune.Quantized((keys, values), group)
-
-
-@torch.no_grad()
-def scored(
-    model: Any, prompt: Sequence[int], answer: Sequence[int], cache: kvprune.ComposedCache
-) -> tuple[float, float]:
-    """The mean log-likelihood of an answer behind a prompt, and the share of bytes; see above."""
-    config = model.config
-    last = model(torch.tensor([prompt]), past_key_values=cache, logits_to_keep=1).logits
-    held, numbers = cache.nbytes, config.num_hidden_layers * config.num_key_value_heads
-    numbers *= 2 * config.head_dim * len(prompt)
-    if cache.store is None:
-        states = sum(layer.keys.nbytes + layer.values.nbytes for _, layer in cache.slot_layers())
-        held -= states - states * 2 // model.dtype.itemsize
-    rest = model(torch.tensor([answer]), past_key_values=cache).logits
-    logits = torch.cat([last, rest[:, :-1]], 1)[0].log_softmax(-1)
-    found = logits.gather(1, torch.tensor(answer)[:, None])
-    return float(found.mean()), held / (2 * numbers)
 
 
 CHOSEN_BY, TOKENS = 4, 640
@@ -129,56 +95,20 @@ def steps(model: Any, stores: Sequence[str], context: int, count: int = 25) -> l
     return rows
 
 
-@torch.no_grad()
-def losses(model: Any, tokenizer: Any, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """All rows so far of what answers lose, after each task."""
-    wanted = [
-        (policy, share, store)
-        for policy in args.policies
-        for share in ([1.0] if policy == "none" else args.shares)
-        for store in args.stores
-        if (policy, store) != ("none", "plain")
-    ]
-    rows: list[dict[str, Any]] = []
-    for name in ("squad", "hotpotqa"):
-        lost: dict[Any, list[tuple[float, float]]] = {each: [] for each in wanted}
-        samples = task(name).samples(tokenizer, args.context, args.samples, 0)
-        for done, sample in enumerate(samples, 1):
-            answer = tokenizer.encode(f" {sample.answers[0]}", add_special_tokens=False)
-            dense, _ = scored(model, sample.prompt, answer, kvprune.ComposedCache())
-            for each in wanted:
-                policy, share, store = each
-                cache = kvprune.ComposedCache(POLICIES[policy](share), store=store_of(store))
-                got, held = scored(model, sample.prompt, answer, cache)
-                lost[each].append((dense - got, held))
-            print(f"{name}: {done} of {len(samples)}", flush=True)
-        for (policy, share, store), found in lost.items():
-            nats, shares = [nats for nats, _ in found], [held for _, held in found]
-            low, high = interval(nats)
-            row = {"task": name, "policy": policy, "share": share, "store": store}
-            row |= {"lost": sum(nats) / len(nats), "low": low, "high": high, "samples": len(nats)}
-            rows.append(row | {"bytes": sum(shares) / len(shares)})
-            print(rows[-1], flush=True)
-        yield rows
-
-
 def main() -> None:
-    """Measures, and writes JSON after each task."""
+    """Measures, and writes JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--stores", nargs="+", default=["plain", "8-8-32", "5-4-64", "4-4-32"])
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
-    parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.25, 0.125])
-    mode = parser.add_mutually_exclusive_group()
+    mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--choose", action="store_true")
     mode.add_argument("--steps", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="default: a file of bench/results")
     args = parser.parse_args()
-    name = "stores-choosing" if args.choose else "stores-steps" if args.steps else "stores"
+    name = "stores-choosing" if args.choose else "stores-steps"
     out = args.out or RESULTS / f"{name}.json"
     torch.set_num_threads(args.threads)
     path = demo_model()
@@ -187,11 +117,8 @@ def main() -> None:
     stores = [name for name in args.stores if name != "plain"]
     if args.choose:
         write(out, args, model, divergence(model, tokenizer, stores))
-    elif args.steps:
-        write(out, args, model, steps(model, stores, args.context))
     else:
-        for rows in losses(model, tokenizer, args):
-            write(out, args, model, rows)
+        write(out, args, model, steps(model, stores, args.context))
 
 
 if __name__ == "__main__":

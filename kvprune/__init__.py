@@ -58,6 +58,9 @@ _HOMES = {
 """Where each name is. None is imported before it is asked for: torch and transformers take seconds,
 which nobody should wait for `kvprune --help`."""
 
+_FOLDERS = ("cache", "errors", "policies", "policy", "statistics", "storage", "testing")
+"""What may be written as `kvprune.policy.select` without an import of its own."""
+
 
 def __getattr__(name: str) -> Any:
     """A public name, and what it needs, once it is asked for."""
@@ -65,8 +68,8 @@ def __getattr__(name: str) -> Any:
         found: Any = importlib.metadata.version(__name__)
     elif name in _HOMES:
         found = getattr(importlib.import_module(_HOMES[name], __name__), name)
-    elif name == "testing":
-        return importlib.import_module(".testing", __name__)
+    elif name in _FOLDERS:
+        return importlib.import_module(f".{name}", __name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = found
@@ -75,4 +78,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """The public names, asked for or not."""
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -18,9 +18,6 @@ from torch.nn.functional import normalize
 from kvprune.policy import OneBudget, Ranking, SlotView
 from kvprune.statistics import statistic_dtype
 
-_LEAST = 1e-12
-"""The least length of a key that it is divided by, as in `normalize`."""
-
 
 @dataclass(frozen=True, repr=False)
 class KeyDiff(OneBudget):
@@ -41,11 +38,8 @@ class KeyDiff(OneBudget):
 
     def rank_slots(self, slots: SlotView) -> Ranking:
         """Ranks slots by the angle between their keys and the mean."""
-        keys = slots.keys.to(statistic_dtype(slots.keys.dtype))
-        # As products of matrices, so that no second copy of the keys is made.
-        lengths = torch.linalg.vector_norm(keys, dim=-1).clamp(min=_LEAST)
+        keys = normalize(slots.keys.to(statistic_dtype(slots.keys.dtype)), dim=-1)
         # Of empty slots nothing is known: they count as 0. A mean has the sum's direction.
-        counted = lengths.reciprocal().masked_fill(~slots.valid, 0)
-        total = normalize(counted[:, :, None] @ keys, dim=-1)
-        score = -(total @ keys.mT)[:, :, 0] / lengths
+        total = keys.masked_fill(~slots.valid[..., None], 0).sum(2, keepdim=True)
+        score = -(keys * normalize(total, dim=-1)).sum(-1)
         return Ranking(score, torch.zeros_like(slots.valid), slots.tokens(self.budget))

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from kvprune import KVPruneError
 from kvprune.cli import main
-from kvprune.evaluation.compare import progress
+from kvprune.evaluation.compare import executors, progress
 from kvprune.files import check_file, check_folder
 from kvprune.policies import SDTPHeads
 from kvprune.policies.sdtp import trainer, training
@@ -214,24 +214,67 @@ def test_a_command_needs_nothing_to_say_its_options():
     assert done.stdout == "set()\n", done.stderr
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_ctrl_c_ends_a_command_without_a_traceback(wrapped, monkeypatch, capsys):
-    """Also where a library has made another error of it."""
+def test_what_is_public_is_there_once_it_is_asked_for():
+    """Names and folders, without an import of their own; nothing else is listed."""
+    program = (
+        "import kvprune; assert dir(kvprune) == sorted(kvprune.__all__); "
+        "kvprune.policy.select, kvprune.policies.H2O, kvprune.statistics.Attention; "
+        "print(all(getattr(kvprune, name) for name in dir(kvprune)), hasattr(kvprune, 'nothing'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "True False\n", done.stderr
+
+
+@pytest.mark.parametrize("kind", [None, ModuleNotFoundError, KVPruneError])
+@pytest.mark.parametrize("cause", [True, False])
+@pytest.mark.usefixtures("hears_ctrl_c")
+def test_ctrl_c_ends_a_command_without_a_traceback(kind, cause, monkeypatch, capsys):
+    """Also where a library, or we, have made another error of it."""
 
     def stopped() -> None:
         try:
             raise KeyboardInterrupt
         except KeyboardInterrupt as error:
-            if wrapped:
-                raise ModuleNotFoundError("some module") from error
+            if kind is not None and cause:
+                raise kind("some module") from error
+            if kind is not None:
+                raise kind("some module") from ValueError("of another kind")
             raise
 
     monkeypatch.setattr("kvprune.cli.app", stopped)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as caught:
         main()
-    assert caught.value.code == 130 and not capsys.readouterr().err
+    assert caught.value.code == 130 and capsys.readouterr().err == "kvprune: stopped\n"
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_in_a_cell_is_no_failed_cell():
+    """Though a library has made another error of it."""
+
+    class Worker:
+        @staticmethod
+        def run(job: Any) -> Any:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt as error:
+                raise RuntimeError("of a library") from error
+
+    job: Any = None
+    worker: Any = Worker()
+    with pytest.raises(RuntimeError):
+        list(executors.attempted(job, worker))
+
+
+def test_a_process_that_has_to_ignore_ctrl_c_does(monkeypatch):
+    """As one that a script has started in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr("kvprune.cli.app", lambda: signal.raise_signal(signal.SIGINT))
+        main()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_another_error_is_no_ctrl_c(monkeypatch):
@@ -241,12 +284,16 @@ def test_another_error_is_no_ctrl_c(monkeypatch):
         main()
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_ctrl_c_in_a_destructor_is_not_lost(monkeypatch):
     """Python lets no error out of one: it comes a moment later."""
 
+    def called() -> None:
+        signal.raise_signal(signal.SIGINT)
+
     class Object:
         def __del__(self) -> None:
-            signal.raise_signal(signal.SIGINT)
+            called()
 
     def app() -> None:
         it = Object()

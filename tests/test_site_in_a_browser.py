@@ -1,4 +1,4 @@
-"""No page of the site, and no page that kvprune writes, is wider than its window.
+"""No page of the site is wider than its window.
 
 Chromium opens each page in a frame, as wide as a desk's screen and as a telephone, and says what is
 wider than it. Code and tables may be: they scroll by themselves.
@@ -10,7 +10,6 @@ import functools
 import http.server
 import json
 import re
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -18,19 +17,17 @@ from pathlib import Path
 
 import pytest
 
+from .evaluation.test_report_browser import FOUND, pytestmark
 from .test_site import ROOT, build
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+__all__ = ["pytestmark"]
+
 WIDTHS = {"wide": 1280, "telephone": 390}
 SECONDS = 180
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(BROWSER is None, reason="needs chromium"),
-]
-
 HARNESS = """<!doctype html><meta charset="utf-8"><body><pre id="told"></pre><script>
 const pages = PAGES, width = WIDTH, told = [];
+document.documentElement.className = matchMedia("(prefers-color-scheme: dark)").matches;
 function wider(frame) {
   const page = frame.contentDocument, root = page.documentElement;
   if (root.scrollWidth <= width) return [];
@@ -90,7 +87,7 @@ def test_nothing_is_wider_than_its_window(site, address, width, dark, tmp_path):
     pages = [page for page in pages if not page.startswith("harness")]
     text = HARNESS.replace("PAGES", json.dumps(pages)).replace("WIDTH", str(width))
     (site / "harness.html").write_text(text)
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command = [str(FOUND), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     command += [f"--user-data-dir={tmp_path}", f"--virtual-time-budget={len(pages) * 2000}"]
     command += [f"--window-size={width + 40},1000"]
     command += ["--blink-settings=preferredColorScheme=0"] if dark else []
@@ -99,6 +96,7 @@ def test_nothing_is_wider_than_its_window(site, address, width, dark, tmp_path):
     )
     found = re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found and "<title>done</title>" in done.stdout, done.stderr[-2000:]
+    assert f'<html class="{str(dark).lower()}">' in done.stdout
     told = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     assert [page for page, *_ in told] == pages
     assert all(length > 40 for _, length, _ in told)

@@ -114,8 +114,7 @@ def _field_step(found: list[Found]) -> Iterator[Bar]:
         for budget, rows in one["found"].items():
             for name in (name for name in rows if name != DENSE):
                 what = f"{name}, a step at {int(budget):,} slots, to dense at as many tokens"
-                most = 1.25 if name == "RKV" else 1.06
-                yield Bar.at_most(what, most, ratios(rows[name]["step"], rows[DENSE]["step"]))
+                yield Bar.at_most(what, 1.06, ratios(rows[name]["step"], rows[DENSE]["step"]))
 
 
 def _whole(found: list[Found]) -> Iterator[Bar]:

@@ -13,7 +13,6 @@ from transformers import Cache, DynamicCache
 import kvprune
 from kvprune.policies import (
     H2O,
-    RKV,
     SDTP,
     TOVA,
     ExpectedAttention,
@@ -93,12 +92,9 @@ def methods(model: Any) -> dict[str, Make]:
 
 
 def in_decoding(model: Any, budget: int) -> dict[str, Make]:
-    """Makers of fresh caches whose policies evict in every step, by name, the dense one first.
-
-    SnapKV is the exception: it evicts at the end of the prompt, and what it holds grows.
-    """
+    """Makers of fresh caches whose policies evict in every step, by name, the dense one first."""
     each: list[kvprune.TokenPolicy] = [H2O(heavy=budget // 2, recent=budget - budget // 2)]
-    each += [SnapKV(budget, window=min(32, budget // 2)), TOVA(budget), RKV(budget)]
+    each += [TOVA(budget)]
     each += [kind(budget, when=None) for kind in (KeyDiff, Knorm, ObservedAttention)]
     each += [ExpectedAttention(budget, when=None)]
     composed: dict[str, Make] = {

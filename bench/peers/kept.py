@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,43 +24,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from .parity_rows import HEAD_SCORES, RATIO, RECENT, SINKS
+from .parity_rows import HEAD_SCORES, PRESSES, RECENT, SINKS
 
 
-def _snap() -> Any:
-    return kvpress.SnapKVPress(RATIO)
-
-
-def _expected() -> Any:
-    return kvpress.ExpectedAttentionPress(RATIO, epsilon=0.01)
-
-
-def _duo() -> Any:
-    press = kvpress.DuoAttentionPress(head_compression_ratio=0.5)
-    # Its scores come from the network; see `HEAD_SCORES`.
-    found = SINKS, RECENT, np.array(HEAD_SCORES)
-    press.load_attention_pattern = lambda model: found
+def made(name: str) -> Any:
+    """The press of a row."""
+    press = eval(PRESSES[name], vars(kvpress))
+    if name == "DuoAttention":
+        # Its scores of heads come from the network; see `HEAD_SCORES`.
+        found = SINKS, RECENT, np.array(HEAD_SCORES)
+        press.load_attention_pattern = lambda model: found
     return press
-
-
-PRESSES: dict[str, Callable[[], Any]] = {
-    "StreamingLLM": lambda: kvpress.StreamingLLMPress(RATIO, n_sink=SINKS),
-    "SnapKV": _snap,
-    "TOVA": lambda: kvpress.TOVAPress(RATIO),
-    "PyramidKV": lambda: kvpress.PyramidKVPress(RATIO, beta=2),
-    "KeyDiff": lambda: kvpress.KeyDiffPress(RATIO),
-    "Knorm": lambda: kvpress.KnormPress(RATIO),
-    "ObservedAttention": lambda: kvpress.ObservedAttentionPress(RATIO),
-    "ExpectedAttention": lambda: kvpress.ExpectedAttentionPress(RATIO),
-    "CriticalKV": lambda: kvpress.CriticalKVPress(_snap()),
-    "ChunkKV": lambda: kvpress.ChunkKVPress(_snap()),
-    "AdaKV, no floor": lambda: kvpress.AdaKVPress(_snap(), alpha_safeguard=0.0),
-    "AdaKV": lambda: kvpress.AdaKVPress(_snap()),
-    "AdaKV(ExpectedAttention), no floor": lambda: kvpress.AdaKVPress(_expected(), 0.0),
-    "DuoAttention": _duo,
-    "KVzip": lambda: kvpress.KVzipPress(RATIO),
-    "KVzip+": lambda: kvpress.KVzipPress(RATIO, kvzip_plus_normalization=True),
-}
 
 
 def noted(press: Any, scores: dict[int, Tensor]) -> None:
@@ -124,10 +97,10 @@ def main() -> None:
     tokenizer.chat_template = None
     told = mock.patch.object(transformers.AutoTokenizer, "from_pretrained", return_value=tokenizer)
     found: dict[str, Tensor] = {}
-    for name, make in PRESSES.items():
+    for name in PRESSES:
         attention = "eager" if name == "ObservedAttention" else "sdpa"
         model.set_attn_implementation(attention)
-        press, scores = make(), dict[int, Tensor]()
+        press, scores = made(name), dict[int, Tensor]()
         noted(press, scores)
         with told:
             found[name] = kept(model, ids, press, whole[attention])

@@ -28,6 +28,8 @@ from .state import CacheState
 class StockCache(Cache):
     """A cache that does what transformers asks of one; `ComposedCache` is the one that users make.
 
+    `step` and `at_layer`, which attached models call as well, stand here, as `update` needs them.
+
     Args:
         policies: a pipeline, checked.
         observe: statistics that are observed though no policy wants them, checked.

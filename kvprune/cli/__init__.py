@@ -8,7 +8,7 @@ from types import FrameType
 
 import typer
 
-from ..errors import KVPruneError
+from ..errors import KVPruneError, from_ctrl_c
 from .comparing import compare_policies
 from .looking import demo, doctor, explain_text
 from .several import Several
@@ -34,36 +34,36 @@ app.command()(doctor)
 def main() -> None:
     """Runs the command; an expected error is printed as one line, without a traceback.
 
-    Ctrl-C ends it with 130, also where a library has turned it into an error of its own.
+    Ctrl-C ends a command with 130, also where a library has made another error of it. Where a
+    script has told this process to ignore Ctrl-C, it does.
     """
-    before = signal.signal(signal.SIGINT, _ctrl_c)
+    hears = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    hears = hears and threading.current_thread() is threading.main_thread()
+    if hears:
+        signal.signal(signal.SIGINT, _ctrl_c)
     try:
         app()
-    except KVPruneError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if from_ctrl_c(error):
+            typer.echo("kvprune: stopped", err=True)
+            raise SystemExit(130) from None
+        if not isinstance(error, KVPruneError):
+            raise
         typer.echo(f"kvprune: {error}", err=True)
         raise SystemExit(2) from None
-    except (Exception, KeyboardInterrupt) as error:
-        if not _from_ctrl_c(error):
-            raise
-        raise SystemExit(130) from None
     finally:
-        signal.signal(signal.SIGINT, before)
+        if hears:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _ctrl_c(number: int, frame: FrameType | None) -> None:
     """Raises; a moment later where Python would not let the error out of a destructor."""
-    if frame is not None and frame.f_code.co_name == "__del__":
-        again = threading.Timer(0.05, signal.raise_signal, [number])
-        again.daemon = True
-        again.start()
-        return
+    inside = frame
+    while inside is not None:
+        if inside.f_code.co_name == "__del__":
+            again = threading.Timer(0.05, signal.raise_signal, [number])
+            again.daemon = True
+            again.start()
+            return
+        inside = inside.f_back
     raise KeyboardInterrupt
-
-
-def _from_ctrl_c(error: BaseException | None) -> bool:
-    """Whether a Ctrl-C stands behind an error, as where an import in transformers was stopped."""
-    while error is not None:
-        if isinstance(error, KeyboardInterrupt):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

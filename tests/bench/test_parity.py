@@ -20,7 +20,7 @@ def test_equal_methods_keep_the_same():
     """Where nothing is said to differ, only ties do."""
     rows = {row["name"]: row for row in json.loads(parity.RESULTS.read_text())["rows"]}
     equal = [name for name, row in parity.ROWS.items() if not row.differs]
-    assert len(equal) == 12
+    assert len(equal) == 12 and set(parity.ROWS) == set(parity.PRESSES)
     for name in equal:
         assert rows[name]["untied"] == 0 and rows[name]["kept"] == rows[name]["theirs"] > 0
 
@@ -55,3 +55,9 @@ def test_pairs_that_differ():
         found = {"some": theirs, "some.scores": scores}
         row = parity.compared("some", torch.tensor([[mine]]), found)
         assert (row["differ"], row["untied"]) == (differ, untied)
+    # Without scores nothing can be said; a score that is no number is no tie.
+    mine = torch.tensor([[[True, False, True, False]]])
+    assert parity.compared("some", mine, {"some": theirs})["untied"] is None
+    assert parity.compared("some", theirs, {"some": theirs})["untied"] == 0
+    broken = scores.masked_fill(~theirs, torch.nan)
+    assert parity.compared("some", mine, {"some": theirs, "some.scores": broken})["untied"] == 1

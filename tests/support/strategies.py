@@ -130,11 +130,18 @@ POLICIES = [
     ),
     Listed("tova", lambda n: TOVA(n), lambda n: n, lambda: TOVA(500)),
     Listed("knorm", lambda n: Knorm(n), lambda n: n, lambda: Knorm(500)),
+    Listed("knorm-always", lambda n: Knorm(n, when=None), lambda n: n, lambda: Knorm(500)),
     Listed("keydiff", lambda n: KeyDiff(n, when=None), lambda n: n, lambda: KeyDiff(500)),
     Listed("random", lambda n: Random(n, when=3), lambda n: n, lambda: Random(500)),
     Listed(
         "observed",
         lambda n: ObservedAttention(n, when="first"),
+        lambda n: n,
+        lambda: ObservedAttention(500),
+    ),
+    Listed(
+        "observed-always",
+        lambda n: ObservedAttention(n, when=None),
         lambda n: n,
         lambda: ObservedAttention(500),
     ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ...errors import from_ctrl_c
 from ..ledger.ledger import Outcome
 from .worker import Job, Worker, failed
 
@@ -40,4 +41,6 @@ def attempted(job: Job, worker: Worker) -> Iterator[Outcome]:
         yield from worker.run(job)
     # A policy or a task may raise any error, which must not stop the other cells.
     except Exception as error:
+        if from_ctrl_c(error):
+            raise
         yield failed(job.cell, error)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...cache.composed import ComposedCache
+from ...errors import from_ctrl_c
 from ...policy.base import TokenPolicy
 from ...policy.composition import leaves, wanted_at
 from ...statistics import Statistic
@@ -134,6 +135,8 @@ def _together(group: Group, sample: Sample, worker: Worker) -> Iterator[Outcome]
         lead = _lead(group, sample, worker)
     # As in `attempted`, a policy or a task may raise any error.
     except Exception as error:
+        if from_ctrl_c(error):
+            raise
         for job, _ in wanting:
             yield _given_up(group, job, error)
         return
@@ -141,6 +144,8 @@ def _together(group: Group, sample: Sample, worker: Worker) -> Iterator[Outcome]
         try:
             yield _one(lead, job, sample, policies, worker)
         except Exception as error:
+            if from_ctrl_c(error):
+                raise
             yield _given_up(group, job, error)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import KVPruneError
+from ...errors import KVPruneError, from_ctrl_c
 
 
 def loaded(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
@@ -29,6 +29,8 @@ def loaded(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, An
         model = model.to(device)
     # The file may be broken, or the dtype unknown: each library has an error class of its own.
     except Exception as error:
+        if from_ctrl_c(error):
+            raise
         raise KVPruneError(
             f"--model {name}: expected the name or the folder of a transformers model: {error}"
         ) from error
