@@ -164,7 +164,8 @@ def test_stores_where_there_are_none_are_refused():
     """By a command that takes policies alone; and names of stores that there are not."""
     with pytest.raises(KVPruneError, match="expected policies alone, got a store: Quantized"):
         parse("ComposedCache([h2o], store=quantized)")
-    for wrong, why in (("h2o", "got h2o"), ("", "Python's syntax"), ("quantized(bits=3)", "bits=3")):
+    refused = (("h2o", "got h2o"), ("", "Python's syntax"), ("quantized(bits=3)", "bits=3"))
+    for wrong, why in refused:
         with pytest.raises(KVPruneError, match=f"(?s)^store '.*': expected plain, or .*{why}"):
             store_of(wrong)
     assert cache_of("ComposedCache([h2o], store=None)").store is None
