@@ -42,7 +42,12 @@ def executed(notebook: Any) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         place = {"metadata": {"path": folder}}
-        NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=place).execute()
+        options: dict[str, Any] = {
+            "timeout": SECONDS,
+            "kernel_name": "python3",
+            "coalesce_streams": True,
+        }
+        NotebookClient(notebook, resources=place, **options).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
@@ -59,7 +64,10 @@ def main() -> None:
     )
     names = [path.stem for path in sorted(FOLDER.glob("*.ipynb"))]
     parser.add_argument("names", nargs="*", default=names, help=", ".join(names))
-    for name in parser.parse_args().names:
+    asked = parser.parse_args().names
+    if missing := sorted(set(asked) - set(names)):
+        parser.error(f"{missing}: expected some of {', '.join(names)}")
+    for name in asked:
         path = FOLDER / f"{name}.ipynb"
         notebook = read(path)
         executed(notebook)

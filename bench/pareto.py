@@ -28,6 +28,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvprune
+from kvprune.errors import KVPruneError
 from kvprune.evaluation.data.assets import demo_model
 from kvprune.evaluation.report.figures import canvas, finished, look
 from kvprune.evaluation.report.palette import INK, MUTED, styles
@@ -44,7 +45,7 @@ from .command import run
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "pareto.json"
 PAGE = ROOT / "docs" / "pareto.md"
-TASKS = ("squad", "hotpotqa")
+TASKS, CONTEXT = ("squad", "hotpotqa"), 1024
 STORES = ("plain", "quantized(bits=8)", "quantized")
 SHARES = (0.5, 0.25, 0.125)
 
@@ -118,14 +119,15 @@ def measured(
             sample = each[number]
             answer = tokenizer.encode(f" {sample.answers[0]}", add_special_tokens=False)
             dense, _ = scored(model, sample.prompt, answer, kvprune.ComposedCache())
-            found = [work.read_text(encoding="utf-8")] if work.exists() else []
+            found = []
             for cell in missing:
                 cache = kvprune.ComposedCache(pipelines[cell], store=store_of(cell.store))
                 got, held = scored(model, sample.prompt, answer, cache)
                 said = {"task": name, "context": context, "sample": number, **cell._asdict()}
                 found.append(json.dumps(said | {"lost": dense - got, "bytes": held}) + "\n")
             # Written as a whole, so that no run that was killed leaves a part of a line.
-            write_text(work, "".join(found))
+            before = [work.read_text(encoding="utf-8")] if work.exists() else []
+            write_text(work, "".join([*before, *found]))
             print(f"{name}: {number + 1} of {samples}", flush=True)
 
 
@@ -169,8 +171,11 @@ def together(found: Iterable[Mapping[str, Any]]) -> dict[Cell, dict[str, Any]]:
 
 
 def best(cells_found: Mapping[Cell, Mapping[str, Any]]) -> list[Cell]:
-    """The Pareto front from the fewest bytes on: none has both fewer bytes and fewer nats lost."""
-    points = [(row["bytes"], -row["lost"]) for row in cells_found.values()]
+    """The Pareto front from the fewest bytes on: none has both fewer bytes and fewer nats lost.
+
+    Bytes that are equal in three decimals are equal.
+    """
+    points = [(round(row["bytes"], 3), -row["lost"]) for row in cells_found.values()]
     on = [cell for cell, is_on in zip(cells_found, front(points), strict=True) if is_on]
     return sorted(on, key=lambda cell: cells_found[cell]["bytes"])
 
@@ -191,12 +196,13 @@ def page(found: Sequence[Mapping[str, Any]]) -> str:
 
 def _table(each: Mapping[Cell, Mapping[str, Any]], order: Sequence[Cell]) -> str:
     lines = [
-        "| bytes | policy | slots | store | SQuAD | HotpotQA |",
-        "| ---: | --- | ---: " + "| --- " * 3 + "|",
+        "| bytes | policy | slots | store | mean lost | SQuAD | HotpotQA |",
+        "| ---: | --- | ---: | --- | ---: | --- | --- |",
     ]
     for cell in order:
         row = each[cell]
         said = [f"{row['bytes']:.3f}", cell.policy, f"{cell.share:g}", f"`{cell.store}`"]
+        said.append(f"{row['lost']:.2f}")
         said += [
             f"{one['lost']:.2f} ({one['low']:.2f} to {one['high']:.2f}), {one['samples']}"
             for one in (row[name] for name in TASKS)
@@ -208,20 +214,26 @@ def _table(each: Mapping[Cell, Mapping[str, Any]], order: Sequence[Cell]) -> str
 HEAD = """# Shares, bits and policies
 
 Evicting slots and holding them in few bits both save bytes, and go together: which of the two pays
-where? SmolLM2-135M reads prompts of about 1,024 tokens, and what is lost is the log-likelihood of
-the gold answer against the dense model on the same question, in nats a token ({samples} questions
-of each set, the final splits, with 95 % bootstrap intervals). Bytes are all that a cache holds
-behind the prompt, over those of the dense keys and values in bfloat16; keys and values that are
-float32 here count at two bytes a number. *Slots* is the share that stays; SDTP alone has a
-schedule, and evicts nothing. The picture has the mean of both sets. `make pareto` measures all of
-it, and makes this page.
+where? SmolLM2-135M-Instruct reads prompts of about 1,024 tokens. What is lost is the log-likelihood
+of the gold answer against the dense model on the same question, in nats a token ({samples}
+questions of each set, the final splits, with 95 % bootstrap intervals). Bytes are all that a cache
+holds behind the prompt, over those of the dense keys and values in bfloat16; keys and values that
+are float32 here count at two bytes a number. *Slots* is the share that stays. SDTP by itself has no
+share: its schedule stops tokens on their way down, so that deeper layers hold fewer. `make pareto`
+measures all of it, and makes this page.
+
+Bits cost little at any share: the policy decides. With learned scores (Saliency) a quarter of the
+slots in 5 and 4 bits loses about as much as all slots do in them; with SnapKV or H2O it is better
+to keep more slots in fewer bits than fewer slots in more.
 
 ![Nats lost against bytes: one line for each policy and store](pareto.svg)
 
+The picture has the mean of both sets.
+
 ## The Pareto front
 
-Nothing that was measured has both fewer bytes and less lost than one of these; intervals overlap,
-so that neighbours may change places.
+Nothing that was measured has both fewer bytes (in three decimals) and a smaller mean than one of
+these. Intervals overlap, so that neighbours may change places.
 
 """
 
@@ -268,8 +280,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--samples", type=int, default=30)
-    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--samples", type=int, default=30, help="of each task, from 1 on")
+    parser.add_argument("--context", type=int, default=CONTEXT)
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--stores", nargs="+", default=list(STORES), choices=list(STORES))
@@ -277,7 +289,10 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="the page alone, from the results")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "pareto.jsonl")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    return run("pareto", partial(_all, parser.parse_args()))
+    args = parser.parse_args()
+    if args.samples < 1:
+        parser.error("--samples: expected at least 1")
+    return run("pareto", partial(_all, args))
 
 
 def _all(args: argparse.Namespace) -> None:
@@ -288,7 +303,17 @@ def _all(args: argparse.Namespace) -> None:
         model = kvprune.attach(AutoModelForCausalLM.from_pretrained(path))
         wanted = cells(args.policies, args.shares, args.stores)
         measured(model, tokenizer, wanted, args.samples, args.context, args.work)
-        write(args.out, args, model, rows(lines(args.work, args.context)))
+        mine = rows(lines(args.work, args.context))
+        of_page = set(cells(POLICIES, SHARES, STORES)) <= together(mine).keys()
+        if args.out == RESULTS and not (of_page and args.context == CONTEXT):
+            raise KVPruneError(
+                f"pareto: the page has all policies, shares and stores at {CONTEXT} tokens, and "
+                f"{args.work.name} has not: expected a run without --policies, --shares, --stores "
+                f"and --context before, or another --out"
+            )
+        write(args.out, args, model, mine)
+    if args.out != RESULTS:
+        return
     found = json.loads(args.out.read_text())["rows"]
     write_text(PAGE, page(found))
     write_text(PAGE.with_suffix(".svg"), picture(found))

@@ -186,12 +186,12 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 HEAD = f"""# Parity with kvpress
 
-What policies keep of one prompt beside what kvpress 0.5.5 keeps: SmolLM2-135M-Instruct in float32,
-the first {LENGTH:,} tokens of an essay, options and budgets as the press has them. A pair is a slot
-of one key/value head in one layer. *Kept otherwise* counts the pairs that one side keeps and the
-other does not; *beyond ties* those of them whose score is further from that of the last pair kept
-than {TIED:g} of it (a dash where a press shows no scores). DuoAttention's scores of heads are made
-up. This page is made by `python -m bench.parity`.
+This page compares what policies and kvpress 0.5.5 keep of one prompt: SmolLM2-135M-Instruct in
+float32, the first {LENGTH:,} tokens of an essay, options and budgets as the press has them. A pair
+is a slot of one key/value head in one layer. *Kept otherwise* counts the pairs that one side keeps
+and the other does not; *beyond ties* those of them whose score differs from the lowest that was
+kept by more than {TIED:g} of it (a dash where a press shows no scores). DuoAttention's scores of
+heads are made up. This page is made by `python -m bench.parity`.
 
 """
 

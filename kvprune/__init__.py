@@ -58,7 +58,7 @@ _HOMES = {
 """Where each name is. None is imported before it is asked for: torch and transformers take seconds,
 which nobody should wait for `kvprune --help`."""
 
-_FOLDERS = ("cache", "errors", "policies", "policy", "statistics", "storage", "testing")
+_MODULES = ("cache", "errors", "policies", "policy", "statistics", "storage", "testing")
 """What may be written as `kvprune.policy.select` without an import of its own."""
 
 
@@ -68,7 +68,7 @@ def __getattr__(name: str) -> Any:
         found: Any = importlib.metadata.version(__name__)
     elif name in _HOMES:
         found = getattr(importlib.import_module(_HOMES[name], __name__), name)
-    elif name in _FOLDERS:
+    elif name in _MODULES:
         return importlib.import_module(f".{name}", __name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -78,4 +78,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """The public names, asked for or not."""
-    return sorted(__all__)
+    return sorted({*__all__, "policies", "policy", "statistics"})

@@ -111,9 +111,10 @@ def _decode(found: list[Found]) -> Iterator[Bar]:
 
 def _field_step(found: list[Found]) -> Iterator[Bar]:
     for one in groups(found, "field-step"):
+        tokens = one["part"]["context"]
         for budget, rows in one["found"].items():
             for name in (name for name in rows if name != DENSE):
-                what = f"{name}, a step at {int(budget):,} slots, to dense at as many tokens"
+                what = f"{name} after {tokens:,} tokens, a step at {int(budget):,} slots, to dense"
                 yield Bar.at_most(what, 1.06, ratios(rows[name]["step"], rows[DENSE]["step"]))
 
 

@@ -28,4 +28,5 @@ PRESSES = {
     "KVzip": "KVzipPress(0.75)",
     "KVzip+": "KVzipPress(0.75, kvzip_plus_normalization=True)",
 }
-"""The code of each row's press."""
+"""The code of each row's press, which keeps `BUDGET` of `LENGTH` tokens."""
+assert 1 - BUDGET / LENGTH == 0.75 and SINKS == 4

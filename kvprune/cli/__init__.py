@@ -35,7 +35,7 @@ def main() -> None:
     """Runs the command; an expected error is printed as one line, without a traceback.
 
     Ctrl-C ends a command with 130, also where a library has made another error of it. Where a
-    script has told this process to ignore Ctrl-C, it does.
+    script has told this process to ignore Ctrl-C, the command goes on.
     """
     hears = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     hears = hears and threading.current_thread() is threading.main_thread()
@@ -61,7 +61,12 @@ def _ctrl_c(number: int, frame: FrameType | None) -> None:
     inside = frame
     while inside is not None:
         if inside.f_code.co_name == "__del__":
-            again = threading.Timer(0.05, signal.raise_signal, [number])
+            # To the main thread, so that what it waits for ends: Windows has no such call.
+            if hasattr(signal, "pthread_kill"):
+                main_thread = threading.main_thread().ident
+                again = threading.Timer(0.05, signal.pthread_kill, [main_thread, number])
+            else:
+                again = threading.Timer(0.05, signal.raise_signal, [number])
             again.daemon = True
             again.start()
             return

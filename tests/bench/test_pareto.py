@@ -71,7 +71,7 @@ def test_the_front():
     assert each[Cell("SnapKV", 0.5, "plain")]["lost"] == pytest.approx(0.2)
     assert [cell.policy for cell in pareto.best(each)] == ["SnapKV", "Saliency"]
     page = pareto.page(found)
-    assert "| 0.250 | SnapKV | 0.5 | `plain` | 0.10 (0.00 to 0.20), 10 | 0.30" in page
+    assert "| 0.250 | SnapKV | 0.5 | `plain` | 0.20 | 0.10 (0.00 to 0.20), 10 | 0.30" in page
     assert page.index("## All of them") < page.index("| 0.500 | H2O |")
 
 

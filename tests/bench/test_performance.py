@@ -107,7 +107,7 @@ BROKEN: dict[str, tuple[str, Any, str]] = {
     "a step of the field": (
         "field-step-2048",
         lambda f: worse(f["64"]["TOVA"], "step", 1.05),
-        "TOVA, a step at 64",
+        "TOVA after 2,048 tokens, a step at 64",
     ),
     "whole": ("whole-8192", lambda f: worse(f[BOTH], "whole", 1.15), "SDTP + H2O, 8,192 tokens"),
     "held": ("whole-8192", lambda f: f[BOTH].update(held=15_100_000), "the same: bytes held"),

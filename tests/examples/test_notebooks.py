@@ -42,7 +42,7 @@ def test_a_notebook_is_kept_as_it_ran(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path):
-    """In an empty folder; an error in a cell fails. It draws and prints as much as it did."""
+    """In an empty folder; an error in a cell fails. Each cell gives outputs of the same kinds."""
     notebook, kept = read(path), read(path)
     executed(notebook)
     for cell, before in zip(notebook.cells, kept.cells, strict=True):

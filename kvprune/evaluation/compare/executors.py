@@ -42,5 +42,5 @@ def attempted(job: Job, worker: Worker) -> Iterator[Outcome]:
     # A policy or a task may raise any error, which must not stop the other cells.
     except Exception as error:
         if from_ctrl_c(error):
-            raise
+            raise KeyboardInterrupt from error
         yield failed(job.cell, error)

@@ -136,7 +136,7 @@ def _together(group: Group, sample: Sample, worker: Worker) -> Iterator[Outcome]
     # As in `attempted`, a policy or a task may raise any error.
     except Exception as error:
         if from_ctrl_c(error):
-            raise
+            raise KeyboardInterrupt from error
         for job, _ in wanting:
             yield _given_up(group, job, error)
         return
@@ -145,7 +145,7 @@ def _together(group: Group, sample: Sample, worker: Worker) -> Iterator[Outcome]
             yield _one(lead, job, sample, policies, worker)
         except Exception as error:
             if from_ctrl_c(error):
-                raise
+                raise KeyboardInterrupt from error
             yield _given_up(group, job, error)
 
 

@@ -30,7 +30,7 @@ def loaded(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, An
     # The file may be broken, or the dtype unknown: each library has an error class of its own.
     except Exception as error:
         if from_ctrl_c(error):
-            raise
+            raise KeyboardInterrupt from error
         raise KVPruneError(
             f"--model {name}: expected the name or the folder of a transformers model: {error}"
         ) from error
