@@ -433,3 +433,24 @@ def test_tova_behind_heads_that_hold_different_tokens(length, seed):
                     ]
                     assert mine[place] == pytest.approx(sum(held) / 4, abs=1e-12)
     assert parted
+
+
+@torch.no_grad()
+def test_snapkv_scores_are_a_mean_of_what_its_window_gives():
+    """Each query gives 1 in all, so that CriticalKV's epsilon means the same for any window."""
+    found = list[torch.Tensor]()
+
+    class Noted(SnapKV):
+        def rank_slots(self, slots: Any) -> Any:
+            ranking = super().rank_slots(slots)
+            others = ranking.score[..., ~slots.newest(self.window)[0, 0]]
+            found.append(others)
+            return ranking
+
+    model: Any = tiny_model()
+    for window in (2, 8):
+        found.clear()
+        cache = kvprune.ComposedCache([Noted(12, window=window, kernel=1, pooling="average")])
+        model(prompt(1, 40), past_key_values=cache)
+        total = torch.stack(found).sum(-1)
+        assert 0.4 < float(total.min()) <= float(total.max()) < 1
