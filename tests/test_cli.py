@@ -301,7 +301,7 @@ def test_ctrl_c_while_a_model_is_loaded(monkeypatch):
 
 
 def test_a_process_that_has_to_ignore_ctrl_c_does(monkeypatch):
-    """As one that a script has started in the background."""
+    """A script that starts a command in the background tells it so."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         monkeypatch.setattr("kvprune.cli.app", lambda: signal.raise_signal(signal.SIGINT))

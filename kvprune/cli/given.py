@@ -1,4 +1,4 @@
-"""What several commands are given: a model, a text; and how a long one says where it is."""
+"""What several commands share: the model and the text they are given, and how far they are."""
 
 from __future__ import annotations
 
