@@ -4,8 +4,8 @@ Where the sources differ: the paper's code leaves the first two layers alone
 (`Knorm(layers=range(2, n))` here), kvpress does not; neither protects newest slots. Norms are taken
 in float32: in bfloat16 three of four slots tie.
 
-In the first layer, equal tokens have keys of the same length but for rounding: which of them stay
-is chance there.
+In the first layer, equal tokens have keys of the same length but for rounding. With keys in
+float64 that is rounded away, so that they tie and the newer stays; in less, chance decides.
 """
 
 from __future__ import annotations
@@ -38,5 +38,5 @@ class Knorm(OneBudget):
     def rank_slots(self, slots: SlotView) -> Ranking:
         """Ranks slots by the norms of their keys."""
         dtype = statistic_dtype(slots.keys.dtype)
-        score = -torch.linalg.vector_norm(slots.keys, dim=-1, dtype=dtype)
+        score = -torch.linalg.vector_norm(slots.keys, dim=-1, dtype=dtype).float()
         return Ranking(score, torch.zeros_like(slots.valid), slots.tokens(self.budget))
