@@ -33,6 +33,7 @@ def compare_policies(
     question: Annotated[
         str, typer.Option(help="Before the context is compressed: known, unknown, both.")
     ] = "known",
+    questions: Annotated[int, typer.Option(help="The most about one context.")] = 1,
     stores: Annotated[
         list[str], typer.Option(help="How slots are held: plain, quantized, quantized(bits=8).")
     ] = _STORES,
@@ -55,7 +56,7 @@ def compare_policies(
     from ..evaluation.report.console import show
 
     _see_current_folder()
-    plan = Plan(policies, tasks, context, budgets, samples, seed, question, stores)
+    plan = Plan(policies, tasks, context, budgets, samples, seed, question, stores, questions)
     path = model_path(model)
     run = Run(path, dtype=dtype, device=device, executor=executor)
     try:

@@ -93,6 +93,7 @@ def compare(
     seed: int = 0,
     question: str = "known",
     stores: Sequence[str | Quantized | None] = (),
+    questions: int = 1,
     dtype: str = "auto",
     device: str | None = None,
     out: str | Path | None = None,
@@ -123,6 +124,8 @@ def compare(
         stores: how keys and values are held: "plain" or None for as the model made them, and
             stores, as "quantized(bits=4)" or `Quantized(bits=4)`; each policy is run in each. Empty
             for the stores that the specs name.
+        questions: the most questions about one context, whose mean is the sample's score; with
+            unknown questions all are asked of one compressed cache.
         dtype: the dtype to load the model in; "auto" for the dtype of its file.
         device: the device to run on, such as "cuda"; None for the CPU, or for the device of a
             loaded model.
@@ -138,7 +141,7 @@ def compare(
         KVPruneError: a choice that is not possible, before any cell is run; or no room on the disk,
             while all finished samples are kept.
     """
-    plan = Plan(policies, tasks, contexts, budgets, samples, seed, question, stores)
+    plan = Plan(policies, tasks, contexts, budgets, samples, seed, question, stores, questions)
     run = Run(model, tokenizer, dtype, device, executor)
     keep = Path(out) if out is not None else None
     found = measured(plan, run, keep, progress)

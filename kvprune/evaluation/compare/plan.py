@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class Plan:
             "both".
         stores: names as "quantized(bits=4)" and "plain", or stores and None, each for all policies;
             empty for the stores of the specs.
+        questions: the most questions about one context; their mean is its score.
         lines: dense, no context, and then each policy at each budget in each store.
         found: the tasks as objects.
 
@@ -76,6 +78,7 @@ class Plan:
     seed: int
     question: str = "known"
     stores: Sequence[str | Quantized | None] = ()
+    questions: int = 1
     lines: tuple[Line, ...] = field(init=False, repr=False)
     found: tuple[Task, ...] = field(init=False, repr=False)
 
@@ -96,7 +99,10 @@ class Plan:
             raise KVPruneError(
                 f"--question {self.question!r}: expected one of {', '.join(QUESTIONS)}"
             )
+        _check_counts("--questions", [self.questions])
         named = tuple(_tasks(self.tasks))
+        if self.questions > 1:
+            named = tuple(task.with_questions(self.questions) for task in named)
         unknown = tuple(map(QuestionUnknown, named)) if self.question != "known" else ()
         found = unknown if self.question == "unknown" else named + unknown
         object.__setattr__(self, "found", found)
@@ -142,7 +148,7 @@ class Plan:
         """
         longest, tasks = longest_of(model), {t.name: t for t in self.found}
         for (name, context), samples in drawn.items():
-            for sample in samples:
+            for sample in chain(*(sample.questions for sample in samples)):
                 following = tasks[name].following(sample, tokenizer)
                 if longest and len(sample.prompt) + following > longest:
                     raise KVPruneError(
@@ -178,6 +184,7 @@ class Plan:
 def digest_of(sample: Sample, unit: str) -> str:
     """A digest of a sample's texts and of its score's unit, to tell it from other samples."""
     asked = repr((unit, tuple(sample.prompt), tuple(sample.bare), tuple(sample.answers)))
+    asked += "".join(digest_of(question, unit) for question in sample.more)
     return hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -327,7 +334,7 @@ def _drawn(task: Task, tokenizer: Any, context: int, count: int, seed: int) -> t
             f"{task.name}: expected {count} samples, numbered from 0, got "
             f"{[s.number for s in samples]}"
         )
-    for sample in samples:
+    for sample in chain(*(sample.questions for sample in samples)):
         if not (0 < len(sample.prompt) <= context and 0 < len(sample.bare) <= context):
             raise KVPruneError(
                 f"{task.name}: sample {sample.number} has {len(sample.prompt)} tokens, and "

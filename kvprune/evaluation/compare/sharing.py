@@ -25,7 +25,7 @@ from ..measure.reader import Reading
 from ..specs import DENSE, cache_of, canonical
 from ..tasks.base import Sample
 from .executors import Source, attempted
-from .worker import LINES, NO_CONTEXT, Job, Worker, failed
+from .worker import LINES, NO_CONTEXT, Asked, Job, Worker, failed
 
 TIMED = 1
 """The samples of each cell that are read alone, for their time and for the cell's trace."""
@@ -131,8 +131,15 @@ def _together(group: Group, sample: Sample, worker: Worker) -> Iterator[Outcome]
     wanting = list(group.wanting(sample))
     if not wanting:
         return
+    leads = list[Reading]()
     try:
-        lead = _lead(group, sample, worker)
+        for question in sample.questions:
+            served = bool(leads) and leads[-1].serves(question.prompt, question.behind)
+            leads.append(
+                leads[-1].of_other(question.prompt, question.behind)
+                if served
+                else _lead(group, question, worker)
+            )
     # As in `attempted`, a policy or a task may raise any error.
     except Exception as error:
         if from_ctrl_c(error):
@@ -142,7 +149,7 @@ def _together(group: Group, sample: Sample, worker: Worker) -> Iterator[Outcome]
         return
     for job, policies in wanting:
         try:
-            yield _one(lead, job, sample, policies, worker)
+            yield _one(leads, job, sample, policies, worker)
         except Exception as error:
             if from_ctrl_c(error):
                 raise KeyboardInterrupt from error
@@ -164,12 +171,19 @@ def _lead(group: Group, sample: Sample, worker: Worker) -> Reading:
 
 
 def _one(
-    lead: Reading, job: Job, sample: Sample, policies: list[TokenPolicy], worker: Worker
+    leads: list[Reading],
+    job: Job,
+    sample: Sample,
+    policies: list[TokenPolicy],
+    worker: Worker,
 ) -> Outcome:
-    """The outcome of one job, from the shared reading and the job's own policies."""
-    with counting() as evicting:
-        cache = lead.cache.with_policies(policies, worker.model)
-    with own_flops() as counted:
-        reader = worker.reader(replace(lead, cache=cache))
-    own = lead.own + evicting.get_total_flops() + sum(counted)
-    return worker.asked(job, sample, reader, own)
+    """The outcome of one job, from the shared readings and the job's own policies."""
+    asked = Asked(job, sample)
+    for question, lead in zip(sample.questions, leads, strict=True):
+        with counting() as evicting:
+            cache = lead.cache.with_policies(policies, worker.model)
+        with own_flops() as counted:
+            reader = worker.reader(replace(lead, cache=cache))
+        own = lead.own + evicting.get_total_flops() + sum(counted)
+        asked.ask(worker, question, reader, own)
+    return asked.result()

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 from ...cache.composed import ComposedCache
 from ...models.fingerprint import model_digest
 from ..command import without_places
 from ..explain import pieces
-from ..ledger.results import Cell, Failure, SampleResult, Trace
+from ..ledger.results import Cell, Cost, Failure, SampleResult, Trace
 from ..measure.flops import Flops
 from ..measure.reader import CacheReader, Reading, own_prefill_flops
 from ..measure.traces import trace_of
 from ..specs import DENSE, cache_of
-from ..tasks.base import Sample, Task
+from ..tasks.base import Sample, Score, Task
 
 NO_CONTEXT = "no context"
 LINES = (DENSE, NO_CONTEXT)
@@ -68,40 +70,71 @@ class Worker:
         longest = max(prompts, key=len)
         nothing = own_prefill_flops(self.model, longest, policies) == 0.0
         for sample, prompt in zip(job.samples, prompts, strict=True):
-            behind = 1 if bare else sample.behind
             # What the policies act on, and one token of those behind it.
-            acted = prompt[: len(prompt) + 1 - behind]
+            acted = prompt[: len(prompt) + 1 - (1 if bare else sample.behind)]
             if not nothing and len(prompt) not in own:
                 own[len(prompt)] = own_prefill_flops(self.model, acted, policies)
-            cache = ComposedCache(policies, store=named.store)
-            reader = self.reader(Reading.of(self.model, prompt, cache, behind))
-            if sample.number == 0 and policies:
-                texts = texts_of(self.tokenizer, prompt)
-                yield trace_of(reader.cache, texts, job.cell, sample.number)
-            yield self.asked(job, sample, reader, own.get(len(prompt), 0.0))
+            asked, counted = Asked(job, sample), own.get(len(prompt), 0.0)
+            lead: Reading | None = None
+            for question in sample.questions:
+                whole, behind = (question.bare, 1) if bare else (question.prompt, question.behind)
+                if lead is None or not lead.serves(whole, behind):
+                    cache = ComposedCache(policies, store=named.store)
+                    lead = Reading.of(self.model, whole, cache, behind)
+                lead = lead.of_other(whole, behind)
+                # Asking changes a cache, and other questions may be asked of it as it is now.
+                mine = replace(lead, cache=copy.deepcopy(lead.cache)) if sample.more else lead
+                reader = self.reader(mine)
+                if question is sample and sample.number == 0 and policies:
+                    texts = texts_of(self.tokenizer, whole)
+                    yield trace_of(reader.cache, texts, job.cell, sample.number)
+                asked.ask(self, question, reader, counted)
+            yield asked.result()
 
     def reader(self, lead: Reading) -> CacheReader:
         """A reader of the whole prompt; it reads the last token, which `lead` has left."""
         return CacheReader(self.model, self.tokenizer, lead)
 
-    def asked(self, job: Job, sample: Sample, reader: CacheReader, own: float) -> SampleResult:
-        """The result of one sample.
+
+class Asked:
+    """A sample of a cell, while its questions are asked.
+
+    Attributes:
+        scores: the score of each question so far.
+    """
+
+    def __init__(self, job: Job, sample: Sample) -> None:
+        self._job, self._sample = job, sample
+        self.scores = list[Score]()
+        self._cost: Cost | None = None
+
+    def ask(self, worker: Worker, question: Sample, reader: CacheReader, own: float) -> None:
+        """Asks the next question.
 
         Args:
-            job: the sample's cell and task.
-            sample: the sample.
-            reader: has read the sample's prompt.
+            worker: counts the FLOPs.
+            question: the sample, or what else is asked of its context.
+            reader: has read the question's prompt.
             own: the FLOPs that the policies computed themselves; see `CacheReader.cost`.
         """
-        score = job.task.score(sample, reader)
-        cost = reader.cost(self.flops, own)
+        self.scores.append(self._job.task.score(question, reader))
+        if self._cost is None:
+            self._cost = reader.cost(worker.flops, own)
+
+    def result(self) -> SampleResult:
+        """Means over the questions, their answers line by line, and the cost of the first."""
+        assert self._cost is not None
+        names = dict.fromkeys(name for score in self.scores for name in score.parts)
         return SampleResult(
-            job.cell,
-            sample.number,
-            float(score.value),
-            {name: float(part) for name, part in score.parts.items()},
-            score.answer,
-            cost,
+            self._job.cell,
+            self._sample.number,
+            fmean(score.value for score in self.scores),
+            {
+                name: fmean(score.parts[name] for score in self.scores if name in score.parts)
+                for name in names
+            },
+            "\n".join(score.answer for score in self.scores),
+            self._cost,
         )
 
 

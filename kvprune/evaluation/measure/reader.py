@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -74,6 +74,15 @@ class Reading:
             read_lead(model, cache, tokens[:, : tokens.shape[1] + 1 - behind])
             seconds = now(devices_of(model)) - began
             return cls(cache, tokens, entered, seconds, repeats, behind=behind)
+
+    def serves(self, prompt: Sequence[int], behind: int) -> bool:
+        """Whether another prompt begins with the very tokens that were read, all but the last."""
+        return list(prompt[:-behind]) == self.tokens[0, : -self.behind].tolist()
+
+    def of_other(self, prompt: Sequence[int], behind: int) -> Reading:
+        """The reading of a prompt that this one serves; the cache is the same."""
+        tokens = self.tokens.new_tensor([list(prompt)])
+        return replace(self, tokens=tokens, behind=behind)
 
 
 class CacheReader:

@@ -17,9 +17,10 @@ paragraph, mostly. The prompt without the context (`Sample.bare`) is the questio
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import groupby
 from typing import Any, ClassVar
 
 from ..data.questions import ASK, LongQuestion, hotpotqa, squad
@@ -37,23 +38,48 @@ _TRIES = 20
 _LONGEST = 20
 
 
+@dataclass(frozen=True)
 class _Articles(Task):
-    """The common part of both tasks."""
+    """The common part of both tasks.
+
+    Attributes:
+        questions: the most questions about one context.
+    """
+
+    questions: int = 1
 
     def samples(self, tokenizer: Any, context: int, count: int, seed: int) -> Sequence[Sample]:
         """See `Task.samples`; questions whose own paragraphs do not fit are left out."""
-        room = context - _beside(self.name, tokenizer)
-        found, seen, more = list[Sample](), 0, 2 * count
-        while len(found) < count and more:
-            # The first questions are the same, whatever number is asked for.
-            questions = _MAKE[self.name]("final", seen + more, (room, room), tokenizer, seed)
-            for question in questions[seen:]:
-                draw = seeded(self.name, context, seed, len(found))
-                text = _filled(self.name, question, tokenizer, context, draw)
-                found += [] if text is None else [_sample(len(found), question, text, tokenizer)]
-            seen, more = len(questions), (seen + more) * (len(questions) == seen + more)
+        found = list[Sample]()
+        for asked in self._asked(tokenizer, context, count, seed):
+            if len(found) == count:
+                break
+            draw = seeded(self.name, context, seed, len(found))
+            text = _filled(self.name, asked, tokenizer, context, draw)
+            found += [] if text is None else [_sample(len(found), asked, text, tokenizer)]
         refuse_few(self.name, context, len(found), count)
-        return found[:count]
+        return found
+
+    def _asked(
+        self, tokenizer: Any, context: int, count: int, seed: int
+    ) -> Iterator[list[LongQuestion]]:
+        """The questions about each context in turn."""
+        room = context - _beside(self.name, tokenizer)
+        if self.questions > 1:
+            # Of all questions, as a number of them would cut the last context's short.
+            drawn = _MAKE[self.name]("final", _ALL, (room, room), tokenizer, seed, self.questions)
+            yield from (list(same) for _, same in groupby(drawn, key=lambda asked: asked.text))
+            return
+        seen, more = 0, 2 * count
+        while more:
+            # The first questions are the same, whatever number is asked for.
+            drawn = _MAKE[self.name]("final", seen + more, (room, room), tokenizer, seed)
+            yield from ([question] for question in drawn[seen:])
+            seen, more = len(drawn), (seen + more) * (len(drawn) == seen + more)
+
+    def with_questions(self, questions: int) -> Task:
+        """See `Task.with_questions`."""
+        return replace(self, questions=questions)
 
     def score(self, sample: Sample, reader: Reader) -> Score:
         """See `Task.score`."""
@@ -107,42 +133,55 @@ def _ask(question: LongQuestion) -> Ask:
     return Ask(before, after.format(question=question.question), ASK[1])
 
 
-def _sample(number: int, question: LongQuestion, text: str, tokenizer: Any) -> Sample:
-    ask = _ask(question)
-    prompt, before = ask.ids(tokenizer, text), ask.before_question(tokenizer, text)
-    return Sample(number, prompt, ask.ids(tokenizer), (question.answer,), before)
+def _sample(number: int, asked: Sequence[LongQuestion], text: str, tokenizer: Any) -> Sample:
+    found = list[Sample]()
+    for question in asked:
+        ask = _ask(question)
+        prompt, before = ask.ids(tokenizer, text), ask.before_question(tokenizer, text)
+        found.append(Sample(number, prompt, ask.ids(tokenizer), (question.answer,), before))
+    return replace(found[0], more=tuple(found[1:]))
 
 
 def _filled(
-    name: str, question: LongQuestion, tokenizer: Any, context: int, draw: random.Random
+    name: str, asked: Sequence[LongQuestion], tokenizer: Any, context: int, draw: random.Random
 ) -> str | None:
-    """The context, with as many other paragraphs as fit; None if the question's own do not fit."""
-    ask, own = _ask(question), question.text.strip()
-    room = context - len(ask.ids(tokenizer, own))
-    others = [(draw.random() < 0.5, p) for p in _others(name, question, tokenizer, room, draw)]
+    """The context, with as many other paragraphs as fit; None if the questions' own do not fit.
+
+    Args:
+        name: the task's name.
+        asked: questions about the same context.
+        tokenizer: counts the tokens.
+        context: the most tokens of a prompt.
+        draw: chooses the other paragraphs and their places.
+    """
+    own = asked[0].text.strip()
+    sizes = {question: len(_ask(question).ids(tokenizer, own)) for question in asked}
+    longest = _ask(max(sizes, key=lambda question: sizes[question]))
+    room = context - max(sizes.values())
+    others = [(draw.random() < 0.5, p) for p in _others(name, asked, tokenizer, room, draw)]
     # The parts may have a token less alone than they have together.
     for count in range(len(others), -1, -1):
         before = [p for first, p in others[:count] if first]
         after = [p for first, p in others[:count] if not first]
         text = _GAP.join([*before, own, *after])
-        if len(ask.ids(tokenizer, text)) <= context:
+        if len(longest.ids(tokenizer, text)) <= context:
             return text
     return None
 
 
 def _others(
-    name: str, question: LongQuestion, tokenizer: Any, room: int, draw: random.Random
+    name: str, asked: Sequence[LongQuestion], tokenizer: Any, room: int, draw: random.Random
 ) -> list[str]:
-    """Paragraphs of other questions that do not hold the answer, as many as there is room for.
+    """Paragraphs of other questions that hold no answer, as many as there is room for.
 
     Each paragraph is whole; their order is drawn.
     """
     paragraphs = _final(name)[0]
-    taken, tries, own = list[str](), 0, question.text
+    taken, tries, own = list[str](), 0, asked[0].text
     for paragraph in draw.sample(paragraphs, len(paragraphs)):
         if tries == _TRIES or room <= 0:
             break
-        if question.answer in paragraph or paragraph in own:
+        if any(question.answer in paragraph for question in asked) or paragraph in own:
             continue
         size = len(tokenizer.encode(_GAP + paragraph, add_special_tokens=False))
         tries += size > room

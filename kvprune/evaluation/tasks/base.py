@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+from ...errors import KVPruneError
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -22,6 +24,8 @@ class Sample:
             stands behind the context.
         behind: how many of its last tokens are read as generated tokens are, behind what policies
             take for the prompt: the last one, or a question that is not known before.
+        more: further questions about the same context. The sample's score is the mean over all, so
+            that intervals count contexts.
     """
 
     number: int
@@ -30,6 +34,12 @@ class Sample:
     answers: tuple[str, ...]
     context: int = 0
     behind: int = 1
+    more: tuple[Sample, ...] = ()
+
+    @property
+    def questions(self) -> tuple[Sample, ...]:
+        """The sample itself, and what else is asked of its context."""
+        return self, *self.more
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,17 @@ class Task(ABC):
         Raises:
             KVPruneError: a context too short for the task, or fewer samples than asked for.
         """
+
+    def with_questions(self, questions: int) -> Task:
+        """The task with up to so many questions about each context; see `Sample.more`.
+
+        Raises:
+            KVPruneError: the task asks one question about each context.
+        """
+        raise KVPruneError(
+            f"{self.name}: --questions {questions}: it asks one question about each context: "
+            f"expected squad, hotpotqa or JSON lines, or --questions 1"
+        )
 
     def following(self, sample: Sample, tokenizer: Any) -> int:
         """The most tokens that may follow a sample's prompt; a model must have room for them."""

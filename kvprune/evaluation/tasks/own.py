@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,14 @@ class Own(Task):
         path: the path, as it was given.
         lines: the lines of the file.
         way: the way of scoring, one of `WAYS`.
+        questions: the most questions about one context: of the lines that have the same one, so
+            many are one sample. With 1, each line is a sample.
     """
 
     path: str
     lines: tuple[Line, ...]
     way: str
+    questions: int = 1
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -73,13 +77,25 @@ class Own(Task):
         """See `Task.samples`; the seed chooses the lines, the same ones at every context.
 
         Raises:
-            KVPruneError: fewer lines than asked for, or a line whose prompt is too long.
+            KVPruneError: fewer lines (or contexts, with several questions about one) than asked
+                for, or a line whose prompt is too long.
         """
-        refuse_few(self.name, context, len(self.lines), count)
-        lines = random.Random(f"{seed}").sample(self.lines, len(self.lines))[:count]
-        found = [_sample(number, line, tokenizer) for number, line in enumerate(lines)]
-        self._refuse_long(lines, found, context)
-        return found
+        lines = random.Random(f"{seed}").sample(self.lines, len(self.lines))
+        asked = dict[Any, list[Line]]()
+        for line in lines:
+            asked.setdefault(line.context if self.questions > 1 else line, []).append(line)
+        refuse_few(self.name, context, len(asked), count)
+        chosen = [same[: self.questions] for same in list(asked.values())[:count]]
+        found = [
+            [_sample(number, line, tokenizer) for line in same]
+            for number, same in enumerate(chosen)
+        ]
+        self._refuse_long(list(chain(*chosen)), list(chain(*found)), context)
+        return [replace(first, more=tuple(more)) for first, *more in found]
+
+    def with_questions(self, questions: int) -> Task:
+        """See `Task.with_questions`."""
+        return replace(self, questions=questions)
 
     def score(self, sample: Sample, reader: Reader) -> Score:
         """See `Task.score`."""
@@ -92,11 +108,12 @@ class Own(Task):
         return answer_tokens(sample, tokenizer) if self.way == "likelihood" else _most(sample)
 
     def _refuse_long(self, lines: list[Line], found: list[Sample], context: int) -> None:
-        longest = max(found, key=lambda sample: len(sample.prompt), default=None)
-        if longest is not None and len(longest.prompt) > context:
+        sizes = [len(sample.prompt) for sample in found]
+        longest = max(range(len(sizes)), key=lambda at: sizes[at], default=None)
+        if longest is not None and sizes[longest] > context:
             raise KVPruneError(
-                f"{self.path}, line {lines[longest.number].number}: expected a prompt of at most"
-                f" {context} tokens, got {len(longest.prompt)}; ask for a context of that many, or"
+                f"{self.path}, line {lines[longest].number}: expected a prompt of at most"
+                f" {context} tokens, got {sizes[longest]}; ask for a context of that many, or"
                 " shorten the line's context"
             )
 

@@ -2,8 +2,8 @@
 
 The context alone is the prompt then: budgets are shares of it, and what is asked at a prompt's end
 is asked there. The question is read behind it, as generated tokens are read: a policy that is asked
-once, at the prompt's end, has had its say; one that is asked in every step goes on. Each sample has
-a compressed cache of its own.
+once, at the prompt's end, has had its say; one that is asked in every step goes on. All questions
+about a context are asked of copies of one compressed cache.
 """
 
 from __future__ import annotations
@@ -52,13 +52,17 @@ class QuestionUnknown(Task):
         """
         found = self.known.samples(tokenizer, context, count, seed)
         for sample in found:
-            if not 0 < sample.context < len(sample.prompt):
+            if not all(0 < one.context < len(one.prompt) for one in sample.questions):
                 raise KVPruneError(
                     f"{self.known.name}: its prompts have no question behind their context, so "
                     f"that none can be unknown: expected another task, as squad, or "
                     f"--question known"
                 )
-        return [replace(s, behind=len(s.prompt) - s.context) for s in found]
+        return [_behind_the_context(sample) for sample in found]
+
+    def with_questions(self, questions: int) -> Task:
+        """The other task with so many questions."""
+        return QuestionUnknown(self.known.with_questions(questions))
 
     def following(self, sample: Sample, tokenizer: Any) -> int:
         """What may follow a prompt of the other task."""
@@ -67,3 +71,8 @@ class QuestionUnknown(Task):
     def score(self, sample: Sample, reader: Reader) -> Score:
         """The other task's score."""
         return self.known.score(sample, reader)
+
+
+def _behind_the_context(sample: Sample) -> Sample:
+    more = tuple(map(_behind_the_context, sample.more))
+    return replace(sample, behind=len(sample.prompt) - sample.context, more=more)
