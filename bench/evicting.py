@@ -5,8 +5,10 @@
 
 Questions are those of the splits to test with (`kvprune compare`'s tasks); nothing was learned from
 them, nor chosen by them. Figures are nats a token of the gold answer, paired with the dense model's
-on the same question, with bootstrap intervals of 95 %. Bytes are over those of the keys and values
-of the dense model in bfloat16: float32 counts at two bytes a number where there is no store.
+on the same sample (a question, or with `--questions` a context), with bootstrap intervals of 95 %.
+Bytes are over those of the keys and values of the dense model in bfloat16: float32 counts at two
+bytes a number where there is no store. They are counted before the last token, or a question that
+is unknown, was read.
 """
 
 from __future__ import annotations
@@ -81,8 +83,8 @@ def rows(path: Path, numbers: int) -> list[dict[str, Any]]:
 
 
 def _slots(cost: Mapping[str, Any]) -> float:
-    """Of all layers, behind all of the prompt but its last token."""
-    return float(sum(kept - 1 for kept in cost["kept"]))
+    """The slots of all layers where the bytes are counted."""
+    return float(sum(cost["held"]))
 
 
 def _as_bfloat16(cost: Mapping[str, Any], numbers: int, plain: bool) -> float:
@@ -102,6 +104,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--stores", nargs="+", default=["plain"])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--question", default="known")
+    parser.add_argument("--questions", type=int, default=1, help="the most about one context")
     parser.add_argument("--model", help="name or path; the demo model")
     parser.add_argument("--twice", type=int, default=50, help="samples of what reads twice; 0")
     parser.add_argument("--work", type=Path, default=Path("build/evicting"))
@@ -109,7 +112,11 @@ def main(given: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(given)
     path = asked.model or str(demo_model(report=print))
     run, where = Run(path, dtype="float32"), (asked.tasks, asked.context)
-    more = {"question": asked.question, "stores": asked.stores}
+    more = {
+        "question": asked.question,
+        "stores": asked.stores,
+        "questions": asked.questions,
+    }
     plans = [Plan(asked.policies, *where, asked.budgets, asked.samples, 0, **more)]
     if asked.twice:
         plans.append(Plan(TWICE, *where, TWICE_BUDGETS, asked.twice, 0, **more))

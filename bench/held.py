@@ -16,13 +16,12 @@ def numbers_of(model: Any) -> int:
 def as_bfloat16(model: Any, cache: kvprune.ComposedCache) -> float:
     """The bytes that a cache holds; each number of plain keys and values counts at two bytes.
 
-    Codes of a store count as they are, and so do columns and statistics.
+    Room for more tokens counts as well. Codes of a store count as they are, and so do columns and
+    statistics.
     """
     if cache.store is not None:
         return cache.nbytes
-    # Heads share their columns as long as all keep the same, so that this is a mean over heads.
-    kept = (
-        (cache.columns(layer) >= 0).sum(-1).double().mean(-1).sum()
-        for layer, _ in cache.slot_layers()
-    )
-    return cache.nbytes - sum(map(float, kept)) * numbers_of(model) * (model.dtype.itemsize - 2)
+    parts = [part for _, layer in cache.slot_layers() for part in layer.rectangles]
+    storages = [t.untyped_storage() for part in parts if part.held for t in part.held.tensors()]
+    plain = sum({(at.device, at.data_ptr()): at.nbytes() for at in storages}.values())
+    return cache.nbytes - plain * (1 - 2 / model.dtype.itemsize)

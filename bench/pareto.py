@@ -41,7 +41,6 @@ from kvprune.policies import H2O, SDTP, Saliency, SnapKV
 
 from .about import write
 from .command import run
-from .held import as_bfloat16, numbers_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "pareto.json"
@@ -91,9 +90,14 @@ def scored(
 
     The prompt's last token is read by itself, behind what is left of the others.
     """
+    config = model.config
     model(torch.tensor([prompt[:-1]]), past_key_values=cache, logits_to_keep=1)
-    whole = 2 * numbers_of(model) * model.config.num_hidden_layers * (len(prompt) - 1)
-    held = as_bfloat16(model, cache)
+    held, numbers = cache.nbytes, 2 * config.num_key_value_heads * config.head_dim
+    whole = 2 * numbers * config.num_hidden_layers * (len(prompt) - 1)
+    if cache.store is None:
+        # Heads share their columns as long as all keep the same, so that this is a mean over heads.
+        kept = ((cache.columns(i)[0] >= 0).sum(-1).double().mean() for i, _ in cache.slot_layers())
+        held -= sum(map(float, kept)) * numbers * (model.dtype.itemsize - 2)
     logits = model(torch.tensor([[prompt[-1], *answer[:-1]]]), past_key_values=cache).logits
     found = logits[0].log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
     return float(found.mean()), held / whole

@@ -33,7 +33,7 @@ def compare_policies(
     question: Annotated[
         str, typer.Option(help="Before the context is compressed: known, unknown, both.")
     ] = "known",
-    questions: Annotated[int, typer.Option(help="The most about one context.")] = 1,
+    questions: Annotated[int, typer.Option(help="The most questions about one context.")] = 1,
     stores: Annotated[
         list[str], typer.Option(help="How slots are held: plain, quantized, quantized(bits=8).")
     ] = _STORES,
@@ -45,7 +45,8 @@ def compare_policies(
 ) -> None:
     """Compares policies: quality and cost on each task, at each context length and budget.
 
-    Stopped, it goes on where it was when called again; more of everything may then be asked for.
+    Stopped, it goes on where it was when called again; more of everything but questions may then
+    be asked for.
     Ends with 1 if a cell failed (the others are run), with 2 if something was asked for that
     cannot be, and with 130 if it was stopped.
     """

@@ -14,8 +14,9 @@ import kvprune
 from kvprune import KVPruneError
 from kvprune.evaluation.compare import worker
 from kvprune.evaluation.compare.plan import Plan, digest_of
+from kvprune.evaluation.data.questions import LongQuestion
 from kvprune.evaluation.measure.reader import Reading
-from kvprune.evaluation.tasks import task
+from kvprune.evaluation.tasks import articles, task
 from kvprune.evaluation.tasks.articles import HotpotQA, Squad
 from kvprune.evaluation.tasks.unknown import QuestionUnknown
 
@@ -76,6 +77,32 @@ def test_a_score_is_the_mean_of_what_each_question_scores_alone(folder, file, qu
         assert score == pytest.approx(fmean(each[policy, n] for n in asked), abs=1e-6)
 
 
+@pytest.mark.parametrize("question", ["known", "unknown"])
+def test_costs_are_those_of_the_first_question(folder, file, question):
+    """Those of the sample that has no other; the executor changes nothing but seconds."""
+    given: dict[str, Any] = {"tasks": [file], "contexts": [60], "question": question}
+    local, shared = (
+        kvprune.compare(str(folder), POLICIES, samples=2, questions=3, executor=how, **given)
+        for how in ("local", "shared")
+    )
+    one = task(file).with_questions(3).samples(worker_tokenizer(folder), 60, 2, 0)[1]
+    alone = kvprune.compare(str(folder), POLICIES, samples=6, **given)
+    single = task(file).samples(worker_tokenizer(folder), 60, 6, 0)
+    number = next(s.number for s in single if s.prompt == one.prompt)
+    costs = [
+        {r.cell.policy: replace(r.cost, prefill_seconds=None) for r in found if r.sample == at}
+        for found, at in (
+            (local.results.samples, 1),
+            (shared.results.samples, 1),
+            (alone.results.samples, number),
+        )
+    ]
+    assert costs[0] == costs[1]
+    for policy, cost in costs[0].items():
+        # A question's likelihood is read behind it, which may grow the cache.
+        assert replace(cost, bytes_peak=0) == replace(costs[2][policy], bytes_peak=0)
+
+
 def worker_tokenizer(folder: Path) -> Any:
     """The tokenizer of the model in a folder."""
     from transformers import AutoTokenizer
@@ -117,8 +144,7 @@ def test_questions_of_a_set_share_a_context(made):
     assert list(found[:2]) == list(made.samples(words, 1000, 2, 1))
     assert max(len(sample.questions) for sample in found) == made.questions
     for sample in found:
-        texts = {words.decode(one.prompt[: one.context]) for one in sample.questions}
-        (text,) = texts
+        (text,) = {words.decode(one.prompt[: one.context]) for one in sample.questions}
         asked = {words.decode(one.prompt[one.context :]) for one in sample.questions}
         assert len(asked) == len(sample.questions)
         assert all(one.answers[0] in text for one in sample.questions)
@@ -129,11 +155,32 @@ def test_questions_of_a_set_share_a_context(made):
             assert one.prompt == same.prompt and same.behind == len(one.prompt) - one.context
 
 
+@pytest.mark.parametrize("made", [Squad(questions=2), HotpotQA(questions=2)], ids=repr)
+@pytest.mark.parametrize("size", [420, 700, 1000])
+def test_nothing_comes_twice(made, size, monkeypatch):
+    """Neither a context of its own nor a question; the intervals would be too narrow."""
+    given = list[list[LongQuestion]]()
+    kept = articles._apart
+
+    def noted(drawn, most):
+        for asked in kept(drawn, most):
+            given.append(asked)
+            yield asked
+
+    monkeypatch.setattr(articles, "_apart", noted)
+    with pytest.raises(KVPruneError, match=r"ask for fewer samples or fewer --questions"):
+        made.samples(tokenizer("gpt2"), size, 10**5, 0)
+    texts = [asked[0].text for asked in given]
+    questions = [question.question for asked in given for question in asked]
+    assert len(set(texts)) == len(texts) > 5 and len(set(questions)) == len(questions)
+    assert all(len(asked) <= 2 for asked in given)
+
+
 @pytest.mark.parametrize("made", [Squad(questions=3), HotpotQA(questions=2)], ids=repr)
 def test_what_is_put_around_has_none_of_the_answers(made):
     """Each stands in the prompt once."""
     words = tokenizer("gpt2")
-    for sample in made.samples(words, 6000, 10, 0):
+    for sample in made.samples(words, 6000, 5, 0):
         text = words.decode(sample.prompt[: sample.context])
         assert [text.count(one.answers[0]) for one in sample.questions] == [1] * (
             1 + len(sample.more)

@@ -68,6 +68,7 @@ def test_what_it_costs():
     alone = ComposedCache()
     kvprune.read(model, alone, torch.tensor([ids[:39]]))
     assert cost.bytes_held == alone.nbytes
+    assert set(cost.held) == {39} and set(cost.kept) == {60}
 
 
 @pytest.mark.parametrize("kind", KINDS)

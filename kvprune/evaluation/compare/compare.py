@@ -105,8 +105,8 @@ def compare(
 
     The lines "dense" (nothing is dropped) and "no context" (the model can only guess) are always
     run. Stopped and called again with the same `out`, the comparison goes on where it was; the new
-    call may ask for more of everything. A cell that fails is in `failures`, does not stop the other
-    cells, and is run again by the next call that asks for it.
+    call may ask for more of everything but questions. A cell that fails is in `failures`, does not
+    stop the other cells, and is run again by the next call that asks for it.
 
     Args:
         model: the model's name or folder, or a loaded model (attached or not; not with
@@ -124,8 +124,8 @@ def compare(
         stores: how keys and values are held: "plain" or None for as the model made them, and
             stores, as "quantized(bits=4)" or `Quantized(bits=4)`; each policy is run in each. Empty
             for the stores that the specs name.
-        questions: the most questions about one context, whose mean is the sample's score; with
-            unknown questions all are asked of one compressed cache.
+        questions: the most questions about one context; the mean of their scores is the sample's.
+            With unknown questions all are asked of one compressed cache.
         dtype: the dtype to load the model in; "auto" for the dtype of its file.
         device: the device to run on, such as "cuda"; None for the CPU, or for the device of a
             loaded model.

@@ -62,7 +62,7 @@ class Plan:
             "both".
         stores: names as "quantized(bits=4)" and "plain", or stores and None, each for all policies;
             empty for the stores of the specs.
-        questions: the most questions about one context; their mean is its score.
+        questions: the most questions about one context; the mean of their scores is its score.
         lines: dense, no context, and then each policy at each budget in each store.
         found: the tasks as objects.
 

@@ -131,29 +131,34 @@ def _together(group: Group, sample: Sample, worker: Worker) -> Iterator[Outcome]
     wanting = list(group.wanting(sample))
     if not wanting:
         return
-    leads = list[Reading]()
-    try:
-        for question in sample.questions:
-            served = bool(leads) and leads[-1].serves(question.prompt, question.behind)
-            leads.append(
-                leads[-1].of_other(question.prompt, question.behind)
-                if served
-                else _lead(group, question, worker)
-            )
-    # As in `attempted`, a policy or a task may raise any error.
-    except Exception as error:
-        if from_ctrl_c(error):
-            raise KeyboardInterrupt from error
-        for job, _ in wanting:
-            yield _given_up(group, job, error)
-        return
-    for job, policies in wanting:
+    asked, last = {job.cell: Asked(job, sample) for job, _ in wanting}, sample.questions[-1]
+    lead: Reading | None = None
+    for question in sample.questions:
         try:
-            yield _one(leads, job, sample, policies, worker)
+            if lead is None or not lead.serves(question.prompt, question.behind):
+                # The reading before goes first, so that two are never held at once.
+                lead = None
+                lead = _lead(group, question, worker)
+            lead = lead.of_other(question.prompt, question.behind)
+        # As in `attempted`, a policy or a task may raise any error.
         except Exception as error:
             if from_ctrl_c(error):
                 raise KeyboardInterrupt from error
-            yield _given_up(group, job, error)
+            for job, _ in wanting:
+                if job.cell not in group.failed:
+                    yield _given_up(group, job, error)
+            return
+        for job, policies in wanting:
+            if job.cell in group.failed:
+                continue
+            try:
+                _ask(lead, asked[job.cell], question, policies, worker)
+                if question is last:
+                    yield asked[job.cell].result()
+            except Exception as error:
+                if from_ctrl_c(error):
+                    raise KeyboardInterrupt from error
+                yield _given_up(group, job, error)
 
 
 def _given_up(group: Group, job: Job, error: Exception) -> Failure:
@@ -170,20 +175,13 @@ def _lead(group: Group, sample: Sample, worker: Worker) -> Reading:
     return replace(lead, seconds=None, own=sum(counted))
 
 
-def _one(
-    leads: list[Reading],
-    job: Job,
-    sample: Sample,
-    policies: list[TokenPolicy],
-    worker: Worker,
-) -> Outcome:
-    """The outcome of one job, from the shared readings and the job's own policies."""
-    asked = Asked(job, sample)
-    for question, lead in zip(sample.questions, leads, strict=True):
-        with counting() as evicting:
-            cache = lead.cache.with_policies(policies, worker.model)
-        with own_flops() as counted:
-            reader = worker.reader(replace(lead, cache=cache))
-        own = lead.own + evicting.get_total_flops() + sum(counted)
-        asked.ask(worker, question, reader, own)
-    return asked.result()
+def _ask(
+    lead: Reading, asked: Asked, question: Sample, policies: list[TokenPolicy], worker: Worker
+) -> None:
+    """Asks one job's question, with the shared reading and the job's own policies."""
+    with counting() as evicting:
+        cache = lead.cache.with_policies(policies, worker.model)
+    with own_flops() as counted:
+        reader = worker.reader(replace(lead, cache=cache))
+    own = lead.own + evicting.get_total_flops() + sum(counted)
+    asked.ask(worker, question, reader, own)

@@ -72,9 +72,9 @@ class Worker:
         for sample, prompt in zip(job.samples, prompts, strict=True):
             # What the policies act on, and one token of those behind it.
             acted = prompt[: len(prompt) + 1 - (1 if bare else sample.behind)]
-            if not nothing and len(prompt) not in own:
-                own[len(prompt)] = own_prefill_flops(self.model, acted, policies)
-            asked, counted = Asked(job, sample), own.get(len(prompt), 0.0)
+            if not nothing and len(acted) not in own:
+                own[len(acted)] = own_prefill_flops(self.model, acted, policies)
+            asked, counted = Asked(job, sample), own.get(len(acted), 0.0)
             lead: Reading | None = None
             for question in sample.questions:
                 whole, behind = (question.bare, 1) if bare else (question.prompt, question.behind)
@@ -82,8 +82,10 @@ class Worker:
                     cache = ComposedCache(policies, store=named.store)
                     lead = Reading.of(self.model, whole, cache, behind)
                 lead = lead.of_other(whole, behind)
-                # Asking changes a cache, and other questions may be asked of it as it is now.
-                mine = replace(lead, cache=copy.deepcopy(lead.cache)) if sample.more else lead
+                # Asking changes a cache. Where questions are unknown, others are asked of it as it
+                # is now.
+                shared = sample.more and behind > 1
+                mine = replace(lead, cache=copy.deepcopy(lead.cache)) if shared else lead
                 reader = self.reader(mine)
                 if question is sample and sample.number == 0 and policies:
                     texts = texts_of(self.tokenizer, whole)
@@ -133,7 +135,7 @@ class Asked:
                 name: fmean(score.parts[name] for score in self.scores if name in score.parts)
                 for name in names
             },
-            "\n".join(score.answer for score in self.scores),
+            "\n".join(score.answer for score in self.scores if score.answer),
             self._cost,
         )
 

@@ -39,6 +39,7 @@ COST = {
     "prompt_tokens": _SIZE,
     "entered": _each(_COUNT),
     "kept": _each(_PERHAPS),
+    "held": _each(_PERHAPS),
 }
 OUTCOMES = {
     "sample": {"item": _TEXT, "sample": _COUNT, "score": _NUMBER, "parts": _numbers},

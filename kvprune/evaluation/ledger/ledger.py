@@ -62,7 +62,7 @@ class Ledger:
         floors: the floor of each task that has one.
         modules: the digests of each policy's learned modules.
         code: the digests of the files that define each policy.
-        items: the digest of each sample's question, by task, context and number.
+        items: the digest of each sample's questions, by task, context and number.
         cells: the cells, with policies as they were first spelled.
         samples: the results of the samples, by cell and number.
         failures: the failure of each cell that could not be run.
@@ -122,8 +122,8 @@ class Ledger:
         if self.items.get((task, context, number), digest) != digest:
             raise KVPruneError(
                 f"{self.path}: expected results of the same samples, and number {number} of "
-                f"{task} at {context} tokens was another: the task's data, its code or the "
-                f"tokenizer has changed. Name another folder with --out"
+                f"{task} at {context} tokens was another: the task's data, its code, the "
+                f"tokenizer or --questions has changed. Name another folder with --out"
             )
 
     def check_task(self, name: str, unit: str, floor: float | None) -> None:
@@ -245,7 +245,8 @@ class Ledger:
         key = key_of(cell)
         checked(line, OUTCOMES[kind])
         if kind == "sample":
-            cost = self._cost(checked(line.pop("cost"), COST))
+            # Older versions did not note what was held.
+            cost = self._cost(checked({"held": [], **line.pop("cost")}, COST))
             self.items[cell.task, cell.context, line["sample"]] = line.pop("item")
             self.samples.setdefault((key, line["sample"]), SampleResult(cell, cost=cost, **line))
             # The failed cell was run again after its failure.
@@ -262,11 +263,12 @@ class Ledger:
         Raises:
             ValueError: the cost has another number of layers than those of the other samples.
         """
-        tuples = {n: tuple(given[n]) for n in ("entered", "kept")}
+        tuples = {n: tuple(given[n]) for n in ("entered", "kept", "held")}
         cost = Cost(**{**given, **tuples})
         first = next((r.cost for r in self.samples.values()), cost)
         for name, layers in tuples.items():
-            if len(layers) != len(getattr(first, name)):
+            known = first.kept if name == "held" else getattr(first, name)
+            if len(layers) != len(known) and (layers or name != "held"):
                 raise ValueError(f"{name!r} has {len(layers)} layers")
         return cost
 

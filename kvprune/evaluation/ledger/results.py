@@ -28,7 +28,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one sample.
+    """The cost of one sample, or of the first question of a sample that has several.
 
     Attributes:
         prefill_seconds: seconds to read the prompt, its last token included (see
@@ -43,6 +43,8 @@ class Cost:
         entered: for each layer, the tokens that entered it in all forwards of the prompt.
         kept: for each layer, the slots that it holds after the prompt, a mean over its heads; None
             for a layer that has a state and no slots.
+        held: the same where `bytes_held` is counted, before the last token or a question was read;
+            empty with lm-eval, and in files of versions that did not note it.
     """
 
     prefill_seconds: float | None
@@ -53,6 +55,7 @@ class Cost:
     prompt_tokens: int
     entered: tuple[int, ...]
     kept: tuple[float | None, ...]
+    held: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)

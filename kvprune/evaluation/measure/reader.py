@@ -107,7 +107,8 @@ class CacheReader:
         self._behind = [1]
         # Counted before the last token, for which a cache that grows takes room for many more
         # tokens.
-        held, began = self.cache.nbytes, now(devices_of(model))
+        held, self._held = self.cache.nbytes, _kept(self.cache)
+        began = now(devices_of(model))
         question = lead.tokens[0, -lead.behind : -1].tolist()
         for piece in self._pieces(question) if question else ():
             self._forward(self._ids(piece))
@@ -189,6 +190,8 @@ class CacheReader:
                 n + self._lead.behind for n in self._lead.entered or [0] * len(self._slots)
             ),
             kept=self._kept,
+            # An empty cache has no layers yet.
+            held=self._held or self._kept,
         )
 
     def _flops(self, flops: Flops) -> float:

@@ -17,7 +17,7 @@ paragraph, mostly. The prompt without the context (`Sample.bare`) is the questio
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
@@ -57,7 +57,7 @@ class _Articles(Task):
             draw = seeded(self.name, context, seed, len(found))
             text = _filled(self.name, asked, tokenizer, context, draw)
             found += [] if text is None else [_sample(len(found), asked, text, tokenizer)]
-        refuse_few(self.name, context, len(found), count)
+        refuse_few(self.name, context, len(found), count, self.questions)
         return found
 
     def _asked(
@@ -66,9 +66,9 @@ class _Articles(Task):
         """The questions about each context in turn."""
         room = context - _beside(self.name, tokenizer)
         if self.questions > 1:
-            # Of all questions, as a number of them would cut the last context's short.
+            # All questions are drawn: a smaller number might end within a context.
             drawn = _MAKE[self.name]("final", _ALL, (room, room), tokenizer, seed, self.questions)
-            yield from (list(same) for _, same in groupby(drawn, key=lambda asked: asked.text))
+            yield from _apart(drawn, self.questions)
             return
         seen, more = 0, 2 * count
         while more:
@@ -112,6 +112,19 @@ class _Uncounted:
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """No tokens."""
         return []
+
+
+def _apart(drawn: Iterable[LongQuestion], most: int) -> Iterator[list[LongQuestion]]:
+    """The questions about each context, up to a number; each context and question comes once."""
+    texts, asked = set[str](), set[tuple[str, str]]()
+    for text, same in groupby(drawn, key=lambda question: question.text):
+        new = {(q.question, q.answer): q for q in same}
+        left = [question for key, question in new.items() if key not in asked][:most]
+        if not left or text in texts:
+            continue
+        texts.add(text)
+        asked |= {(question.question, question.answer) for question in left}
+        yield left
 
 
 @cache

@@ -84,7 +84,7 @@ class Own(Task):
         asked = dict[Any, list[Line]]()
         for line in lines:
             asked.setdefault(line.context if self.questions > 1 else line, []).append(line)
-        refuse_few(self.name, context, len(asked), count)
+        refuse_few(self.name, context, len(asked), count, self.questions)
         chosen = [same[: self.questions] for same in list(asked.values())[:count]]
         found = [
             [_sample(number, line, tokenizer) for line in same]

@@ -75,16 +75,24 @@ def refuse_short(name: str, context: int, needed: int) -> None:
         )
 
 
-def refuse_few(name: str, context: int, found: int, count: int) -> None:
+def refuse_few(name: str, context: int, found: int, count: int, questions: int = 1) -> None:
     """Refuses fewer samples than asked for.
+
+    Args:
+        name, context: the task's name, and the context length.
+        found, count: the samples that there are, and those asked for.
+        questions: the most questions about one context.
 
     Raises:
         KVPruneError: there are too few samples.
     """
     if found < count:
+        several = questions > 1
+        otherwise = "fewer --questions" if several else "a longer context"
         raise KVPruneError(
             f"{name}: expected {count} samples that fit into {context} tokens, and there are"
-            f" {found}; ask for fewer samples" + (" or a longer context" if found == 0 else "")
+            f" {found}; ask for fewer samples"
+            + (f" or {otherwise}" if found == 0 or several else "")
         )
 
 
