@@ -388,6 +388,17 @@ def test_chance_is_of_the_token_alone():
     assert abs(counts - 320 / 3).max() < 51
 
 
+def test_keys_of_equal_tokens_tie_in_the_first_layer():
+    """Knorm keeps the newer of them, though batches of other sizes round their keys otherwise."""
+    model, token = tiny_model(), prompt(1, 1)
+    ids = token.expand(1, 12)
+    for chunk in (12, 5, 1):
+        cache = kvprune.ComposedCache([Knorm(4, when=None)])
+        for some in ids.split(chunk, dim=1):
+            model(some, past_key_values=cache, logits_to_keep=1)
+        assert cache.columns(0).unique().tolist() == [8, 9, 10, 11]
+
+
 def test_what_is_known_of_queries_is_gone_after_the_prompt():
     """SnapKV holds its slots and nothing of its window; in the second turn it begins anew."""
     model, ids = tiny_model(), prompt(1, 70)
