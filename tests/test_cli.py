@@ -15,11 +15,16 @@ import pytest
 import typer
 from filelock import FileLock
 from rich.console import Console
+from typer.testing import CliRunner
 
 from kvprune import KVPruneError
-from kvprune.cli import main
+from kvprune.cli import app, main
 from kvprune.evaluation.compare import executors, progress
+from kvprune.evaluation.compare.worker import Job
 from kvprune.evaluation.data.loading import loaded
+from kvprune.evaluation.ledger.results import Cell, Cost, SampleResult
+from kvprune.evaluation.tasks.articles import Squad
+from kvprune.evaluation.tasks.base import Sample
 from kvprune.files import check_file, check_folder
 from kvprune.policies import SDTPHeads
 from kvprune.policies.sdtp import trainer, training
@@ -207,6 +212,32 @@ def test_a_stage_is_shown_as_it_is_spelled(monkeypatch, capsys):
     with progress.stage("silent", wanted=False):
         pass
     assert capsys.readouterr() == ("", "")
+
+
+def test_without_a_terminal_a_tenth_of_the_samples_is_a_line(monkeypatch, capsys):
+    """In a file a bar would show nothing before its end."""
+    monkeypatch.setattr(progress, "_stderr", lambda: Console(stderr=True, width=80))
+    cell, cost = Cell("h2o", "h2o", 0.5, "squad", 100), Cost(1.0, 1.0, None, 1, 1, 1, (), ())
+    samples = tuple(Sample(n, (1,), (1,), ("a",)) for n in range(25))
+    with progress.Watch.shown([Job(cell, Squad(), samples)], wanted=True) as watch:
+        for sample in samples:
+            watch.came(SampleResult(cell, sample.number, 0.0, {}, "", cost))
+    lines = [line for line in capsys.readouterr().err.split("\n") if " of 25 samples: " in line]
+    assert len(lines) == 10
+    assert lines[0] == "3 of 25 samples: squad 100: h2o at 0.5" and lines[-1].startswith("25 of")
+
+
+SCREEN = 50
+"""The lines of a screen, of 80 columns."""
+
+
+@pytest.mark.parametrize("command", [None, *(c.name for c in app.registered_commands)])
+def test_help_fits_a_screen(command):
+    """Of all commands, and of each."""
+    arguments = ["--help"] if command is None else [command, "--help"]
+    said = CliRunner().invoke(app, arguments, env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    assert said.exit_code == 0 and len(said.output.splitlines()) <= SCREEN
+    assert max(map(len, said.output.splitlines())) <= 80
 
 
 def test_a_command_needs_nothing_to_say_its_options():

@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("mkdocs.yml", "docs", "kvprune", "policies", "README.md", "CONTRIBUTING.md")
+SOURCES = (
+    "mkdocs.yml",
+    "docs",
+    "kvprune",
+    "policies",
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+)
 ADDRESS = re.compile(r"^(https?:)?//")
 # Never asked for by these pages: for repositories on GitHub, diagrams, and old browsers.
 UNUSED = {
@@ -103,6 +111,13 @@ BROKEN = {
     "a picture that is missing": "![there](nothing.svg)",
     "a name that is not in the package": "::: kvprune.Nothing",
 }
+
+
+def test_a_copy_that_is_not_broken_builds(tmp_path: Path) -> None:
+    """So that the tests below fail for what they break."""
+    copied(tmp_path)
+    done = build(tmp_path, tmp_path / "site")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)

@@ -43,10 +43,8 @@ class StockCache(Cache):
         session: what `generate` has said.
         guard: who uses the cache.
         binding: the model that the cache is tied to; None before its first use.
-        on_evict: see `ComposedCache`.
     """
 
-    on_evict: Callable[[Eviction], None] | None = None
     layers: list[Any]  # SlotLayer, or LinearAttentionLayer in hybrid models
 
     def __init__(
@@ -57,6 +55,7 @@ class StockCache(Cache):
     ) -> None:
         super().__init__(layers=[])
         self.policies, self.observe, self.store = policies, observe, store
+        self._on_evict: Callable[[Eviction], None] | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -71,6 +70,24 @@ class StockCache(Cache):
         """Takes over layers, and what is known of rows."""
         # transformers looks for `layers` on the cache itself: both must stay one list.
         self.state, self.layers = state, state.layers
+
+    @property
+    def on_evict(self) -> Callable[[Eviction], None] | None:
+        """Who is told what each forward evicted; None for nobody.
+
+        Raises:
+            KVPruneError: when it is set, to what cannot be called.
+        """
+        return self._on_evict
+
+    @on_evict.setter
+    def on_evict(self, told: Callable[[Eviction], None] | None) -> None:
+        if told is not None and not callable(told):
+            raise KVPruneError(
+                f"on_evict: expected what can be called with a kvprune.Eviction, or None, got "
+                f"{told!r}"
+            )
+        self._on_evict = told
 
     @property
     def seen(self) -> int:

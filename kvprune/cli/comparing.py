@@ -11,6 +11,7 @@ import typer
 
 from .given import model_path
 
+_WHAT, _HOW = "What is compared", "How it is run"
 _TASKS = ["needle", "squad"]
 _CONTEXTS = [1024]
 _BUDGETS = list[float]()
@@ -19,28 +20,52 @@ _STORES = list[str]()
 
 def compare_policies(
     policies: Annotated[
-        list[str], typer.Option(help="Specs, as dense, h2o(heavy=256,recent=256), sdtp+h2o, a|b.")
+        list[str],
+        typer.Option(
+            help="Specs, as dense, h2o(heavy=256,recent=256), sdtp+h2o, a|b.", rich_help_panel=_WHAT
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for results.jsonl and report.html.")],
-    model: Annotated[str | None, typer.Option(help="Name or path; the demo model.")] = None,
-    tasks: Annotated[list[str], typer.Option(help="Names, or paths of JSON lines.")] = _TASKS,
-    context: Annotated[list[int], typer.Option(help="The most tokens of a prompt.")] = _CONTEXTS,
+    out: Annotated[
+        Path, typer.Option(help="Folder for results.jsonl, report.html.", rich_help_panel=_HOW)
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Name or path; the demo model.", rich_help_panel=_HOW)
+    ] = None,
+    tasks: Annotated[
+        list[str], typer.Option(help="Names, or paths of JSON lines.", rich_help_panel=_WHAT)
+    ] = _TASKS,
+    context: Annotated[
+        list[int], typer.Option(help="The most tokens of a prompt.", rich_help_panel=_WHAT)
+    ] = _CONTEXTS,
     budgets: Annotated[
-        list[float], typer.Option(help="Shares of the prompt; the policies' own budgets.")
+        list[float],
+        typer.Option(
+            help="Shares of the prompt; the policies' own budgets.", rich_help_panel=_WHAT
+        ),
     ] = _BUDGETS,
-    samples: Annotated[int, typer.Option(help="Of each cell.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    samples: Annotated[int, typer.Option(help="Of each cell.", rich_help_panel=_WHAT)] = 20,
+    seed: Annotated[int, typer.Option(help="Of the samples.", rich_help_panel=_WHAT)] = 0,
     question: Annotated[
-        str, typer.Option(help="Before the context is compressed: known, unknown, both.")
+        str,
+        typer.Option(
+            help="Before the context is compressed: known, unknown, both.", rich_help_panel=_WHAT
+        ),
     ] = "known",
-    questions: Annotated[int, typer.Option(help="The most questions about one context.")] = 1,
+    questions: Annotated[
+        int, typer.Option(help="The most questions about one context.", rich_help_panel=_WHAT)
+    ] = 1,
     stores: Annotated[
-        list[str], typer.Option(help="How slots are held: plain, quantized, quantized(bits=8).")
+        list[str],
+        typer.Option(
+            help="How slots are held: plain, quantized, quantized(bits=8).", rich_help_panel=_WHAT
+        ),
     ] = _STORES,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel=_HOW)
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...", rich_help_panel=_HOW)] = "cpu",
     executor: Annotated[
-        str, typer.Option(help="local, shared (prompts read once), ray.")
+        str, typer.Option(help="local, shared (prompts read once), ray.", rich_help_panel=_HOW)
     ] = "local",
 ) -> None:
     """Compares policies: quality and cost on each task, at each context length and budget.

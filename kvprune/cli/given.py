@@ -56,3 +56,19 @@ def percent() -> Callable[[str, float], None]:
         said = now
 
     return tell
+
+
+def at_least(command: str, least: int, **given: int) -> None:
+    """Refuses numbers that are too small, before anything is read.
+
+    Args:
+        command: the command, as an error names it.
+        least: the least number that there can be.
+        given: the options with their numbers.
+
+    Raises:
+        KVPruneError: a number is smaller; the message names its option.
+    """
+    for name, number in given.items():
+        if number < least:
+            raise KVPruneError(f"{command}: --{name} {number}: expected at least {least}")

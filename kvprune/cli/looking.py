@@ -39,7 +39,7 @@ def explain_text(
 
     from ..evaluation.compare.progress import stage
     from ..evaluation.data.loading import loaded as load
-    from ..evaluation.explain import as_page, as_terminal, explain
+    from ..evaluation.explain import as_page, as_terminal, explain, has_colour
     from ..evaluation.specs import parse
     from ..files import check_file, write_text
     from ..wiring.attach import attach
@@ -52,7 +52,8 @@ def explain_text(
     tokenizer, loaded = load(path)
     with stage("reading the text"):
         explained = explain(attach(loaded), tokenizer, read, pipeline)
-    Console().print(as_terminal(explained))
+    console = Console()
+    console.print(as_terminal(explained, has_colour(console)), soft_wrap=not console.is_terminal)
     if html is not None:
         write_text(html, as_page(explained))
 

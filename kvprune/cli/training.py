@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .given import model_path, percent, read_text
+from ..errors import KVPruneError
+from .given import at_least, model_path, percent, read_text
 
 _DATA, _HEADS, _LOSSES, _STEPS = "Data", "Heads", "Losses", "Steps"
 """The parts of a long list of options."""
@@ -202,6 +203,8 @@ def measure_heads(
     from ..policies.duoattention import head_scores
     from ..wiring.attach import attach
 
+    at_least("measure-heads", 1, tokens=tokens, recent=recent)
+    at_least("measure-heads", 0, sinks=sinks)
     read = read_text(text)
     check_file(out)
     path = model_path(model)
@@ -231,12 +234,20 @@ def train_gates(
     from ..policies.kvzap import train_gates as train
     from ..wiring.attach import attach
 
+    at_least("train-gates", 1, tokens=tokens)
+    at_least("train-gates", 2, texts=texts)
+    at_least("train-gates", 0, hidden=hidden)
     read = read_text(text)
     check_folder(out)
     path = model_path(model)
     tokenizer, loaded = load(path)
     ids = tokenizer(read, return_tensors="pt").input_ids.to(loaded.device)
     pieces = [piece for piece in ids.split(tokens, 1) if piece.shape[1] == tokens][:texts]
+    if len(pieces) < 2:
+        raise KVPruneError(
+            f"train-gates: expected a text of at least {2 * tokens} tokens, for two pieces of "
+            f"--tokens {tokens}, got {ids.shape[1]}. Give a longer text, or shorter pieces"
+        )
     with stage("training gates"):
         found = train(
             attach(loaded), pieces, tokenizer, hidden=hidden or None, seed=seed, report=percent()

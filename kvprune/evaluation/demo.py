@@ -27,7 +27,7 @@ from ..policies import SDTP, AdaKV, Saliency, SnapKV
 from .compare.worker import texts_of
 from .data.assets import DEMO_ARTICLE, DEMO_QUESTIONS, Document, article_questions, demo_model
 from .data.loading import loaded
-from .explain import Explanation, as_page, as_terminal, explained
+from .explain import Explanation, as_page, as_terminal, explained, has_colour
 from .measure.reading import longest_of
 from .tasks.prompts import Ask
 from .tasks.scoring import stands_in
@@ -70,6 +70,7 @@ WITHOUT_HEADS = (
     Configuration("SnapKV 25 %", (SnapKV(0.25),)),
     Configuration("AdaKV(SnapKV) 25 %", BY_HEAD),
     Configuration("AdaKV(SnapKV) 25 %, quantized", BY_HEAD, kvprune.Quantized()),
+    Configuration("AdaKV(SnapKV) 12.5 %", (AdaKV(SnapKV(0.125)),)),
 )
 """For models for which no heads ship."""
 
@@ -202,6 +203,10 @@ def run_demo(
     """
     if text is not None and not ask:
         raise KVPruneError("demo: expected a question about the text, got none: add --ask")
+    if not all(question.strip() for question in ask):
+        raise KVPruneError(
+            f"demo: expected questions with words, got {list(ask)!r}: leave out the empty ones"
+        )
     if html is not None:
         check_file(html)
     if console is None:
@@ -240,13 +245,16 @@ def run_demo(
         for row in rows:
             live.update(_table(outcomes, expected is None, f"running: {row.name}"))
             outcomes.append(demo.run(row))
+            # Elsewhere the table comes at the end, when it is whole.
+            if not console.is_terminal:
+                console.print(Text(f"{row.name}: done, {len(outcomes)} of {len(rows)}"))
         live.update(_table(outcomes, expected is None, ""))
     if len(outcomes) == 1:
         return outcomes
     best = min(outcomes[1:], key=lambda o: (-sum(o.right), o.as_bfloat16))
     assert best.kept is not None
     console.print(Text(f"\nWhat {best.name} keeps of the first prompt:\n", style="bold"))
-    console.print(as_terminal(best.kept))
+    console.print(as_terminal(best.kept, has_colour(console)))
     if html is not None:
         write_text(html, as_page(best.kept))
         console.print(Text(f"The same as a page: {html}"))

@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.text import Text
 
 from ..cache.composed import ComposedCache
@@ -109,16 +110,41 @@ def _shade(held: float, num_layers: int) -> int:
     return min(int(held * (SHADES - 1) // num_layers), SHADES - 2)
 
 
-def as_terminal(explained: Explanation) -> Text:
-    """The explanation for rich: dark for tokens that left early, green if most layers hold them."""
+_PLAIN = 3
+"""The least shade that stands in brackets where there is no colour."""
+
+
+def as_terminal(explained: Explanation, colour: bool = True) -> Text:
+    """The explanation for rich: dark for tokens that left early, green if most layers hold them.
+
+    Args:
+        explained: what is to be shown.
+        colour: whether there is colour, or what most layers hold stands in brackets: `[...]`.
+    """
     text = Text()
-    for token, held in zip(explained.tokens, explained.layers, strict=True):
-        text.append(token, style=_TERMINAL[_shade(held, explained.num_layers)])
+    shades = [_shade(held, explained.num_layers) for held in explained.layers]
+    before = False
+    for token, shade in zip(explained.tokens, shades, strict=True):
+        held = shade >= _PLAIN
+        if not colour and held != before:
+            text.append("[" if held else "]")
+        text.append(token, style=_TERMINAL[shade] if colour else "")
+        before = held
+    text.append("]" if before and not colour else "")
     text.append("\n\n" + _caption(explained) + "\n")
+    if not colour:
+        most = [n for n in range(explained.num_layers + 1) if _shade(n, explained.num_layers) >= 3]
+        text.append(f"In brackets: in {most[0]} layers or more.")
+        return text
     for shade, style in enumerate(_TERMINAL):
         text.append(f" {_range(shade, explained.num_layers)} ", style=style)
         text.append(" ")
     return text
+
+
+def has_colour(console: Console) -> bool:
+    """Whether what is printed there may rely on colours: not into a pipe, nor with NO_COLOR."""
+    return console.is_terminal and not console.no_color
 
 
 def _range(shade: int, num_layers: int) -> str:

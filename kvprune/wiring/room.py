@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..cache.binding import attached
 from ..cache.composed import ComposedCache
 from ..errors import KVPruneError
 from ..models.structure import base_of, unwrapped
@@ -58,14 +59,19 @@ def share_for_bytes(
         above 0.0 and up to 1.0, a whole number of slots over `tokens`.
 
     Raises:
-        KVPruneError: a number below 1 (`new`: below 0), no policy that evicts, or so few bytes that
-            not one slot of each head fits.
+        KVPruneError: a model that is not attached, a number below 1 (`new`: below 0), no policy
+            that evicts, or so few bytes that not one slot of each head fits.
     """
+    attached(model, "share_for_bytes")
     numbers = {"nbytes": nbytes, "tokens": tokens, "rows": rows, "new": new + 1}
     for name, number in numbers.items():
         if type(number) is not int or number < 1:
             least = 0 if name == "new" else 1
-            raise KVPruneError(f"share_for_bytes: {name}: expected an int of at least {least}")
+            got = number - 1 if name == "new" and type(number) is int else number
+            raise KVPruneError(
+                f"share_for_bytes: {name}: expected an int of at least {least}, got {got!r}. Bytes "
+                f"are a whole number, as 64 * 2**20 for 64 MiB"
+            )
     evicting = [policy for policy in leaves(checked(policies)) if policy.evicts]
     if not evicting:
         raise KVPruneError(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kvprune
-from kvprune import ComposedCache
+from kvprune import ComposedCache, KVPruneError
 from kvprune.cache.evictions import Eviction
 from kvprune.policies import H2O, AdaKV, Knorm, KVzip, SnapKV, StreamingLLM
 
@@ -132,3 +132,14 @@ def test_an_error_of_the_listener_reaches_the_caller():
         more = [model(prompt(1, 1, 1), past_key_values=c).logits for c in (cache, twin)]
     assert torch.equal(*more)
     assert torch.equal(cache.columns(2), twin.columns(2))
+
+
+def test_who_cannot_be_called_cannot_listen():
+    """The cache goes on as it was."""
+    cache, told = ComposedCache([SnapKV(4, window=2)]), []
+    cache.on_evict = told.append
+    with pytest.raises(KVPruneError, match=r"on_evict: expected what can be called .* got 5"):
+        cache.on_evict = 5  # type: ignore[assignment]
+    assert cache.on_evict == told.append
+    cache.on_evict = None
+    assert cache.on_evict is None

@@ -99,6 +99,8 @@ def test_rows_are_what_generate_gives(folder, small, tmp_path):
     assert 0.45 < knorm.as_bfloat16 / whole.as_bfloat16 < 0.62
     assert 0.2 < by_head.as_bfloat16 / whole.as_bfloat16 < 0.4
     assert quantized.as_bfloat16 == quantized.held < by_head.held
+    # Where nobody sees the table grow, each row is said.
+    assert "dense: done, 1 of 5" in said and "by head, quantized: done, 5 of 5" in said
     assert "2 of 2" in said and "as dense" in said and "those of the dense model" in said
     assert "Not with learned heads: SDTP: SDTP(): no heads ship" in said
     page = (tmp_path / "page.html").read_text()
@@ -132,6 +134,7 @@ def test_what_cannot_be_is_refused(folder, tmp_path):
     """Before the model reads anything."""
     for given, match in (
         (["--text", TEXT], "expected a question about the text, got none: add --ask"),
+        (["--text", TEXT, "--ask", " "], "expected questions with words, got [' ']"),
         (["--text", "x " * 400, "--ask", "Why?"], "at most the 488 tokens"),
         (["--text", "", "--ask", "Why?"], "expected a text of at least one token"),
         (["--text", TEXT, "--ask", "Why?", "--html", tmp_path / "no" / "page"], "expected"),

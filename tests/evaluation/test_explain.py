@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -17,7 +20,7 @@ from typer.testing import CliRunner
 import kvprune
 from kvprune import KVPruneError
 from kvprune.cli import app, main
-from kvprune.evaluation.explain import Explanation, as_page, as_terminal, explain
+from kvprune.evaluation.explain import Explanation, as_page, as_terminal, explain, has_colour
 from kvprune.evaluation.measure.reading import read_prompt
 from kvprune.models.families import linear_layers
 from kvprune.policies import H2O, SDTP, DuoAttention, KVzap, SDTPHeads, StreamingLLM
@@ -152,6 +155,18 @@ def test_the_terminal_shows_the_text_first():
     assert "".join(shown.plain[s.start : s.end] for s in best) == "".join(pieces)
 
 
+def test_without_colour_brackets_show_what_is_kept():
+    """In a pipe, or with NO_COLOR; without them it is the text."""
+    found = Explanation(("a", "b", " c", "d"), (4, 0, 4, 4), 4, "some")
+    shown = as_terminal(found, colour=False)
+    assert shown.plain.startswith("[a]b[ cd]\n") and not shown.spans
+    assert "In brackets: in 3 layers or more." in shown.plain
+    assert as_terminal(replace(found, layers=(0, 0, 0, 0)), colour=False).plain.startswith("ab c")
+    assert not has_colour(Console(file=io.StringIO()))
+    assert has_colour(Console(file=io.StringIO(), force_terminal=True, no_color=False))
+    assert not has_colour(Console(file=io.StringIO(), force_terminal=True, no_color=True))
+
+
 # The commands.
 
 
@@ -199,7 +214,7 @@ def test_gates_are_trained_for_kvzap(folder, tmp_path):
     policy = KVzap(out, 0.5)
     assert policy.with_budget(0.25).budget == 0.25
     said = run("train-gates", "too short", *how).exception
-    assert "expected two texts at least" in str(said)
+    assert "expected a text of at least 48 tokens, for two pieces of --tokens 24, got" in str(said)
     taken = tmp_path / "taken"
     taken.touch()
     said = run("train-gates", text, "--out", taken).exception
@@ -252,7 +267,9 @@ def test_heads_are_trained_and_explain_a_text(folder, tmp_path):
     how = ["--policies", f"sdtp(heads={str(out)!r})"]
     for given in (text, tmp_path / "text"):
         done = run("explain", given, "--model", model, *how, "--html", page)
-        assert done.exception is None and done.stdout.startswith(text[:60])
+        # What is kept stands in brackets, as this is no terminal.
+        bare = re.sub(r"[\[\]]", "", done.stdout)
+        assert done.exception is None and bare.startswith(text[:60]) and bare != done.stdout
         shown = " ".join(done.stdout.split())
         assert "120 tokens, 6 layers" in shown and "61 tokens are in every layer" in shown
     assert page.read_text(encoding="utf-8").count("of 6 layers") == 120
@@ -275,3 +292,24 @@ def test_expected_errors_are_one_line(folder, tmp_path, monkeypatch, capsys):
         said = capsys.readouterr().err
         assert caught.value.code == 2
         assert re.search(rf"^kvprune: .*{match}", said, re.MULTILINE) and "Traceback" not in said
+
+
+BOUNDS = [
+    ("train-gates", "--tokens", 0, "expected at least 1"),
+    ("train-gates", "--texts", -1, "expected at least 2"),
+    ("train-gates", "--hidden", -1, "expected at least 0"),
+    ("measure-heads", "--tokens", -5, "expected at least 1"),
+    ("measure-heads", "--sinks", -1, "expected at least 0"),
+    ("measure-heads", "--recent", 0, "expected at least 1"),
+]
+
+
+@pytest.mark.parametrize(("command", "option", "number", "said"), BOUNDS)
+def test_numbers_out_of_bounds_are_refused_before_anything_is_read(
+    command, option, number, said, tmp_path
+):
+    """Neither the model, which is not there, nor the text."""
+    how = ["--model", tmp_path / "none", "--out", tmp_path / "out", option, number]
+    error = run(command, tmp_path / "none.txt", *how).exception
+    assert isinstance(error, KVPruneError)
+    assert str(error) == f"{command}: {option} {number}: {said}"

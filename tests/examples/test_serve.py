@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -153,6 +155,29 @@ def test_a_client_that_goes_away():
         running.end()
 
 
+def test_a_conversation_that_is_ended_in_the_midst_of_an_answer():
+    """The answer ends, and nothing of the conversation is left."""
+    running = Running([SnapKV(40)], longest=300)
+    try:
+        name = running.begun()
+        path, cache = f"/conversations/{name}", running.server.conversations[name].cache
+        gone = weakref.ref(cache)
+        with running.client.stream("POST", path, json={"text": "Ahoy!"}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            assert running.client.delete(path).status_code == 204
+            rest = [line for line in lines if line.startswith("data")]
+        assert len(rest) < 300 and cache.seen < len(SYSTEM) + 300
+        del cache
+        before = time.monotonic()
+        while gone() is not None and time.monotonic() < before + 30:
+            gc.collect()
+            time.sleep(0.01)
+        assert gone() is None and running.client.get("/").json()["conversations"] == 0
+    finally:
+        running.end()
+
+
 def test_an_error_in_an_answer(running, monkeypatch):
     """Says so, and the conversation can be gone on with, from its beginning."""
     name = running.begun()
@@ -175,9 +200,10 @@ def test_nothing_leaks():
     """Bytes, threads and conversations after two hundred are those after a few."""
     running = Running([KVzip(0.5)], longest=4)
     try:
-        threads, held = [], set()
+        threads, held, caches = [], set(), []
         for number in range(200):
             name = running.begun()
+            caches.append(weakref.ref(running.server.conversations[name].cache))
             running.asked(name, f"Ship {number:03}?")
             held.add(running.client.get("/").json()["bytes"]["conversations"])
             running.client.delete(f"/conversations/{name}")
@@ -186,5 +212,8 @@ def test_nothing_leaks():
         # The pool has as many threads as answers at once, made when they are first needed.
         assert max(threads) <= threads[0] + 1 and len(running.server.conversations) == 0
         assert running.client.get("/").json()["bytes"]["conversations"] == 0
+        # What the server counts is what it knows of: a cache might be held elsewhere.
+        gc.collect()
+        assert [number for number, cache in enumerate(caches) if cache() is not None] == []
     finally:
         running.end()

@@ -11,7 +11,7 @@ from kvprune import ComposedCache, KVPruneError, Quantized, TokenPolicy
 from kvprune.policies import H2O, AdaKV, Knorm, SnapKV, StreamingLLM
 
 from ..support.family_models import attached_family
-from ..support.models import prompt, tiny_model
+from ..support.models import plain_model, prompt, tiny_model
 from ..support.strategies import sdtp_pruner
 
 TOKENS = 400
@@ -62,16 +62,19 @@ def test_what_cannot_be():
     """Says how many bytes it takes."""
     model = tiny_model()
     for match, given in (
-        ("nbytes: expected an int of at least 1", (0, 10, [H2O()])),
-        ("tokens: expected an int of at least 1", (10, 1.5, [H2O()])),
+        ("nbytes: expected an int of at least 1, got 0. Bytes are a whole", (0, 10, [H2O()])),
+        ("tokens: expected an int of at least 1, got 1.5", (10, 1.5, [H2O()])),
         ("expected a policy that evicts", (10**6, 10, [sdtp_pruner(0.5)])),
         ("expected a policy that evicts", (10**6, 10, [])),
         ("expected at least [0-9]+. Take a store", (100, 10, [H2O()])),
     ):
         with pytest.raises(KVPruneError, match=match):
             kvprune.share_for_bytes(model, *given)
-    with pytest.raises(KVPruneError, match="new: expected an int of at least 0"):
+    with pytest.raises(KVPruneError, match="new: expected an int of at least 0, got -1"):
         kvprune.share_for_bytes(model, 10**6, 10, [H2O()], new=-1)
+    for unattached in (None, plain_model()):
+        with pytest.raises(KVPruneError, match=r"share_for_bytes: .*attach"):
+            kvprune.share_for_bytes(unattached, 10**6, 10, [H2O()])
     with pytest.raises(KVPruneError, match="at least") as caught:
         kvprune.share_for_bytes(model, 1000, 100, [H2O()])
     least = int(str(caught.value).partition("at least ")[2].partition(".")[0])

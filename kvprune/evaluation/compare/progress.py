@@ -25,10 +25,15 @@ from .worker import Job
 
 @dataclass
 class Watch:
-    """A progress bar that counts samples; without a bar it does nothing."""
+    """A progress bar that counts samples; without a bar it does nothing.
+
+    Where there is no terminal, as in a file, a line is printed for each tenth of the samples.
+    """
 
     progress: Progress | None = None
     bar: TaskID | None = None
+    total: int = 0
+    done: int = 0
 
     @classmethod
     @contextmanager
@@ -47,7 +52,7 @@ class Watch:
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said)
         with Progress(*columns, console=_stderr()) as progress:
             total = sum(len(job.samples) for job in jobs)
-            yield cls(progress, progress.add_task(described(jobs[0].cell), total=total))
+            yield cls(progress, progress.add_task(described(jobs[0].cell), total=total), total)
 
     def came(self, outcome: Outcome) -> None:
         """Counts an outcome that was yielded; a failure is printed at once."""
@@ -57,7 +62,13 @@ class Watch:
             said = f"failed: {described(outcome.cell)}: {outcome.error}"
             self.progress.console.print(said, markup=False, highlight=False, style="red")
         if isinstance(outcome, SampleResult):
-            self.progress.update(self.bar, advance=1, description=described(outcome.cell))
+            said = described(outcome.cell)
+            self.progress.update(self.bar, advance=1, description=said)
+            self.done += 1
+            before, now = (10 * n // self.total for n in (self.done - 1, self.done))
+            if now > before and not self.progress.console.is_terminal:
+                line = f"{self.done} of {self.total} samples: {said}"
+                self.progress.console.print(line, markup=False, highlight=False)
 
 
 @contextmanager
