@@ -17,6 +17,8 @@ import pytest
 
 import kvprune
 
+from .support.fake_tasks import saved_model
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"kvprune": "kvprune", "policies": "kvprune/policies"}  # in the repository: as installed
 WHERE = "import kvprune, kvprune.policies as p; print(kvprune.__file__, p.__file__, sep='\\n')"
@@ -96,6 +98,23 @@ def test_an_installed_wheel_imports_from_anywhere(built: Path, tmp_path: Path) -
     paths = run(sys.executable, "-c", WHERE, cwd=tmp_path, PYTHONPATH=str(site)).split("\n")
     assert paths[0] == str(site / "kvprune/__init__.py")
     assert paths[1] == str(site / "kvprune/policies/__init__.py")
+
+
+@pytest.mark.slow
+def test_a_wheel_in_an_empty_environment_runs_the_quick_start(built: Path, tmp_path: Path) -> None:
+    """With what the wheel itself asks for, and nothing else of ours."""
+    python = tmp_path / "empty/bin/python"
+    run(sys.executable, "-m", "venv", python.parent.parent, cwd=tmp_path)
+    run(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt",
+        the_one(built / "checkout", "*.whl"), cwd=tmp_path)  # fmt: skip
+    page = (ROOT / "docs/quick-start.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[:2]
+    given = f"name, long_text = {str(saved_model(tmp_path / 'model'))!r}, {'abc <[d' * 40!r}\n"
+    (tmp_path / "first.py").write_text(given + first + second)
+    said = run(python, "first.py", cwd=tmp_path)
+    assert said.startswith("ComposedCache([H2O(heavy=64, recent=64")
+    told = run(tmp_path / "empty/bin/kvprune", "doctor", cwd=tmp_path)
+    assert re.search(r"seams +(\d+) of \1 found", told)
 
 
 @pytest.mark.slow
