@@ -237,7 +237,7 @@ def _require(*modules: str) -> None:
         raise KVPruneError(
             f"demo_model: expected the packages {' and '.join(modules)}, which transformers"
             f" needs to read GGUF, but {' and '.join(missing)} cannot be imported;"
-            " mend it with: pip install kvprune[bench]"
+            " mend it with: pip install kvprune[demo]"
         )
 
 
