@@ -1,4 +1,4 @@
-"""Writes the tables of docs/which.md from what `bench.evicting` measured.
+"""Writes the tables of docs/which.md from what `bench.evicting` and `bench.long_answers` measured.
 
 python -m bench.which
 """
@@ -6,6 +6,7 @@ python -m bench.which
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,16 +14,41 @@ from typing import Any
 
 from kvprune.files import write_text
 
+from . import long_answers
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "which.md"
+STREAMS = ROOT / "docs" / "streams.json"
 
 TABLE = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 def page(text: str, results: Path = RESULTS) -> str:
     """The page with the tables that the results say; they stand between comments that name them."""
-    return TABLE.sub(lambda at: f"{at[1]}{_table(_rows(results / at[2]))}{at[3]}", text)
+    return TABLE.sub(lambda at: f"{at[1]}{_table_of(results / at[2])}{at[3]}", text)
+
+
+def _table_of(path: Path) -> str:
+    if path.name == STREAMS.name:
+        return _streams(json.loads(STREAMS.read_text())["losses"])
+    if path.name == long_answers.RESULTS.name:
+        return long_answers.table(json.loads(path.read_text())["rows"])
+    return _table(_rows(path))
+
+
+def _streams(losses: dict[str, list[float]]) -> str:
+    """The perplexity of each method in stretches of the stream; a dash for what was not read."""
+    names = ("StreamingLLM", "window", "dense")
+    lines = [f"| tokens | {' | '.join(names)} |", "|" + " --- |" * (1 + len(names))]
+    for start, stop in ((0, 8000), (8000, 12_000), (12_000, 20_000)):
+        stretches = [losses[name][start:stop] for name in names]
+        cells = [
+            f"{math.exp(_mean(each)):.1f}" if len(each) == stop - start else "-"
+            for each in stretches
+        ]
+        lines.append(f"| {start:,} to {stop:,} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
