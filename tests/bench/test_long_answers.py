@@ -14,10 +14,10 @@ import kvprune
 from bench import long_answers
 from bench.held import as_bfloat16
 from bench.long_answers import Text
-from kvprune.policies import H2O
+from kvprune.policies import H2O, AdaKV, SnapKV
 
 from ..evaluation.test_explain import bytes_tokenizer
-from ..support.models import fresh_model
+from ..support.models import fresh_model, prompt
 
 WORDS = ["abel", "baker", "coma", "dart", "easy", "fork", "gold", "hero", "iron", "jazz"]
 
@@ -54,16 +54,16 @@ def test_a_list_is_to_be_retold(tokenizer):
     assert text.right(answer) == 1 and text.right("") == 0
     assert text.right("x\n" + text.lines[0]) == 1 / len(text.lines)
     assert Text(tokenizer, 1, tokens=90).prompt != text.prompt
-    with pytest.raises(kvprune.KVPruneError, match="expected 1001 tokens, got"):
-        long_answers.Text(Short(), 0, tokens=1001)
+    with pytest.raises(kvprune.KVPruneError, match="expected 90 tokens, got 50"):
+        long_answers.Text(Short(), 0, tokens=90)
 
 
 class Short:
-    """A tokenizer that finds a thousand tokens in whatever it reads."""
+    """A tokenizer that finds fifty tokens in whatever it reads."""
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """A thousand."""
-        return [1] * 1000
+        """Fifty."""
+        return [1] * 50
 
 
 @pytest.mark.parametrize("policies", [[], [H2O(6, 6)]], ids=repr)
@@ -74,7 +74,6 @@ def test_answers_are_given_and_their_likelihood_noted(policies, tokenizer):
     texts[1].prompt = texts[1].prompt[5:]
     cache = kvprune.ComposedCache(policies)
     found = long_answers.answered(model, tokenizer, texts, "forced", cache)
-    held = []
     for row, text in enumerate(texts):
         alone, nats, first = kvprune.ComposedCache(policies), [], []
         ids = torch.tensor([text.prompt])
@@ -86,11 +85,29 @@ def test_answers_are_given_and_their_likelihood_noted(policies, tokenizer):
                 ids = torch.tensor([[token]])
         assert found["nats"][row] == pytest.approx(sum(nats) / 90, abs=1e-6)
         assert found["right"][row] == sum(first) / 90
-        held.append(as_bfloat16(model, alone))
     assert [at for at, _ in found["held"]] == [0, 64, 90]
-    # Both rows have the room that the longer one needs.
-    assert found["held"][-1][1] == pytest.approx(max(held), rel=0.05)
+    assert found["held"][-1][1] == as_bfloat16(model, cache) / 2
     assert found["columns"] == pytest.approx(sum(len(t.prompt) for t in texts) / 2 + 90)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("policies", [[], [H2O(6, 6)], [AdaKV(SnapKV(12, window=2))]], ids=repr)
+def test_keys_and_values_count_at_two_bytes_a_number(policies, dtype):
+    """Room for more tokens as well; all else counts as it is."""
+    model: Any = kvprune.attach(fresh_model(dtype=dtype))
+    cache = kvprune.ComposedCache(policies)
+    with torch.no_grad():
+        model(prompt(2, 40), past_key_values=cache)
+        model(prompt(2, 1), past_key_values=cache)
+    parts = [part for _, layer in cache.slot_layers() for part in layer.rectangles]
+    numbers = sum(t.untyped_storage().nbytes() for p in parts for t in p.held.tensors())
+    numbers //= dtype.itemsize
+    rest = cache.nbytes - numbers * dtype.itemsize
+    assert rest > 0 and as_bfloat16(model, cache) == pytest.approx(2 * numbers + rest)
+    stored = kvprune.ComposedCache(policies, store=kvprune.Quantized(8, 8))
+    with torch.no_grad():
+        model(prompt(2, 40), past_key_values=stored)
+    assert as_bfloat16(model, stored) == stored.nbytes
 
 
 def test_a_model_says_what_it_likes(tokenizer):

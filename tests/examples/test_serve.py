@@ -17,6 +17,7 @@ import pytest
 import serve
 import torch
 import uvicorn
+from transformers import StoppingCriteria
 
 import kvprune
 from kvprune.policies import KVzip, SnapKV
@@ -131,9 +132,30 @@ def test_what_is_asked_wrongly(running):
     assert running.asked(name, "Ahoy!") == running.expected(["Ahoy!"])[0]
 
 
-def test_a_client_that_goes_away():
-    """Its answer ends; its conversation goes on from there."""
+class Waiting(StoppingCriteria):
+    """Waits a little behind each token, so that an answer takes seconds on any machine."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        time.sleep(0.02)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+@pytest.fixture
+def slow_answers(monkeypatch):
+    """A server whose answers have 300 tokens, and take six seconds or more."""
     running = Running([SnapKV(40)], longest=300)
+    right = running.model.generate
+
+    def slowly(*given: Any, stopping_criteria: Any, **more: Any) -> Any:
+        return right(*given, stopping_criteria=[*stopping_criteria, Waiting()], **more)
+
+    monkeypatch.setattr(running.model, "generate", slowly)
+    return running
+
+
+def test_a_client_that_goes_away(slow_answers):
+    """Its answer ends; its conversation goes on from there."""
+    running = slow_answers
     try:
         name = running.begun()
         path, body = f"/conversations/{name}", {"text": "Ahoy!"}
@@ -155,9 +177,9 @@ def test_a_client_that_goes_away():
         running.end()
 
 
-def test_a_conversation_that_is_ended_in_the_midst_of_an_answer():
+def test_a_conversation_that_is_ended_in_the_midst_of_an_answer(slow_answers):
     """The answer ends, and nothing of the conversation is left."""
-    running = Running([SnapKV(40)], longest=300)
+    running = slow_answers
     try:
         name = running.begun()
         path, cache = f"/conversations/{name}", running.server.conversations[name].cache
