@@ -292,7 +292,7 @@ def test_a_missing_package_is_named_before_anything_is_fetched(
     monkeypatch.setattr(
         assets.importlib.util, "find_spec", lambda name: None if name == package else object()
     )
-    with pytest.raises(KVPruneError, match=rf"but {package} cannot .*pip install kvprune\[bench\]"):
+    with pytest.raises(KVPruneError, match=rf"but {package} cannot .*pip install kvprune\[demo\]"):
         assets.demo_model()
     assert pip.commands == []
 
