@@ -111,7 +111,7 @@ def test_keys_and_values_count_at_two_bytes_a_number(policies, dtype):
 
 
 def test_a_model_says_what_it_likes(tokenizer):
-    """What it says is that of `generate`, and its lines are counted."""
+    """`generate` alone says the same; lines that are right are counted."""
     model: Any = kvprune.attach(fresh_model(vocab_size=len(tokenizer)))
     texts = [Text(tokenizer, number, tokens=90) for number in (0, 3)]
     found = long_answers.answered(model, tokenizer, texts, "free", kvprune.ComposedCache())

@@ -77,9 +77,27 @@ def test_a_score_is_the_mean_of_what_each_question_scores_alone(folder, file, qu
         assert score == pytest.approx(fmean(each[policy, n] for n in asked), abs=1e-6)
 
 
+@pytest.mark.parametrize("executor", ["local", "shared"])
+def test_a_question_that_comes_twice_is_asked_of_another_cache(folder, tmp_path, executor):
+    """Two lines may differ in their answers alone: their prompts are the same."""
+    path, lines = tmp_path / "twice.jsonl", []
+    for answer in ("abc", "d c"):
+        line = {"context": CONTEXTS[0], "question": "a?", "answer": answer, "score": "likelihood"}
+        lines.append(json.dumps(line) + "\n")
+    path.write_text("".join(lines))
+    given: dict[str, Any] = {"tasks": [str(path)], "contexts": [60]}
+    alone = scores(kvprune.compare(str(folder), POLICIES, samples=2, **given))
+    found = kvprune.compare(
+        str(folder), POLICIES, samples=1, questions=2, executor=executor, **given
+    )
+    assert not found.failures
+    for (policy, _), score in scores(found).items():
+        assert score == pytest.approx(fmean(alone[policy, n] for n in (0, 1)), abs=1e-6)
+
+
 @pytest.mark.parametrize("question", ["known", "unknown"])
 def test_costs_are_those_of_the_first_question(folder, file, question):
-    """Those of the sample that has no other; the executor changes nothing but seconds."""
+    """They equal those of that question alone; the executor changes nothing but seconds."""
     given: dict[str, Any] = {"tasks": [file], "contexts": [60], "question": question}
     local, shared = (
         kvprune.compare(str(folder), POLICIES, samples=2, questions=3, executor=how, **given)

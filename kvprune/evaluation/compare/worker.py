@@ -78,13 +78,12 @@ class Worker:
             lead: Reading | None = None
             for question in sample.questions:
                 whole, behind = (question.bare, 1) if bare else (question.prompt, question.behind)
-                if lead is None or not lead.serves(whole, behind):
+                # Asking changes a cache. Where questions are unknown, each is asked of a copy.
+                shared = bool(sample.more) and behind > 1
+                if lead is None or not (shared and lead.serves(whole, behind)):
                     cache = ComposedCache(policies, store=named.store)
                     lead = Reading.of(self.model, whole, cache, behind)
                 lead = lead.of_other(whole, behind)
-                # Asking changes a cache. Where questions are unknown, others are asked of it as it
-                # is now.
-                shared = sample.more and behind > 1
                 mine = replace(lead, cache=copy.deepcopy(lead.cache)) if shared else lead
                 reader = self.reader(mine)
                 if question is sample and sample.number == 0 and policies:
