@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -68,10 +69,17 @@ and MSE, only the answer's cross-entropy in the pruned model is left: 3 seconds 
 ask for fewer with `--examples`."""
 
 
-def examples(tokenizer: Any, count: int, seed: int, split: str = "train") -> list[Example]:
-    """About `count` examples of a split, in the shares that `PARTS` says."""
+def examples(
+    tokenizer: Any,
+    count: int,
+    seed: int,
+    split: str = "train",
+    parts: Mapping[str, float] = PARTS,
+) -> list[Example]:
+    """About `count` examples of a split, in the shares that `parts` says."""
     draw, encode = random.Random(f"examples {seed}"), partial(_encoded, tokenizer)
-    counts, found = {name: round(share * count) for name, share in PARTS.items()}, list[Example]()
+    shares = {name: parts.get(name, 0) for name in PARTS}
+    counts, found = {name: round(share * count) for name, share in shares.items()}, list[Example]()
     for name, make in (("hotpotqa", hotpotqa), ("squad", squad), ("facts", hidden_facts)):
         # Held-out examples are few, so each has a context of its own.
         together = TOGETHER[name] if split == "train" else 1

@@ -1,11 +1,13 @@
 """Trains the heads of Saliency that ship for SmolLM2-135M-Instruct.
 
     python -m bench.saliency --ship
+    python -m bench.saliency --only squad --out build/heads/squad  # learn from one set alone
 
 The examples are made as those of `bench.heads`: questions about SQuAD articles and HotpotQA
 paragraphs of the splits to train on, made-up facts, and stretches of text. Half of them are read
-behind SDTP, with the heads that ship. What is measured is the split to choose by. A training that
-was stopped while it read goes on there.
+behind SDTP, with the heads that ship; with `--only` none is, as those heads have learned from all
+sets. What is measured is the split to choose by. A training that was stopped while it read goes on
+there.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from kvprune.policies.saliency import train_saliency
 from kvprune.policies.saliency.heads import WEIGHTS
 from kvprune.policies.saliency.training import ACCOUNT
 
-from .heads import HELD_OUT, SHIPPED, examples
+from .heads import HELD_OUT, PARTS, SHIPPED, examples
 
 
 def main() -> None:
@@ -40,13 +42,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("build/heads/saliency"))
+    parser.add_argument("--only", choices=["squad", "hotpotqa"], help="the one set to learn from")
     parser.add_argument("--ship", action="store_true", help=f"put them into {SHIPPED}")
     asked = parser.parse_args()
+    if asked.ship and asked.only:
+        parser.error("heads that ship learn from all sets: leave out --only or --ship")
     torch.set_num_threads(asked.threads)
     path = demo_model(report=print)
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
     model: Any = kvprune.attach(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
-    apart = examples(tokenizer, HELD_OUT, asked.seed, "choose")
+    parts = {asked.only: 1.0} if asked.only else PARTS
+    apart = examples(tokenizer, HELD_OUT, asked.seed, "choose", parts)
     said = ""
 
     def report(stage: str, done: float) -> None:
@@ -57,9 +63,9 @@ def main() -> None:
 
     train_saliency(
         model,
-        [*examples(tokenizer, asked.examples, asked.seed), *apart],
+        [*examples(tokenizer, asked.examples, asked.seed, parts=parts), *apart],
         asked.out,
-        pruning=[SDTP()],
+        pruning=[] if asked.only else [SDTP()],
         width=asked.width,
         epochs=asked.epochs,
         held_out=len(apart),
