@@ -90,8 +90,9 @@ def examples(
             ways = [w for w in ASK_OTHERWISE if len(questions) == 1 or _asks_once(w)]
             way = draw.choice(ways)
             found += sharing([encode(q, way) for q in questions])
-    stories = squad(split, 3 * counts["texts"], TOKENS, tokenizer, seed + 1)
-    found += read_examples([q.text for q in stories], tokenizer, LIMIT, 64)[: counts["texts"]]
+    if counts["texts"]:
+        stories = squad(split, 3 * counts["texts"], TOKENS, tokenizer, seed + 1)
+        found += read_examples([q.text for q in stories], tokenizer, LIMIT, 64)[: counts["texts"]]
     return [e for e in found if len(e.prompt) + len(e.completion) <= LIMIT]
 
 
