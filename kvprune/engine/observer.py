@@ -147,7 +147,8 @@ class Observer:
     def _queries(self, part: Statistic, query: Tensor) -> tuple[Tensor, Tensor]:
         """What a statistic per layer reads of `[B, Hq, Q, D]` queries; see `Statistic.join`."""
         if part.reads == "queries":
-            return query, self.columns
+            inside = self.step.cache_positions
+            return query if inside is None else inside.unturned(self, query), self.columns
         assert self.positions is not None
         rotary, query = self.step.rotations[self.index], query.to(self._dtype)
         unturned = rotary.turned(query, *rotary.angles(-self.positions[:, None], query))
@@ -194,11 +195,14 @@ class Observer:
     def _look(self, inputs: Inputs, scores: Scores) -> Look:
         """What newest queries give to the slots, each computed once."""
         known: dict[Queries, Tensor] = {}
+        inside = self.step.cache_positions
 
         def look(queries: Queries) -> Tensor | None:
             held = self.slots.records.get(queries)
             if held is not None and queries not in known:
                 query, columns = held
+                if inside is not None:
+                    query = inside.turned(self, query, columns)
                 known[queries] = looks(query, columns, inputs, scores, self._heads, self._dtype)
             return known.get(queries)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..storage.layer import SlotLayer
 from ..storage.rows import RowNumbers
+from .rotary import Rotation
 
 
 class AtLayer(Protocol):
@@ -78,6 +79,45 @@ class Positions(ABC):
     @abstractmethod
     def arrange(self, at: AtLayer) -> Tensor:
         """The keys of all slots `[B, Hkv, S, D]` at their positions, once new tokens are stored."""
+
+    def unturned(self, at: AtLayer, queries: Tensor) -> Tensor:
+        """Queries `[B, Hq, Q, D]` of a forward as if their tokens stood at position 0.
+
+        So they are held for later forwards, in which their tokens stand elsewhere.
+        """
+        rotation = self.rotation(at.index)
+        if rotation is None:
+            return queries
+        assert at.positions is not None
+        return rotation.turned(queries, *rotation.angles(-at.positions[:, None], queries))
+
+    def turned(self, at: AtLayer, queries: Tensor, columns: Tensor) -> Tensor:
+        """Queries that were held, where their tokens now stand.
+
+        Args:
+            at: a forward at a layer, once its tokens are stored.
+            queries: `[B, Hq, w, D]`, as `unturned` returns them.
+            columns: `[B, w]` int64, -1 for none.
+        """
+        rotation = self.rotation(at.index)
+        if rotation is None:
+            return queries
+        positions = self.stands_at(at, columns)
+        positions = positions.repeat_interleave(queries.shape[1] // positions.shape[1], 1)
+        return rotation.turned(queries, *rotation.angles(positions, queries))
+
+    @abstractmethod
+    def rotation(self, layer: int) -> Rotation | None:
+        """How a layer turns its keys and queries; None for one that turns none."""
+
+    @abstractmethod
+    def stands_at(self, at: AtLayer, columns: Tensor) -> Tensor:
+        """The positions `[B, 1|Hkv, w]` at which tokens of the past stand now.
+
+        Args:
+            at: a forward at a layer, once its tokens are stored.
+            columns: `[B, w]` int64, of tokens whose slots may be gone; any number for -1.
+        """
 
     @abstractmethod
     def distance_closed(self, at: AtLayer, columns: Tensor) -> Tensor:

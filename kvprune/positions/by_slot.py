@@ -23,6 +23,8 @@ from ..storage.rows import RowNumbers
 from .base import AtLayer, Positions
 from .rotary import Rotation, check_reach
 
+_FAR = torch.iinfo(torch.int64).max
+
 TABLE = 1 << 12
 """The number of positions up to which cosines and sines are looked up, not computed anew."""
 
@@ -120,6 +122,31 @@ class SlotPositions(Positions):
         by = by.masked_fill(slots.columns < 0, 0)
         keys = slots.keys
         return rotation.turned(keys, *self._angles(at.index, rotation, by, keys))
+
+    def rotation(self, layer: int) -> Rotation | None:
+        """How a layer turns its keys and queries; None for one that turns none."""
+        return self._rotations[layer]
+
+    def stands_at(self, at: AtLayer, columns: Tensor) -> Tensor:
+        """The positions `[B, 1|Hkv, w]` at which tokens of the past stand now.
+
+        A token whose slot is gone stands where the newest slot before it does.
+
+        Args:
+            at: a forward at a layer, once its tokens are stored.
+            columns: `[B, w]` int64, of tokens whose slots may be gone; any number for -1.
+        """
+        assert at.origin is not None
+        slots, padding = at.slots.columns, at.padding
+        held = slots.masked_fill((slots < 0) | (slots >= at.before), _FAR).sort(-1).values
+        wanted = columns[:, None].expand(-1, slots.shape[1], -1).contiguous()
+        place = torch.searchsorted(held, wanted, right=True) - 1
+        place = place - (held < _FAR).sum(-1, keepdim=True)
+        # Tokens of this forward keep their distances.
+        hidden = 0 if padding is None else padding[:, : at.before].sum(-1)[:, None]
+        ahead = (numbers_of(columns, padding) - (at.before - hidden))[:, None]
+        new = (columns >= at.before)[:, None]
+        return at.origin[:, None, None] + torch.where(new, ahead, place)
 
     def _angles(
         self, layer: int, rotation: Rotation, by: Tensor, keys: Tensor

@@ -226,6 +226,16 @@ class SinkPositions(Positions):
         sink = (columns >= 0) & (columns < at.rows.begin(self.sinks)[:, None, None])
         return torch.where(sink, lag, torch.zeros_like(lag))
 
+    def rotation(self, layer: int) -> Rotation | None:
+        """How a layer turns its keys and queries; None for one that turns none."""
+        return self._rotations[layer]
+
+    def stands_at(self, at: AtLayer, columns: Tensor) -> Tensor:
+        """The positions `[B, 1, w]` of tokens of the past; see `Positions.stands_at`."""
+        offset = self._offset_on(columns.device)
+        assert offset is not None
+        return (numbers_of(columns, at.padding) - offset[:, None])[:, None]
+
     def arrange(self, at: AtLayer) -> Tensor:
         """Puts a layer's sinks in their place; see `Positions.arrange`."""
         rotation = self._rotations[at.index]

@@ -63,7 +63,8 @@ class Statistic:
             were written; "survival", how far tokens came through pruning; "second reading",
             what tokens that are read again give (`SecondReading`). The last three are
             `[B, 1|Hkv, S]`, NaN (of a second reading +inf) for slots that nothing is said of. For
-            layers "queries", as attention is handed them; "unrotated", before their position turned
+            layers "queries", as attention is handed them (with positions inside the cache as if
+            their tokens stood at position 0); "unrotated", before their position turned
             them (RoPE); "rotations", nothing.
         start: the number that a slot begins with.
         newest: how many of a forward's newest queries matter, for "probabilities"; None for all.

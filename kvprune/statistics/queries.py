@@ -16,6 +16,9 @@ from .base import Statistic
 class Queries(Statistic):
     """The newest `count` queries of each row, rotated as attention is handed them.
 
+    With positions inside the cache they are held as if their tokens stood at position 0, and looks
+    turn them to where these stand when they are asked.
+
     A pair: queries `[B, Hq, w, D]` and their columns `[B, w]` int64, in order; w is `count`, or
     less where fewer were read. A row that has fewer than others has columns of -1 in front.
     `slots.looks(count)` says what they give to the slots that are held when it is asked.

@@ -91,7 +91,7 @@ def test_a_number_per_slot_is_what_eager_attention_says(family, edges):
         ids = inputs["input_ids"][:, start:stop]
         mask = inputs["attention_mask"][:, :stop]
         tiny_model(family)(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
-    model: Any = plain_model(family)
+    model: Any = copy.deepcopy(plain_model(family))
     model.set_attn_implementation("eager")
     for row, padding in enumerate((0, 6)):
         alone = inputs["input_ids"][row : row + 1, padding:]
