@@ -8,7 +8,8 @@ alone and under policies, is measured by `python -m bench.pareto`.
 
 `--choose` reads texts of the choosing splits, and says how far the model's predictions of their
 second halves are from the dense model's: the mean Kullback-Leibler divergence, in nats a token.
-`--steps` takes turns between stores, and compares each step with the plain one of its own turn.
+`--steps` takes turns between stores, and compares each step with the plain one of its own turn;
+kernels are those of the extra `cpu`.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvprune
+from kvprune.attention import native
 from kvprune.evaluation.data.assets import demo_model
 from kvprune.evaluation.data.questions import hotpotqa, squad
 from kvprune.evaluation.report.statistics import interval
@@ -76,21 +81,29 @@ def divergence(model: Any, tokenizer: Any, stores: Sequence[str]) -> list[dict[s
 
 @torch.no_grad()
 def steps(model: Any, stores: Sequence[str], context: int, count: int = 25) -> list[dict[str, Any]]:
-    """Rows of `--steps`: the median of a step over the plain one of its turn."""
+    """Rows of `--steps`: the median of a step over the plain one of its turn.
+
+    With kernels and without, where numba is installed.
+    """
     ids = random_prompt(model, 1, context)
-    caches = {n: kvprune.ComposedCache(store=store_of(n)) for n in ("plain", *stores)}
-    seconds: dict[str, list[float]] = {name: [] for name in caches}
+    with_kernels = [True, False] if native.cpu_kernels_for(torch.zeros(1)) else [False]
+    kinds = [("plain", False), *product(stores, with_kernels)]
+    caches = {kind: kvprune.ComposedCache(store=store_of(kind[0])) for kind in kinds}
+    seconds: dict[tuple[str, bool], list[float]] = {kind: [] for kind in kinds}
     for cache in caches.values():
         model(ids, past_key_values=cache, logits_to_keep=1)
     for _ in range(count):
-        for name, cache in caches.items():
-            start = time.perf_counter()
-            model(ids[:, :1], past_key_values=cache)
-            seconds[name].append(time.perf_counter() - start)
+        for kind, cache in caches.items():
+            with nullcontext() if kind[1] else patch.object(native, "_imported", lambda: None):
+                start = time.perf_counter()
+                model(ids[:, :1], past_key_values=cache)
+                seconds[kind].append(time.perf_counter() - start)
     rows = []
-    for name, each in seconds.items():
-        ratios = [a / b for a, b in zip(each[3:], seconds["plain"][3:], strict=True)]
-        rows.append({"store": name, "context": context, "ratio": statistics.median(ratios)})
+    for (name, kernels), each in seconds.items():
+        ratios = [a / b for a, b in zip(each[3:], seconds["plain", False][3:], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        row = {"store": name, "kernels": kernels, "context": context}
+        rows.append({**row, "ratio": middle, "quartiles": [low, high]})
         print(rows[-1], flush=True)
     return rows
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import nan
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models.devices import without_autocast
 from .constants import constant
+from .native import cpu_kernels_for
 
 BLOCK = 1 << 12
 """Slots that are read at once: what is made on the way is wider than what is wanted."""
@@ -76,13 +79,42 @@ class Coded:
 
     def _vectors(self, dtype: torch.dtype) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
+        kernels = self._kernels
+        if kernels is not None:
+            found = torch.empty(*self.codes.shape[:3], self.size, dtype=wide)
+            kernels.read(*self._held(), found.numpy())
+            return found.to(dtype)
         with without_autocast(self.codes.device):
             scale, zero = self._grid(wide)
             # Each number's own by a product: broadcasting over short groups is slow.
             groups = constant(_groups, self.size, self.group, wide, scale.device)
             return self._numbers(wide).mul_(scale @ groups).add_(zero @ groups).to(dtype)
 
+    @property
+    def _kernels(self) -> ModuleType | None:
+        """The kernels that can read these codes, eight bytes at once; None where none can."""
+        codes = self.codes
+        whole = (codes.shape[3], codes.storage_offset(), *codes.stride()[:3])
+        packed = codes.stride(3) == 1 and self.grid.stride(3) == 1 and not any(n % 8 for n in whole)
+        if not packed or not codes.numel():
+            return None
+        return cpu_kernels_for(codes)
+
+    def _held(self) -> tuple[Any, ...]:
+        """What a kernel is told about codes; see `cpu_kernels`."""
+        *steps, _ = (step // 8 for step in self.codes.stride())
+        *grid_steps, _ = self.grid.stride()
+        words = _flat(self.codes).numpy().view("uint64")
+        grid = _flat(self.grid).view(torch.int16).numpy().view("uint16")
+        groups = self.size // self.group
+        return words, tuple(steps), grid, tuple(grid_steps), self.bits, groups
+
     def _products(self, queries: Tensor) -> Tensor:
+        kernels = self._kernels
+        if kernels is not None and not queries.requires_grad:
+            found = queries.new_empty(*queries.shape[:3], self.codes.shape[2])
+            kernels.products(*self._held(), queries.contiguous().numpy(), found.numpy())
+            return found
         groups = constant(_groups, self.size, self.group, queries.dtype, queries.device)
         with without_autocast(queries.device):
             scale, zero = self._grid(queries.dtype)
@@ -93,6 +125,11 @@ class Coded:
             return scaled.sum(3) + apart.sum(-1) @ zero.mT
 
     def _weighted(self, weights: Tensor) -> Tensor:
+        kernels = self._kernels
+        if kernels is not None and not weights.requires_grad:
+            found = weights.new_empty(*weights.shape[:3], self.size)
+            kernels.weighted(*self._held(), weights.contiguous().numpy(), found.numpy())
+            return found
         groups = constant(_groups, self.size, self.group, weights.dtype, weights.device)
         with without_autocast(weights.device):
             scale, zero = self._grid(weights.dtype)
@@ -119,6 +156,12 @@ class Coded:
         """Scales and zero points, each `[B, H, S, groups]`."""
         scale, zero = self.grid.to(dtype).chunk(2, -1)
         return scale, zero
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The memory from a tensor's first number to its last, `[n]`; steps are none below 0."""
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((last + 1,), (1,), tensor.storage_offset())
 
 
 def _groups(size: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:

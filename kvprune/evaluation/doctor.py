@@ -31,7 +31,8 @@ from .data.loading import loaded
 EXTRAS = {
     "compare": ("matplotlib", "jinja2"),
     "train": ("accelerate", "scipy", "tqdm"),
-    "bench": ("gguf",),
+    "cpu": ("numba",),
+    "demo": ("gguf",),
     "lm-eval": ("lm_eval",),
     "examples": ("starlette", "uvicorn"),
     "ray": ("ray",),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,10 @@ def encode(vectors: Tensor, most: Tensor | float, group: int) -> tuple[Tensor, T
     # The zero point goes with the scale as it is rounded.
     half_zero = torch.addcmul(groups.mean(-1, keepdim=True), scale, mean, value=-1).to(HALF)
     codes = _nearest(groups, scale, half_zero.to(groups.dtype), most).to(torch.uint8)
-    return codes.flatten(-2), torch.cat([half_scale, half_zero], -2).flatten(-2)
+    grid = torch.cat([half_scale, half_zero], -2).flatten(-2)
+    # Where a number of it is not finite, all become NaN.
+    grid += (grid * 0).sum(-1, keepdim=True)
+    return codes.flatten(-2), grid
 
 
 def _nearest(groups: Tensor, scale: Tensor, zero: Tensor, most: Tensor | float) -> Tensor:
@@ -54,6 +59,44 @@ def _nearest(groups: Tensor, scale: Tensor, zero: Tensor, most: Tensor | float) 
     # With a scale of 0 all codes are read back as the zero point, whatever they are.
     codes = ((groups - zero) / scale).nan_to_num_(0).round_().clamp_(min=0)
     return codes.clamp_(max=most)  # type: ignore[call-overload, no-any-return]
+
+
+@torch.no_grad()
+def written_by(
+    kernels: ModuleType,
+    keys: Tensor,
+    values: Tensor,
+    bits: tuple[int, int],
+    groups: tuple[int, int],
+    turn: bool,
+) -> tuple[Tensor, Tensor]:
+    """The packed codes of keys and then of values, and their grids, by a kernel.
+
+    See `encode` and `packed`.
+
+    Args:
+        kernels: `attention.cpu_kernels`.
+        keys: `[B, Hkv, Q, D]`.
+        values: `[B, Hkv, Q, Dv]`.
+        bits: of a code of each.
+        groups: how many each has.
+        turn: whether vectors are turned first; see `hadamard`.
+    """
+    wide = torch.promote_types(torch.promote_types(keys.dtype, values.dtype), torch.float32)
+    sizes = keys.shape[-1], values.shape[-1]
+    length = sum(bytes_of(size, each) for size, each in zip(sizes, bits, strict=True))
+    codes = torch.empty(*keys.shape[:3], length, dtype=torch.uint8)
+    grid = torch.empty(*keys.shape[:3], 2 * sum(groups), dtype=wide)
+    kernels.write(
+        keys.to(wide).reshape(-1, sizes[0]).numpy(),
+        values.to(wide).reshape(-1, sizes[1]).numpy(),
+        bits,
+        groups,
+        turn,
+        codes.view(-1, codes.shape[-1]).numpy(),
+        grid.view(-1, grid.shape[-1]).numpy(),
+    )
+    return codes, grid.to(HALF)
 
 
 def packed(codes: Tensor, bits: int) -> Tensor:

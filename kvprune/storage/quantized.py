@@ -16,10 +16,11 @@ from torch import Tensor
 from ..attention.coded import Coded
 from ..attention.constants import constant
 from ..attention.hadamard import hadamard
+from ..attention.native import cpu_kernels_for
 from ..errors import KVPruneError
 from ..models.devices import without_autocast
 from .buffers import extended, put, roomier
-from .codes import bytes_of, encode, packed
+from .codes import bytes_of, encode, packed, written_by
 from .held import Held
 
 BITS = (4, 5, 8)
@@ -138,6 +139,11 @@ class Quantized:
             return self._written(keys, values)
 
     def _written(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        kernels = cpu_kernels_for(keys)
+        if kernels is not None:
+            sizes = keys.shape[-1], values.shape[-1]
+            groups = sizes[0] // self.group_of(sizes[0]), sizes[1] // self.group_of(sizes[1])
+            return written_by(kernels, keys, values, self.each, groups, self.rotate)
         if keys.shape == values.shape and keys.dtype == values.dtype:
             # Both at once: in decoding, operators cost more by their number than by their work.
             both = torch.stack([keys, values])

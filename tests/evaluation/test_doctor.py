@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 from transformers import BertConfig, BertModel
 
@@ -23,6 +25,13 @@ def test_the_installation_alone(monkeypatch):
         assert said in done.output
     monkeypatch.setitem(doctor.EXTRAS, "compare", ("no_such_module",))
     assert "not installed (no_such_module)" in run("doctor").output
+
+
+def test_extras_are_those_of_the_package():
+    """All but those that a user of the installed package has nothing from."""
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    extras = tomllib.loads(project.read_text())["project"]["optional-dependencies"]
+    assert set(doctor.EXTRAS) == set(extras) - {"dev", "docs"}
 
 
 def test_a_release_that_lacks_something(monkeypatch):

@@ -1,0 +1,173 @@
+"""Kernels over codes for a CPU, against torch's operators, which are tested against an oracle."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import kvprune
+import kvprune.attention
+from kvprune import ComposedCache, Quantized
+from kvprune.attention import native
+from kvprune.policies import H2O
+from kvprune.storage.quantized import QuantizedSlots
+
+from ..support.models import fresh_model, prompt
+
+STORES = [
+    Quantized(),
+    Quantized(bits=8, group=32),
+    Quantized(bits=(4, 8), group=16),
+    Quantized(bits=(8, 5), group=32),
+    Quantized(bits=4, rotate=False),
+]
+SIZES = [(64, 64), (128, 64), (192, 64)]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Any]:
+    """Runs something as if numba were not installed."""
+
+    def run(what: Callable[[], Any]) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "_imported", lambda: None)
+            return what()
+
+    return run
+
+
+def vectors(sizes: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    """Keys and values `[2, 3, 40, D]` of many lengths, some of which are constant."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for size in sizes:
+        many = torch.randn(2, 3, 40, size, generator=generator, dtype=torch.float64)
+        many *= 10.0 ** torch.linspace(-6, 3, 40, dtype=torch.float64)[:, None]
+        many[0, 0, 0] = 0
+        many[0, 1, 1] = 2
+        found.append(many.to(dtype))
+    return found
+
+
+def read_back(held: QuantizedSlots, used: int) -> list[torch.Tensor]:
+    """All that is asked of codes: vectors, products with queries, sums by weights."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for coded in held.coded(used):
+        shape = coded.codes.shape
+        wide = torch.promote_types(held.dtype, torch.float32)
+        queries = torch.randn(*shape[:2], 3, coded.size, generator=generator, dtype=wide)
+        weights = torch.rand(*shape[:2], 3, used, generator=generator, dtype=wide).softmax(-1)
+        found += [coded.vectors(wide), coded.products(queries), coded.weighted(weights)]
+    return found
+
+
+def held_of(store: Quantized, sizes: tuple[int, int], dtype: torch.dtype) -> QuantizedSlots:
+    """Slots that were appended behind others, with room for more."""
+    keys, values = vectors(sizes, dtype)
+    held = store.of(keys[:, :, :15], values[:, :, :15])
+    held.append(keys[:, :, 15:], values[:, :, 15:], 15)
+    return held
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("store", STORES, ids=repr)
+def test_codes_are_read_as_torch_reads_them(store, sizes, dtype, without):
+    """The very same codes: in a buffer that has room for more, so that lanes are apart in it."""
+    held = held_of(store, sizes, dtype)
+    found, expected = read_back(held, 38), without(lambda: read_back(held, 38))
+    assert all(coded._kernels is not None for coded in held.coded(38))
+    for got, wanted in zip(found, expected, strict=True):
+        near = 64 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
+        torch.testing.assert_close(got, wanted, rtol=0, atol=near)
+
+
+@pytest.mark.parametrize("sizes", [*SIZES, (8, 24), (80, 80)], ids=str)
+@pytest.mark.parametrize("store", STORES, ids=repr)
+def test_codes_are_written_as_torch_writes_them(store, sizes, without):
+    """In float64 no number is so near to the middle of two codes that rounding decides."""
+    if any(size % (store.group or 1) for size in sizes):
+        pytest.skip("the group does not divide these sizes")
+    held = held_of(store, sizes, torch.float64)
+    expected = without(lambda: held_of(store, sizes, torch.float64))
+    # The grids, and what codes stand for: with a scale of 0 that is the same for all codes.
+    assert torch.equal(held.buffers[1][:, :, :40], expected.buffers[1][:, :, :40])
+    for got, wanted in zip(held.coded(40), expected.coded(40), strict=True):
+        read = [without(lambda one=one: one.vectors(torch.float64)) for one in (got, wanted)]
+        assert torch.equal(*read)
+
+
+@pytest.mark.parametrize("wrong", [torch.inf, -torch.inf, torch.nan, 1e9])
+@pytest.mark.parametrize("store", STORES, ids=repr)
+def test_what_is_not_finite_is_so_in_its_own_vector_alone(store, wrong, without):
+    keys, values = vectors((64, 64), torch.float32)
+    keys[1, 2, 7, 5] = wrong
+    held = store.of(keys, values)
+    other = without(lambda: store.of(keys, values))
+    for slots in (held, other):
+        for found in (slots.coded(40)[0].vectors(torch.float32), slots.keys(40)):
+            bad = ~found.isfinite().all(-1)
+            assert bad.nonzero().tolist() == [[1, 2, 7]]
+
+
+@pytest.mark.parametrize(
+    "number",
+    [0.0, 1.0, 0.1, 1e-8, 5.96e-8, 3e-8, 2.98e-8, 6.1e-5, 65503.9, 65520.0, 2049.0, 2051.0],
+)
+def test_numbers_are_rounded_to_half_precision_as_numpy_does(number):
+    kernels = native._imported()
+    assert kernels is not None
+    for each in (number, -number):
+        assert kernels._half(each) == float(torch.tensor(each, dtype=torch.float64).half())
+
+
+def test_sizes_that_are_no_whole_words_are_read_by_torch():
+    """Eight bytes are read at once: five bits of 24 numbers are fifteen bytes."""
+    keys, values = vectors((24, 24), torch.float32)
+    assert all(coded._kernels is None for coded in Quantized().of(keys, values).coded(40))
+
+
+def test_without_numba_torch_does_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "kvprune.attention.cpu_kernels", raising=False)
+    monkeypatch.delattr(kvprune.attention, "cpu_kernels", raising=False)
+    native._imported.cache_clear()
+    try:
+        assert native.cpu_kernels_for(torch.zeros(1)) is None
+    finally:
+        native._imported.cache_clear()
+
+
+def test_a_compiler_and_tensors_without_numbers_are_given_none():
+    with torch._subclasses.FakeTensorMode():
+        assert native.cpu_kernels_for(torch.zeros(1)) is None
+    assert native.cpu_kernels_for(torch.zeros(1, device="meta")) is None
+    assert native.cpu_kernels_for(torch.zeros(1)) is not None
+
+
+def test_a_model_decodes_as_without_kernels(without):
+    """Heads of 64 numbers; two rows, whose tokens go by H2O."""
+    model = kvprune.attach(fresh_model("llama", head_dim=64, hidden_size=64))
+    ids = prompt(2, 20)
+
+    def run() -> Any:
+        cache = ComposedCache([H2O(4, 8)], store=Quantized())
+        return model.generate(
+            ids,
+            past_key_values=cache,
+            max_new_tokens=12,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+
+    found, expected = run(), without(run)
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    for got, wanted in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
