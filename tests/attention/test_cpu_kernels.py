@@ -23,7 +23,7 @@ STORES = [
     Quantized(bits=8, group=32),
     Quantized(bits=(4, 8), group=16),
     Quantized(bits=(8, 5), group=32),
-    Quantized(bits=4, rotate=False),
+    Quantized(bits=4, group=32, rotate=False),
 ]
 SIZES = [(64, 64), (128, 64), (192, 64)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
