@@ -2,7 +2,7 @@
 
     python -m bench.evicting --samples 100  # an hour of two cores; goes on where it stopped
     python -m bench.evicting --samples 60 --policies saliency --stores quantized --twice 0
-    python -m bench.evicting --samples 200 --dtype bfloat16  # four times as fast where AMX is
+    python -m bench.evicting --dtype bfloat16 --out build/bf16.json  # four times as fast with AMX
 
 Questions are those of the splits to test with (`kvprune compare`'s tasks); nothing was learned from
 them, nor chosen by them. Figures are nats a token of the gold answer, paired with the dense model's

@@ -81,7 +81,7 @@ class Coded:
         wide = torch.promote_types(dtype, torch.float32)
         kernels = self._kernels
         if kernels is not None:
-            found = torch.empty(*self.codes.shape[:3], self.size, dtype=wide)
+            found = self.codes.new_empty(*self.codes.shape[:3], self.size, dtype=wide)
             kernels.read(*self._held(), found.numpy())
             return found.to(dtype)
         with without_autocast(self.codes.device):
@@ -93,12 +93,11 @@ class Coded:
     @property
     def _kernels(self) -> ModuleType | None:
         """The kernels that can read these codes, eight bytes at once; None where none can."""
-        codes = self.codes
-        whole = (codes.shape[3], codes.storage_offset(), *codes.stride()[:3])
-        packed = codes.stride(3) == 1 and self.grid.stride(3) == 1 and not any(n % 8 for n in whole)
-        if not packed or not codes.numel():
+        codes, kernels = self.codes, cpu_kernels_for(self.codes)
+        if kernels is None or not codes.numel() or codes.stride(3) != 1 or self.grid.stride(3) != 1:
             return None
-        return cpu_kernels_for(codes)
+        whole = (codes.shape[3], codes.storage_offset(), *codes.stride()[:3])
+        return None if any(n % 8 for n in whole) else kernels
 
     def _held(self) -> tuple[Any, ...]:
         """What a kernel is told about codes; see `cpu_kernels`."""

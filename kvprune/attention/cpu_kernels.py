@@ -310,6 +310,8 @@ def _fitted(vector: Any, k: int, groups: int, bits: int, code: Any) -> tuple[flo
     for i in range(begin, end):
         low, high, total = min(low, vector[i]), max(high, vector[i]), total + vector[i]
     if not math.isfinite(total):
+        for i in range(begin, end):
+            code[i] = 0
         return kind(np.nan), kind(np.nan)
     scale = kind((high - low) / most)
     _to_nearest(vector, begin, end, scale, low, most, code)

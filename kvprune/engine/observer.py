@@ -148,7 +148,10 @@ class Observer:
         """What a statistic per layer reads of `[B, Hq, Q, D]` queries; see `Statistic.join`."""
         if part.reads == "queries":
             inside = self.step.cache_positions
-            return query if inside is None else inside.unturned(self, query), self.columns
+            if inside is not None:
+                # In the dtype of statistics: turning rounds, and they are turned again when asked.
+                query = inside.unturned(self, query.to(self._dtype))
+            return query, self.columns
         assert self.positions is not None
         rotary, query = self.step.rotations[self.index], query.to(self._dtype)
         unturned = rotary.turned(query, *rotary.angles(-self.positions[:, None], query))

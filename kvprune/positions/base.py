@@ -103,8 +103,9 @@ class Positions(ABC):
         if rotation is None:
             return queries
         positions = self.stands_at(at, columns)
-        positions = positions.repeat_interleave(queries.shape[1] // positions.shape[1], 1)
-        return rotation.turned(queries, *rotation.angles(positions, queries))
+        each = queries.shape[1] // positions.shape[1]
+        angles = rotation.angles(positions, queries)
+        return rotation.turned(queries, *(part.repeat_interleave(each, 1) for part in angles))
 
     @abstractmethod
     def rotation(self, layer: int) -> Rotation | None:

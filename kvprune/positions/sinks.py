@@ -231,10 +231,16 @@ class SinkPositions(Positions):
         return self._rotations[layer]
 
     def stands_at(self, at: AtLayer, columns: Tensor) -> Tensor:
-        """The positions `[B, 1, w]` of tokens of the past; see `Positions.stands_at`."""
+        """The positions `[B, 1, w]` of tokens of the past; see `Positions.stands_at`.
+
+        A sink stands where its key was moved to, and so do tokens that are gone behind the sinks.
+        """
         offset = self._offset_on(columns.device)
         assert offset is not None
-        return (numbers_of(columns, at.padding) - offset[:, None])[:, None]
+        lag = self._lag(at.index, at.slots.columns, at.padding, at.rows)[:, None]
+        number = numbers_of(columns, at.padding)
+        last_sink = number.clamp(max=self.sinks - 1) + lag
+        return torch.maximum(number - offset[:, None], last_sink)[:, None]
 
     def arrange(self, at: AtLayer) -> Tensor:
         """Puts a layer's sinks in their place; see `Positions.arrange`."""

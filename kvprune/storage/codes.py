@@ -85,11 +85,11 @@ def written_by(
     wide = torch.promote_types(torch.promote_types(keys.dtype, values.dtype), torch.float32)
     sizes = keys.shape[-1], values.shape[-1]
     length = sum(bytes_of(size, each) for size, each in zip(sizes, bits, strict=True))
-    codes = torch.empty(*keys.shape[:3], length, dtype=torch.uint8)
-    grid = torch.empty(*keys.shape[:3], 2 * sum(groups), dtype=wide)
+    codes = keys.new_empty(*keys.shape[:3], length, dtype=torch.uint8)
+    grid = keys.new_empty(*keys.shape[:3], 2 * sum(groups), dtype=wide)
     kernels.write(
-        keys.to(wide).reshape(-1, sizes[0]).numpy(),
-        values.to(wide).reshape(-1, sizes[1]).numpy(),
+        keys.to(wide).reshape(-1, sizes[0]).contiguous().numpy(),
+        values.to(wide).reshape(-1, sizes[1]).contiguous().numpy(),
         bits,
         groups,
         turn,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -103,6 +106,73 @@ def test_codes_are_written_as_torch_writes_them(store, sizes, without):
         assert torch.equal(*read)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("store", STORES, ids=repr)
+def test_in_all_dtypes_as_much_is_lost_as_by_torch(store, dtype, without):
+    """A number in the middle of two codes may get either, where sums are rounded."""
+    keys, values = vectors((64, 64), dtype)
+    held, other = store.of(keys, values), without(lambda: store.of(keys, values))
+    for mine, theirs, given in (
+        (held.keys(40), other.keys(40), keys),
+        (held.values(40), other.values(40), values),
+    ):
+        lost, wanted = ((each - given).double().norm(dim=-1).sum((0, 1)) for each in (mine, theirs))
+        torch.testing.assert_close(lost, wanted, rtol=0.01, atol=0)
+
+
+def test_a_vector_that_is_not_finite_leaves_no_other_s_codes():
+    """Bytes of a file do not depend on what was in memory before."""
+    keys, values = vectors((64, 64), torch.float32)
+    keys[1, 2, 7, 5] = torch.nan
+    coded = Quantized().of(keys, values).coded(40)[0]
+    assert not coded.codes[1, 2, 7].any()
+
+
+def test_layouts(without):
+    """Keys and values that are parts of one tensor; codes of rows that are expanded, or one."""
+    fused = torch.randn(2, 5, 3, 192, dtype=torch.float64).transpose(1, 2)
+    keys, values = fused[..., :64], fused[..., 64:128]
+    store = Quantized()
+    held, expected = store.of(keys, values), without(lambda: store.of(keys, values))
+    assert all(torch.equal(*each) for each in zip(held.buffers, expected.buffers, strict=True))
+    coded = held.coded(5)[0]
+    for part in (slice(1, 2), slice(0, 1)):
+        some = replace(coded, codes=coded.codes[part], grid=coded.grid[part])
+        many = replace(
+            some, codes=some.codes.expand(4, -1, -1, -1), grid=some.grid.expand(4, -1, -1, -1)
+        )
+        queries = torch.randn(4, 3, 2, 64, dtype=torch.float64)
+        found, wanted = many.products(queries), without(partial(many.products, queries))
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_queries_go_by_torch(without):
+    keys, values = vectors((64, 64), torch.float64)
+    coded = Quantized().of(keys, values).coded(40)[0]
+    queries = torch.randn(2, 3, 2, 64, dtype=torch.float64, requires_grad=True)
+    coded.products(queries).sum().backward()
+    wanted = coded.vectors(torch.float64).sum(2, keepdim=True).expand_as(queries)
+    torch.testing.assert_close(queries.grad, wanted)
+
+
+def test_the_default_device_changes_nothing():
+    keys, values = vectors((64, 64), torch.float64)
+    expected = Quantized().of(keys, values)
+    with torch.device("meta"):
+        held = Quantized().of(keys, values)
+        read = held.coded(40)[0].vectors(torch.float64)
+    assert all(torch.equal(*each) for each in zip(held.buffers, expected.buffers, strict=True))
+    assert torch.equal(read, expected.coded(40)[0].vectors(torch.float64))
+
+
+def test_many_vectors_are_left_to_many_threads(monkeypatch):
+    many = torch.empty(native.MANY + 1, 8)
+    assert native.cpu_kernels_for(many) is not None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert native.cpu_kernels_for(many) is None
+    assert native.cpu_kernels_for(many[1:]) is not None
+
+
 @pytest.mark.parametrize("wrong", [torch.inf, -torch.inf, torch.nan, 1e9])
 @pytest.mark.parametrize("store", STORES, ids=repr)
 def test_what_is_not_finite_is_so_in_its_own_vector_alone(store, wrong, without):
@@ -144,15 +214,26 @@ def test_without_numba_torch_does_it(monkeypatch):
         native._imported.cache_clear()
 
 
-def test_a_compiler_and_tensors_without_numbers_are_given_none():
+def test_a_compiler_and_tensors_without_numbers_are_given_none(monkeypatch):
     with torch._subclasses.FakeTensorMode():
         assert native.cpu_kernels_for(torch.zeros(1)) is None
     assert native.cpu_kernels_for(torch.zeros(1, device="meta")) is None
     assert native.cpu_kernels_for(torch.zeros(1)) is not None
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert native.cpu_kernels_for(torch.zeros(1)) is None
 
 
-def test_a_model_decodes_as_without_kernels(without):
+def test_a_model_decodes_as_without_kernels(without, monkeypatch):
     """Heads of 64 numbers; two rows, whose tokens go by H2O."""
+    kernels, ran = native._imported(), Counter[str]()
+    assert kernels is not None
+
+    def counted(name: str, kernel: Callable[..., None], *args: Any) -> None:
+        ran[name] += 1
+        kernel(*args)
+
+    for name in ("write", "read", "products", "weighted"):
+        monkeypatch.setattr(kernels, name, partial(counted, name, getattr(kernels, name)))
     model = kvprune.attach(fresh_model("llama", head_dim=64, hidden_size=64))
     ids = prompt(2, 20)
 
@@ -167,7 +248,10 @@ def test_a_model_decodes_as_without_kernels(without):
             output_logits=True,
         )
 
-    found, expected = run(), without(run)
+    found = run()
+    before = ran.copy()
+    expected = without(run)
+    assert ran == before and set(ran) == {"write", "read", "products", "weighted"}
     assert found.sequences.tolist() == expected.sequences.tolist()
     for got, wanted in zip(found.logits, expected.logits, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)

@@ -18,12 +18,12 @@ from kvprune.statistics import Queries
 from ..support.models import prompt
 from .test_positions import model_of
 
-COUNT = 5
-TURNS = [([6, 9, 2], 6), ([2, 2], 9)]
+COUNT = 12
+TURNS = [([4], 10), ([6, 9, 2], 6), ([2, 2], 9)]
 """The chunks of each turn's prompt, and the single tokens behind it."""
 LENGTH = sum(sum(chunks) + singles for chunks, singles in TURNS)
 ROWS = 2
-PADDING = 4
+PADDING = 2
 """The columns of padding in front of the second row."""
 
 Seen = tuple[int, torch.Tensor, torch.Tensor]
@@ -121,9 +121,13 @@ def expected(raw: Raw, seen: Seen, row: int, head: int, before: int, stop: int) 
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("policy", [AnySlots(), Window(2, 6, positions="cache")], ids=repr)
+@pytest.mark.parametrize(
+    "policy",
+    [AnySlots(), Window(2, 6, positions="cache"), Window(2, 2, positions="cache")],
+    ids=["any slots", "window of 6", "window of 2"],
+)
 def test_older_queries_stand_where_their_tokens_now_do(policy, padded):
-    """Chunks shorter than the window, and single tokens, after whose slots went."""
+    """Chunks shorter than the window, and single tokens; sinks, and tokens whose slots are gone."""
     model = kvprune.attach(model_of("llama"))
     ids = prompt(ROWS, LENGTH, 3)
     # The model is tried out at the first forward, of which nothing is to be noted.

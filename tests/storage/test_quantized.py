@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 import kvprune
 from kvprune import ComposedCache, KVPruneError, Quantized
+from kvprune.attention import native
 from kvprune.attention.hadamard import hadamard
 from kvprune.policies import H2O, StreamingLLM
 from kvprune.policy.views import SlotView
@@ -46,8 +47,16 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tor
     return numbers.to(dtype)
 
 
+@pytest.fixture(params=["kernels", "torch"])
+def _either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes are written and read by kernels for a CPU, or by torch's operators."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_imported", lambda: None)
+
+
+@pytest.mark.usefixtures("_either")
 @every_store
-@pytest.mark.parametrize("size", [16, 48, 80])
+@pytest.mark.parametrize("size", [16, 48, 64, 80])
 def test_what_is_read_back_is_what_the_oracle_says(store, size):
     keys, values = drawn(2, 2, 5, size), drawn(2, 2, 5, size, seed=1)
     held = store.of(keys[:, :, :3], values[:, :, :3])
