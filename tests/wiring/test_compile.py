@@ -42,6 +42,32 @@ def test_a_decode_step_is_one_graph(policies, store):
     assert counter.frame_count == 2
 
 
+ONE_GRAPH = (
+    "snapkv",
+    "pyramidkv",
+    "tova",
+    "knorm-always",
+    "keydiff",
+    "observed-always",
+    "expected",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p.name in ONE_GRAPH], ids=repr)
+def test_policies_whose_budget_is_constant_or_not_due_make_one_graph(policy):
+    """Those that docs/gpu.md names."""
+    torch._dynamo.reset()
+    model, ids = kvprune.attach(fresh_model()), prompt(1, 24)
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+    caches = [kvprune.ComposedCache([policy.make(8)]) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :20], past_key_values=cache)
+        for i in range(20, 24):
+            _same_logits(compiled, model, ids[:, i : i + 1], caches, near=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 def test_any_policy_compiles_with_breaks(policy):
