@@ -1,10 +1,10 @@
 """Kernels over codes for a CPU, compiled by numba, where it is installed.
 
-They compute what `Coded.vectors` and `storage.codes` compute by torch's operators. Between so many
+They compute what `Coded` and `storage.codes` compute by torch's operators. Between so many
 operators a decode step spends more time than within them. A kernel runs on one thread.
 
-Indices are unsigned: signed ones would be looked at whether they count from an array's end, and
-loops would not run in the parallel lanes of a register.
+Indices are unsigned: numba tests each signed index for being negative, and such loops do not run in
+the parallel lanes of a register.
 """
 
 from __future__ import annotations

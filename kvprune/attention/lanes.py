@@ -101,14 +101,14 @@ class Lanes:
             places of the lanes that it then has, among those of today.
         """
         width = self.heads if self.by_head else 1
+        wanted = [
+            (i * width + head, row * width + head)
+            for i, row in enumerate(rows)
+            for head in range(width)
+        ]
         numbers, places = [], []
         for lanes in self.numbers:
             place = {lane: i for i, lane in enumerate(lanes)}
-            wanted = [
-                (i * width + head, row * width + head)
-                for i, row in enumerate(rows)
-                for head in range(width)
-            ]
             here = [(new, place[old]) for new, old in wanted if old in place]
             numbers.append([new for new, _ in here])
             places.append([at for _, at in here])

@@ -3,7 +3,7 @@
     mass[s] = sum of exp(score(q, s) - lse[q])
 
 over the queries q that see slot s, and over the query heads of its key/value head: the
-statistic "attention" of a forward whose outputs another kernel computed. Everybody may see
+statistic `Attention()` of a forward whose outputs another kernel computed. Everybody may see
 what is not newer than itself; with a window, what is not too old either; padding sees
 nothing. Nothing Q x S is ever held: on a GPU with Triton the kernels of `kernels.py` run,
 anywhere else the block-wise functions here, which are the kernels' oracle.

@@ -34,7 +34,7 @@ class Binding:
     policies: what the cache's policies are on the model; see `TokenPolicy.for_model`.
     reads: what the statistics of any layer read; see `Statistic`.
     rotations: of queries, by layer; empty where nobody reads them before rotation.
-    limit: the position from which on these are others; None if never.
+    limit: the position from which on the model turns queries by other frequencies; None if never.
     model: what the model was when the cache was tied to it, for files; see
         `models.fingerprint.described`.
     """

@@ -68,12 +68,13 @@ class Opening:
         asked = asked_tokens(keep, rows, count - drafts, device, lead)
         state.settle()
         position_ids = None
-        if state.positions is not None or self._awaits_positions(moment):
+        awaited = state.positions is None and self._awaits_positions(moment)
+        if state.positions is not None or awaited:
             positions = _one_each(positions)
         if state.positions is not None:
             layers = [layer for _, layer in state.slot_layers()]
             position_ids = state.positions.open(layers, new.columns, new.padding, new.rows)
-        elif self._awaits_positions(moment):
+        elif awaited:
             position_ids = self._positions_handed(positions, rows, count, device)
         # Nobody is asked about what is read a second time, and nothing else observes it.
         policies, observe = self.binding.policies, self.observe
@@ -178,7 +179,7 @@ class Opening:
         seen = state.seen
         repeats = session.repeat is not None
         if session.past_prompt(seen) and not repeats and (mask is None or mask.dim() == 2):
-            # It goes on with ones.
+            # The mask of `generate` has ones for rows that have ended: their padding is hidden.
             mask = session.mask_of_ended(rows, count, seen, device)
         heads = self.binding.attachment.num_heads
         # Whoever pads a first prompt on the right reads the logits of padding next. Later on, a
@@ -186,7 +187,7 @@ class Opening:
         may_end_in_padding = seen > 0 or session.prompt_end > 0
         columns = new_columns(rows, count, seen, mask, heads, may_end_in_padding, device)
         complete = mask is None or mask.dim() == 4 or bool((columns >= 0).all())
-        padding = padding_so_far(state.padding, columns, seen, mask)
+        padding = padding_so_far(state.padding, columns, mask)
         if state.is_hybrid:
             self._check_states(columns, complete, padding)
         # What counts as prompt: what `generate` promised, or any forward of several tokens.

@@ -191,7 +191,7 @@ class CacheState:
             layer.forget_records([p for p in layer.records if step.still_awaits(p, index)])
 
     def give_up_second_reading(self) -> None:
-        """After an error: nobody is asked."""
+        """Nobody is asked any more: all were, or an error came."""
         if self.waiting is not None:
             self.waiting.let_go()
         self.waiting = None
@@ -200,12 +200,12 @@ class CacheState:
 
     def end_second_reading(self) -> None:
         """Asks the policies at the end of a prompt that was read a second time."""
-        step, self.waiting = self.waiting, None
-        if step is None:
+        if self.waiting is None:
             return
-        evict_across(step)
-        self._forget_records(step)
-        step.let_go()
+        # After an error the step is still there, for `give_up_second_reading`.
+        evict_across(self.waiting)
+        self._forget_records(self.waiting)
+        self.give_up_second_reading()
 
     def settle(self, back: int = 0) -> None:
         """Takes back the last `back` recorded columns; the others stay for good."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import KVPruneError
 from ..models.attachment import Attachment
+from ..statistics import parts_of
 from ..storage.rows import PromptIds
 from .binding import bind
 from .endings import Endings
@@ -83,9 +84,11 @@ class WiredCache(StockCache):
     def leave_generate(self) -> None:
         """`generate` is over, however it ended; drafts left in the air were never read."""
         failed = bool(self.guard.failure)
-        if self.session.pending and not failed and not self.guard.in_forward:
-            self.crop(-self.session.pending)
-        self.session.leave(self.seen)
+        try:
+            if self.session.pending and not failed and not self.guard.in_forward:
+                self.crop(-self.session.pending)
+        finally:
+            self.session.leave(self.seen)
         if not failed and not self.session.recording:
             self.state.settle()
             self._tell_evictions()
@@ -150,17 +153,18 @@ class WiredCache(StockCache):
         guard.claim()
         try:
             assert self.binding is not None
-            opening = Opening(self.policies, self.observe, self.binding, self.state, self.session)
+            observe = tuple(parts_of(self.observe))
+            opening = Opening(self.policies, observe, self.binding, self.state, self.session)
             keep = guard.logits_to_keep
             step = opening.step(rows, count, mask, device, keep, positions)
+            if self.on_evict is not None:
+                self._tell_evictions()
+                self._watch.begin(self.state)
         except BaseException:
             guard.release()
             raise
         guard.begin(step)
         self.session.in_stock_generate = False
-        if self.on_evict is not None:
-            self._tell_evictions()
-            self._watch.begin(self.state)
         try:
             self.state.make_way(step)
         except BaseException:

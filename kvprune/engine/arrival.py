@@ -69,9 +69,7 @@ def _check_left_padded(mask: Tensor) -> None:
         )
 
 
-def padding_so_far(
-    before: Tensor | None, columns: Tensor, seen: int, mask: Tensor | None
-) -> Tensor | None:
+def padding_so_far(before: Tensor | None, columns: Tensor, mask: Tensor | None) -> Tensor | None:
     """The columns that are padding, `[B, n]` bool; those behind are not. None if none is.
 
     What was padding once stays padding; a later mask may hide columns that were not. It is

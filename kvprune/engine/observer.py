@@ -174,7 +174,7 @@ class Observer:
             # Nor should what was read back of all layers wait for it.
             codes = self.slots.coded()
             if codes is not None:
-                shape = inputs.key.new_empty(()).expand(inputs.key.shape)
+                shape = codes[0].shape_alone(inputs.key.dtype)
                 inputs = replace(inputs, key=shape, value=nothing, coded=codes)
             elif inputs.pieces is not None:
                 inputs = replace(inputs, pieces=self.slots.pieces(codes=True))

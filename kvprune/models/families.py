@@ -19,7 +19,6 @@ from .structure import (
     Local,
     base_of,
     check_kind,
-    class_of,
     decoder_layers,
     sees_pictures,
     unsupported,
@@ -105,8 +104,9 @@ def attention_of(base: PreTrainedModel, layer: nn.Module) -> nn.Module:
 def _check_keywords(base: Any, *modules: nn.Module) -> None:
     """Refuses a layer or an attention to which a keyword of ours cannot be handed."""
     for module in modules:
-        if not has_own_attention(base) and not _takes_keywords(class_of(module)):
-            raise unsupported(base, f"{type(module).__name__} takes no further keywords")
+        kind: Any = type(module)
+        if not has_own_attention(base) and not _takes_keywords(kind):
+            raise unsupported(base, f"{kind.__name__} takes no further keywords")
 
 
 def has_own_attention(base: Any) -> bool:
@@ -121,7 +121,7 @@ def keeps_keywords(base: Any) -> bool:
 
 def copies_of_heads(attention: Any) -> int:
     """The number of copies of an attention module's key/value heads as a whole; mostly 1."""
-    if class_of(attention).__name__ not in TILES_HEADS:
+    if type(attention).__name__ not in TILES_HEADS:
         return 1
     config = attention.config
     return int(config.num_attention_heads) // int(config.num_key_value_heads)

@@ -308,7 +308,7 @@ def noted(generation_config: Any, name: str) -> Any:
 
     Args:
         generation_config: of a `generate` that is under way.
-        name: "_mask_length", "_pad_token_tensor" or "_eos_token_tensor".
+        name: "_mask_length" or "_pad_token_tensor".
 
     Raises:
         KVPruneError: this release notes nothing of that name.

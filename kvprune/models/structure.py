@@ -81,7 +81,7 @@ def unwrapped(model: Any) -> Any:
 
 def takes(module: nn.Module, name: str) -> bool:
     """Whether `module`'s forward has an argument of that name."""
-    return name in parameters_of(class_of(module))
+    return name in parameters_of(type(module))
 
 
 def check_kind(model: Any) -> None:
@@ -155,15 +155,11 @@ def unsupported(model: nn.Module, reason: str) -> KVPruneError:
     )
 
 
-def class_of(module: nn.Module) -> Any:
-    return type(module)
-
-
 def argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
     """An argument of `module`'s forward by name, however it was passed; None if it was not."""
     if name in kwargs:
         return kwargs[name]
-    names = parameters_of(class_of(module))
+    names = parameters_of(type(module))
     place = names.index(name) if name in names else len(args)
     return args[place] if place < len(args) else None
 
@@ -172,14 +168,14 @@ def arguments_given(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """All arguments that `module`'s forward was handed, by name."""
-    return {**dict(zip(parameters_of(class_of(module)), args, strict=False)), **kwargs}
+    return {**dict(zip(parameters_of(type(module)), args, strict=False)), **kwargs}
 
 
 def with_argument(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`args` and `kwargs` with one argument replaced where it was passed."""
-    names = parameters_of(class_of(module))
+    names = parameters_of(type(module))
     place = names.index(name) if name in names else len(args)
     if name not in kwargs and place < len(args):
         return (*args[:place], value, *args[place + 1 :]), kwargs

@@ -153,7 +153,7 @@ class TokenView(_View):
     tokens(amount): `[B]` int64, tokens (an int) or a share of `length` (a float) as tokens.
     newest(amount): `[B, 1, Q]` bool, which are among the newest so many.
     oldest(count): `[B, 1, Q]` bool, which are among their row's first so many.
-    statistic(name): of statistics per slot `[B, Hkv, Q]`, what these tokens got in the layer
+    statistic(which): of statistics per slot `[B, Hkv, Q]`, what these tokens got in the layer
         before, from the queries of this forward, as `tokens.statistic(Attention())`.
     order: `[B, 1, Q]` int64, the tokens by column, those that are not valid first.
     looks(w): `[B, Hkv, G, w, Q]`, what the newest w queries of the layer before gave these tokens,
@@ -202,7 +202,7 @@ class SlotView(_View):
     keys, values: `[B, Hkv, S, D]`, rotated as attention had them in this forward, and read from
         where they are held when they are asked for; withheld from a policy that promises
         `layers_alike`.
-    statistic(name): of statistics per slot `[B, Hkv, S]`, since the slot's column was read, as
+    statistic(which): of statistics per slot `[B, Hkv, S]`, since the slot's column was read, as
         `slots.statistic(Attention())`; of statistics per layer what they say.
     looks(w): `[B, Hkv, G, w, S]`, the probabilities that the newest w queries give to the slots, by
         the model's own rule (scaling, soft-capping, sinks, windows, padding), where `Queries(w)` is
@@ -307,12 +307,12 @@ class SlotView(_View):
         """See above.
 
         Raises:
-            KVPruneError: the model's attention has no projection that is known, or this is no
-                forward, but `with_policies`.
+            KVPruneError: the model's attention has no projection that is known.
         """
+        # Where layers evict together, values are refused, with the promise that was broken.
+        size = self.values.shape[-1]
         if self.attention is None:
             raise KVPruneError("output_weight: known in a forward of the model alone")
-        size = self.values.shape[-1]
         return output_weight(self.attention).unflatten(0, (self.heads, -1, size))
 
     @property

@@ -80,16 +80,16 @@ class Positions(ABC):
     def arrange(self, at: AtLayer) -> Tensor:
         """The keys of all slots `[B, Hkv, S, D]` at their positions, once new tokens are stored."""
 
-    def unturned(self, at: AtLayer, queries: Tensor) -> Tensor:
-        """Queries `[B, Hq, Q, D]` of a forward as if their tokens stood at position 0.
+    def unturned(self, at: AtLayer, vectors: Tensor) -> Tensor:
+        """Queries or keys `[B, H, Q, D]` of a forward as if their tokens stood at position 0.
 
-        So they are held for later forwards, in which their tokens stand elsewhere.
+        So queries are held for later forwards, in which their tokens stand elsewhere.
         """
         rotation = self.rotation(at.index)
         if rotation is None:
-            return queries
+            return vectors
         assert at.positions is not None
-        return rotation.turned(queries, *rotation.angles(-at.positions[:, None], queries))
+        return rotation.turned(vectors, *rotation.angles(-at.positions[:, None], vectors))
 
     def turned(self, at: AtLayer, queries: Tensor, columns: Tensor) -> Tensor:
         """Queries that were held, where their tokens now stand.

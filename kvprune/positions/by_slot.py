@@ -97,11 +97,7 @@ class SlotPositions(Positions):
 
     def to_hold(self, at: AtLayer, keys: Tensor) -> Tensor:
         """New keys `[B, Hkv, Q, D]`: as they came, or as if they stood at position 0."""
-        rotation = self._rotations[at.index]
-        if rotation is None or not self._as_first:
-            return keys
-        assert at.positions is not None
-        return rotation.turned(keys, *rotation.angles(-at.positions[:, None], keys))
+        return self.unturned(at, keys) if self._as_first else keys
 
     def arrange(self, at: AtLayer) -> Tensor:
         """The keys of all slots `[B, Hkv, S, D]` at their positions, once new tokens are stored.

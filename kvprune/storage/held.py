@@ -1,4 +1,4 @@
-"""What ways to hold the keys and values of slots have in common: buffers, row by row."""
+"""The base of what holds keys and values: buffers `[B, Hkv, capacity, n]`, one place a slot."""
 
 from __future__ import annotations
 

@@ -50,8 +50,10 @@ def _keeps_probabilities_back(attention: Any) -> bool:
 
 
 def _closed(layer: LayerStep, slots: Tensor) -> Tensor | None:
-    """How far slots move on where positions are assigned inside the cache, in the newest
-    token's distances from its row's first one `[B, 1|H, S]`.
+    """How much nearer to the newest token each slot stands than in the text, `[B, 1|H, S]`.
+
+    As a share of the newest token's distance from its row's first; None where positions are those
+    of the text.
     """
     step = layer.step
     if step.cache_positions is None:

@@ -62,7 +62,9 @@ def read_again(
         tell: is told what each forward repeats.
     """
     inner: Any = unwrapped(model)
-    device = next(model.parameters()).device if mask is None else mask.device
+    assert cache.state.rows is not None
+    device = cache.state.rows.first.device
+    mask = None if mask is None else mask.to(device)
     for part, by_row in repeats:
         for each in zip_longest(*by_row, fillvalue=([], 0, 0)):
             size = max(len(tokens) for tokens, _, _ in each)

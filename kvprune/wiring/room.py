@@ -10,6 +10,7 @@ import torch
 from ..cache.binding import attached
 from ..cache.composed import ComposedCache
 from ..errors import KVPruneError
+from ..models.devices import device_of
 from ..models.structure import base_of, unwrapped
 from ..policy.base import TokenPolicy
 from ..policy.checks import checked
@@ -108,7 +109,7 @@ def _taken(
     caches = []
     for length in LENGTHS:
         caches.append(ComposedCache(observe=observe, store=store))
-        ids = torch.arange(length, device=model.device)[None]
+        ids = torch.arange(length, device=device_of(base.get_input_embeddings()))[None]
         read(model, caches[-1], ids % base.config.get_text_config(decoder=True).vocab_size)
     fixed, each, shared = 0.0, 0.0, 0
     for index, (short, long) in enumerate(zip(*(c.layers for c in caches), strict=True)):
@@ -121,7 +122,7 @@ def _taken(
             slot = _bytes(short) / short.used if short.used else 0.0
             fixed += slot * min(columns, long.local.size)
         elif any(policy.layers is None or index in policy.layers for policy in evicting):
-            each += slot + (long.keys.shape[1] - 1) * long.columns.itemsize
+            each += slot + (long.heads - 1) * long.columns.itemsize
         else:
             # Layers that hold the same share their columns, which are counted once, below.
             fixed += (slot - long.columns.itemsize) * columns

@@ -134,6 +134,26 @@ def test_an_error_of_the_listener_reaches_the_caller():
     assert torch.equal(cache.columns(2), twin.columns(2))
 
 
+def test_an_error_of_the_listener_at_the_beginning_of_a_forward():
+    """Drafts that nobody took back are told then; the cache is not locked."""
+    model, cache = tiny_model(), ComposedCache([H2O(3, 4)])
+
+    def fails(eviction: Eviction) -> None:
+        raise RuntimeError("mine")
+
+    with torch.no_grad():
+        model(prompt(1, 30), past_key_values=cache, logits_to_keep=1)
+        cache.activate_past_recording()
+        cache.on_evict = fails
+        model(prompt(1, 3), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="mine"):
+            model(prompt(1, 1), past_key_values=cache)
+        cache.on_evict = None
+        model(prompt(1, 1), past_key_values=cache)
+    cache.reset()
+    assert cache.seen == 0
+
+
 def test_who_cannot_be_called_cannot_listen():
     """The cache goes on as it was."""
     cache, told = ComposedCache([SnapKV(4, window=2)]), []

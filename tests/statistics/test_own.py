@@ -155,6 +155,25 @@ def test_what_is_of_a_layer_begins_anew_with_each_prompt(edges):
 
 
 @dataclass(frozen=True)
+class Together(Statistic):
+    """Made of another."""
+
+    per: ClassVar[str] = "layer"
+    reads: ClassVar[str] = "queries"
+
+    @property
+    def parts(self) -> tuple[Statistic, ...]:
+        """What is held for it."""
+        return (MeanQuery(),)
+
+
+def test_what_others_are_made_of_is_observed():
+    cache = kvprune.ComposedCache([], observe=(Together(),))
+    tiny_model()(**left_padded(prompt(2, 20), [0, 6]), past_key_values=cache, logits_to_keep=1)
+    assert all(MeanQuery() in layer.records for layer in cache.layers)
+
+
+@dataclass(frozen=True)
 class Bad(Statistic):
     """Returns what is said."""
 
