@@ -27,7 +27,8 @@ from kvprune.policy import Around, Budget, Ranking, SlotView
 class DMS(Around):
     """Drops what scores below a threshold, a window later.
 
-    Asked when the policy within is; for a decision in every step that is one with `when=None`.
+    It is asked whenever the policy within is. For a decision in every step, give that policy
+    `when=None`.
 
     Args:
         base: the policy that scores slots; its budget is not read, what it protects stays.

@@ -19,8 +19,6 @@ from kvprune.errors import KVPruneError
 from kvprune.policy import Around, Ranking, SlotView, best_of_layers
 from kvprune.policy.selection import check_ranking
 
-HOOKS = frozenset({"rank_slots"}), frozenset({"rank_layers"})
-
 
 @dataclass(frozen=True, repr=False)
 class GlobalBudget(Around):
@@ -52,8 +50,7 @@ class GlobalBudget(Around):
     @property
     def hooks(self) -> frozenset[str]:
         """The hooks of the policy within, but that it is asked about all layers at once."""
-        alone, together = HOOKS
-        return self.base.hooks - alone | together
+        return self.base.hooks - {"rank_slots"} | {"rank_layers"}
 
     def rank_layers(self, layers: Sequence[SlotView]) -> list[Ranking | None]:
         """One ranking of all slots of a row, cut where its budget ends."""

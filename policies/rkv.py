@@ -100,7 +100,9 @@ class RKV(OneBudget):
         given = logits.masked_fill(~(others[:, :, None] & before), -torch.inf).softmax(-1)
         # A query that a row does not have, or that sees no others, gives nothing.
         given = given.nan_to_num(0.0).sum(2) / (columns >= 0).sum(-1).clamp(min=1)[:, None, None]
-        return pooled(given[:, :, None], slots.order, others, self.kernel, "max")[:, :, 0]
+        found = pooled(given[:, :, None], slots.order, others, self.kernel, "max")[:, :, 0]
+        # A slot without a candidate beside it has -inf.
+        return found.clamp(min=0)
 
     def _redundancy(self, slots: SlotView, keys: Tensor) -> Tensor:
         """`[B, Hkv, S]`, block by block of slots."""

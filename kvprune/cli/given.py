@@ -32,7 +32,7 @@ def read_text(given: str) -> str:
     try:
         path = Path(given)
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")
         missing = path.suffix in (".txt", ".md") and not any(c.isspace() for c in given)
         given.encode()
     except UnicodeError as error:

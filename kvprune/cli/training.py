@@ -23,7 +23,7 @@ def train_sdtp(
     out: Annotated[Path, typer.Option(help="Folder for what is made.", rich_help_panel=_DATA)],
     tokens: Annotated[int, typer.Option(help="Most of an example.", rich_help_panel=_DATA)] = 1024,
     completion: Annotated[
-        int, typer.Option(help="Of a text's tokens, to be likely.", rich_help_panel=_DATA)
+        int, typer.Option(help="Tokens of a text's end to predict.", rich_help_panel=_DATA)
     ] = 64,
     limit: Annotated[
         int | None, typer.Option(help="Use only so many examples.", rich_help_panel=_DATA)
@@ -58,7 +58,7 @@ def train_sdtp(
     cross_entropy: Annotated[float, typer.Option(help="Likewise.", rich_help_panel=_LOSSES)] = 1.0,
     distillation: Annotated[float, typer.Option(help="Likewise.", rich_help_panel=_LOSSES)] = 1.0,
     pairs: Annotated[
-        int | None, typer.Option(help="To rank per stage; all.", rich_help_panel=_LOSSES)
+        int | None, typer.Option(help="Pairs to rank a stage by; all.", rich_help_panel=_LOSSES)
     ] = None,
     marking_epochs: Annotated[
         int, typer.Option(help="Through the dense model.", rich_help_panel=_STEPS)
@@ -74,11 +74,13 @@ def train_sdtp(
         str | None, typer.Option(help="no or bf16; accelerate's.", rich_help_panel=_STEPS)
     ] = None,
     evaluate_every: Annotated[
-        int | None, typer.Option(help="Steps; each epoch's end.", rich_help_panel=_STEPS)
+        int | None, typer.Option(help="Measure each so many steps too.", rich_help_panel=_STEPS)
     ] = None,
     keep_hidden: Annotated[
         bool,
-        typer.Option("--keep-hidden", help="One forward, on disk.", rich_help_panel=_STEPS),
+        typer.Option(
+            "--keep-hidden", help="On disk: later epochs read it.", rich_help_panel=_STEPS
+        ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.", rich_help_panel=_STEPS)] = 0,
 ) -> None:

@@ -250,6 +250,8 @@ def run_demo(
                 console.print(Text(f"{row.name}: done, {len(outcomes)} of {len(rows)}"))
         live.update(_table(outcomes, expected is None, ""))
     if len(outcomes) == 1:
+        if html is not None:
+            console.print(Text(f"No page {html}: nothing was left out of the cache.", style="dim"))
         return outcomes
     best = min(outcomes[1:], key=lambda o: (-sum(o.right), o.as_bfloat16))
     assert best.kept is not None

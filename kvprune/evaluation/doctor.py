@@ -32,7 +32,7 @@ EXTRAS = {
     "compare": ("matplotlib", "jinja2"),
     "train": ("accelerate", "scipy", "tqdm"),
     "cpu": ("numba",),
-    "demo": ("gguf",),
+    "demo": ("gguf", "accelerate"),
     "lm-eval": ("lm_eval",),
     "examples": ("starlette", "uvicorn"),
     "ray": ("ray",),

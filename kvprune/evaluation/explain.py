@@ -133,7 +133,9 @@ def as_terminal(explained: Explanation, colour: bool = True) -> Text:
     text.append("]" if before and not colour else "")
     text.append("\n\n" + _caption(explained) + "\n")
     if not colour:
-        most = [n for n in range(explained.num_layers + 1) if _shade(n, explained.num_layers) >= 3]
+        most = [
+            n for n in range(explained.num_layers + 1) if _shade(n, explained.num_layers) >= _PLAIN
+        ]
         text.append(f"In brackets: in {most[0]} layers or more.")
         return text
     for shade, style in enumerate(_TERMINAL):

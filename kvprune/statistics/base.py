@@ -58,9 +58,9 @@ class Statistic:
             they are freed once no policy can ask before the next prompt, and begin anew there.
         reads: what `join` is handed. For slots "received", the probabilities that each slot
             received in a forward, added up over the queries, `[B, Hkv, S]`; "views", the number of
-            queries in a forward that could see the slot, the same shape; "probabilities", a `Block`
-            of queries after the other, in order; "hidden", what `numbers` says of the tokens that
-            were written; "survival", how far tokens came through pruning; "second reading",
+            queries in a forward that could see the slot, the same shape; "probabilities", one
+            `Block` of queries after another, in order; "hidden", what `numbers` says of the tokens
+            that were written; "survival", how far tokens came through pruning; "second reading",
             what tokens that are read again give (`SecondReading`). The last three are
             `[B, 1|Hkv, S]`, NaN (of a second reading +inf) for slots that nothing is said of. For
             layers "queries", as attention is handed them (with positions inside the cache as if

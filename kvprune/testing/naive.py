@@ -19,8 +19,9 @@ def naive_select(ranking: Ranking, columns: Tensor, asked: Tensor | None = None)
     Returns:
         `[B, H, S]` bool.
     """
-    rows, heads, size = torch.broadcast_shapes(columns.shape, ranking.score.shape)
+    rows, _, size = columns.shape
     budget = ranking.budget.reshape(rows, -1)
+    heads = max(t.shape[1] for t in (columns, ranking.score, ranking.protected, budget))
     kept = torch.zeros(rows, heads, size, dtype=torch.bool)
     for row in range(rows):
         for head in range(heads):

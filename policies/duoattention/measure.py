@@ -63,8 +63,11 @@ def head_scores(model: Any, ids: Tensor, sinks: int = 64, recent: int = 256) -> 
     far = FarAttention(sinks, recent)
     cache = ComposedCache(observe=(far,))
     model(ids, past_key_values=cache, logits_to_keep=1)
-    layers = [layer for _, layer in cache.slot_layers()]
-    sums = torch.stack([layer.statistics[far][0].sum(-1).cpu() for layer in layers])
     facts = architecture(model)
-    groups = facts["num_attention_heads"] // facts["num_key_value_heads"]
-    return HeadScores((sums / (asking * groups)).float(), facts)
+    heads = facts["num_key_value_heads"]
+    # A layer without slots, as of linear attention, has no heads that could stream.
+    scores = torch.full((facts["num_hidden_layers"], heads), torch.inf)
+    for index, layer in cache.slot_layers():
+        received = layer.statistics[far][0].sum(-1)
+        scores[index] = (received / (asking * facts["num_attention_heads"] // heads)).float().cpu()
+    return HeadScores(scores, facts)

@@ -60,7 +60,8 @@ class DuoAttention(TokenPolicy):
                 f"DuoAttention: sinks={self.sinks!r}: expected a number of tokens (an int of at "
                 f"least 0)"
             )
-        if not isinstance(self.share, (int, float)) or not 0 <= self.share <= 1:
+        number = isinstance(self.share, (int, float)) and not isinstance(self.share, bool)
+        if not number or not 0 <= self.share <= 1:
             raise KVPruneError(
                 f"DuoAttention: share={self.share!r}: expected a number from 0.0 to 1.0"
             )

@@ -49,10 +49,11 @@ class HeadScores:
     def streaming(self, share: float) -> dict[int, tuple[int, ...]]:
         """The heads that stream, by layer: so large a share of all, with the lowest scores.
 
-        Ties go to the lower layer, then to the lower head.
+        Ties go to the lower layer, then to the lower head. Heads without a score (infinity), as
+        those of layers that hold a state, do not count.
         """
         layers, heads = self.values.shape
-        count = round(share * layers * heads)
+        count = round(share * int(self.values.isfinite().sum()))
         lowest = self.values.flatten().argsort(stable=True)[:count].tolist()
         found: dict[int, list[int]] = {layer: [] for layer in range(layers)}
         for place in sorted(lowest):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from os import PathLike
+from os import PathLike, fspath
 from typing import Any, cast
 
 import torch
@@ -71,7 +71,10 @@ class KVzap(TokenPolicy):
                 f"KVzap: gates={gates!r}: expected a folder of gates, or KVzapGates, as "
                 f"train_gates makes them"
             )
-        object.__setattr__(self, "_gate", Gate(_Bare(gates)))
+        object.__setattr__(self, "_gate", Gate(_GatesBehindNorms(gates)))
+        if isinstance(self.gates, PathLike):
+            # A spec is made of a policy's repr.
+            object.__setattr__(self, "gates", fspath(self.gates))
 
     @property
     def statistics(self) -> tuple[Gate, ...]:
@@ -98,7 +101,7 @@ class KVzap(TokenPolicy):
                 f"read: expected a model of another family"
             )
         twin = replace(self)
-        object.__setattr__(twin, "_gate", Gate(_Bare(gates, norms)))
+        object.__setattr__(twin, "_gate", Gate(_GatesBehindNorms(gates, norms)))
         return twin
 
     def rank_slots(self, slots: SlotView) -> Ranking:
@@ -131,7 +134,7 @@ class KVzap(TokenPolicy):
         return found
 
 
-class _Bare(nn.Module):
+class _GatesBehindNorms(nn.Module):
     """Gates behind the norms of a model, which are not part of them."""
 
     def __init__(self, gates: KVzapGates, norms: Sequence[Any] = ()) -> None:

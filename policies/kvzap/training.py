@@ -81,7 +81,7 @@ def train_gates(
     for number, ids in enumerate(texts):
         seen.append(_examples(model, ids, tokenizer, tokens, draw))
         told("reading texts twice", (number + 1) / len(texts))
-    tests = max(1, round(held_out * len(texts)))
+    tests = min(max(1, round(held_out * len(texts))), len(texts) - 1)
     facts = architecture(base_of(unwrapped(model)))
     layers, heads = facts["num_hidden_layers"], facts["num_key_value_heads"]
     with torch.random.fork_rng():

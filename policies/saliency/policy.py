@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from os import PathLike
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -78,6 +78,9 @@ class Saliency(OneBudget):
                 f"Saliency: heads={self.heads!r}: expected SaliencyHeads, a folder, 'survival' or "
                 f"None"
             )
+        if isinstance(self.heads, PathLike):
+            # A spec is made of a policy's repr.
+            object.__setattr__(self, "heads", fspath(self.heads))
         if isinstance(self.budget, int) and self.budget <= self.protected:
             how = "with heads='survival'" if self.heads == SURVIVAL else "with heads"
             raise KVPruneError(

@@ -31,6 +31,7 @@ from kvprune.evaluation.measure.traces import levels
 from kvprune.evaluation.specs import cache_of, canonical
 from kvprune.policies import H2O, SDTP
 
+from ..policies.test_kvzap import gates
 from ..support import fake_tasks
 from ..support.fake_tasks import Echo, Killed, Likely, saved_model
 from ..support.models import LAYERS
@@ -446,6 +447,18 @@ def test_other_heads_under_the_same_name_are_refused(folder, tmp_path):
         if seed == 1:
             small(folder, out=tmp_path, policies=[spec])
     refused(folder, "weights, and those of SDTP.*have changed", out=tmp_path, policies=[spec])
+
+
+def test_other_gates_under_the_same_name_are_refused(folder, tmp_path):
+    """They are within a statistic."""
+    spec = f"kvzap(gates={str(tmp_path / 'gates')!r})"
+    made = gates()
+    made.save(tmp_path / "gates")
+    small(folder, out=tmp_path, policies=[spec])
+    with torch.no_grad():
+        next(made.parameters()).add_(1)
+    made.save(tmp_path / "gates")
+    refused(folder, "weights, and those of KVzap.*have changed", out=tmp_path, policies=[spec])
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "last", "none"])

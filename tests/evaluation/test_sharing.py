@@ -295,6 +295,6 @@ def test_groups():
     stored = "ComposedCache([h2o], store=quantized)"
     policies = ["h2o", "streaming", "h2o(layers=[0])", stored]
     plan = Plan(policies, [Echo()], [20, 30], [0.5, 0.2], 1, 0)
-    groups, others = grouped([Job(cell, task, ()) for cell, task in plan.cells()], LAYERS)
+    groups, others = grouped([Job(cell, task, ()) for cell, task in plan.cells()], LAYERS, None)
     assert [len(g.pipelines) for g in groups] == [3, 2, 3, 2]
     assert {job.cell.label for job in others} == {"no context", "h2o(layers=[0])", stored}

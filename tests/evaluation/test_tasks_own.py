@@ -34,6 +34,13 @@ def test_lines_are_asked_as_they_stand(tmp_path):
     assert asked.score(made[0], Silent()).value == 0
 
 
+def test_a_file_may_begin_with_a_mark(tmp_path):
+    """As some editors write UTF-8."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(GOOD), encoding="utf-8-sig")
+    assert len(task(str(path)).samples(tokenizer("gpt2"), 200, 1, 0)) == 1
+
+
 def test_the_seed_chooses_the_lines(tmp_path):
     """The same ones whatever the count and the context."""
     asked = task(written(tmp_path, *({**GOOD, "context": f"c{i}"} for i in range(50))))

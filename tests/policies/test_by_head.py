@@ -257,6 +257,14 @@ def test_around_each_other(policies, monkeypatch):
         assert torch.equal(alone[0, -6:], together[row, -6:])
 
 
+@torch.no_grad()
+def test_rkv_by_redundancy_alone():
+    """Slots in the window that have no candidate beside them score no NaN."""
+    cache = ComposedCache([RKV(12, balance=0.0, window=6, when=1)])
+    tiny_model()(prompt(1, 30), past_key_values=cache, logits_to_keep=1)
+    assert cache.columns(0).shape[-1] == 12
+
+
 WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (RKV, {"budget": 8, "window": 8}, "more tokens than the window"),
     (RKV, {"window": 0}, "window=0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from kvprune.policies import DuoAttention
 from kvprune.policies.duoattention import HeadScores, head_scores
 from kvprune.storage import layout
 
+from ..support.family_models import attached_family
 from ..support.models import LAYERS, fresh_model, left_padded, prompt, tiny_model
 from ..support.oracles_by_head import duo_keep
 
@@ -66,6 +68,17 @@ def test_scores_are_the_attention_beyond_sinks_and_window():
             expected = total / (24 - sinks - recent)
             assert float(got.values[layer, head]) == pytest.approx(expected, rel=1e-6)
     assert got.model["num_hidden_layers"] == LAYERS
+
+
+def test_layers_that_hold_a_state_have_no_heads_that_stream():
+    """Numbers are those of the model's layers, and DuoAttention takes the scores."""
+    model: Any = attached_family("qwen3_next")
+    scores = head_scores(model, prompt(1, 24), 3, 5)
+    assert scores.values.isfinite().all(-1).tolist() == [False, True] * 2
+    assert sum(len(heads) for heads in scores.streaming(0.5).values()) == 2
+    cache = ComposedCache([DuoAttention(scores, share=1.0, sinks=1, recent=2)])
+    model(prompt(1, 24), past_key_values=cache, logits_to_keep=1)
+    assert [(index, layer.used) for index, layer in cache.slot_layers()] == [(1, 3), (3, 3)]
 
 
 def test_the_lowest_scores_stream():

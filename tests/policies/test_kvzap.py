@@ -78,6 +78,7 @@ def test_files_are_read_as_written_and_as_published(tmp_path):
     assert KVzapGates.load(tmp_path / "linear").hidden is None
     spec = repr(KVzap(str(tmp_path / "linear"), 0.5))
     assert repr(parse(canonical(parse(spec)))) == f"[{spec}]"
+    assert repr(KVzap(tmp_path / "linear", 0.5)) == spec
     assert repr(KVzap(linear, 0.5)) == "KVzap(gates=..., budget=0.5, sinks=4, recent=16)"
 
 

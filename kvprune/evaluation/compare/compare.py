@@ -61,7 +61,7 @@ class Comparison:
     Attributes:
         results: all samples, failures and traces.
         folder: the folder that keeps the results; None if no folder does.
-        asked: the cells that this call asked for.
+        asked: the cells that this call had to run.
     """
 
     results: Results = field(repr=False)
@@ -78,7 +78,7 @@ class Comparison:
 
     @property
     def failures(self) -> tuple[Failure, ...]:
-        """The cells that this call asked for and that could not be run, each with its error."""
+        """The cells that this call could not run, each with its error."""
         return tuple(f for f in self.results.failures if key_of(f.cell) in self.asked)
 
 
@@ -197,8 +197,7 @@ def measured(plan: Plan, run: Run, keep: Path | None = None, progress: bool = Fa
             jobs = _prepared(plan, ledger, worker, about)
         watch = stack.enter_context(Watch.shown(jobs, progress))
         _run(ledger, execute(jobs, worker, run.source), jobs, watch)
-        asked = frozenset(key_of(cell) for cell, _ in plan.cells())
-        return Comparison(ledger.results, keep, asked)
+        return Comparison(ledger.results, keep, frozenset(key_of(job.cell) for job in jobs))
 
 
 @contextmanager

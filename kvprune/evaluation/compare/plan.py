@@ -18,6 +18,7 @@ from ...models.fingerprint import weights_digest
 from ...models.structure import base_of, unwrapped
 from ...policy.base import TokenPolicy
 from ...policy.composition import leaves, nested
+from ...statistics import Gate
 from ...storage.quantized import Quantized
 from ..ledger.identity import code_digest
 from ..ledger.results import Cell
@@ -350,6 +351,7 @@ def _digests(line: Line, base: Any) -> tuple[str, str]:
     cache.bind(base._kvprune, base)
     working = list(nested(p.for_model(base) for p in line.policies))
     modules = [m for p in working for m in vars(p).values() if isinstance(m, nn.Module)]
+    modules += [s.module for p in working for s in p.statistics if isinstance(s, Gate)]
     weights = " ".join(weights_digest(m)[:16] for m in modules)
     return weights, code_digest(nested(line.policies))
 

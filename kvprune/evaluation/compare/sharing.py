@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ...cache.composed import ComposedCache
 from ...errors import from_ctrl_c
@@ -69,7 +70,7 @@ def shared(jobs: Sequence[Job], worker: Worker, source: Source) -> Iterator[Outc
             yield outcome
     left = [replace(j, samples=tuple(s for s in j.samples if s.number >= TIMED)) for j in jobs]
     left = [job for job in left if job.samples and job.cell not in gone]
-    groups, others = grouped(left, len(layers_of(worker.model)))
+    groups, others = grouped(left, len(layers_of(worker.model)), worker.tokenizer)
     for group in groups:
         for sample in group.samples():
             yield from _together(group, sample, worker)
@@ -77,7 +78,7 @@ def shared(jobs: Sequence[Job], worker: Worker, source: Source) -> Iterator[Outc
         yield from attempted(job, worker)
 
 
-def grouped(jobs: Sequence[Job], layers: int) -> tuple[list[Group], list[Job]]:
+def grouped(jobs: Sequence[Job], layers: int, tokenizer: Any) -> tuple[list[Group], list[Job]]:
     """Sorts jobs into groups that share what they read, and jobs that cannot.
 
     A job cannot share its reading in six cases. It reads another prompt (the line "no context").
@@ -89,6 +90,7 @@ def grouped(jobs: Sequence[Job], layers: int) -> tuple[list[Group], list[Job]]:
     Args:
         jobs: the jobs to sort.
         layers: the number of the model's decoder layers.
+        tokenizer: the model's.
 
     Returns:
         groups of at least one job, and the jobs that cannot share.
@@ -96,7 +98,7 @@ def grouped(jobs: Sequence[Job], layers: int) -> tuple[list[Group], list[Job]]:
     groups, others = dict[tuple[str, int, str, tuple[Statistic, ...]], Group](), list[Job]()
     for job in jobs:
         cache = cache_of(DENSE if job.cell.policy in LINES else job.cell.policy)
-        policies = cache.policies
+        policies = [policy.for_tokenizer(tokenizer) for policy in cache.policies]
         wanted = {wanted_at(policies, layer) for layer in range(layers)}
         # What is known of a layer's queries is gone once the prompt was read.
         passing = any(statistic.per == "layer" for each in wanted for statistic in each)

@@ -77,6 +77,7 @@ class KVPruneLM(HFLM):
         self.policies, self.store, self.spec = _parsed(policies)
         self.label = policies if isinstance(policies, str) else self.spec
         super().__init__(pretrained, **more)
+        self.policies = [policy.for_tokenizer(self.tokenizer) for policy in self.policies]
         kvprune.attach(self.model)
         self._check_policies()
         self._flops = Flops.measured(self.model)
@@ -176,9 +177,9 @@ class KVPruneLM(HFLM):
     def _scored(
         self, contexts: Contexts, questions: Sequence[_Question]
     ) -> Iterator[tuple[int, Answer]]:
+        """The number of each request with its answer, behind contexts that were read."""
         # All questions are scored at once, the next continuation of each. A question that has no
         # more gets an empty continuation, whose score is dropped.
-        """The number of each request with its answer, behind contexts that were read."""
         numbers = zip_longest(*(q.numbers for q in questions))
         continuations = zip_longest(*(q.continuations for q in questions), fillvalue=[])
         for row_numbers, row_texts in zip(numbers, continuations, strict=True):

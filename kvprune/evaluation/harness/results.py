@@ -119,7 +119,9 @@ def _cost(task: str, sample: Mapping[str, Any], costs: Mapping[str, Any]) -> Cos
             f"{task}, document {sample['doc_id']}: expected what reading its context cost, and it "
             f"was not read in this run: leave out --use_cache, and use one process"
         )
-    return Cost(**found | {name: tuple(found[name]) for name in ("entered", "kept", "held")})
+    return Cost(
+        **found | {name: tuple(found.get(name, ())) for name in ("entered", "kept", "held")}
+    )
 
 
 def _scores(task: str, sample: Mapping[str, Any]) -> dict[str, float]:

@@ -126,7 +126,7 @@ def own(path: str) -> Own:
             message has the line's number.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise KVPruneError(f"{path}: expected a file of JSON lines in UTF-8: {error}") from error
     # `splitlines` would also split at other line ends, which JSON texts may hold as they are.
