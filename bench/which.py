@@ -21,20 +21,26 @@ RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "which.md"
 STREAMS = ROOT / "docs" / "streams.json"
 
-TABLE = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table: ([\w. +-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+"""A comment names the results of a table: one file, or several with "+" between them."""
 
 
 def page(text: str, results: Path = RESULTS) -> str:
     """The page with the tables that the results say; they stand between comments that name them."""
-    return TABLE.sub(lambda at: f"{at[1]}{_table_of(results / at[2])}{at[3]}", text)
+
+    def made(at: re.Match[str]) -> str:
+        return f"{at[1]}{_table_of([results / name for name in at[2].split(' + ')])}{at[3]}"
+
+    return TABLE.sub(made, text)
 
 
-def _table_of(path: Path) -> str:
+def _table_of(paths: Sequence[Path]) -> str:
+    path = paths[0]
     if path.name == STREAMS.name:
         return _streams(json.loads(STREAMS.read_text())["losses"])
     if path.name == long_answers.RESULTS.name:
         return long_answers.table(json.loads(path.read_text())["rows"])
-    return _table(_rows(path))
+    return _table(_rows(paths))
 
 
 def _streams(losses: dict[str, list[float]]) -> str:
@@ -51,9 +57,14 @@ def _streams(losses: dict[str, list[float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
-    return [row for row in found if row["context"] == 1024 and row["policy"] != "no context"]
+def _rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows of results, where a later file has other figures of one those of the later file."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for path in paths:
+        for row in json.loads(path.read_text())["rows"]:
+            if row["context"] == 1024 and row["policy"] != "no context":
+                found[row["task"], row["policy"], row["budget"]] = row
+    return list(found.values())
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

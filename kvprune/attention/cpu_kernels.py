@@ -25,6 +25,7 @@ _MOST = 65504.0
 """The largest number of half precision."""
 
 _REBASED = np.float32(2.0**112)
+"""Times it, the bits of half precision in the places of a float32's stand for their number."""
 
 _FOUR, _ONES, _NIBBLES = np.uint64(4), np.uint64(0x0101010101010101), np.uint64(0x0F0F0F0F0F0F0F0F)
 """Of words: the bits of half a byte, the lowest bit of each byte, and the lower half of each."""

@@ -31,7 +31,12 @@ def test_a_table(tmp_path: Path):
         {**row, "task": "squad", "policy": "no context", "nats_lost": 1, "interval": [0, 1]},
         {**row, "task": "squad", "policy": "h2o", "context": 2048},
     ]
+    old = [{**rows[0], "nats_lost": 9}]
+    (tmp_path / "old.json").write_text(json.dumps({"rows": old}))
     (tmp_path / "some.json").write_text(json.dumps({"rows": rows}))
+    # Of two files the later one counts.
+    text = "<!-- table: old.json + some.json -->\n<!-- /table -->"
+    assert "0.50 (0.25 to 0.75)" in which.page(text, tmp_path)
     text = "a\n<!-- table: some.json -->\nold\n<!-- /table -->\nb"
     assert which.page(text, tmp_path).splitlines() == [
         "a",
