@@ -190,7 +190,7 @@ def test_what_is_not_finite_is_so_in_its_own_vector_alone(store, wrong, without)
     "number",
     [0.0, 1.0, 0.1, 1e-8, 5.96e-8, 3e-8, 2.98e-8, 6.1e-5, 65503.9, 65520.0, 2049.0, 2051.0],
 )
-def test_numbers_are_rounded_to_half_precision_as_numpy_does(number):
+def test_numbers_are_rounded_to_half_precision_as_torch_does(number):
     kernels = native._imported()
     assert kernels is not None
     for each in (number, -number):
