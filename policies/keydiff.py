@@ -40,6 +40,6 @@ class KeyDiff(OneBudget):
         """Ranks slots by the angle between their keys and the mean."""
         keys = normalize(slots.keys.to(statistic_dtype(slots.keys.dtype)), dim=-1)
         # Of empty slots nothing is known: they count as 0. A mean has the sum's direction.
-        total = keys.masked_fill(~slots.valid[..., None], 0).sum(2, keepdim=True)
+        total = torch.where(slots.valid[..., None], keys, 0.0).sum(2, keepdim=True)
         score = -(keys * normalize(total, dim=-1)).sum(-1)
         return Ranking(score, torch.zeros_like(slots.valid), slots.tokens(self.budget))

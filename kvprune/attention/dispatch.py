@@ -95,15 +95,25 @@ class Observed:
     """Attention with what each slot received.
 
     output: `[B, Q, Hq, Dv]`.
-    received: `[B, heads, S]`, the attention that each slot received, summed over queries and the
-        query heads of its head, detached; padding does not vote.
+    by_several: `[B, heads, S]`, what is `received` of several queries; None of a single one.
     probabilities: `[B, heads, G, 1, S]`, detached, 0 for padding; None where there are several
         queries.
     """
 
     output: Tensor
-    received: Tensor
+    by_several: Tensor | None
     probabilities: Tensor | None
+
+    @property
+    def received(self) -> Tensor:
+        """`[B, heads, S]`, the attention that each slot received, detached.
+
+        Summed over queries and the query heads of its head; padding does not vote.
+        """
+        if self.by_several is not None:
+            return self.by_several
+        assert self.probabilities is not None
+        return self.probabilities.sum((2, 3))
 
 
 def attend_and_observe(
@@ -133,29 +143,23 @@ def attend_and_observe(
             attend_and_observe(backend, module, one, scores, 1 if lanes.by_head else heads, dtype)
             for one in inputs.by_piece(inputs.query, inputs.query_columns)
         ]
+        output = lanes.join_outputs([one.output for one in each])
         shown = [one.probabilities for one in each if one.probabilities is not None]
-        return Observed(
-            lanes.join_outputs([one.output for one in each]),
-            lanes.join([one.received for one in each], 0),
-            lanes.join(shown, 0, axis=4) if shown else None,
-        )
+        if shown:
+            return Observed(output, None, lanes.join(shown, 0, axis=4))
+        return Observed(output, lanes.join([one.received for one in each], 0), None)
     inputs = as_autocast_has_it(inputs)
-    probabilities = None
-    fast = fused.attention(backend, module, inputs, scores)
-    if fast is not None:
-        output, received = fast
-    elif inputs.query.shape[2] == 1:
+    # With latent attention (MLA) many heads read the slots of one.
+    if inputs.query.shape[2] == 1:
         output, probabilities = _one_query(inputs, scores, dtype)
-        received = probabilities.sum(2)
-        probabilities = probabilities[:, :, :, None]
-    else:
-        output, received = block_by_block(inputs, scores, dtype)
-    if received.shape[1] != heads:
-        # With latent attention (MLA) many heads read the slots of one.
-        received = received.unflatten(1, (heads, -1)).sum(2)
-        if probabilities is not None:
+        if probabilities.shape[1] != heads:
             probabilities = probabilities.unflatten(1, (heads, -1)).flatten(2, 3)
-    return Observed(output, received, probabilities)
+        return Observed(output, None, probabilities[:, :, :, None])
+    fast = fused.attention(backend, module, inputs, scores)
+    output, received = block_by_block(inputs, scores, dtype) if fast is None else fast
+    if received.shape[1] != heads:
+        received = received.unflatten(1, (heads, -1)).sum(2)
+    return Observed(output, received, None)
 
 
 def scores_for(

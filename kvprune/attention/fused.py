@@ -29,8 +29,8 @@ def attention(
 ) -> tuple[Tensor, Tensor] | None:
     """Attention of several new tokens at once; None where `dispatch.py` does it itself.
 
-    That is: not on a GPU; a single token, whose probabilities are few; attention sinks;
-    soft-capping without flash-attn; a mask that is not causality, padding and a sliding window.
+    That is: not on a GPU; attention sinks; soft-capping without flash-attn; a mask that is not
+    causality, padding and a sliding window.
 
     Args:
         backend: the implementation that the model had when it was attached.
@@ -42,8 +42,8 @@ def attention(
         the output `[B, Q, Hq, Dv]`, and what each slot received `[B, Hkv, S]`.
     """
     query, key = inputs.query, inputs.key
-    several = received.on_gpu(query) and query.shape[2] > 1
-    if not several or how.sinks is not None or not is_known(inputs.mask, inputs.local):
+    fits = received.on_gpu(query) and how.sinks is None
+    if not fits or not is_known(inputs.mask, inputs.local):
         return None
     window = window_of(inputs.mask, inputs.local)
     columns = (inputs.query_columns, inputs.slot_columns)

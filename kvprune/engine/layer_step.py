@@ -187,10 +187,10 @@ class LayerStep(Observer):
         if "received" not in reads and not ("probabilities" in reads and single):
             # Attention runs as if nothing were observed.
             output, probabilities = attend(backend, module, inputs, **arguments)
-            self._observe(inputs, scores, None, None)
+            self._observe(inputs, scores, None)
             return output, probabilities if not reads else None, queried
         found = attend_and_observe(backend, module, inputs, scores, self._heads, self._dtype)
-        self._observe(inputs, scores, found.received, found.probabilities)
+        self._observe(inputs, scores, found)
         return found.output, None, queried
 
     def in_order(self, probabilities: Tensor | None) -> Tensor | None:

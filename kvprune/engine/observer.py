@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..attention.dispatch import attend
+from ..attention.dispatch import Observed, attend
 from ..attention.inputs import Inputs, Scores
 from ..attention.looks import blocks, looks, seen_by, views
 from ..errors import KVPruneError
@@ -211,22 +211,22 @@ class Observer:
 
         return look
 
-    def _observe(
-        self, inputs: Inputs, scores: Scores, received: Tensor | None, probabilities: Tensor | None
-    ) -> None:
+    def _observe(self, inputs: Inputs, scores: Scores, observed: Observed | None) -> None:
         """Joins what this forward gave to the statistics per slot.
 
         Args:
             inputs, scores: of attention.
-            received: `[B, Hkv, S]`, where some statistic reads it.
-            probabilities: `[B, Hkv, G, 1, S]` of a single query, where they are known.
+            observed: attention, if it was observed: where some statistic reads what is received,
+                or the probabilities of a single query.
         """
         slots, several = self.slots, inputs.query.shape[2] > 1
+        probabilities = None if observed is None else observed.probabilities
         for part in slots.parts:
             if not part.of_attention:
                 continue
             if part.reads == "received":
-                slots.observe(part, received, several)
+                assert observed is not None
+                slots.observe(part, observed.received, several)
             elif part.reads == "views":
                 slots.observe(part, views(inputs, self._dtype), several)
             elif probabilities is not None:

@@ -136,6 +136,7 @@ class Step:
         self._observed = observed
         self.layer_steps: dict[int, Any] = {}
         self.due: dict[Hashable, list[Any]] = {}
+        self._early: tuple[Moment, list[tuple[int, TokenPolicy]]] | None = None
         self.reads = reads
         self.shown: dict[int, list[tuple[Statistic, Tensor, Tensor]]] = {}
         self.judged = Judged(seen, columns.shape[1]) if "survival" in reads else None
@@ -164,12 +165,12 @@ class Step:
 
     def due_at(self, layer: int, moment: Moment) -> list[tuple[int, TokenPolicy]]:
         """The policies that are asked about a layer's slots right away, each with its number."""
-        late = self.late_at(moment)
-        return [
-            (number, policy)
-            for number, policy in enumerate(self.evicters[: late[0][0]] if late else self.evicters)
-            if policy.applies(layer) and policy.is_due(moment)
-        ]
+        if self._early is None or self._early[0] is not moment:
+            late = self.late_at(moment)
+            early = enumerate(self.evicters[: late[0][0]] if late else self.evicters)
+            # Once for all layers: most have the same moment.
+            self._early = moment, [each for each in early if each[1].is_due(moment)]
+        return [each for each in self._early[1] if each[1].applies(layer)]
 
     def late_at(self, moment: Moment) -> list[tuple[int, TokenPolicy]]:
         """The policies that are asked after the last layer, each with its number.

@@ -84,10 +84,21 @@ def _hooks(module: nn.Module) -> list[Any]:
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
+def in_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are in memory here, so that to read them waits for nothing.
+
+    Not where a compiler looks on, nor where it has no numbers.
+    """
+    plain = type(tensor) is Tensor and tensor.device.type == "cpu"
+    return plain and not torch.compiler.is_compiling()
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of torch's autocast on a device now; None where it is off."""
     kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
+        return None
+    if not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

@@ -115,11 +115,12 @@ def first_to_go(score: Tensor, free: Tensor, columns: Tensor) -> Tensor:
     Returns:
         `[B, 1|H, 1]` int64.
     """
-    lowest = score.masked_fill(~free, torch.inf).amin(-1, keepdim=True)
+    # `where` and not `masked_fill`, which on a CPU takes ten times as long.
+    lowest = torch.where(free, score, torch.inf).amin(-1, keepdim=True)
     # Not `score == lowest`: with a NaN score (not looked for in decoding) one of the free
     # entries goes, never a protected one.
     worst = free & ~(score > lowest)
-    return columns.masked_fill(~worst, _NEVER).argmin(-1, keepdim=True)
+    return torch.where(worst, columns, _NEVER).argmin(-1, keepdim=True)
 
 
 def select(ranking: Ranking, columns: Tensor, valid: Tensor) -> Tensor:

@@ -75,9 +75,10 @@ class Attention(Statistic):
             return held + new
         given = new.probabilities
         if self.decay != 1:
-            # A query of padding gives 0 already.
-            weights = self.decay ** new.later.to(held.dtype)
-            given = given * weights[:, None, None, :, None]
+            if given.shape[3] > 1:
+                # A query of padding gives 0 already.
+                weights = self.decay ** new.later.to(held.dtype)
+                given = given * weights[:, None, None, :, None]
             held = held * (self.decay ** new.count.to(held.dtype))[:, None, None]
         if self.over == "max":
             return held.maximum(given.amax((2, 3)))

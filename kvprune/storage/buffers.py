@@ -80,12 +80,17 @@ def watched(*tensors: Tensor) -> bool:
 
     Not only where keys want a gradient themselves: attention saves them for the queries'.
     """
-    if torch.is_grad_enabled() or any(t.requires_grad for t in tensors):
+    if torch.is_grad_enabled():
         return True
+    for tensor in tensors:
+        if tensor.requires_grad:
+            return True
     if torch.compiler.is_compiling():
         # Which cannot see inference mode; it would fail where a tensor may not be written to.
         return False
-    return not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors)
+    if torch.is_inference_mode_enabled():
+        return False
+    return any(tensor.is_inference() for tensor in tensors)
 
 
 def numbers_at(slots: Tensor, numbers: Tensor, columns: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Turnover:
 
     def taken(self) -> Turnover:
         """After the next token's column was written to the free slot."""
-        return replace(self, stage=Stage.TAKEN)
+        return Turnover(Stage.TAKEN, self.slot, self.policy)
 
     def stored(self, single: bool) -> Turnover:
         """After new tokens were stored: a single one, no padding, in every row, or others."""

@@ -52,8 +52,8 @@ OPERATORS = {
     "dense": (72, 24),
     "no policy": (79, 32),
     "StreamingLLM": (78, 61),
-    "H2O": (97, 59),
-    "SDTP + H2O": (97, 59),
+    "H2O": (97, 63),
+    "SDTP + H2O": (97, 63),
 }
 
 
