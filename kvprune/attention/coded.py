@@ -17,10 +17,15 @@ from torch import Tensor
 
 from ..models.devices import without_autocast
 from .constants import constant
+from .hadamard import hadamard
 from .native import cpu_kernels_for
 
 BLOCK = 1 << 12
 """Slots that are read at once: what is made on the way is wider than what is wanted."""
+
+
+LARGE = 64
+"""The size from which on vectors get kernels of their own, which take seconds to compile."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,18 +69,28 @@ class Coded:
             place.copy_(block._vectors(dtype))
         return found
 
-    def products(self, queries: Tensor) -> Tensor:
-        """`[B, H, G, D]` times every vector: `[B, H, G, S]`."""
-        found = [block._products(queries) for block in self.blocks()]
+    def products(self, queries: Tensor, turn: bool = False) -> Tensor:
+        """`[B, H, G, D]` times every vector: `[B, H, G, S]`.
+
+        Args:
+            queries: see above.
+            turn: whether to turn them first; see `hadamard`.
+        """
+        found = [block._products(queries, turn) for block in self.blocks()]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
-    def weighted(self, weights: Tensor) -> Tensor:
-        """The sums of all vectors by weights `[B, H, G, S]`: `[B, H, G, D]`."""
+    def weighted(self, weights: Tensor, turn: bool = False) -> Tensor:
+        """The sums of all vectors by weights `[B, H, G, S]`: `[B, H, G, D]`.
+
+        Args:
+            weights: see above.
+            turn: whether to turn the sums; see `hadamard`.
+        """
         blocks = self.blocks()
         if len(blocks) == 1:
-            return self._weighted(weights)
+            return self._weighted(weights, turn)
         each = zip(blocks, weights.split(BLOCK, -1), strict=True)
-        return torch.stack([block._weighted(mine) for block, mine in each]).sum(0)
+        return torch.stack([block._weighted(mine, turn) for block, mine in each]).sum(0)
 
     def _vectors(self, dtype: torch.dtype) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
@@ -99,21 +114,25 @@ class Coded:
         whole = (codes.shape[3], codes.storage_offset(), *codes.stride()[:3])
         return None if any(n % 8 for n in whole) else kernels
 
+    def _kind(self, dtype: torch.dtype) -> tuple[int | None, int | None]:
+        """What kernels are compiled for; None for all, where it would not pay."""
+        pays = self.size >= LARGE and dtype == torch.float32
+        return (self.size, self.size // self.group) if pays else (None, None)
+
     def _held(self) -> tuple[Any, ...]:
         """What a kernel is told about codes; see `cpu_kernels`."""
-        *steps, _ = (step // 8 for step in self.codes.stride())
-        *grid_steps, _ = self.grid.stride()
-        words = _flat(self.codes).numpy().view("uint64")
-        grid = _flat(self.grid).view(torch.int16).numpy().view("uint16")
-        groups = self.size // self.group
-        return words, tuple(steps), grid, tuple(grid_steps), self.bits, groups
+        words = self.codes.numpy().view("uint64")
+        grid = self.grid.view(torch.int16).numpy().view("uint16")
+        return words, grid, self.bits, self.size // self.group
 
-    def _products(self, queries: Tensor) -> Tensor:
+    def _products(self, queries: Tensor, turn: bool) -> Tensor:
         kernels = self._kernels
         if kernels is not None and not queries.requires_grad:
             found = queries.new_empty(*queries.shape[:3], self.codes.shape[2])
-            kernels.products(*self._held(), queries.contiguous().numpy(), found.numpy())
+            products, _ = kernels.over_vectors(*self._kind(queries.dtype))
+            products(*self._held(), turn, queries.contiguous().numpy(), found.numpy())
             return found
+        queries = hadamard(queries) if turn else queries
         groups = constant(_groups, self.size, self.group, queries.dtype, queries.device)
         with without_autocast(queries.device):
             scale, zero = self._grid(queries.dtype)
@@ -123,11 +142,12 @@ class Coded:
             scaled = products.unflatten(2, apart.shape[2:4]) * scale.mT[:, :, None]
             return scaled.sum(3) + apart.sum(-1) @ zero.mT
 
-    def _weighted(self, weights: Tensor) -> Tensor:
+    def _weighted(self, weights: Tensor, turn: bool) -> Tensor:
         kernels = self._kernels
         if kernels is not None and not weights.requires_grad:
             found = weights.new_empty(*weights.shape[:3], self.size)
-            kernels.weighted(*self._held(), weights.contiguous().numpy(), found.numpy())
+            _, weighted = kernels.over_vectors(*self._kind(weights.dtype))
+            weighted(*self._held(), turn, weights.contiguous().numpy(), found.numpy())
             return found
         groups = constant(_groups, self.size, self.group, weights.dtype, weights.device)
         with without_autocast(weights.device):
@@ -136,7 +156,8 @@ class Coded:
             scaled = weights[:, :, :, None] * scale.mT[:, :, None]
             sums = scaled.flatten(2, 3) @ self._numbers(weights.dtype)
             own = (sums.unflatten(2, scaled.shape[2:4]) * groups).sum(3)
-            return own + (weights @ zero) @ groups
+            found = own + (weights @ zero) @ groups
+            return hadamard(found) if turn else found
 
     def _numbers(self, dtype: torch.dtype) -> Tensor:
         """Codes as numbers, `[B, H, S, D]`."""
@@ -155,12 +176,6 @@ class Coded:
         """Scales and zero points, each `[B, H, S, groups]`."""
         scale, zero = self.grid.to(dtype).chunk(2, -1)
         return scale, zero
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The memory from a tensor's first number to its last, `[n]`; steps are none below 0."""
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.as_strided((last + 1,), (1,), tensor.storage_offset())
 
 
 def _groups(size: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ the parallel lanes of a register.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -27,190 +28,220 @@ _MOST = 65504.0
 _REBASED = np.float32(2.0**112)
 """Times it, the bits of half precision in the places of a float32's stand for their number."""
 
+_NUMBER, _SIGN, _FULL = np.uint32(0x7FFF), np.uint32(0x8000), np.uint32(0x0F800000)
+_PLACES, _HIGHER = np.uint32(13), np.uint32(16)
+"""All bits of half precision but the sign, and the sign; how much further they stand in a float32;
+and there the exponent of what is not finite."""
+
 _FOUR, _ONES, _NIBBLES = np.uint64(4), np.uint64(0x0101010101010101), np.uint64(0x0F0F0F0F0F0F0F0F)
 """Of words: the bits of half a byte, the lowest bit of each byte, and the lower half of each."""
 
 
-def _compiled(kernel: Kernel) -> Kernel:
-    """Compiles a kernel at its first call; the machine code is kept on disk where that can be.
+_OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract", "nsz"},
+}
+"""Sums may be reordered, so that they run in parallel lanes of a register; NaN stays NaN."""
 
-    Sums may be reordered, so that they run in parallel lanes of a register; NaN stays NaN.
-    """
-    options: dict[str, Any] = {
-        "nogil": True,
-        "error_model": "numpy",
-        "fastmath": {"reassoc", "contract", "nsz"},
-    }
+
+def _compiled(kernel: Kernel) -> Kernel:
+    """Compiles a kernel at its first call; the machine code is kept on disk where that can be."""
     try:
-        found: Kernel = numba.njit(cache=True, **options)(kernel)
+        found: Kernel = numba.njit(cache=True, **_OPTIONS)(kernel)
     except RuntimeError:
         # Neither the package's folder nor the user's cache can be written to.
-        found = numba.njit(**options)(kernel)
+        found = numba.njit(**_OPTIONS)(kernel)
+    return found
+
+
+def _part(kernel: Kernel) -> Kernel:
+    """A part of kernels, compiled into each: a call for every vector would cost a third more."""
+    found: Kernel = numba.njit(inline="always", **_OPTIONS)(kernel)
     return found
 
 
 # The arguments of the three kernels that read vectors back; `Coded` says where each code is:
-#   words: `[n]` uint64, eight bytes of codes each.
-#   steps: how much further the codes of the next row, head and slot begin, three numbers.
-#   grid: `[m]` uint16, numbers of half precision: scales and then zero points of a slot.
-#   grid_steps: as `steps`.
+#   words: `[B, H, S, n / 8]` uint64, eight bytes of codes each.
+#   grid: `[B, H, S, 2 * groups]` uint16, numbers of half precision: scales and then zero points.
 #   bits: of a code.
 #   groups: of a vector.
+#   turn: whether queries are turned first, or sums at last; see `hadamard`.
 
 
-@_compiled
-def read(
-    words: Any, steps: Any, grid: Any, grid_steps: Any, bits: int, groups: int, out: Any
-) -> None:
-    """Reads vectors back into `out`, `[B, H, S, D]`; for the rest see above."""
-    rows, heads, slots, size = out.shape
-    codes, half = np.empty(size // 8, np.uint64), np.empty(1, np.uint32)
-    numbers, single = codes.view(np.uint8), half.view(np.float32)
-    for row in range(rows):
-        for head in range(heads):
-            for slot in range(slots):
-                start = np.uint64(row * steps[0] + head * steps[1] + slot * steps[2])
-                first = np.uint64(row * grid_steps[0] + head * grid_steps[1] + slot * grid_steps[2])
-                vector = out[row, head, slot]
-                _unpack(words, start, bits, codes)
-                _scale(numbers, grid, first, groups, half, single, vector)
+@_part
+def _read_grids(grid: Any, row: Any, head: Any, each: int, grids: Any) -> None:
+    """The numbers that a head's numbers of half precision stand for, those of all slots at once.
+
+    Args:
+        grid: see above.
+        row, head: which.
+        each: numbers of a slot.
+        grids: `[S * each]` float32, written to; those of one slot follow those of another.
+    """
+    bits = grids.view(np.uint32)
+    for slot in range(len(grids) // each):
+        for k in range(each):
+            half = np.uint32(grid[row, head, np.uint64(slot), np.uint64(k)])
+            single = (half & _NUMBER) << _PLACES | (half & _SIGN) << _HIGHER
+            bits[np.uint64(slot * each + k)] = single
+    for i in range(len(grids)):
+        at = np.uint64(i)
+        # The exponent counts from 127 and not from 15; a product also gets small numbers right.
+        number = grids[at] * _REBASED
+        grids[at] = np.float32(np.nan) if bits[at] & _FULL == _FULL else number
 
 
-@_compiled
-def products(
-    words: Any,
-    steps: Any,
-    grid: Any,
-    grid_steps: Any,
-    bits: int,
-    groups: int,
-    queries: Any,
-    out: Any,
-) -> None:
-    """Products of queries `[B, H, G, D]` with vectors into `out`, `[B, H, G, S]`."""
-    rows, heads, each, slots = out.shape
-    size = queries.shape[3]
-    codes, half = np.empty(size // 8, np.uint64), np.empty(1, np.uint32)
-    numbers, single = codes.view(np.uint8), half.view(np.float32)
-    vector, mine = np.empty(size, out.dtype), np.empty(each * size, out.dtype)
-    for row in range(rows):
-        for head in range(heads):
-            for g in range(each):
-                for i in range(size):
-                    mine[g * size + i] = queries[row, head, g, i]
-            for slot in range(slots):
-                start = np.uint64(row * steps[0] + head * steps[1] + slot * steps[2])
-                first = np.uint64(row * grid_steps[0] + head * grid_steps[1] + slot * grid_steps[2])
-                _unpack(words, start, bits, codes)
-                _scale(numbers, grid, first, groups, half, single, vector)
-                for g in range(each):
-                    begin, total = np.uint64(g * size), out.dtype.type(0)
-                    for i in range(size):
-                        total += mine[begin + np.uint64(i)] * vector[np.uint64(i)]
-                    out[row, head, g, slot] = total
-
-
-@_compiled
-def weighted(
-    words: Any,
-    steps: Any,
-    grid: Any,
-    grid_steps: Any,
-    bits: int,
-    groups: int,
-    weights: Any,
-    out: Any,
-) -> None:
-    """Sums of vectors by weights `[B, H, G, S]` into `out`, `[B, H, G, D]`."""
-    rows, heads, each, slots = weights.shape
-    size = out.shape[3]
-    codes, half = np.empty(size // 8, np.uint64), np.empty(1, np.uint32)
-    numbers, single = codes.view(np.uint8), half.view(np.float32)
-    vector, sums = np.empty(size, out.dtype), np.empty(each * size, out.dtype)
-    for row in range(rows):
-        for head in range(heads):
-            sums[:] = 0
-            for slot in range(slots):
-                start = np.uint64(row * steps[0] + head * steps[1] + slot * steps[2])
-                first = np.uint64(row * grid_steps[0] + head * grid_steps[1] + slot * grid_steps[2])
-                _unpack(words, start, bits, codes)
-                _scale(numbers, grid, first, groups, half, single, vector)
-                for g in range(each):
-                    begin, weight = np.uint64(g * size), weights[row, head, g, slot]
-                    for i in range(size):
-                        sums[begin + np.uint64(i)] += weight * vector[np.uint64(i)]
-            for g in range(each):
-                for i in range(size):
-                    out[row, head, g, i] = sums[g * size + i]
-
-
-@_compiled
-def _scale(
-    numbers: Any, grid: Any, first: Any, groups: int, half: Any, single: Any, vector: Any
-) -> None:
+@_part
+def _scale(numbers: Any, grids: Any, slot: int, groups: int, group: int, vector: Any) -> None:
     """The vector that codes stand for.
 
     Args:
         numbers: `[D]` uint8, the codes.
-        grid, groups: see above.
-        first: the first scale.
-        half, single: see `_single`.
+        grids: see `_read_grids`.
+        slot: the vector's.
+        groups: of the vector.
+        group: numbers of a group.
         vector: `[D]`, written to.
     """
-    group = len(vector) // groups
+    first = np.uint64(slot * 2 * groups)
     for k in range(groups):
-        scale = vector.dtype.type(_single(grid[first + np.uint64(k)], half, single))
-        zero = vector.dtype.type(_single(grid[first + np.uint64(groups + k)], half, single))
+        scale = vector.dtype.type(grids[first + np.uint64(k)])
+        zero = vector.dtype.type(grids[first + np.uint64(groups + k)])
         begin = np.uint64(k * group)
         for i in range(group):
             at = begin + np.uint64(i)
             vector[at] = numbers[at] * scale + zero
 
 
-@_compiled
-def _unpack(words: Any, start: Any, bits: int, vector: Any) -> None:
+@_part
+def _unpack(words: Any, row: Any, head: Any, slot: Any, bits: int, count: int, vector: Any) -> None:
     """The codes of a vector, a byte each, eight of them at once.
 
     Args:
         words: see `read`.
-        start: the vector's first word.
+        row, head, slot: which.
         bits: of a code.
+        count: D / 8.
         vector: `[D / 8]` uint64, written to.
     """
-    count = len(vector)
+    half, eighth = np.uint64(count // 2), np.uint64(count // 8)
     if bits == 8:
         for i in range(count):
-            vector[i] = words[start + np.uint64(i)]
-        return
-    half = count // 2
-    for i in range(half):
-        word = words[start + np.uint64(i)]
-        vector[i] = word & _NIBBLES
-        vector[half + i] = (word >> _FOUR) & _NIBBLES
-    if bits == 5:
-        eighth = count // 8
-        for j in range(eighth):
-            word = words[start + np.uint64(half + j)]
-            for bit in range(8):
-                fifth = (word >> np.uint64(bit)) & _ONES
-                vector[np.uint64(bit * eighth + j)] |= fifth << _FOUR
+            vector[np.uint64(i)] = words[row, head, slot, np.uint64(i)]
+    else:
+        for i in range(half):
+            word = words[row, head, slot, np.uint64(i)]
+            vector[np.uint64(i)] = word & _NIBBLES
+            vector[half + np.uint64(i)] = (word >> _FOUR) & _NIBBLES
+        if bits == 5:
+            for j in range(eighth):
+                word = words[row, head, slot, half + np.uint64(j)]
+                for bit in range(8):
+                    fifth = (word >> np.uint64(bit)) & _ONES
+                    vector[np.uint64(bit) * eighth + np.uint64(j)] |= fifth << _FOUR
 
 
 @_compiled
-def _single(bits: Any, half: Any, single: Any) -> Any:
-    """The number that a number of half precision stands for.
+def _turn(vector: Any) -> None:
+    """Hadamard's rotation of `[D]`, in place, by sums and differences."""
+    size = len(vector)
+    block = size & -size
+    span = 1
+    while span < block:
+        for start in range(0, size, 2 * span):
+            for i in range(start, start + span):
+                a, b = vector[i], vector[i + span]
+                vector[i] = a + b
+                vector[i + span] = a - b
+        span *= 2
+    length = vector.dtype.type(math.sqrt(block))
+    for i in range(size):
+        vector[i] /= length
+
+
+@_compiled
+def read(words: Any, grid: Any, bits: int, groups: int, out: Any) -> None:
+    """Reads vectors back into `out`, `[B, H, S, D]`; for the rest see above."""
+    rows, heads, slots, size = out.shape
+    codes, grids = np.empty(size // 8, np.uint64), np.empty(slots * 2 * groups, np.float32)
+    numbers = codes.view(np.uint8)
+    for row in range(np.uint64(rows)):
+        for head in range(np.uint64(heads)):
+            _read_grids(grid, row, head, 2 * groups, grids)
+            for slot in range(slots):
+                _unpack(words, row, head, np.uint64(slot), bits, size // 8, codes)
+                _scale(numbers, grids, slot, groups, size // groups, out[row, head, slot])
+
+
+@functools.cache
+def over_vectors(known_size: int | None, known_groups: int | None) -> tuple[Any, Any]:
+    """The kernels `products` and `weighted`, for all vectors or for those of one kind.
+
+    For one kind they take half the time, as their loops are of known lengths.
 
     Args:
-        bits: uint16.
-        half: `[1]` uint32, overwritten.
-        single: the same memory as float32.
+        known_size: D; None for any.
+        known_groups: of a vector; likewise.
     """
-    if bits & 0x7C00 == 0x7C00:
-        return np.float32(np.nan)
-    # The exponent counts from 127 and not from 15; a product also gets small numbers right.
-    half[0] = np.uint32(bits & 0x7FFF) << np.uint32(13)
-    number = single[0] * _REBASED
-    return -number if bits & 0x8000 else number
+
+    @_compiled
+    def products(
+        words: Any, grid: Any, bits: int, groups: int, turn: bool, queries: Any, out: Any
+    ) -> None:
+        """Products of queries `[B, H, G, D]` with vectors into `out`, `[B, H, G, S]`."""
+        rows, heads, each, slots = out.shape
+        size = queries.shape[3] if known_size is None else known_size
+        pairs = groups if known_groups is None else known_groups
+        codes, grids = np.empty(size // 8, np.uint64), np.empty(slots * 2 * pairs, np.float32)
+        numbers = codes.view(np.uint8)
+        vector, mine = np.empty(size, out.dtype), np.empty(each * size, out.dtype)
+        for row in range(np.uint64(rows)):
+            for head in range(np.uint64(heads)):
+                _read_grids(grid, row, head, 2 * pairs, grids)
+                for g in range(each):
+                    for i in range(size):
+                        mine[g * size + i] = queries[row, head, g, i]
+                    if turn:
+                        _turn(mine[g * size : (g + 1) * size])
+                for slot in range(slots):
+                    _unpack(words, row, head, np.uint64(slot), bits, size // 8, codes)
+                    _scale(numbers, grids, slot, pairs, size // pairs, vector)
+                    for g in range(each):
+                        begin, total = np.uint64(g * size), out.dtype.type(0)
+                        for i in range(size):
+                            total += mine[begin + np.uint64(i)] * vector[np.uint64(i)]
+                        out[row, head, g, slot] = total
+
+    @_compiled
+    def weighted(
+        words: Any, grid: Any, bits: int, groups: int, turn: bool, weights: Any, out: Any
+    ) -> None:
+        """Sums of vectors by weights `[B, H, G, S]` into `out`, `[B, H, G, D]`."""
+        rows, heads, each, slots = weights.shape
+        size = out.shape[3] if known_size is None else known_size
+        pairs = groups if known_groups is None else known_groups
+        codes, grids = np.empty(size // 8, np.uint64), np.empty(slots * 2 * pairs, np.float32)
+        numbers = codes.view(np.uint8)
+        vector, sums = np.empty(size, out.dtype), np.empty(each * size, out.dtype)
+        for row in range(np.uint64(rows)):
+            for head in range(np.uint64(heads)):
+                _read_grids(grid, row, head, 2 * pairs, grids)
+                sums[:] = 0
+                for slot in range(slots):
+                    _unpack(words, row, head, np.uint64(slot), bits, size // 8, codes)
+                    _scale(numbers, grids, slot, pairs, size // pairs, vector)
+                    for g in range(each):
+                        begin, weight = np.uint64(g * size), weights[row, head, g, slot]
+                        for i in range(size):
+                            sums[begin + np.uint64(i)] += weight * vector[np.uint64(i)]
+                for g in range(each):
+                    if turn:
+                        _turn(sums[g * size : (g + 1) * size])
+                    for i in range(size):
+                        out[row, head, g, i] = sums[g * size + i]
+
+    return products, weighted
 
 
 @_compiled
@@ -273,24 +304,6 @@ def _write(
             for bit in range(8):
                 fifth |= (code[bit * eighth + j] >> 4) << bit
             codes[half + j] = fifth
-
-
-@_compiled
-def _turn(vector: Any) -> None:
-    """Hadamard's rotation of `[D]`, in place, by sums and differences."""
-    size = len(vector)
-    block = size & -size
-    span = 1
-    while span < block:
-        for start in range(0, size, 2 * span):
-            for i in range(start, start + span):
-                a, b = vector[i], vector[i + span]
-                vector[i] = a + b
-                vector[i + span] = a - b
-        span *= 2
-    length = vector.dtype.type(math.sqrt(block))
-    for i in range(size):
-        vector[i] /= length
 
 
 @_compiled

@@ -42,7 +42,7 @@ def attend(
     Returns:
         `[B, Q, Hq, Dv]`, and the probabilities `[B, Hq, Q, S]` where the backend returns them.
     """
-    if inputs.turned:
+    if inputs.turned and not inputs.apart:
         turned, probabilities = attend(backend, module, inputs.with_turned_queries(), **arguments)
         return hadamard(turned), probabilities
     if inputs.pieces is not None:
@@ -133,7 +133,7 @@ def attend_and_observe(
             are attended to.
         dtype: of what slots receive.
     """
-    if inputs.turned:
+    if inputs.turned and not inputs.apart:
         inputs = inputs.with_turned_queries()
         found = attend_and_observe(backend, module, inputs, scores, heads, dtype)
         return replace(found, output=hadamard(found.output))

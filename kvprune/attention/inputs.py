@@ -119,22 +119,31 @@ class Inputs:
             for piece, mine, theirs, mask in each
         ]
 
+    @property
+    def apart(self) -> bool:
+        """Whether what is turned is so by products and sums of codes, or in each piece."""
+        return self.coded is not None or self.pieces is not None
+
     def with_turned_queries(self) -> Inputs:
         """The same with turned queries: products with turned keys are those of the originals."""
         return replace(self, query=hadamard(self.query), turned=False)
 
     def products(self, grouped: Tensor) -> Tensor:
-        """`[B, Hkv, G, D]` of a single query times every key: `[B, Hkv, G, S]`."""
+        """`[B, Hkv, G, D]` of a single query times every key: `[B, Hkv, G, S]`.
+
+        Of codes the queries are turned here, if keys are.
+        """
         if self.coded is None:
             return torch.matmul(grouped, self.key.transpose(-1, -2))
-        return self.coded[0].products(grouped.to(statistic_dtype(grouped.dtype)))
+        wide = grouped.to(statistic_dtype(grouped.dtype))
+        return self.coded[0].products(wide, self.turned)
 
     def weighted(self, probabilities: Tensor) -> Tensor:
-        """The values' sums by `[B, Hkv, G, S]`: `[B, Hkv, G, Dv]`."""
+        """The values' sums by `[B, Hkv, G, S]`: `[B, Hkv, G, Dv]`, turned back here of codes."""
         if self.coded is None:
             return torch.matmul(probabilities, self.value)
         wide = probabilities.to(statistic_dtype(probabilities.dtype))
-        return self.coded[1].weighted(wide).to(self.query.dtype)
+        return self.coded[1].weighted(wide, self.turned).to(self.query.dtype)
 
     @property
     def slot_columns(self) -> Tensor:

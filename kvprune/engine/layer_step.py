@@ -78,7 +78,8 @@ class LayerStep(Observer):
             arranged = step.cache_positions.arrange(self)
             step.arranged = slots, arranged
             return arranged, slots.values
-        if self._coded(keys) is not None or (slots.lanes is not None and self._as_stored):
+        by_codes = keys.shape[2] == 1 and slots.holds_codes
+        if self._as_stored and (by_codes or slots.lanes is not None):
             # Shapes without numbers: attention reads what is held.
             nothing = constant(_nothing, keys.dtype, keys.device)
             shape = (*keys.shape[:2], slots.used)

@@ -82,8 +82,7 @@ def attend_and_vote(
     """
     scores = scores_for(attention, inputs, slots.heads, **arguments)
     several = inputs.query.shape[2] > 1
-    apart = inputs.pieces is not None or inputs.coded is not None
-    if apart or on_gpu(inputs.query) or not several:
+    if inputs.apart or on_gpu(inputs.query) or not several:
         output: Tensor = attend(backend, attention, inputs, **arguments)[0]
         with meters(), without_autocast(inputs.query.device):
             _vote(repeat, slots, rows, inputs, scores, norms, attention, dtype)
@@ -187,7 +186,7 @@ def _vote(
     places = among.flatten(0, 1).any(0).nonzero()[:, 0]
     columns = columns.masked_fill(~among, -1).index_select(-1, places)
     key, value = inputs.key, inputs.value
-    as_held = inputs.pieces is not None or inputs.coded is not None or inputs.turned
+    as_held = inputs.apart or inputs.turned
     if as_held:
         key, value = slots.keys, slots.values
     few = replace(

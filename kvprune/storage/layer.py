@@ -214,6 +214,11 @@ class SlotLayer:
         """Keys and values as the store turned them."""
         return self.form.turned()
 
+    @property
+    def holds_codes(self) -> bool:
+        """Whether `coded` gives something."""
+        return isinstance(self.form, Rectangle) and isinstance(self.form.held, QuantizedSlots)
+
     def coded(self) -> tuple[Coded, Coded] | None:
         """Keys and values as codes; None where these are of several rectangles."""
         return self.form.coded()
