@@ -30,7 +30,7 @@ from .prompts import export
 from .protocol import STEPS, WARM_UP_STEPS
 from .rows import DENSE, OURS, THEIRS
 
-TASKS = ("speed", "quality")
+TASKS = ("speed", "field", "quality")
 
 
 def options(given: list[str]) -> argparse.Namespace:
@@ -40,7 +40,9 @@ def options(given: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("tasks", nargs="*", metavar="TASK", help="speed, quality; default: both")
+    parser.add_argument(
+        "tasks", nargs="*", metavar="TASK", help="speed, field, quality; default: all"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--keep", type=float, default=0.25, help="speed: the share that is kept")
     parser.add_argument("--repeats", type=int, default=5, help="speed: turns")

@@ -17,12 +17,13 @@ class Job:
 
     Attributes:
         side: the library.
-        task: "speed" (one turn of all rows), "memory" (one row's peak) or "quality" (questions).
+        task: "speed" or "field" (one turn of all rows), "memory" (one row's peak) or "quality"
+            (questions).
         rows: the rows to measure.
         threads: the threads of the process.
-        length: tokens of the prompt, for speed and memory.
-        budget: tokens that a row keeps of them, for speed and memory.
-        turn: the number of the turn, for speed.
+        length: tokens of the prompt, for all but quality.
+        budget: tokens that a row keeps of them, likewise.
+        turn: the number of the turn, for speed and field.
         asked: where the question is, for quality; see `answer_loss`.
         shares: the shares that each layer keeps, for quality.
         numbers: the numbers of the questions, for quality.
@@ -38,6 +39,11 @@ class Job:
     asked: str = ""
     shares: tuple[float, ...] = ()
     numbers: tuple[int, ...] = ()
+
+    @property
+    def timed(self) -> bool:
+        """Whether it is a turn of all rows."""
+        return self.task in ("speed", "field")
 
     @classmethod
     def of(cls, text: str) -> Job:
@@ -59,7 +65,7 @@ class Job:
             return [said | key for n in self.numbers for key in self._asked(n, prompts)]
         said |= {"length": self.length, "budget": self.budget, "threads": self.threads}
         said |= {"digest": digest(prompts["text"][: self.length])}
-        said |= {"turn": self.turn} if self.task == "speed" else {}
+        said |= {"turn": self.turn} if self.timed else {}
         return [said | {"row": row} for row in self.rows]
 
     def _asked(self, number: int, prompts: dict[str, Any]) -> list[dict[str, Any]]:

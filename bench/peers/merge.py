@@ -26,19 +26,19 @@ def merged(found: Results, jobs: list[Job], prompts: dict[str, Any], task: str) 
         found: all results by key.
         jobs: the plan, whose results are taken; missing results are left out.
         prompts: the token ids that were read.
-        task: "speed" or "quality".
+        task: "speed", "field" or "quality".
     """
-    kinds = ("speed", "memory") if task == "speed" else ("quality",)
+    kinds = ("speed", "memory") if task == "speed" else (task,)
     keys = [key for job in jobs if job.task in kinds for key in job.keys(prompts)]
     lines = [{**key, **found[name(key)]} for key in keys if name(key) in found]
     sides = dict.fromkeys(line["side"] for line in lines)
     about = {side: found[name({"side": side, "task": "about"})] for side in sides}
-    figures = _speed if task == "speed" else _quality
+    figures = _quality if task == "quality" else _speed
     return {"about": about, "rows": list(figures(lines)), "lines": lines}
 
 
 def _speed(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    turns = _grouped([e for e in lines if e["task"] == "speed"], "length", "side", "row")
+    turns = _grouped([e for e in lines if e["task"] != "memory"], "length", "side", "row")
     peaks = _grouped([e for e in lines if e["task"] == "memory"], "length", "side", "row")
     for (length, side, row), mine in turns.items():
         dense = {e["turn"]: e for e in turns[length, side, DENSE]}

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import kvprune
-from bench.costs.candidates import held, random_sdtp
+from bench.costs.candidates import FIELD, held, random_sdtp
 from kvprune.policies import H2O, SDTP, StreamingLLM
 
 from .protocol import Opened
@@ -35,7 +35,11 @@ class Ours:
         return Opened(self.model, kvprune.ComposedCache(self.policies(row, budget)))
 
     def policies(self, row: str, budget: int) -> list[kvprune.TokenPolicy]:
-        """The policies of a row: they keep `budget` slots in each layer; SDTP has its schedule."""
+        """The policies of a row: they keep `budget` slots in each layer; SDTP has its schedule.
+
+        Methods of the field are as they come: TOVA evicts in each step, the others at the end of
+        the prompt.
+        """
         h2o = H2O(heavy=budget // 2, recent=budget - budget // 2)
         rows: dict[str, list[kvprune.TokenPolicy]] = {
             "StreamingLLM": [StreamingLLM(sinks=4, window=budget - 4)],
@@ -43,7 +47,8 @@ class Ours:
             "SDTP": [self.sdtp],
             "SDTP + H2O": [self.sdtp, h2o],
         }
-        return rows[row]
+        by_name = {kind.__name__: kind for kind in FIELD}
+        return [by_name[row](budget)] if row in by_name else rows[row]
 
     def nbytes(self, cache: Any) -> int:
         """See `Side.nbytes`; statistics count too."""

@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from .jobs import Job
 from .protocol import STEPS, WARM_UP_STEPS
-from .rows import QUALITY, SPEED
+from .rows import FIELD, QUALITY, SPEED
 
 QUESTIONS_A_JOB = 10
 
@@ -17,20 +17,32 @@ def plan(options: Namespace) -> list[Job]:
     Args:
         options: the options of the command line.
     """
-    speed = [job for length in options.lengths for job in _speed(options, length)]
-    return (speed if "speed" in options.tasks else []) + (
-        _quality(options) if "quality" in options.tasks else []
-    )
+    jobs: list[Job] = []
+    if "speed" in options.tasks:
+        for length in options.lengths:
+            jobs += _turns(options, "speed", SPEED, length)
+            every = ((side, row) for side in SPEED for row in _left(options, SPEED[side]))
+            jobs += [_job(options, side, "memory", (row,), length) for side, row in every]
+    if "field" in options.tasks:
+        jobs += _turns(options, "field", FIELD, max(options.lengths))
+    return jobs + (_quality(options) if "quality" in options.tasks else [])
 
 
-def _speed(options: Namespace, length: int) -> list[Job]:
-    sizes = {"threads": options.threads, "length": length, "budget": int(options.keep * length)}
-    rows = {side: _left(options, SPEED[side]) for side in SPEED}
+def _job(
+    options: Namespace, side: str, task: str, rows: tuple[str, ...], length: int, turn: int = 0
+) -> Job:
+    budget = int(options.keep * length)
+    return Job(side, task, rows, options.threads, length=length, budget=budget, turn=turn)
+
+
+def _turns(
+    options: Namespace, task: str, rows: dict[str, tuple[str, ...]], length: int
+) -> list[Job]:
     return [
-        Job(side, "speed", rows[side], turn=turn, **sizes)
+        _job(options, side, task, _left(options, rows[side]), length, turn)
         for turn in range(options.repeats)
-        for side in SPEED
-    ] + [Job(side, "memory", (row,), **sizes) for side in SPEED for row in rows[side]]
+        for side in rows
+    ]
 
 
 def _quality(options: Namespace) -> list[Job]:
@@ -68,7 +80,7 @@ def seconds_of(job: Job) -> float:
     if job.task == "quality":
         runs = len(job.numbers) * len(job.shares) * len(job.rows)
         return LOADING + runs * _prefill("", QUESTION_LENGTH)
-    steps = (WARM_UP_STEPS + STEPS) * (0.05 + 1e-5 * job.length) if job.task == "speed" else 0
+    steps = (WARM_UP_STEPS + STEPS) * (0.05 + 1e-5 * job.length) if job.timed else 0
     return LOADING + sum(_prefill(row, job.length) + steps for row in job.rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 DENSE = "dense"
 OURS, THEIRS = "kvprune", "kvpress"
 
-SPEED = {
+SPEED: dict[str, tuple[str, ...]] = {
     OURS: (DENSE, "StreamingLLM", "H2O", "SDTP", "SDTP + H2O"),
     THEIRS: (
         DENSE,
@@ -19,7 +19,20 @@ SPEED = {
     ),
 }
 
-QUALITY = {
+BY_NAME = (
+    "SnapKV",
+    "PyramidKV",
+    "TOVA",
+    "KeyDiff",
+    "Knorm",
+    "ObservedAttention",
+    "ExpectedAttention",
+)
+"""Methods that both libraries have."""
+
+FIELD: dict[str, tuple[str, ...]] = {OURS: (DENSE, *BY_NAME), THEIRS: (DENSE, *BY_NAME)}
+
+QUALITY: dict[str, tuple[str, ...]] = {
     OURS: (DENSE, "StreamingLLM", "H2O", "SDTP", "SDTP + H2O"),
     THEIRS: (
         DENSE,

@@ -36,6 +36,13 @@ read a short prompt; each row has a process of its own. SDTP has random heads he
 those that ship. ObservedAttention needs eager attention, which its whole row runs with.
 """
 
+FIELD_TEXT = f"""## Methods that both have
+
+Measured as above, apart from it, and without processes of their own for the peaks. Policies of
+{OURS} are as they come: TOVA evicts in each step, the others at the end of the prompt; presses of
+{THEIRS} evict at the end of the prompt alone.
+"""
+
 QUALITY_TEXT = f"""## Quality
 
 Negative log-likelihood of the gold answer's tokens, on SQuAD questions about contexts of 1,000 to
@@ -52,12 +59,13 @@ WHERE = {
 
 
 def document(results: dict[str, dict[str, Any]]) -> str:
-    """The text of the page, for the tasks that there are results of, "speed" and "quality"."""
+    """The text of the page, for the tasks that there are results of."""
     parts = [INTRODUCTION, _versions(results)]
-    if "speed" in results:
-        rows = results["speed"]["rows"]
-        lengths = dict.fromkeys(r["length"] for r in rows)
-        parts += [SPEED_TEXT, *(_speed([r for r in rows if r["length"] == n]) for n in lengths)]
+    for task, text in (("speed", SPEED_TEXT), ("field", FIELD_TEXT)):
+        if task in results:
+            rows = results[task]["rows"]
+            lengths = dict.fromkeys(r["length"] for r in rows)
+            parts += [text, *(_speed([r for r in rows if r["length"] == n]) for n in lengths)]
     if "quality" in results:
         rows = results["quality"]["rows"]
         groups = dict.fromkeys((r["asked"], r["share"]) for r in rows)
@@ -67,15 +75,13 @@ def document(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _versions(results: dict[str, dict[str, Any]]) -> str:
-    known: dict[str, Any] = {}
-    for result in results.values():
-        known |= result["about"]
     said = [
         f"* {side} {about[side]}: transformers {about['transformers']}, torch {about['torch']}, "
         f"Python {about['python']}, {about['machine']}"
-        for side, about in known.items()
+        for result in results.values()
+        for side, about in result["about"].items()
     ]
-    return "\n".join(said) + "\n"
+    return "\n".join(dict.fromkeys(said)) + "\n"
 
 
 def _speed(rows: list[dict[str, Any]]) -> str:
@@ -170,7 +176,7 @@ def write(results: Path, out: Path) -> None:
     Raises:
         KVPruneError: the file cannot be written.
     """
-    files = {task: results / f"peers-{task}.json" for task in ("speed", "quality")}
+    files = {task: results / f"peers-{task}.json" for task in ("speed", "field", "quality")}
     found = {task: json.loads(f.read_text()) for task, f in files.items() if f.exists()}
     write_text(out, document(found))
 

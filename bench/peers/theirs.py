@@ -19,6 +19,7 @@ PRESSES = {
     "ExpectedAttention": kvpress.ExpectedAttentionPress,
     "KeyDiff": kvpress.KeyDiffPress,
     "TOVA": kvpress.TOVAPress,
+    "PyramidKV": kvpress.PyramidKVPress,
     "Knorm": kvpress.KnormPress,
     "random": kvpress.RandomPress,
 }

@@ -53,9 +53,9 @@ def work(side: Side, job: Job, prompts: dict[str, Any], out: Path) -> None:
             found = answer_loss(side, key["row"], question, key["asked"], key["share"])
             jobs.append(out, [(key, found)])
         return
-    steps = WARM_UP_STEPS + STEPS if job.task == "speed" else 0
+    steps = WARM_UP_STEPS + STEPS if job.timed else 0
     ids = torch.tensor([prompts["text"][: job.length + steps]])
-    if job.task == "speed":
+    if job.timed:
         times = turn(side, job.rows, ids, job.budget)
         jobs.append(out, [(key, times[key["row"]]) for key in keys])
     else:

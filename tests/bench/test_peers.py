@@ -25,7 +25,7 @@ from bench.peers.merge import merged
 from bench.peers.ours import Ours
 from bench.peers.plan import plan, seconds_of
 from bench.peers.protocol import STEPS, WARM_UP_PROMPT, WARM_UP_STEPS, Opened, Question
-from bench.peers.rows import DENSE, OURS, QUALITY, SPEED, THEIRS
+from bench.peers.rows import BY_NAME, DENSE, FIELD, OURS, QUALITY, SPEED, THEIRS
 from bench.peers.table import document
 from bench.peers.worker import work
 from kvprune.errors import KVPruneError
@@ -128,15 +128,17 @@ def test_the_answer_is_read_on_what_is_left(ours: Ours, asked: str, read: int):
         assert dense["held"] == 8 * 2 * 2 * 8 * 4 * read
 
 
-@pytest.mark.parametrize("row", SPEED[OURS][1:])
+@pytest.mark.parametrize("row", [*SPEED[OURS][1:], *BY_NAME])
 def test_each_row_of_ours_keeps_its_budget(ours: Ours, row: str):
-    """SDTP has none."""
+    """SDTP has none; PyramidKV has it in the mean."""
     opened = ours.open(row, 40, 120)
     with torch.no_grad():
         opened.read(torch.tensor([question(120).prompt]))
     kept = [opened.cache.columns(i).shape[-1] for i in range(8)]
     if row == "SDTP":
         assert kept[0] == 120 and kept[-1] == round(0.35 * 120)
+    elif row == "PyramidKV":
+        assert kept == sorted(kept, reverse=True) and kept[0] > kept[-1] and sum(kept) == 8 * 40
     else:
         assert max(kept) == 40
     assert ours.nbytes(opened.cache) == opened.cache.nbytes
@@ -153,7 +155,18 @@ def asked(*words: str) -> argparse.Namespace:
 
 def test_the_work_of_a_job_is_found_again(ours: Ours, tmp_path: Path):
     """Under the keys that the job names; what is there of questions is not measured again."""
-    few = ("--questions", "1", "--shares", "0.4", "--leave-out", "StreamingLLM", "SDTP", "H2O")
+    few = (
+        "--questions",
+        "1",
+        "--keep",
+        "0.5",
+        "--shares",
+        "0.4",
+        "--leave-out",
+        "StreamingLLM",
+        "SDTP",
+        "H2O",
+    )
     out = tmp_path / "results.jsonl"
     for job in plan(asked(*few)):
         if job.side == OURS and job.turn == 0:
@@ -211,10 +224,10 @@ def results(todo: list[Job]) -> dict[str, dict[str, Any]]:
         about = {"python": "3", "torch": "2", "transformers": "5", job.side: "1", "machine": "m"}
         found[jobs.name({"side": job.side, "task": "about"})] = about
         for key in job.keys(prompts()):
-            rows = (QUALITY if job.task == "quality" else SPEED)[job.side]
-            place = 1 + rows.index(key["row"])
+            rows = {"quality": QUALITY, "field": FIELD, "speed": SPEED, "memory": SPEED}[job.task]
+            place = 1 + rows[job.side].index(key["row"])
             slow = (1 + job.turn) * (10 if job.side == THEIRS else 1)
-            if job.task == "speed":
+            if job.timed:
                 said: dict[str, Any] = {"prefill": place * slow, "decode": 2.0 * place * slow}
                 said |= {"held": 100 // place, "held_after": 200 // place}
             elif job.task == "memory":
@@ -265,10 +278,10 @@ def test_the_document_has_a_line_for_each_row():
     """Of each length, share and place of the question; every line as wide as its header."""
     todo = plan(asked("--asked", "inside", "after"))
     found = results(todo)
-    said = document({t: merged(found, todo, prompts(), t) for t in ("speed", "quality")})
+    said = document({t: merged(found, todo, prompts(), t) for t in driver.TASKS})
     tables = re.findall(r"(?:^\|.*\|\n)+", said, re.MULTILINE)
-    assert len(tables) == 1 + 2 * 2
-    for text, rows in zip(tables, [SPEED, *[QUALITY] * 4], strict=True):
+    assert len(tables) == 1 + 1 + 2 * 2
+    for text, rows in zip(tables, [SPEED, FIELD, *[QUALITY] * 4], strict=True):
         lines = [[c.strip() for c in line.strip("|").split(" | ")] for line in text.splitlines()]
         assert len({len(line) for line in lines}) == 1
         expected = [(side, row) for side in rows for row in rows[side]]
