@@ -30,6 +30,10 @@ DENSE, STREAMING, HEAVY, PRUNED, BOTH = "dense", "StreamingLLM", "H2O", "SDTP", 
 NAMES = (DENSE, STREAMING, HEAVY, PRUNED, BOTH)
 STREAMING_INSIDE, HEAVY_INSIDE = f'{STREAMING}(positions="cache")', f'{HEAVY}(positions="cache")'
 
+ROUND = 64
+SELDOM = f", every {ROUND} tokens"
+"""The steps from one eviction to the next, and how names of candidates end that evict so."""
+
 FASTKV = "FastKV"
 FIELD = (SnapKV, TOVA, PyramidKV, KeyDiff, Knorm, ObservedAttention, ExpectedAttention)
 """Methods of the field that have one budget; FastKV prunes."""
@@ -92,13 +96,20 @@ def methods(model: Any) -> dict[str, Make]:
 
 
 def in_decoding(model: Any, budget: int) -> dict[str, Make]:
-    """Makers of fresh caches whose policies evict in every step, by name, the dense one first."""
-    each: list[kvprune.TokenPolicy] = [H2O(heavy=budget // 2, recent=budget - budget // 2)]
-    each += [TOVA(budget)]
-    each += [kind(budget, when=None) for kind in (KeyDiff, Knorm, ObservedAttention)]
-    each += [ExpectedAttention(budget, when=None)]
+    """Makers of fresh caches whose policies evict in decoding, by name, the dense one first.
+
+    H2O and TOVA do so in every step. The others evict at the end of the prompt, if they are not
+    told otherwise: here in every step, and once in a while.
+    """
+    each: dict[str, kvprune.TokenPolicy] = {
+        HEAVY: H2O(heavy=budget // 2, recent=budget - budget // 2),
+        "TOVA": TOVA(budget),
+    }
+    for kind in (KeyDiff, Knorm, ObservedAttention, ExpectedAttention):
+        each[kind.__name__] = kind(budget, when=None)
+        each[kind.__name__ + SELDOM] = kind(budget, when=ROUND)
     composed: dict[str, Make] = {
-        type(policy).__name__: partial(kvprune.ComposedCache, [policy]) for policy in each
+        name: partial(kvprune.ComposedCache, [policy]) for name, policy in each.items()
     }
     return {DENSE: lambda: DynamicCache(config=model.config), **composed}
 

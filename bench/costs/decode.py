@@ -11,7 +11,17 @@ from transformers import Cache, DynamicCache
 import kvprune
 from kvprune.statistics import Attention
 
-from .candidates import BOTH, DENSE, HEAVY, STREAMING, held, in_decoding, policies, random_prompt
+from .candidates import (
+    BOTH,
+    DENSE,
+    HEAVY,
+    ROUND,
+    STREAMING,
+    held,
+    in_decoding,
+    policies,
+    random_prompt,
+)
 from .clock import Clock, Tick, tidy, turns
 from .models import Pair
 from .plan import STEPS, Part
@@ -33,7 +43,10 @@ def measure(pair: Pair, part: Part, clock: Clock, tick: Tick) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_field(pair: Pair, part: Part, clock: Clock, tick: Tick) -> dict[str, Any]:
-    """As `measure`, of the field's methods; each reads the prompt, and keeps its budget of it."""
+    """As `measure`, of the field's methods; each reads the prompt, and keeps its budget of it.
+
+    Also the mean of the steps of each `round`, from one seldom eviction to the next.
+    """
     model = pair.attached
     ids = random_prompt(model, 1, part.context)
     caches: dict[int, dict[str, Cache]] = {budget: {} for budget in part.budgets}
@@ -44,7 +57,15 @@ def measure_field(pair: Pair, part: Part, clock: Clock, tick: Tick) -> dict[str,
             shown = ids[:, :budget] if name == DENSE else ids
             model(shown, past_key_values=found[name], logits_to_keep=1)
             tick(READING * number / len(makers))
-    return _stepped(model, ids, part, caches, clock, tick)
+    said = _stepped(model, ids, part, caches, clock, tick)
+    for row in (row for rows in said.values() for row in rows.values()):
+        steps = row["step"]
+        # A short trial has no whole round.
+        size = min(ROUND, len(steps))
+        row["round"] = [
+            sum(steps[i : i + size]) / size for i in range(0, len(steps) - size + 1, size)
+        ]
+    return said
 
 
 def _stepped(

@@ -17,7 +17,7 @@ CHUNK = 512
 # of those with a budget `_BUDGETED`, one of the field's methods `_FIELD`, and a step takes `_STEP`
 # seconds.
 _ALL, _BUDGETED, _STEP = 4.6, 3.0, 0.08
-_FIELD, _FIELD_STEPS = 8.8, 7.0
+_FIELD, _FIELD_STEPS = 8.8, 11.0
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def _decode(context: int, budgets: tuple[int, ...]) -> Part:
 
 def _field_step(context: int, budget: int) -> Part:
     """A part of steps on what the field's methods keep, beside dense steps."""
-    repeats = 6
+    # Two rounds from one seldom eviction to the next.
+    repeats = 13
     seconds = _FIELD_STEPS * (dense_seconds(context) + repeats * STEPS * _STEP)
     name = f"field-step-{context}"
     return Part(name, "field-step", context, repeats, seconds, budgets=(budget,))

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .bars import MB, Bar, chunked, flat
+from .bars import MB, Bar, chunked, flat, step_of
 from .candidates import DENSE
 from .models import LAYER
 from .numbers import ratios
@@ -68,8 +68,8 @@ def of_decode(one: Found) -> str:
         [
             f"{int(budget):,}",
             name,
-            f"{statistics.median(row['step']) * 1e3:.1f}",
-            _to_dense(rows, name, "step"),
+            f"{statistics.median(row[step_of(name)]) * 1e3:.1f}",
+            _to_dense(rows, name, step_of(name)),
             f"{row['held'] / MB:.1f}",
         ]
         for budget, rows in one["found"].items()

@@ -76,8 +76,11 @@ class Coded:
             queries: see above.
             turn: whether to turn them first; see `hadamard`.
         """
-        found = [block._products(queries, turn) for block in self.blocks()]
-        return found[0] if len(found) == 1 else torch.cat(found, -1)
+        blocks = self.blocks()
+        if len(blocks) == 1:
+            return self._products(queries, turn)
+        queries = hadamard(queries) if turn else queries
+        return torch.cat([block._products(queries, turn=False) for block in blocks], -1)
 
     def weighted(self, weights: Tensor, turn: bool = False) -> Tensor:
         """The sums of all vectors by weights `[B, H, G, S]`: `[B, H, G, D]`.
@@ -90,7 +93,8 @@ class Coded:
         if len(blocks) == 1:
             return self._weighted(weights, turn)
         each = zip(blocks, weights.split(BLOCK, -1), strict=True)
-        return torch.stack([block._weighted(mine, turn) for block, mine in each]).sum(0)
+        found = torch.stack([block._weighted(mine, turn=False) for block, mine in each]).sum(0)
+        return hadamard(found) if turn else found
 
     def _vectors(self, dtype: torch.dtype) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
@@ -109,7 +113,7 @@ class Coded:
     def _kernels(self) -> ModuleType | None:
         """The kernels that can read these codes, eight bytes at once; None where none can."""
         codes, kernels = self.codes, cpu_kernels_for(self.codes)
-        if kernels is None or not codes.numel() or codes.stride(3) != 1 or self.grid.stride(3) != 1:
+        if kernels is None or not codes.numel() or codes.stride(3) != 1:
             return None
         whole = (codes.shape[3], codes.storage_offset(), *codes.stride()[:3])
         return None if any(n % 8 for n in whole) else kernels

@@ -3,8 +3,8 @@
 They compute what `Coded` and `storage.codes` compute by torch's operators. Between so many
 operators a decode step spends more time than within them. A kernel runs on one thread.
 
-Indices are unsigned: numba tests each signed index for being negative, and such loops do not run in
-the parallel lanes of a register.
+Indices of what innermost loops read and write are unsigned: numba tests each signed index for being
+negative, and such loops do not run in the parallel lanes of a register.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ _MOST = 65504.0
 _REBASED = np.float32(2.0**112)
 """Times it, the bits of half precision in the places of a float32's stand for their number."""
 
-_NUMBER, _SIGN, _FULL = np.uint32(0x7FFF), np.uint32(0x8000), np.uint32(0x0F800000)
+_NUMBER, _SIGN = np.uint32(0x7FFF), np.uint32(0x8000)
+"""Of half precision: all bits but the sign, and the sign."""
+
 _PLACES, _HIGHER = np.uint32(13), np.uint32(16)
-"""All bits of half precision but the sign, and the sign; how much further they stand in a float32;
-and there the exponent of what is not finite."""
+"""How many places higher these stand in a float32."""
+
+_FULL = np.uint32(0x0F800000)
+"""There, the exponent of what is not finite."""
 
 _FOUR, _ONES, _NIBBLES = np.uint64(4), np.uint64(0x0101010101010101), np.uint64(0x0F0F0F0F0F0F0F0F)
 """Of words: the bits of half a byte, the lowest bit of each byte, and the lower half of each."""
@@ -119,7 +123,7 @@ def _unpack(words: Any, row: Any, head: Any, slot: Any, bits: int, count: int, v
     """The codes of a vector, a byte each, eight of them at once.
 
     Args:
-        words: see `read`.
+        words: see above.
         row, head, slot: which.
         bits: of a code.
         count: D / 8.

@@ -42,6 +42,7 @@ def attend(
     Returns:
         `[B, Q, Hq, Dv]`, and the probabilities `[B, Hq, Q, S]` where the backend returns them.
     """
+    # Codes turn queries and sums by themselves, and pieces are turned one by one.
     if inputs.turned and not inputs.apart:
         turned, probabilities = attend(backend, module, inputs.with_turned_queries(), **arguments)
         return hadamard(turned), probabilities

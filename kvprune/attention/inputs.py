@@ -121,7 +121,7 @@ class Inputs:
 
     @property
     def apart(self) -> bool:
-        """Whether what is turned is so by products and sums of codes, or in each piece."""
+        """Whether `key` and `value` have the shape alone, and no numbers."""
         return self.coded is not None or self.pieces is not None
 
     def with_turned_queries(self) -> Inputs:

@@ -20,8 +20,11 @@ def cpu_kernels_for(vectors: Tensor) -> ModuleType | None:
     A kernel runs on one thread. Torch's operators run on all, and overtake it where there are more
     than two of them and many vectors.
     """
+    # First of all: a compiler must not come to what is asked then.
+    if not in_memory(vectors):
+        return None
     many = vectors.numel() > MANY * vectors.shape[-1] and torch.get_num_threads() > 2
-    return _imported() if in_memory(vectors) and not many else None
+    return None if many else _imported()
 
 
 @functools.cache

@@ -179,7 +179,7 @@ def newest(columns: Tensor, count: Tensor, ends: tuple[int, int] | None = None) 
     size = columns.shape[-1]
     # Not a sort: in decoding, where S is a budget, topk takes a fraction of its time.
     if least == most and 0 < most <= size:
-        # The newest mostly came one after the other: a fraction again.
+        # A guess: mostly they came one after the other. Where to look at it waits for nothing.
         since = columns.amax(-1, keepdim=True) - (most - 1)
         if in_memory(since):
             found = columns >= since.clamp(min=0)

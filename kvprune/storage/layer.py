@@ -157,7 +157,7 @@ class SlotLayer:
     @property
     def made_anew(self) -> bool:
         """Whether `keys` and `values` are made when they are read."""
-        return self.lanes is not None or isinstance(self.form.held, QuantizedSlots)
+        return self.lanes is not None or self.holds_codes
 
     @property
     def heads(self) -> int:

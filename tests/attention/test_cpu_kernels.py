@@ -28,7 +28,7 @@ STORES = [
     Quantized(bits=(8, 5), group=32),
     Quantized(bits=4, group=32, rotate=False),
 ]
-SIZES = [(64, 64), (128, 64)]
+SIZES = [(64, 64), (128, 64), (192, 64)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -66,7 +66,9 @@ def read_back(held: QuantizedSlots, used: int) -> list[torch.Tensor]:
         wide = torch.promote_types(held.dtype, torch.float32)
         queries = torch.randn(*shape[:2], 3, coded.size, generator=generator, dtype=wide)
         weights = torch.rand(*shape[:2], 3, used, generator=generator, dtype=wide).softmax(-1)
-        found += [coded.vectors(wide), coded.products(queries), coded.weighted(weights)]
+        found.append(coded.vectors(wide))
+        for turn in (False, True):
+            found += [coded.products(queries, turn), coded.weighted(weights, turn)]
     return found
 
 
@@ -79,10 +81,12 @@ def held_of(store: Quantized, sizes: tuple[int, int], dtype: torch.dtype) -> Qua
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", [*SIZES, (32, 32)], ids=str)
 @pytest.mark.parametrize("store", STORES, ids=repr)
 def test_codes_are_read_as_torch_reads_them(store, sizes, dtype, without):
     """The very same codes: in a buffer that has room for more, so that lanes are apart in it."""
+    if 32 in sizes and 5 in store.each:
+        pytest.skip("five bits of small vectors are read by torch")
     held = held_of(store, sizes, dtype)
     found, expected = read_back(held, 38), without(lambda: read_back(held, 38))
     assert all(coded._kernels is not None for coded in held.coded(38))
@@ -91,7 +95,7 @@ def test_codes_are_read_as_torch_reads_them(store, sizes, dtype, without):
         torch.testing.assert_close(got, wanted, rtol=0, atol=near)
 
 
-@pytest.mark.parametrize("sizes", [*SIZES, (192, 96), (8, 24), (80, 80)], ids=str)
+@pytest.mark.parametrize("sizes", [*SIZES, (8, 24), (80, 80)], ids=str)
 @pytest.mark.parametrize("store", STORES, ids=repr)
 def test_codes_are_written_as_torch_writes_them(store, sizes, without):
     """In float64 no number is so near to the middle of two codes that rounding decides."""
@@ -220,6 +224,9 @@ def test_a_compiler_and_tensors_without_numbers_are_given_none(monkeypatch):
     assert native.cpu_kernels_for(torch.zeros(1, device="meta")) is None
     assert native.cpu_kernels_for(torch.zeros(1)) is not None
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    # A number of threads is no part of a graph.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: pytest.fail("a compiler came here"))
+    assert native.cpu_kernels_for(torch.zeros(native.MANY + 1, 1)) is None
     assert native.cpu_kernels_for(torch.zeros(1)) is None
 
 

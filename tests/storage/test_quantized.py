@@ -293,10 +293,13 @@ def test_a_layer_is_read_in_blocks(store, monkeypatch):
     (coded, _), found = store.of(keys, keys).coded(11), []
     for block in (1 << 12, 4, 1):
         monkeypatch.setattr("kvprune.attention.coded.BLOCK", block)
-        each = coded.vectors(torch.float64), coded.products(queries), coded.weighted(weights)
+        each = [coded.vectors(torch.float64)]
+        for turn in (False, True):
+            each += [coded.products(queries, turn), coded.weighted(weights, turn)]
         found.append(each)
     vectors = found[0][0]
-    expected = vectors, queries @ vectors.mT, weights @ vectors
+    expected = [vectors, queries @ vectors.mT, weights @ vectors]
+    expected += [hadamard(queries) @ vectors.mT, hadamard(weights @ vectors)]
     for each in found:
         for mine, other in zip(each, expected, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-11)
