@@ -134,7 +134,7 @@ class Observer:
         """Joins queries to the statistics per layer.
 
         Returns:
-            what is known of queries; None where nothing of them is held.
+            what is known of queries; None where nothing of them is held, or nobody asks.
         """
         slots = self.slots
         awaited = [p for p in slots.layer_parts if self.step.awaits(p, self.index, self.moment)]
@@ -142,7 +142,9 @@ class Observer:
             if part.reads != "rotations":
                 with without_autocast(inputs.query.device):
                     slots.observe_queries(part, *self._queries(part, inputs.query.detach()))
-        return self._queried(inputs, scores) if slots.records or awaited else None
+        step = self.step
+        asked = step.prunes or step.due_at(self.index, self.moment) or step.late_at(self.moment)
+        return self._queried(inputs, scores) if asked and (slots.records or awaited) else None
 
     def _queries(self, part: Statistic, query: Tensor) -> tuple[Tensor, Tensor]:
         """What a statistic per layer reads of `[B, Hq, Q, D]` queries; see `Statistic.join`."""

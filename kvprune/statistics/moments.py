@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..errors import KVPruneError
@@ -51,21 +52,27 @@ class QueryMoments(Statistic):
         # A matrix product would spread what is not finite in a query of padding.
         queries = queries.masked_fill(~there[:, None, :, None], 0)
         mean = queries.sum(2) / _per_row(count.clamp(min=1), 3)
-        # In place: the queries are a copy, and large tensors made anew cost more than the sums.
-        away = queries.sub_(mean[:, :, None]).mul_(there[:, None, :, None])
-        squares = away.transpose(-1, -2) @ away
-        if not held:
-            return count, mean, squares
-        before, mean_before, squares_before = (t.to(queries.dtype) for t in held)
-        total = before + count
-        share = count / total.clamp(min=1)
-        apart = mean - mean_before
-        between = apart[..., None] * apart[..., None, :] * _per_row(before * share, 4)
-        return (
-            total,
-            mean_before + apart * _per_row(share, 3),
-            squares_before + squares + between,
-        )
+        if held:
+            before, mean_before, squares_before = (t.to(queries.dtype) for t in held)
+            total = before + count
+            share = count / total.clamp(min=1)
+            apart = mean - mean_before
+            weighted = apart * _per_row(before * share, 3)
+            # One pass: in decoding it is most of what is done.
+            squares = torch.baddbmm(
+                squares_before.flatten(0, 1),
+                weighted.flatten(0, 1)[:, :, None],
+                apart.flatten(0, 1)[:, None],
+            ).view_as(squares_before)
+            known = total, mean_before + apart * _per_row(share, 3), squares
+        else:
+            size = mean.shape[-1]
+            known = count, mean, mean.new_zeros(*mean.shape, size)
+        if queries.shape[2] > 1:
+            # In place: the queries are a copy, and large tensors made anew cost more than the sums.
+            away = queries.sub_(mean[:, :, None]).mul_(there[:, None, :, None])
+            known[2].add_(away.transpose(-1, -2) @ away)
+        return known
 
     def value(self, *held: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Mean and covariance."""
