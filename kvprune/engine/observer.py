@@ -288,6 +288,8 @@ class Observer:
 def _check_numbers(part: Statistic, numbers: Any, columns: Tensor, hidden: Tensor) -> None:
     """Refuses what a statistic says of hidden states, where it is not a number for each token.
 
+    NaN is looked for in forwards of several tokens.
+
     Args:
         part: the statistic.
         numbers: what it says.
@@ -297,6 +299,9 @@ def _check_numbers(part: Statistic, numbers: Any, columns: Tensor, hidden: Tenso
     fits = isinstance(numbers, Tensor) and numbers.dim() == 3 and numbers.is_floating_point()
     if not fits or (numbers.shape[0], numbers.shape[2]) != columns.shape:
         raise _no_numbers(part, numbers, columns)
+    if columns.shape[1] == 1:
+        # In decoding nothing waits for the device.
+        return
     # A token whose state is not finite has none; other rows do not notice.
     judged = (columns >= 0) & hidden.isfinite().all(-1)
     wrong = (numbers.isnan() & judged[:, None]).flatten(1).any(-1)

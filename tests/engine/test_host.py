@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import kvprune
 from kvprune.policies import H2O, StreamingLLM
+from kvprune.statistics import Gate
 
 from ..support.models import fresh_model, left_padded, prompt
 
@@ -37,6 +39,24 @@ def test_a_decode_step_reads_nothing_off_the_device(policies, padding):
         for i in range(20, 24):
             _on_fake_tensors(model, ids[:, i : i + 1], cache)
             model(ids[:, i : i + 1], past_key_values=cache)
+
+
+def test_nor_does_a_gate():
+    """Its numbers are looked at in prompts alone."""
+    model, ids = kvprune.attach(fresh_model()), prompt(1, 24)
+    cache = kvprune.ComposedCache([StreamingLLM(2, 6)], observe=(Gate(First()),))
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+        for i in range(20, 24):
+            _on_fake_tensors(model, ids[:, i : i + 1], cache)
+            model(ids[:, i : i + 1], past_key_values=cache)
+
+
+class First(nn.Module):
+    """Says the first number of each hidden state."""
+
+    def forward(self, hidden: Tensor, layer: int) -> Tensor:
+        return hidden[None, ..., 0].transpose(0, 1)
 
 
 def test_a_union_is_read_off_the_device():

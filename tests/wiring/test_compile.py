@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import kvprune
 from kvprune.policies import H2O
+from kvprune.policy import OneBudget, Ranking, SlotView
+from kvprune.statistics import Attention, Gate, Queries, Statistic, Survival
 
 from ..engine.test_host import FIXED
 from ..support.models import fresh_model, prompt
-from ..support.strategies import POLICIES
+from ..support.strategies import POLICIES, sdtp_pruner
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,61 @@ def test_policies_whose_budget_is_constant_or_not_due_make_one_graph(policy):
         for cache in caches:
             model(ids[:, :20], past_key_values=cache)
         for i in range(20, 24):
+            _same_logits(compiled, model, ids[:, i : i + 1], caches, near=1e-12)
+
+
+class Linear(nn.Module):
+    """A gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 1).double()
+
+    def forward(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
+        return self.linear(hidden).transpose(1, 2)
+
+
+@dataclass(frozen=True, repr=False)
+class Reads(OneBudget):
+    """Keeps the slots of which a statistic says most, and the newest."""
+
+    read: Statistic = field(default_factory=Attention)
+
+    constant_budget = True
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:  # type: ignore[override]
+        return (self.read,)
+
+    def rank_slots(self, slots: SlotView) -> Ranking:
+        if isinstance(self.read, Queries):
+            score = slots.looks(self.read.count).mean((2, 3))
+        else:
+            score = slots.statistic(self.read).nan_to_num(0)
+        return Ranking(score, slots.newest(1).expand_as(score), slots.tokens(self.budget))
+
+
+READS = {
+    "the most": [Reads(8, Attention(over="max"))],
+    "decaying": [Reads(8, Attention(decay=0.9))],
+    "looks": [Reads(8, Queries(4))],
+    "a gate": [Reads(8, Gate(Linear()))],
+    "how far tokens came": [sdtp_pruner(0.6), Reads(8, Survival(), when="prompt")],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policies", READS.values(), ids=READS)
+def test_what_reads_a_statistic_in_each_step_makes_one_graph(policies):
+    """Those that docs/gpu.md names."""
+    torch._dynamo.reset()
+    model, ids = kvprune.attach(fresh_model()), prompt(1, 28)
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+    caches = [kvprune.ComposedCache(policies) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :20], past_key_values=cache)
+        for i in range(20, 28):
             _same_logits(compiled, model, ids[:, i : i + 1], caches, near=1e-12)
 
 
