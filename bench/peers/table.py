@@ -52,6 +52,8 @@ intervals; what they say is of these questions. "minus {REFERENCE}" is against t
 at the same budget: above 0, the row is worse. SDTP has no budget: it follows its schedule.
 """
 
+TITLES = {"speed": "speed and memory", "field": "methods that both have", "quality": "quality"}
+
 WHERE = {
     "inside": "The question is part of what is evicted from (all of the prompt but its last token)",
     "after": "The context alone is evicted from, and the question read afterwards",
@@ -75,13 +77,15 @@ def document(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _versions(results: dict[str, dict[str, Any]]) -> str:
-    said = [
-        f"* {side} {about[side]}: transformers {about['transformers']}, torch {about['torch']}, "
-        f"Python {about['python']}, {about['machine']}"
-        for result in results.values()
-        for side, about in result["about"].items()
-    ]
-    return "\n".join(dict.fromkeys(said)) + "\n"
+    said: dict[str, list[str]] = {}
+    for task, result in results.items():
+        for side, about in result["about"].items():
+            line = (
+                f"* {side} {about[side]}: transformers {about['transformers']}, torch "
+                f"{about['torch']}, Python {about['python']}, {about['machine']}"
+            )
+            said.setdefault(line, []).append(TITLES[task])
+    return "\n".join(f"{line} ({', '.join(tasks)})" for line, tasks in said.items()) + "\n"
 
 
 def _speed(rows: list[dict[str, Any]]) -> str:
