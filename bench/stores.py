@@ -80,7 +80,7 @@ def divergence(model: Any, tokenizer: Any, stores: Sequence[str]) -> list[dict[s
 
 
 @torch.no_grad()
-def steps(model: Any, stores: Sequence[str], context: int, count: int = 25) -> list[dict[str, Any]]:
+def steps(model: Any, stores: Sequence[str], context: int, count: int = 75) -> list[dict[str, Any]]:
     """Rows of `--steps`: the median of a step over the plain one of its turn.
 
     With kernels and without, where numba is installed.
