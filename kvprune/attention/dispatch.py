@@ -97,7 +97,7 @@ class Observed:
 
     output: `[B, Q, Hq, Dv]`.
     by_several: `[B, heads, S]`, what is `received` of several queries; None of a single one.
-    probabilities: `[B, heads, G, 1, S]`, detached, 0 for padding; None where there are several
+    probabilities: `[B, heads, G, S]`, detached, 0 for padding; None where there are several
         queries.
     """
 
@@ -114,7 +114,7 @@ class Observed:
         if self.by_several is not None:
             return self.by_several
         assert self.probabilities is not None
-        return self.probabilities.sum((2, 3))
+        return self.probabilities.sum(2)
 
 
 def attend_and_observe(
@@ -147,7 +147,7 @@ def attend_and_observe(
         output = lanes.join_outputs([one.output for one in each])
         shown = [one.probabilities for one in each if one.probabilities is not None]
         if shown:
-            return Observed(output, None, lanes.join(shown, 0, axis=4))
+            return Observed(output, None, lanes.join(shown, 0, axis=3))
         return Observed(output, lanes.join([one.received for one in each], 0), None)
     inputs = as_autocast_has_it(inputs)
     # With latent attention (MLA) many heads read the slots of one.
@@ -155,7 +155,7 @@ def attend_and_observe(
         output, probabilities = _one_query(inputs, scores, dtype)
         if probabilities.shape[1] != heads:
             probabilities = probabilities.unflatten(1, (heads, -1)).flatten(2, 3)
-        return Observed(output, None, probabilities[:, :, :, None])
+        return Observed(output, None, probabilities)
     fast = fused.attention(backend, module, inputs, scores)
     output, received = block_by_block(inputs, scores, dtype) if fast is None else fast
     if received.shape[1] != heads:

@@ -120,6 +120,11 @@ class Inputs:
         ]
 
     @property
+    def sees_all(self) -> bool:
+        """Whether it is known that the newest query of each row sees every slot."""
+        return self.mask.plainly_causal and self.no_gaps and self.no_padding
+
+    @property
     def apart(self) -> bool:
         """Whether `key` and `value` have the shape alone, and no numbers."""
         return self.coded is not None or self.pieces is not None

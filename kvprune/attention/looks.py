@@ -83,7 +83,7 @@ def blocks(
         here = slice(first, first + size)
         columns = inputs.query_columns[:, here]
         found = looks(inputs.query[:, :, here], columns, inputs, scores, heads, dtype)
-        yield Block(found, columns, inputs.slot_columns)
+        yield Block(found, columns, inputs.slot_columns, inputs.no_padding)
 
 
 CACHED = 1 << 20
@@ -137,6 +137,8 @@ def blocks_of_repeat(
 def views(inputs: Inputs, dtype: torch.dtype) -> Tensor:
     """How many of a forward's queries may see each slot, `[B, 1|Hkv|Hq, S]`; padding sees none."""
     queries, slots = inputs.query_columns, inputs.slot_columns
+    if queries.shape[1] == 1 and inputs.sees_all:
+        return torch.ones((), dtype=dtype, device=slots.device).expand_as(slots)
     if is_known(inputs.mask, inputs.local):
         return seen_by(queries, slots, window_of(inputs.mask, inputs.local)).to(dtype)
     found = torch.zeros(())

@@ -188,7 +188,7 @@ class CacheState:
 
     def _forget_records(self, step: Step) -> None:
         for index, layer in self.slot_layers():
-            layer.forget_records([p for p in layer.records if step.still_awaits(p, index)])
+            layer.forget_records([p for p in layer.layer_parts if step.still_awaits(p, index)])
 
     def give_up_second_reading(self) -> None:
         """Nobody is asked any more: all were, or an error came."""

@@ -36,7 +36,6 @@ def at_layer(step: Step, index: int, slots: SlotLayer) -> LayerStep:
     if known is None or known.columns is not step.columns:
         device = step.columns.device
         positions = step.align(step.position_ids, device)
-        origin = None if step.position_ids is None else step.position_ids[:, 0]
         known = LayerStep(
             step=step,
             index=index,
@@ -48,7 +47,7 @@ def at_layer(step: Step, index: int, slots: SlotLayer) -> LayerStep:
             before=step.seen,
             moment=step.moment,
             positions=positions,
-            origin=None if origin is None else origin.to(device),
+            origin=None if step.origin is None else step.origin.to(device),
         )
         step.layer_steps[index] = known
     return known
@@ -61,7 +60,10 @@ class LayerStep(Observer):
     def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Appends new tokens `[B, Hkv, Q, D]`; returns all that the layer then holds."""
         step, slots = self.step, self.slots
-        arrived = None if self.positions is None else self.positions[:, None]
+        arrived = None
+        if slots.arrivals:
+            assert self.positions is not None
+            arrived = self.positions[:, None]
         if step.cache_positions is not None:
             keys = step.cache_positions.to_hold(self, keys)
         slots.append(

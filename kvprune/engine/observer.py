@@ -13,13 +13,13 @@ from ..attention.dispatch import Observed, attend
 from ..attention.inputs import Inputs, Scores
 from ..attention.looks import blocks, looks, seen_by, views
 from ..errors import KVPruneError
-from ..models.devices import without_autocast
 from ..policy.moment import Moment
 from ..policy.rotary import Rotary
 from ..statistics import Block, Queries, Statistic, statistic_dtype
 from ..storage.buffers import numbers_at
 from ..storage.layer import SlotLayer
 from ..storage.rows import RowNumbers
+from ..storage.waiting import Told
 from .second_reading import attend_and_vote, vote_by
 from .step import Step
 from .survivors import meters
@@ -136,28 +136,31 @@ class Observer:
         Returns:
             what is known of queries; None where nothing of them is held, or nobody asks.
         """
-        slots = self.slots
-        awaited = [p for p in slots.layer_parts if self.step.awaits(p, self.index, self.moment)]
-        for part in awaited:
-            if part.reads != "rotations":
-                with without_autocast(inputs.query.device):
-                    slots.observe_queries(part, *self._queries(part, inputs.query.detach()))
-        step = self.step
+        slots, step = self.slots, self.step
+        awaited = [p for p in slots.layer_parts if step.awaits(p, self.index, self.moment)]
+        told = tuple(part for part in awaited if part.reads != "rotations")
+        if told:
+            self._tell(told, inputs.query.detach())
         asked = step.prunes or step.due_at(self.index, self.moment) or step.late_at(self.moment)
         return self._queried(inputs, scores) if asked and (slots.records or awaited) else None
 
-    def _queries(self, part: Statistic, query: Tensor) -> tuple[Tensor, Tensor]:
-        """What a statistic per layer reads of `[B, Hq, Q, D]` queries; see `Statistic.join`."""
-        if part.reads == "queries":
-            inside = self.step.cache_positions
-            if inside is not None:
-                # In the dtype of statistics: turning rounds, and they are turned again when asked.
-                query = inside.unturned(self, query.to(self._dtype))
-            return query, self.columns
-        assert self.positions is not None
-        rotary, query = self.step.rotations[self.index], query.to(self._dtype)
-        unturned = rotary.turned(query, *rotary.angles(-self.positions[:, None], query))
-        return unturned, self.rows.numbers_of(self.columns[:, None])[:, 0]
+    def _tell(self, parts: tuple[Statistic, ...], query: Tensor) -> None:
+        """Tells statistics per layer of `[B, Hq, Q, D]` queries."""
+        step = self.step
+        rotary = step.rotations[self.index] if step.rotations else None
+        told = Told(parts, query, self.columns, self.positions, rotary, self.rows)
+        inside = step.cache_positions
+        if inside is None:
+            self.slots.observe_queries(told)
+            return
+        as_handed = tuple(part for part in parts if part.reads == "queries")
+        others = tuple(part for part in parts if part.reads != "queries")
+        if as_handed:
+            # In the dtype of statistics: turning rounds, and they are turned again when asked.
+            unturned = inside.unturned(self, query.to(self._dtype))
+            self.slots.observe_queries(replace(told, parts=as_handed, queries=unturned))
+        if others:
+            self.slots.observe_queries(replace(told, parts=others))
 
     def _queried(self, inputs: Inputs, scores: Scores) -> Queried:
         """What is known of queries, for policies."""
@@ -232,7 +235,10 @@ class Observer:
             elif part.reads == "views":
                 slots.observe(part, views(inputs, self._dtype), several)
             elif probabilities is not None:
-                slots.observe(part, Block(probabilities, self.columns, slots.columns))
+                block = Block(
+                    probabilities[:, :, :, None], self.columns, slots.columns, self.complete
+                )
+                slots.observe(part, block)
             else:
                 each = blocks(inputs, scores, self._heads, self._dtype, part.newest)
                 for block in each:
@@ -277,7 +283,7 @@ class Observer:
         for part in slots.parts:
             if not part.of_attention:
                 continue
-            new: Any = Block(given, self.columns, slots.columns)
+            new: Any = Block(given, self.columns, slots.columns, self.complete)
             if part.reads == "received":
                 new = given.sum((2, 3))
             elif part.reads == "views":

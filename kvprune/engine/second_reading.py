@@ -165,7 +165,7 @@ class _VotesByBlock:
         if self._written is not None:
             written = self._written[row : row + 1, head : head + 1]
         to = slots[:, None].index_select(-1, self.places)
-        new = Votes(given[None, None], columns, to, norms, written)
+        new = Votes(given[None, None], columns, to, norms=norms, written=written)
         return self._part.votes(new)[0, 0]
 
 
@@ -217,7 +217,7 @@ def _vote(
             here = slice(first, first := first + block.columns.shape[1])
             near = None if norms is None else norms[:, here]
             given, to = block.probabilities[..., :before], block.slots[..., :before]
-            yield Votes(given, block.columns, to, near, written)
+            yield Votes(given, block.columns, to, norms=near, written=written)
 
     _count(repeat, slots, votes(), places[:before])
 
@@ -248,7 +248,8 @@ def vote_by(
         written = _written(slots.values, output_weight(attention), slots.heads, given.dtype)
     places = torch.arange(columns.shape[-1], device=columns.device)
     columns = columns.masked_fill(~among, -1)
-    _count(repeat, slots, iter([Votes(given, query_columns, columns, norms, written)]), places)
+    votes = Votes(given, query_columns, columns, norms=norms, written=written)
+    _count(repeat, slots, iter([votes]), places)
 
 
 def _count(repeat: Repeat, slots: SlotLayer, votes: Iterator[Votes], places: Tensor) -> None:

@@ -118,6 +118,7 @@ class Step:
         self.cache_positions = cache_positions
         columns = new.columns
         self.position_ids = position_ids
+        self.origin = None if position_ids is None else position_ids[:, 0]
         self.rotations = rotations
         self.read_last: list[Stored] = []
         self._asked = asked
@@ -137,6 +138,7 @@ class Step:
         self.layer_steps: dict[int, Any] = {}
         self.due: dict[Hashable, list[Any]] = {}
         self._early: tuple[Moment, list[tuple[int, TokenPolicy]]] | None = None
+        self._awaiting: dict[Statistic, tuple[Moment, list[TokenPolicy]]] = {}
         self.reads = reads
         self.shown: dict[int, list[tuple[Statistic, Tensor, Tensor]]] = {}
         self.judged = Judged(seen, columns.shape[1]) if "survival" in reads else None
@@ -194,7 +196,12 @@ class Step:
         """Whether somebody reads what a layer observes at this moment, now or later."""
         if part in self._observed or self._pruning_awaits(part, layer, self.prunes):
             return True
-        return any(p.applies(layer) and p.awaits(part, moment) for p in self.evicters)
+        known = self._awaiting.get(part)
+        if known is None or known[0] is not moment:
+            # Once for all layers: most have the same moment.
+            known = moment, [p for p in self.evicters if p.awaits(part, moment)]
+            self._awaiting[part] = known
+        return any(p.applies(layer) for p in known[1])
 
     def still_awaits(self, part: Statistic, layer: int) -> bool:
         """Whether somebody reads a statistic behind this forward, before the next prompt begins."""

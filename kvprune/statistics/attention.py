@@ -74,15 +74,17 @@ class Attention(Statistic):
         if isinstance(new, Tensor):
             return held + new
         given = new.probabilities
+        if self.decay != 1 and given.shape[3] > 1:
+            # A query of padding gives 0 already.
+            weights = self.decay ** new.later.to(held.dtype)
+            given = given * weights[:, None, None, :, None]
+        given = given.amax((2, 3)) if self.over == "max" else given.sum((2, 3))
+        if self.decay == 0 and new.complete:
+            # A query in every row: what was known before it is forgotten.
+            return given
         if self.decay != 1:
-            if given.shape[3] > 1:
-                # A query of padding gives 0 already.
-                weights = self.decay ** new.later.to(held.dtype)
-                given = given * weights[:, None, None, :, None]
             held = held * (self.decay ** new.count.to(held.dtype))[:, None, None]
-        if self.over == "max":
-            return held.maximum(given.amax((2, 3)))
-        return held + given.sum((2, 3))
+        return held.maximum(given) if self.over == "max" else held + given
 
     def value(self, *held: Tensor) -> Tensor:
         """The number itself; of a mean the quotient."""

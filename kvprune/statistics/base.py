@@ -30,11 +30,13 @@ class Block:
         slot, and for padding.
     columns: `[B, n]` int64, of the queries, in order, -1 for padding.
     slots: `[B, 1|Hkv, S]` int64, columns of the slots, -1 where empty.
+    complete: it is known that no query is padding.
     """
 
     probabilities: Tensor
     columns: Tensor
     slots: Tensor
+    complete: bool = False
 
     @property
     def count(self) -> Tensor:

@@ -19,7 +19,8 @@ def put(buffer: Tensor | None, slot: Tensor, new: Tensor | float) -> Tensor:
 
     Args:
         buffer: `[B, H, S, ...]`.
-        slot: `[B, H, 1]` int64, or `[B, 1, 1]` where `new` has a head axis of H.
+        slot: `[B, H, 1]` int64, or `[B, 1, 1]` where `new` has a head axis of H; or what
+            `index_of` made of it.
         new: `[B, H, 1, ...]`, or one number for all.
 
     Returns:
@@ -31,11 +32,21 @@ def put(buffer: Tensor | None, slot: Tensor, new: Tensor | float) -> Tensor:
         slot = of_this_mode(slot)
     if not isinstance(new, Tensor):
         return buffer.scatter(2, slot, new) if watched(buffer) else buffer.scatter_(2, slot, new)
-    index = slot.reshape(*slot.shape, *(1,) * (new.dim() - slot.dim())).expand_as(new)
+    index = slot if slot.shape == new.shape else index_of(slot, new)
     buffer, new = of_one_dtype(buffer, new)
     if watched(buffer, new):
         return buffer.scatter(2, index, new)
     return buffer.scatter_(2, index, new)
+
+
+def index_of(slot: Tensor, new: Tensor) -> Tensor:
+    """The index of `new` `[B, H, 1, ...]`, which goes to `slot` `[B, 1|H, 1]`."""
+    return slot.reshape(*slot.shape, *(1,) * (new.dim() - slot.dim())).expand_as(new)
+
+
+def first_slots(buffer: Tensor, used: int) -> Tensor:
+    """The first `used` slots of `[B, H, S, ...]`; the very buffer where it has no more."""
+    return buffer if buffer.shape[2] == used else buffer[:, :, :used]
 
 
 def extended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
@@ -82,15 +93,12 @@ def watched(*tensors: Tensor) -> bool:
     """
     if torch.is_grad_enabled():
         return True
+    # Compilers cannot see inference mode; they would fail where a tensor may not be written to.
+    unseen = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
     for tensor in tensors:
-        if tensor.requires_grad:
+        if tensor.requires_grad or not (unseen or not tensor.is_inference()):
             return True
-    if torch.compiler.is_compiling():
-        # Which cannot see inference mode; it would fail where a tensor may not be written to.
-        return False
-    if torch.is_inference_mode_enabled():
-        return False
-    return any(tensor.is_inference() for tensor in tensors)
+    return False
 
 
 def numbers_at(slots: Tensor, numbers: Tensor, columns: Tensor) -> Tensor:

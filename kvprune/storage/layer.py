@@ -13,6 +13,7 @@ from ..attention.coded import Coded
 from ..attention.inputs import Pieces
 from ..attention.lanes import Lanes
 from ..errors import KVPruneError
+from ..models.devices import without_autocast
 from ..models.structure import Local
 from ..statistics import Statistic
 from .buffers import numbers_at
@@ -21,6 +22,7 @@ from .plain import Plain
 from .quantized import QuantizedSlots
 from .rectangle import Past, Rectangle, Store
 from .several import Form, Rectangles, kept
+from .waiting import MOST, Told, may_wait, together
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,7 @@ class SlotLayer:
     Attributes:
         parts: the statistics per slot.
         layer_parts: the statistics per layer.
-        records: what is held of the latter; those of which nothing is held are left out.
-        local, store, direct, divides: see above.
+        local, arrivals, store, direct, divides: see above.
         form: the slots: a rectangle, or several.
         seen: the cache's logical length, as far as the layer knows it.
         whole: it is known that the layer still holds every token that was read, but for padding.
@@ -76,15 +77,16 @@ class SlotLayer:
         self.parts = tuple(s for s in statistics if s.per == "slot")
         self.layer_parts = tuple(s for s in statistics if s.per == "layer")
         self.local = local
-        self._arrivals, self.divides = arrivals, divides
+        self.arrivals, self.divides = arrivals, divides
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything and frees the buffers."""
         self.seen = 0
         self.whole = True
-        self.form: Form = Rectangle(self.store, self.parts, self._arrivals)
-        self.records: dict[Statistic, tuple[Tensor, ...]] = {}
+        self.form: Form = Rectangle(self.store, self.parts, self.arrivals)
+        self._records: dict[Statistic, tuple[Tensor, ...]] = {}
+        self._waiting: list[Told] = []
         self._record: list[_Record] = []
 
     # What transformers reads.
@@ -210,6 +212,12 @@ class SlotLayer:
         """The positions that the slots' keys came with, `[B, 1|Hkv, S]` int32, as `columns`."""
         return self.form.arrived
 
+    @property
+    def records(self) -> dict[Statistic, tuple[Tensor, ...]]:
+        """What is held of statistics per layer, but for those of which nothing is held."""
+        self._join_waiting()
+        return self._records
+
     def turned(self) -> tuple[Tensor, Tensor]:
         """Keys and values as the store turned them."""
         return self.form.turned()
@@ -271,7 +279,7 @@ class SlotLayer:
             start = f"records.{part!r}."
             count = sum(name.startswith(start) for name in tensors)
             if count:
-                self.records[part] = tuple(tensors[f"{start}{i}"] for i in range(count))
+                self._records[part] = tuple(tensors[f"{start}{i}"] for i in range(count))
 
     # What statistics know.
 
@@ -280,7 +288,7 @@ class SlotLayer:
         self.parts = tuple(part for part in self.parts if part in statistics)
         self.layer_parts = tuple(part for part in self.layer_parts if part in statistics)
         self.form.narrow_statistics(self.parts)
-        self.records = {n: value for n, value in self.records.items() if n in statistics}
+        self._records = {n: value for n, value in self.records.items() if n in statistics}
 
     def observe(self, part: Statistic, new: Any, several: bool = False) -> None:
         """Joins what a forward gave to a statistic per slot.
@@ -307,25 +315,40 @@ class SlotLayer:
         for record in self._record:
             self.form.observe_past(record.past, part, numbers, columns)
 
-    def observe_queries(self, part: Statistic, queries: Tensor, columns: Tensor) -> None:
-        """Joins a forward's queries to a statistic per layer; see `Statistic.join`.
+    def observe_queries(self, told: Told) -> None:
+        """Joins queries to statistics per layer, now or with later ones; see `Statistic.join`.
 
         Raises:
-            KVPruneError: the statistic is no tuple of tensors with an axis for the rows.
+            KVPruneError: a statistic is no tuple of tensors with an axis for the rows.
         """
-        value = part.join(self.records.get(part, ()), (queries, columns))
-        rows = columns.shape[0]
-        tensors = isinstance(value, tuple) and all(isinstance(t, Tensor) for t in value)
-        if not tensors or any(t.dim() == 0 or t.shape[0] != rows for t in value):
-            raise KVPruneError(
-                f"{part!r}: expected join() to return a tuple of tensors whose first axis are the "
-                f"{rows} rows, got {described(value)}"
-            )
-        self.records[part] = value
+        if self._waiting and not self._waiting[-1].goes_with(told):
+            self._join_waiting()
+        self._waiting.append(told)
+        if len(self._waiting) == MOST or not may_wait(told):
+            self._join_waiting()
+
+    def _join_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            self._join(together(waiting))
+
+    def _join(self, told: Told) -> None:
+        rows = told.columns.shape[0]
+        for part in told.parts:
+            with without_autocast(told.queries.device):
+                value = part.join(self._records.get(part, ()), told.read_by(part))
+            tensors = isinstance(value, tuple) and all(isinstance(t, Tensor) for t in value)
+            if not tensors or any(t.dim() == 0 or t.shape[0] != rows for t in value):
+                raise KVPruneError(
+                    f"{part!r}: expected join() to return a tuple of tensors whose first axis are "
+                    f"the {rows} rows, got {described(value)}"
+                )
+            self._records[part] = value
 
     def forget_records(self, kept: Container[Statistic] = ()) -> None:
         """Frees the statistics per layer but for those that are named; they begin anew."""
-        self.records = {part: held for part, held in self.records.items() if part in kept}
+        if any(part not in kept for part in self.layer_parts):
+            self._records = {part: held for part, held in self.records.items() if part in kept}
 
     # New tokens.
 
@@ -442,7 +465,7 @@ class SlotLayer:
             return
         record, self._record = self._record[-1 - back], []
         # Not what nobody wants any more.
-        self.records = {p: r for p, r in record.records.items() if p in self.records}
+        self._records = {p: r for p, r in record.records.items() if p in self.records}
         if record.past[0].columns is None:
             self.reset()
             return
@@ -455,7 +478,7 @@ class SlotLayer:
             return
         rows = rows.to(self.device)
         self.form = self.form.select_rows(rows)
-        self.records = {
+        self._records = {
             part: tuple(tensor.index_select(0, rows) for tensor in record)
             for part, record in self.records.items()
         }

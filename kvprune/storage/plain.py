@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buffers import extended, put, roomier
+from .buffers import extended, first_slots, index_of, put, roomier
 from .held import Held
 
 
@@ -52,12 +52,12 @@ class Plain(Held):
         return self.buffers[0].dtype
 
     def keys(self, used: int) -> Tensor:
-        """`[B, Hkv, used, D]`, a view."""
-        return self.buffers[0][:, :, :used]
+        """`[B, Hkv, used, D]`, not copied."""
+        return first_slots(self.buffers[0], used)
 
     def values(self, used: int) -> Tensor:
-        """`[B, Hkv, used, Dv]`, a view."""
-        return self.buffers[1][:, :, :used]
+        """`[B, Hkv, used, Dv]`, not copied."""
+        return first_slots(self.buffers[1], used)
 
     def append(self, keys: Tensor, values: Tensor, used: int) -> None:
         """Puts new ones `[B, Hkv, Q, D|Dv]` behind the first `used` slots."""
@@ -67,7 +67,9 @@ class Plain(Held):
     def put(self, slot: Tensor, keys: Tensor, values: Tensor) -> None:
         """Puts one token `[B, Hkv, 1, D|Dv]` into the slots `[B, 1|Hkv, 1]`."""
         self._spare_what_was_saved()
-        self._write(lambda buffer, new: put(buffer, slot, new), keys, values)
+        # Made once for both, where they have as many numbers.
+        index = index_of(slot, keys) if keys.shape == values.shape else slot
+        self._write(lambda buffer, new: put(buffer, index, new), keys, values)
 
     def _spare_what_was_saved(self) -> None:
         """Goes on with copies of buffers that autograd may have saved.

@@ -16,7 +16,17 @@ from ..attention.coded import Coded
 from ..attention.inputs import Piece
 from ..attention.lanes import Lanes
 from ..statistics import Statistic, statistic_dtype
-from .buffers import extended, gathered, numbers_at, put, roomier, spare, watched, widened
+from .buffers import (
+    extended,
+    first_slots,
+    gathered,
+    numbers_at,
+    put,
+    roomier,
+    spare,
+    watched,
+    widened,
+)
 from .joining import joined
 from .plain import Plain
 from .quantized import Quantized, QuantizedSlots
@@ -85,7 +95,7 @@ class Rectangle:
         """`[B, 1|Hkv, S]` int64, -1 for an empty slot."""
         held = self.held_columns
         assert held is not None
-        return held if self.used == held.shape[-1] else held[..., : self.used]
+        return first_slots(held, self.used)
 
     @property
     def capacity(self) -> int:
@@ -99,9 +109,9 @@ class Rectangle:
 
     @property
     def statistics(self) -> dict[Statistic, Tensor]:
-        """Those per slot, each `[B, Hkv, S]`, views."""
+        """Those per slot, each `[B, Hkv, S]`, not copied."""
         held = self.held_numbers
-        return {part: held[part][..., : self.used] for part in self.parts if part in held}
+        return {part: first_slots(held[part], self.used) for part in self.parts if part in held}
 
     @property
     def arrived(self) -> Tensor:
@@ -283,9 +293,9 @@ class Rectangle:
         """Joins what a forward gave to a statistic per slot; see `SlotLayer.observe`."""
         held = self.held_numbers[part]
         if part.adds and not watched(held):
-            held[..., : self.used].add_(new)
+            first_slots(held, self.used).add_(new)
             return
-        self.take(part, joined(part, held[..., : self.used], new, several))
+        self.take(part, joined(part, first_slots(held, self.used), new, several))
 
     def take(self, part: Statistic, value: Tensor) -> None:
         """Takes `[B, Hkv, S]` for what a statistic knows of the slots."""
@@ -294,7 +304,7 @@ class Rectangle:
             self.held_numbers[part] = torch.cat([value, held[..., self.used :]], -1)
         else:
             # In its place, since layers that decode together share it.
-            held[..., : self.used].copy_(value)
+            first_slots(held, self.used).copy_(value)
 
     def rewrite_keys(
         self, keys: Tensor, index: Tensor | None = None, there: Tensor | None = None
