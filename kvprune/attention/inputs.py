@@ -139,14 +139,17 @@ class Inputs:
         Of codes the queries are turned here, if keys are.
         """
         if self.coded is None:
-            return torch.matmul(grouped, self.key.transpose(-1, -2))
+            # This way round a CPU is quicker.
+            found = torch.bmm(self.key.flatten(0, 1), grouped.flatten(0, 1).transpose(1, 2))
+            return found.transpose(1, 2).view(*grouped.shape[:3], -1)
         wide = grouped.to(statistic_dtype(grouped.dtype))
         return self.coded[0].products(wide, self.turned)
 
     def weighted(self, probabilities: Tensor) -> Tensor:
         """The values' sums by `[B, Hkv, G, S]`: `[B, Hkv, G, Dv]`, turned back here of codes."""
         if self.coded is None:
-            return torch.matmul(probabilities, self.value)
+            found = torch.bmm(probabilities.flatten(0, 1), self.value.flatten(0, 1))
+            return found.view(*probabilities.shape[:3], -1)
         wide = probabilities.to(statistic_dtype(probabilities.dtype))
         return self.coded[1].weighted(wide, self.turned).to(self.query.dtype)
 

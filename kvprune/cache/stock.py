@@ -134,10 +134,12 @@ class StockCache(Cache):
         Raises:
             KVPruneError: called outside a forward of an attached model.
         """
-        if self.step.one_by_one:
+        step = self.step
+        if step.one_by_one:
             # Stored by the attention function, each when its turn comes.
             return key_states, value_states
-        return self.at_layer(layer_idx).on(key_states.device).store(key_states, value_states)
+        layer = at_layer(step, layer_idx, self.state.slots(layer_idx))
+        return layer.on(key_states.device).store(key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The logical length; the same for all layers, and 0 for those behind the last."""

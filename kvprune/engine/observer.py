@@ -137,6 +137,8 @@ class Observer:
             what is known of queries; None where nothing of them is held, or nobody asks.
         """
         slots, step = self.slots, self.step
+        if not slots.layer_parts:
+            return None
         awaited = [p for p in slots.layer_parts if step.awaits(p, self.index, self.moment)]
         told = tuple(part for part in awaited if part.reads != "rotations")
         if told:

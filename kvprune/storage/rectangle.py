@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..attention.coded import Coded
+from ..attention.constants import constant
 from ..attention.inputs import Piece
 from ..attention.lanes import Lanes
 from ..statistics import Statistic, statistic_dtype
@@ -44,6 +45,10 @@ class Past:
 
     columns: Tensor | None
     statistics: dict[Statistic, Tensor]
+
+
+def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 class Rectangle:
@@ -282,7 +287,8 @@ class Rectangle:
         """New tokens' numbers, each `[B, Hkv, Q]`."""
         dtype = statistic_dtype(keys.dtype)
         numbers: dict[Statistic | str, Tensor] = {
-            part: torch.full_like(keys[..., 0], part.start, dtype=dtype) for part in self.parts
+            part: constant(_number, part.start, dtype, keys.device).expand(keys.shape[:3])
+            for part in self.parts
         }
         if self.arrivals:
             assert arrived is not None
@@ -332,7 +338,7 @@ class Rectangle:
             policy: the policy that is full now; see `Turnover`.
         """
         if self.used - most > 1 or self.capacity - most > spare(most):
-            self._compact(columns, most)
+            self._compact(columns, fewest, most)
             self.gaps, self.turnover = fewest < most, Turnover(policy=policy)
             return
         self.held_columns = widened(columns, self.capacity, -1)
@@ -390,10 +396,13 @@ class Rectangle:
         for name, value in past.statistics.items():
             self.held_numbers[name] = widened(value, capacity, 0)
 
-    def _compact(self, columns: Tensor, size: int) -> None:
-        """Moves the `size` slots that stay to the front of new buffers, with one to spare."""
+    def _compact(self, columns: Tensor, fewest: int, size: int) -> None:
+        """Moves the `fewest` to `size` slots that stay to the front of new buffers."""
         assert self.held is not None
-        order = (columns < 0).byte().argsort(dim=-1, stable=True)[..., :size]
+        if fewest == size:
+            order = (columns >= 0).nonzero()[:, -1].view(*columns.shape[:2], size)
+        else:
+            order = (columns < 0).byte().argsort(dim=-1, stable=True)[..., :size]
         self.held_columns = widened(columns.gather(-1, order), size + 1, -1)
         self.held.gather(order)
         for name, value in self.held_numbers.items():

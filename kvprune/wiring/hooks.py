@@ -15,6 +15,9 @@ from ..models.structure import argument, arguments_given, with_argument
 from .forward import cache_in
 from .own_attention import at_slots
 
+_OF_HIDDEN = ("hidden", "second reading")
+"""What statistics read of hidden states."""
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -51,8 +54,9 @@ def _before_layer(
     if cache is None:
         return None
     # Layers hand keywords that they do not know on to their attention.
-    args, kwargs = _enter(cache, index, layer, args, kwargs)
-    _show(cache, index, layer, args, kwargs)
+    step = cache.step
+    args, kwargs = _enter(step, index, layer, args, kwargs)
+    _show(step, cache, index, layer, args, kwargs)
     return args, {**kwargs, "kvprune_layer": cache.at_layer(index)}
 
 
@@ -65,23 +69,24 @@ def _before_attention(
 
 
 def _enter(
-    cache: ComposedCache,
+    step: Step,
     index: int,
     layer: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Arguments:
     """A layer's arguments, gathered to the tokens that enter it."""
-    if not cache.step.prunes:
+    if not step.prunes:
         return args, kwargs
     if torch.compiler.is_compiling():
         # What is asked there breaks the graph. Behind a break inside a hook, compiled code goes on
         # with the arguments that the hook was handed, not with those that it returns.
-        return torch.compiler.disable(_gather)(cache.step, index, layer, args, kwargs)
-    return _gather(cache.step, index, layer, args, kwargs)
+        return torch.compiler.disable(_gather)(step, index, layer, args, kwargs)
+    return _gather(step, index, layer, args, kwargs)
 
 
 def _show(
+    step: Step,
     cache: ComposedCache,
     index: int,
     layer: nn.Module,
@@ -89,7 +94,7 @@ def _show(
     kwargs: dict[str, Any],
 ) -> None:
     """Shows the hidden states that enter a layer to statistics that read them, if some do."""
-    if not cache.step.reads.isdisjoint(("hidden", "second reading")):
+    if not step.reads.isdisjoint(_OF_HIDDEN):
         cache.at_layer(index).show(argument(layer, args, kwargs, "hidden_states"))
 
 
@@ -111,7 +116,7 @@ def _before_linear_layer(
     cache = cache_in(layer, args, kwargs)
     if cache is None or not cache.step.prunes:
         return None
-    arguments = _enter(cache, index, layer, args, kwargs)
+    arguments = _enter(cache.step, index, layer, args, kwargs)
     # Here the mask is `[B, Q]`, or None for no padding. What fills shorter rows is masked too.
     mask = None if cache.step.complete else cache.step.columns >= 0
     return with_argument(layer, *arguments, "attention_mask", mask)
@@ -124,8 +129,8 @@ def _before_bare_layer(
     cache = cache_in(layer, args, kwargs)
     if cache is None:
         return None
-    args, kwargs = _enter(cache, index, layer, args, kwargs)
-    _show(cache, index, layer, args, kwargs)
+    args, kwargs = _enter(cache.step, index, layer, args, kwargs)
+    _show(cache.step, cache, index, layer, args, kwargs)
     return args, kwargs
 
 

@@ -65,13 +65,13 @@ OPERATORS = {
     "dense": (72, 24),
     "no policy": (79, 32),
     "StreamingLLM": (74, 59),
-    "H2O": (91, 61),
-    "SDTP + H2O": (91, 61),
-    "TOVA": (92, 54),
+    "H2O": (88, 61),
+    "SDTP + H2O": (88, 61),
+    "TOVA": (89, 54),
 }
 # The same of policies that are not asked in the step, where no buffer has to grow.
 OPERATORS_BETWEEN = {
-    "ObservedAttention": (110, 32),
+    "ObservedAttention": (105, 32),
     "ExpectedAttention": (80, 35),
     "SnapKV": (80, 32),
 }
