@@ -96,10 +96,12 @@ class ExpectedAttention(OneBudget):
         mean = (mean * slots.scaling).unflatten(1, (heads, -1))
         spread = (spread * (slots.scaling**2 / 2)).unflatten(1, (heads, -1))
         logits = []
+        # One room for all: large tensors made anew cost more than the sums.
+        room = torch.empty_like(keys, memory_format=torch.contiguous_format)
         # As precise as the moments, whatever precision the model runs in.
         with torch.autocast(keys.device.type, enabled=False):
             for group in range(mean.shape[2]):
                 # k mu + k Sigma k = (k Sigma + mu) k; in place, as there are many keys.
-                weight = (keys @ spread[:, :, group]).add_(mean[:, :, group])
+                weight = torch.matmul(keys, spread[:, :, group], out=room).add_(mean[:, :, group])
                 logits.append(weight.mul_(keys).sum(-1))
         return torch.stack(logits, 2)

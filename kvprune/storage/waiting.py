@@ -16,8 +16,8 @@ from ..policy.rotary import Rotary
 from ..statistics import Statistic, statistic_dtype
 from .rows import RowNumbers
 
-MOST = 16
-"""Queries that wait at once: they take room, which no policy counts."""
+MOST = 32
+"""Queries that wait at once. They take room, less than half of what their moments take."""
 
 
 @dataclass(frozen=True, eq=False)
