@@ -29,9 +29,9 @@ the weights held at once while the prompt was read, counted with H2O's blocks on
 (each thread beyond the first adds the scores of one block), *peak MB* what the process grew by.
 SDTP has random heads here, of the shape of those that ship. Policies with a budget keep an eighth
 of a prompt unless something else is said. A step of a policy that is asked every 64 tokens is the
-mean of 64. This page is made by `python -m bench.performance` from
-`bench/results/speed-*.json`, which `make speed` measures. The same of kvpress, beside this, is on
-[a page of its own](peers.md).
+mean of 64; it keeps 32 slots fewer, and so holds as many as the others in the mean. This page is
+made by `python -m bench.performance` from `bench/results/speed-*.json`, which `make speed`
+measures. The same of kvpress, beside this, is on [a page of its own](peers.md).
 """
 NOTHING = "\nNothing has been measured with this version yet.\n"
 

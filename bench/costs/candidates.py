@@ -107,7 +107,8 @@ def in_decoding(model: Any, budget: int) -> dict[str, Make]:
     }
     for kind in (KeyDiff, Knorm, ObservedAttention, ExpectedAttention):
         each[kind.__name__] = kind(budget, when=None)
-        each[kind.__name__ + SELDOM] = kind(budget, when=ROUND)
+        # As many slots in the mean, from one eviction to the next.
+        each[kind.__name__ + SELDOM] = kind(budget - ROUND // 2, when=ROUND)
     composed: dict[str, Make] = {
         name: partial(kvprune.ComposedCache, [policy]) for name, policy in each.items()
     }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..models.devices import without_autocast
 from ..statistics import Block
+from .constants import constant
 from .hadamard import hadamard
 from .inputs import Inputs, Scores, hide
 from .masks import is_known, window_of
@@ -136,9 +137,11 @@ def blocks_of_repeat(
 @torch.no_grad()
 def views(inputs: Inputs, dtype: torch.dtype) -> Tensor:
     """How many of a forward's queries may see each slot, `[B, 1|Hkv|Hq, S]`; padding sees none."""
-    queries, slots = inputs.query_columns, inputs.slot_columns
+    queries = inputs.query_columns
     if queries.shape[1] == 1 and inputs.sees_all:
-        return torch.ones((), dtype=dtype, device=slots.device).expand_as(slots)
+        rows, _, size, _ = inputs.key.shape
+        return constant(_one, dtype, inputs.query.device).expand(rows, 1, size)
+    slots = inputs.slot_columns
     if is_known(inputs.mask, inputs.local):
         return seen_by(queries, slots, window_of(inputs.mask, inputs.local)).to(dtype)
     found = torch.zeros(())
@@ -149,6 +152,10 @@ def views(inputs: Inputs, dtype: torch.dtype) -> Tensor:
         here = (mask & (columns >= 0)[:, None, :, None]).sum(2)
         found = here if first == 0 else found + here
     return found.to(dtype)
+
+
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones((), dtype=dtype, device=device)
 
 
 def seen_by(queries: Tensor, slots: Tensor, window: int | None) -> Tensor:

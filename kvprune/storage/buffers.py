@@ -33,7 +33,8 @@ def put(buffer: Tensor | None, slot: Tensor, new: Tensor | float) -> Tensor:
     if not isinstance(new, Tensor):
         return buffer.scatter(2, slot, new) if watched(buffer) else buffer.scatter_(2, slot, new)
     index = slot if slot.shape == new.shape else index_of(slot, new)
-    buffer, new = of_one_dtype(buffer, new)
+    if buffer.dtype != new.dtype:
+        buffer, new = of_one_dtype(buffer, new)
     if watched(buffer, new):
         return buffer.scatter(2, index, new)
     return buffer.scatter_(2, index, new)
@@ -59,7 +60,8 @@ def extended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
         # three times the bytes, or what somebody else holds too.
         return new.clone(memory_format=torch.contiguous_format)
     size = used + new.shape[2]
-    buffer, new = of_one_dtype(buffer, new)
+    if buffer.dtype != new.dtype:
+        buffer, new = of_one_dtype(buffer, new)
     if watched(buffer, new):
         return torch.cat([buffer[:, :, :used], new], 2)
     if size > buffer.shape[2]:
@@ -73,8 +75,6 @@ def extended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
 
 def of_one_dtype(buffer: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the wider dtype, as `torch.cat` has it: autocast may be on in one forward alone."""
-    if buffer.dtype == new.dtype:
-        return buffer, new
     wider = torch.promote_types(buffer.dtype, new.dtype)
     return buffer.to(wider), new.to(wider)
 

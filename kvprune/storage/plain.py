@@ -69,7 +69,8 @@ class Plain(Held):
         self._spare_what_was_saved()
         # Made once for both, where they have as many numbers.
         index = index_of(slot, keys) if keys.shape == values.shape else slot
-        self._write(lambda buffer, new: put(buffer, index, new), keys, values)
+        held_keys, held_values = self.buffers
+        self.buffers = put(held_keys, index, keys), put(held_values, index, values)
 
     def _spare_what_was_saved(self) -> None:
         """Goes on with copies of buffers that autograd may have saved.
