@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprune import Ranking
-from kvprune.policy.selection import select
+from kvprune.policy.selection import first_to_go, select
 
 from ..support.naive import naive_select
 
@@ -75,3 +75,13 @@ def test_a_nan_score_never_costs_a_protected_entry():
     columns = torch.arange(4).view(1, 1, 4)
     kept = select(Ranking(score, protected, torch.tensor([3])), columns, columns >= 0)
     assert kept[0, 0, 1] and kept[0, 0, 2] and int(kept.sum()) == 3
+
+
+def test_a_nan_score_in_one_head_says_nothing_of_another():
+    """Of the other head's equal scores the oldest goes."""
+    score = torch.tensor([[[float("nan"), 1.0, 2.0], [1.0, 1.0, 2.0]]])
+    columns = torch.tensor([[[0, 1, 2], [1, 0, 2]]])
+    free = torch.ones(1, 2, 3, dtype=torch.bool)
+    assert first_to_go(score, free, columns)[0, 1].tolist() == [1]
+    kept = select(Ranking(score, ~free, torch.tensor([1])), columns, columns >= 0)
+    assert kept[0, 1].tolist() == [False, False, True]

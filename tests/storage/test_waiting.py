@@ -1,0 +1,129 @@
+"""Queries of single tokens, which wait for others: nobody who reads a statistic sees that."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import kvprune
+from kvprune.policies import ExpectedAttention, SnapKV
+from kvprune.statistics import Statistic
+from kvprune.storage.waiting import MOST
+
+from ..support.models import LAYERS, fresh_model, prompt
+
+TOLD: list[int] = []
+"""How many queries `Told` was handed, each time."""
+
+
+@dataclass(frozen=True)
+class Told(Statistic):
+    """The columns of all queries, `[B, n]`."""
+
+    per: ClassVar[str] = "layer"
+    reads: ClassVar[str] = "queries"
+
+    def join(self, held: tuple[Tensor, ...], new: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        TOLD.append(new[0].shape[2])
+        return (torch.cat([*held, new[1]], 1),)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_told():
+    TOLD.clear()
+
+
+def read(model: Any, cache: Any, ids: Tensor, *edges: int) -> None:
+    """Has a model read ids in pieces that end there."""
+    for start, stop in pairwise((0, *edges)):
+        model(ids[:, start:stop], past_key_values=cache)
+
+
+@pytest.fixture(name="model")
+def _model():
+    return kvprune.attach(fresh_model(dtype=torch.float64))
+
+
+def columns_told(cache: Any) -> list[int]:
+    """Of the first row, in the first layer."""
+    columns: list[int] = cache.layers[0].records[Told()][0][0].tolist()
+    return columns
+
+
+@torch.no_grad()
+def test_single_queries_are_told_together(model: Any):
+    """A prompt at once; then so many at a time, and what is left when somebody reads."""
+    cache, size = kvprune.ComposedCache([], observe=(Told(),)), 6 + 2 * MOST + 5
+    read(model, cache, prompt(1, size), *range(6, size + 1))
+    assert TOLD == [6] * LAYERS + [MOST] * 2 * LAYERS
+    assert columns_told(cache) == list(range(size))
+    assert TOLD[-1] == 5
+
+
+def test_with_gradients_nobody_waits(model: Any):
+    """Autograd may have saved what would be joined later."""
+    read(model, kvprune.ComposedCache([], observe=(Told(),)), prompt(1, 9), 6, 7, 8, 9)
+    assert TOLD == [6] * LAYERS + [1] * 3 * LAYERS
+
+
+@torch.no_grad()
+def test_several_queries_come_behind_what_waits(model: Any):
+    """In the order in which tokens were read."""
+    cache = kvprune.ComposedCache([], observe=(Told(),))
+    with cache.prompt(9):
+        read(model, cache, prompt(1, 9), 3, 4, 5, 9)
+    assert columns_told(cache) == list(range(9))
+
+
+@torch.no_grad()
+def test_reset_forgets_what_waits(model: Any):
+    """The next sequence is told of its own queries alone."""
+    cache = kvprune.ComposedCache([], observe=(Told(),))
+    read(model, cache, prompt(1, 8), 6, 7, 8)
+    cache.reset()
+    read(model, cache, prompt(1, 4), 3, 4)
+    assert columns_told(cache) == list(range(4))
+
+
+@pytest.mark.parametrize("how", ["select", "save", "copy", "count bytes"])
+@torch.no_grad()
+def test_nothing_that_waits_is_lost(model: Any, how: str, tmp_path: Path):
+    """Statistics as if they had been joined one by one, which gradients see to."""
+    policies = [ExpectedAttention(100, when=64), SnapKV(100, window=9, when=64)]
+
+    def selected(cache: Any) -> Any:
+        for _ in range(2):
+            cache.batch_select_indices(torch.tensor([1, 0]))
+        return cache
+
+    def loaded(cache: Any) -> Any:
+        cache.save(tmp_path / "cache")
+        return kvprune.ComposedCache.load(tmp_path / "cache", policies, model)
+
+    ways: dict[str, Callable[[Any], Any]] = {
+        "select": selected,
+        "save": loaded,
+        "copy": copy.deepcopy,
+        "count bytes": lambda cache: cache if cache.nbytes else None,
+    }
+    one_by_one, waiting = (kvprune.ComposedCache(policies) for _ in range(2))
+    before, after = prompt(2, 11), prompt(2, 3)
+    with torch.enable_grad():
+        read(model, one_by_one, before, *range(6, 12))
+        read(model, one_by_one, after, 1, 2, 3)
+    read(model, waiting, before, *range(6, 12))
+    waiting = ways[how](waiting)
+    read(model, waiting, after, 1, 2, 3)
+    for mine, theirs in zip(waiting.layers, one_by_one.layers, strict=True):
+        assert len(mine.records) == 2
+        for part, held in mine.records.items():
+            for got, expected in zip(held, theirs.records[part], strict=True):
+                torch.testing.assert_close(got, expected.detach(), rtol=1e-9, atol=1e-11)
