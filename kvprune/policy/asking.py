@@ -137,9 +137,11 @@ def answer_of(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ran
         shown["stored"] = withheld(view.heads)
     ranking = ask(policy, hook, replace(view, **shown))
     shared = hook == "rank_hidden" or policy.shares_heads
-    if shared and view.group is not None and isinstance(ranking, Ranking):
-        return agreed(ranking, view.group)
-    return ranking
+    if not shared or view.group is None or not isinstance(ranking, Ranking):
+        return ranking
+    if isinstance(view, SlotView) and (view.columns.shape[1] > 1 or view.heads == 1):
+        return agreed_by_column(ranking, view.group, view.columns, view.seen)
+    return agreed(ranking, view.group)
 
 
 # In a tensor parallel model each process holds some of the heads, and their slots. What it decides
@@ -158,6 +160,33 @@ def agreed(ranking: Ranking, group: Any) -> Ranking:
     score /= dist.get_world_size(group)
     protected, budget = (_largest(t, group) for t in (ranking.protected, ranking.budget))
     return replace(ranking, score=score, protected=protected.bool(), budget=budget)
+
+
+def agreed_by_column(ranking: Ranking, group: Any, columns: Tensor, seen: int) -> Ranking:
+    """As `agreed`, where heads may hold different tokens, so that processes do, too.
+
+    What a process does not hold it gives a score of 0.
+
+    Args:
+        ranking: of one process, the same for a token in all heads that hold it.
+        group: the processes.
+        columns: `[B, 1|H, S]` int64, of the slots, -1 for none.
+        seen: the columns shown so far.
+    """
+    rows, shape = columns.shape[0], torch.broadcast_shapes(columns.shape, ranking.score.shape)
+    # What is not valid goes behind all columns.
+    place = columns.expand(shape).flatten(1)
+    place = place.where(place >= 0, seen)
+
+    def by_column(value: Tensor) -> Tensor:
+        table = value.new_zeros(rows, seen + 1)
+        return table.scatter(1, place, value.expand(shape).flatten(1))
+
+    protected = by_column(ranking.protected.long())
+    told = replace(ranking, score=by_column(ranking.score), protected=protected)
+    told = agreed(told, group)
+    score, protected = (t.gather(1, place).view(shape) for t in (told.score, told.protected))
+    return replace(told, score=score, protected=protected)
 
 
 def any_process(found: Tensor, group: Any) -> Tensor:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -16,10 +17,11 @@ from ..support.models import fresh_model
 from ..support.parallel_run import PIPELINES, report
 
 
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_two_processes_equal_one(tmp_path, kv_heads):
     """Tokens, and each head's kept columns; also where heads must agree."""
     path, out = tmp_path / "model", tmp_path / "found"
-    fresh_model(dtype=torch.float32).save_pretrained(path)
+    fresh_model(kv_heads=kv_heads, dtype=torch.float32).save_pretrained(path)
     one = kvprune.attach(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64))
     expected = report(one)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

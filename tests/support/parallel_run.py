@@ -12,7 +12,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 import kvprune
-from kvprune.policies import H2O, StreamingLLM
+from kvprune.policies import (
+    H2O,
+    TOVA,
+    ExpectedAttention,
+    FastKV,
+    KeyDiff,
+    ObservedAttention,
+    PyramidKV,
+    SnapKV,
+    StreamingLLM,
+)
 from kvprune.policy import SlotView, TokenView
 from kvprune.statistics import Attention
 from kvprune.storage.layout import parting_at_once
@@ -52,6 +62,14 @@ PIPELINES: dict[str, list[kvprune.TokenPolicy]] = {
     "sdtp, h2o": [sdtp_pruner(0.6), H2O(4, 4)],
     "streaming": [StreamingLLM(2, 6)],
     "threshold": [Threshold(0.6, 2)],
+    "tova": [TOVA(8)],
+    "snapkv, tova": [SnapKV(12, window=4), TOVA(8)],
+    "snapkv": [SnapKV(12, window=4)],
+    "pyramidkv": [PyramidKV(12, window=4)],
+    "keydiff": [KeyDiff(12)],
+    "observed attention": [ObservedAttention(8, when=3)],
+    "expected attention": [ExpectedAttention(8, sinks=2, when=3)],
+    "fastkv": [FastKV(0.5, window=4, layer=1)],
     "head-shared": [HeadShared()],
     "head-shared | streaming": [HeadShared() | StreamingLLM(2, 4)],
 }
