@@ -105,10 +105,11 @@ def in_decoding(model: Any, budget: int) -> dict[str, Make]:
         HEAVY: H2O(heavy=budget // 2, recent=budget - budget // 2),
         "TOVA": TOVA(budget),
     }
+    # As many slots in the mean, from one eviction to the next; short trials have small budgets.
+    fewer = max(budget - ROUND // 2, budget // 2)
     for kind in (KeyDiff, Knorm, ObservedAttention, ExpectedAttention):
         each[kind.__name__] = kind(budget, when=None)
-        # As many slots in the mean, from one eviction to the next.
-        each[kind.__name__ + SELDOM] = kind(budget - ROUND // 2, when=ROUND)
+        each[kind.__name__ + SELDOM] = kind(fewer, when=ROUND)
     composed: dict[str, Make] = {
         name: partial(kvprune.ComposedCache, [policy]) for name, policy in each.items()
     }

@@ -131,8 +131,8 @@ def _decode(context: int, budgets: tuple[int, ...]) -> Part:
 
 def _field_step(context: int, budget: int) -> Part:
     """A part of steps on what the field's methods keep, beside dense steps."""
-    # Four rounds from one seldom eviction to the next.
-    repeats = 26
+    # Three rounds from one seldom eviction to the next.
+    repeats = 20
     seconds = _FIELD_STEPS * (dense_seconds(context) + repeats * STEPS * _STEP)
     name = f"field-step-{context}"
     return Part(name, "field-step", context, repeats, seconds, budgets=(budget,))

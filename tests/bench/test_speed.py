@@ -135,7 +135,7 @@ def test_a_gpu_s_results_do_not_take_the_place_of_a_cpu_s():
 def test_the_whole_plan_takes_less_than_an_hour():
     """Of which the layers of a 7B model take no more than seven."""
     parts = Sizes().parts()
-    assert 30 * 60 < sum(part.seconds for part in parts) < 54 * 60
+    assert 30 * 60 < sum(part.seconds for part in parts) < 56 * 60
     assert sum(part.seconds for part in parts if part.shape == LAYER) < 7 * 60
     assert len({part.name for part in parts}) == len(parts)
 

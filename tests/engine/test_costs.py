@@ -71,7 +71,7 @@ OPERATORS = {
 }
 # The same of policies that are not asked in the step, where no buffer has to grow.
 OPERATORS_BETWEEN = {
-    "ObservedAttention": (105, 32),
+    "ObservedAttention": (103, 32),
     "ExpectedAttention": (80, 35),
     "SnapKV": (80, 32),
 }
