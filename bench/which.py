@@ -69,22 +69,23 @@ def _rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     """A line for each policy at each budget, the least lost first; both data sets side by side."""
-    found: dict[tuple[str, float], dict[str, dict[str, Any]]] = {}
+    found: dict[tuple[str, float | None], dict[str, dict[str, Any]]] = {}
     for row in rows:
         task = row["task"].partition(",")[0]
         found.setdefault((row["policy"], row["budget"]), {})[task] = row
     lines = ["| kept | policy | bytes | reading | SQuAD | HotpotQA |", "|" + " --- |" * 6]
     for (policy, budget), of in sorted(found.items(), key=lambda item: _order(item[0], item[1])):
         any_row = next(iter(of.values()))
-        cells = [f"{budget:g}", f"`{_named(policy)}`", f"{any_row['bytes']:.3f}"]
+        kept = "its own" if budget is None else f"{budget:g}"
+        cells = [kept, f"`{_named(policy)}`", f"{any_row['bytes']:.3f}"]
         cells += [f"{any_row['prefill_flops']:.2f} x"]
         cells += [_said(of.get(task)) for task in ("squad", "hotpotqa")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _order(key: tuple[str, float], of: dict[str, dict[str, Any]]) -> tuple[float, float]:
-    return -key[1], _mean(row["nats_lost"] for row in of.values())
+def _order(key: tuple[str, float | None], of: dict[str, dict[str, Any]]) -> tuple[float, float]:
+    return -(key[1] or 0), _mean(row["nats_lost"] for row in of.values())
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -94,9 +95,13 @@ def _mean(values: Iterable[float]) -> float:
 
 def _named(policy: str) -> str:
     """The policy as the page names it, without places on the machine that measured it."""
-    name = policy.replace("sdtp+", "SDTP + ").replace("saliency", "Saliency")
-    name = name.replace("adakv(base=", "AdaKV(").replace("snapkv(0.25)", "SnapKV")
-    name = name.replace("kvzip(0.25,plus=True)", "KVzip(plus=True)").replace("kvzap", "KVzap")
+    name = policy.replace("sdtp", "SDTP").replace("SDTP+", "SDTP + ")
+    name = name.replace("saliency", "Saliency").replace("adakv(base=", "AdaKV(")
+    # The share is in a column of its own.
+    name = re.sub(r"(snapkv|expectedattention)\(0\.\d+\)", r"\1", name)
+    name = re.sub(r"kvzip\(0\.\d+,plus=True\)", "KVzip(plus=True)", name)
+    name = name.replace("snapkv)", "SnapKV)").replace("expectedattention", "ExpectedAttention")
+    name = name.replace("kvzap", "KVzap")
     name = name.replace("random", "Random").replace(" in quantized", ", in 5 and 4 bits")
     name = name.replace("globalbudget(base=", "GlobalBudget(").replace("snapkv(0.25,", "SnapKV(")
     name = name.replace("when='first',", "").replace("(when='first')", "")

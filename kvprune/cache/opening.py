@@ -97,6 +97,7 @@ class Opening:
             reads=self.binding.reads,
             read_again=session.read_again,
             repeat=repeat,
+            heads_part=state.fixed > 0,
         )
         step.read = state.read
         return step
@@ -120,7 +121,8 @@ class Opening:
         if positions is None:
             positions = torch.arange(self.state.seen, self.state.seen + count, device=device)
         check_reach(positions, self.binding.limit)
-        return positions.to(device).expand(rows, -1)
+        # A copy: queries may wait with them, and the caller may write to their own.
+        return positions.to(device, copy=True).expand(rows, -1)
 
     def _moment(self, count: int, drafts: int) -> Moment:
         """The moment of the tokens before the drafts."""

@@ -187,8 +187,8 @@ class CacheState:
         self.recorded = step.drafts if step.one_by_one else 0
 
     def _forget_records(self, step: Step) -> None:
-        if not step.moment.ends:
-            # Whoever read something before the next prompt still does.
+        if not step.moment.ends and not step.prunes:
+            # Who reads a statistic changes at ends of prompts alone; see `Moment.comes`.
             return
         for index, layer in self.slot_layers():
             layer.forget_records([p for p in layer.layer_parts if step.still_awaits(p, index)])

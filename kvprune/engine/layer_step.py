@@ -275,6 +275,12 @@ class LayerStep(Observer):
         # Read once: with room for more slots each read is a new view, and `is` compares below.
         held = slots.columns
         columns = at._in_sight(held)
+        if not due and not late:
+            if columns is held:
+                slots.keep_all()
+            else:
+                slots.keep(columns >= 0)
+            return
         full = slots.full_for
         alone = [number for number, _ in due] == [full] and not late
         if step.same_rows and columns is held and alone:
@@ -360,6 +366,7 @@ class LayerStep(Observer):
             stored=Stored(slots.heads, read, self.step.read_last if slots.made_anew else None),
             statistic=Statistics(statistics, None if queried is None else queried.look),
             group=self.step.group,
+            heads_part=self.step.heads_part,
             begin=rows.begin,
             numbers_of=rows.numbers_of,
             queried=queried,

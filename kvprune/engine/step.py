@@ -105,9 +105,11 @@ class Step:
         reads: frozenset[str] = frozenset(),
         read_again: bool = False,
         repeat: Repeat | None = None,
+        heads_part: bool = False,
     ) -> None:
         self._pruners = [p for p in policies if "rank_hidden" in p.hooks]
         self.evicters = [p for p in policies if p.evicts]
+        self.heads_part = heads_part or any(not p.shares_heads for p in self.evicters)
         self.around = False
         self.waits = read_again and moment.ends
         self.repeat = repeat

@@ -139,7 +139,7 @@ def answer_of(policy: TokenPolicy, hook: str, view: TokenView | SlotView) -> Ran
     shared = hook == "rank_hidden" or policy.shares_heads
     if not shared or view.group is None or not isinstance(ranking, Ranking):
         return ranking
-    if isinstance(view, SlotView) and (view.columns.shape[1] > 1 or view.heads == 1):
+    if isinstance(view, SlotView) and view.heads_part:
         return agreed_by_column(ranking, view.group, view.columns, view.seen)
     return agreed(ranking, view.group)
 

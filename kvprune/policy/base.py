@@ -45,7 +45,8 @@ class TokenPolicy:
             a property that depends on options; see `kvprune.statistics`.
         shares_heads: whether its `rank_slots` makes one set for all heads of a layer out of what
             differs between them (statistics, keys, values): the processes of a tensor parallel
-            model then take the mean of their scores.
+            model then take the mean of their scores. What it says of a token must be the same in
+            all heads that hold it, where they hold different ones.
         positions_in_cache: whether positions are to be assigned inside the cache, by a slot's place
             among those that are left (see `kvprune.positions.by_slot`), whatever other policies
             want.

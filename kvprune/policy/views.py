@@ -223,6 +223,7 @@ class SlotView(_View):
     rotary: how the layer turns queries and keys by their position.
     position: `[B]`, the position of each row's newest token, as the model knows it.
     window: how many columns the layer's queries see (sliding or chunked attention); None for all.
+    heads_part: whether some policy may leave heads with different tokens; the same everywhere.
     """
 
     layer: int
@@ -241,6 +242,7 @@ class SlotView(_View):
     queried: Any = field(default=None, repr=False)
     window: int | None = None
     attention: Any = field(default=None, repr=False)
+    heads_part: bool = field(default=False, repr=False)
 
     @property
     def order(self) -> Tensor:

@@ -98,14 +98,16 @@ class Statistic:
         return (self,)
 
     def join(self, held: Any, new: Any) -> Any:
-        """What is held after a forward, or a block of it.
+        """What is held after a forward, or a block of it; per layer after one or more forwards.
 
         Args:
             held: `[B, Hkv, S]`, where it is per slot. Where it is per layer a tuple of tensors; an
                 empty one before the first forward.
             new: see `reads`. For "queries" a pair: `[B, Hq, Q, D]`, and their columns `[B, Q]`
                 int64, -1 for padding. For "unrotated" likewise, with the numbers of the tokens in
-                their rows, from 0, in place of columns, and queries in float32 at least.
+                their rows, from 0, in place of columns, and queries in float32 at least. In
+                decoding the queries of many forwards may come at once, in order, before anybody
+                reads what is held. It must not be written to.
 
         Returns:
             what replaces `held`, of the same form; not the same tensors written to.

@@ -242,8 +242,10 @@ class SlotLayer:
     def tensors(self) -> Iterator[Tensor]:
         """All that is held, for counting bytes."""
         yield from self.form.tensors()
-        for record in self.records.values():
+        for record in self._records.values():
             yield from record
+        for told in self._waiting:
+            yield from told.tensors()
         for before in self._record:
             for past in before.past:
                 yield from () if past.columns is None else (past.columns,)
@@ -323,17 +325,16 @@ class SlotLayer:
         """
         if self._waiting and not self._waiting[-1].goes_with(told):
             self._join_waiting()
-        self._waiting.append(told)
-        if len(self._waiting) == MOST or not may_wait(told):
+        waits = may_wait(told)
+        self._waiting.append(told.copied() if waits else told)
+        if len(self._waiting) == MOST or not waits:
             self._join_waiting()
 
     def _join_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        if waiting:
-            self._join(together(waiting))
-
-    def _join(self, told: Told) -> None:
-        rows = told.columns.shape[0]
+        if not self._waiting:
+            return
+        told = together(self._waiting)
+        rows, joined = told.columns.shape[0], {}
         for part in told.parts:
             with without_autocast(told.queries.device):
                 value = part.join(self._records.get(part, ()), told.read_by(part))
@@ -343,7 +344,10 @@ class SlotLayer:
                     f"{part!r}: expected join() to return a tuple of tensors whose first axis are "
                     f"the {rows} rows, got {described(value)}"
                 )
-            self._records[part] = value
+            joined[part] = value
+        # All or nothing: after an error they wait on, and the next who reads gets it as well.
+        self._records.update(joined)
+        self._waiting = []
 
     def forget_records(self, kept: Container[Statistic] = ()) -> None:
         """Frees the statistics per layer but for those that are named; they begin anew."""

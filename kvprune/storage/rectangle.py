@@ -56,8 +56,8 @@ class Rectangle:
 
     There is room for `capacity` slots, of which the first `used` are in use: `[B, 1|Hkv, capacity]`
     for columns, `[B, Hkv, capacity]` for each statistic and, with `arrivals`, for the position that
-    a slot's key came with (int32). `held` has the keys and values. A slot whose column is -1 is
-    empty. Slots come in no order.
+    a slot's key came with (int32). `held` has the keys and values. Behind those in use columns are
+    -1, and all else may be anything. A slot whose column is -1 is empty. Slots come in no order.
 
     Args:
         store: makes what holds keys and values.

@@ -6,7 +6,7 @@ none of this: all that waits is joined before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,6 +48,14 @@ class Told:
         angles = self.rotary.angles(-self.positions[:, None], queries)
         numbers = self.rows.numbers_of(self.columns[:, None])[:, 0]
         return self.rotary.turned(queries, *angles), numbers
+
+    def copied(self) -> Told:
+        """With queries of its own: a model may hand in a slice of something larger."""
+        return replace(self, queries=self.queries.clone())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What is held while they wait, but for what all layers share."""
+        yield self.queries
 
     def goes_with(self, later: Told) -> bool:
         """Whether both can be told together."""

@@ -15,9 +15,10 @@ from torch import Tensor
 
 import kvprune
 from kvprune.policies import ExpectedAttention, SnapKV
-from kvprune.statistics import Statistic
+from kvprune.statistics import QueryMoments, Statistic
 from kvprune.storage.waiting import MOST
 
+from ..support.family_models import attached_family
 from ..support.models import LAYERS, fresh_model, prompt
 
 TOLD: list[int] = []
@@ -127,3 +128,60 @@ def test_nothing_that_waits_is_lost(model: Any, how: str, tmp_path: Path):
         for part, held in mine.records.items():
             for got, expected in zip(held, theirs.records[part], strict=True):
                 torch.testing.assert_close(got, expected.detach(), rtol=1e-9, atol=1e-11)
+
+
+@torch.no_grad()
+def test_what_the_caller_writes_to_changes_nothing(model: Any):
+    """A loop of one's own may count up its positions in place."""
+    found = []
+    for in_place in (True, False):
+        cache = kvprune.ComposedCache([], observe=(QueryMoments(0),))
+        where, ids = torch.tensor([[0]]), prompt(1, 9)
+        for at in range(9):
+            given = where if in_place else where.clone()
+            model(ids[:, at : at + 1], past_key_values=cache, position_ids=given)
+            where += 1
+        found.append(cache.layers[1].records[QueryMoments(0)])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@dataclass(frozen=True)
+class Failing(Told):
+    """Cannot be told of single tokens."""
+
+    def join(self, held: tuple[Tensor, ...], new: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        if held:
+            raise ValueError("no more")
+        return super().join(held, new)
+
+
+@torch.no_grad()
+def test_an_error_comes_whenever_somebody_reads(model: Any):
+    """And not once, so that the statistics would then lack what was told."""
+    cache = kvprune.ComposedCache([], observe=(Failing(),))
+    read(model, cache, prompt(1, 8), 6, 7, 8)
+    assert cache.nbytes > 0
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no more"):
+            _ = cache.layers[0].records
+
+
+@torch.no_grad()
+def test_queries_of_a_sliding_window_wait_too():
+    """Slots that nobody sees any more go without a look at what is held of queries."""
+    model = attached_family("mistral")
+    read(model, kvprune.ComposedCache([], observe=(Told(),)), prompt(1, 30), *range(20, 31))
+    assert set(TOLD) == {20}
+
+
+@torch.no_grad()
+def test_queries_that_wait_are_no_slices(model: Any):
+    """GPT-2 hands in a third of a projection, which would be kept as a whole."""
+    model, cache = attached_family("gpt2"), kvprune.ComposedCache([], observe=(Told(),))
+    read(model, cache, prompt(1, 8), 6)
+    before = cache.nbytes
+    read(model, cache, prompt(1, 1), 1)
+    (waiting,) = cache.layers[0]._waiting
+    assert waiting.queries.untyped_storage().nbytes() == waiting.queries.nbytes
+    assert cache.nbytes >= before + LAYERS * waiting.queries.nbytes
