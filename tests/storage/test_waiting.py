@@ -170,7 +170,7 @@ def test_an_error_comes_whenever_somebody_reads(model: Any):
 @torch.no_grad()
 def test_queries_of_a_sliding_window_wait_too():
     """Slots that nobody sees any more go without a look at what is held of queries."""
-    model = attached_family("mistral")
+    model = attached_family("gemma2")
     read(model, kvprune.ComposedCache([], observe=(Told(),)), prompt(1, 30), *range(20, 31))
     assert set(TOLD) == {20}
 
