@@ -63,5 +63,6 @@ def _added(slots: SlotView) -> Tensor:
     for group in range(weight.shape[1]):
         mine = weight[:, group].to(values.device, wide)
         for norm, some in zip(norms.split(block, 2), values.split(block, 2), strict=True):
-            norm += torch.linalg.vector_norm(some.to(wide) @ mine, 1, dim=-1)
+            # Not by `vector_norm`, which takes almost as long as the product.
+            norm += (some.to(wide) @ mine).abs_().sum(-1)
     return norms / weight.shape[1]
