@@ -76,7 +76,7 @@ class Lanes:
         """
         if same:
             one, rest = columns[:1], columns.shape[1:]
-            return tuple(one.expand(size, *rest) for size in self._sizes)
+            return tuple(one if size == 1 else one.expand(size, *rest) for size in self._sizes)
         return tuple(columns.index_select(0, rows) for rows in self._rows)
 
     def masks(self, mask: Mask) -> list[LaneMask]:

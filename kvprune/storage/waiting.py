@@ -50,8 +50,15 @@ class Told:
         return self.rotary.turned(queries, *angles), numbers
 
     def copied(self) -> Told:
-        """With queries of its own: a model may hand in a slice of something larger."""
-        return replace(self, queries=self.queries.clone())
+        """With queries of its own.
+
+        A model may hand in a slice of something larger, and on a GPU what a CUDA graph writes over.
+        """
+        queries = self.queries
+        alone = queries.untyped_storage().nbytes() == queries.nbytes
+        if alone and queries.device.type == "cpu":
+            return self
+        return replace(self, queries=queries.clone())
 
     def tensors(self) -> Iterator[Tensor]:
         """What is held while they wait, but for what all layers share."""
