@@ -270,17 +270,12 @@ class LayerStep(Observer):
         if step.prunes and at.seen <= step.seen + step.count - step.drafts:
             step.previous = self._for_next_layer(queried, new)
         due, late = step.due_at(self.index, self.moment), step.late_at(self.moment)
-        if not due and not late and slots.local is None:
+        if not due and not late:
+            at._drop_out_of_sight()
             return
         # Read once: with room for more slots each read is a new view, and `is` compares below.
         held = slots.columns
         columns = at._in_sight(held)
-        if not due and not late:
-            if columns is held:
-                slots.keep_all()
-            else:
-                slots.keep(columns >= 0)
-            return
         full = slots.full_for
         alone = [number for number, _ in due] == [full] and not late
         if step.same_rows and columns is held and alone:
@@ -373,6 +368,18 @@ class LayerStep(Observer):
             window=None if slots.local is None else slots.local.size,
             attention=attention,
         )
+
+    def _drop_out_of_sight(self) -> None:
+        """Where no policy is asked, drops what no later query can see."""
+        slots = self.slots
+        if slots.local is None:
+            return
+        held = slots.columns
+        columns = self._in_sight(held)
+        if columns is held:
+            slots.keep_all()
+        else:
+            slots.keep(columns >= 0)
 
     def _in_sight(self, columns: Tensor) -> Tensor:
         """The same columns, -1 for those that no later query of a local layer can see."""

@@ -54,8 +54,11 @@ class Step:
         read_again: whether what is read here will be read a second time before policies are asked,
             if a prompt ends with it.
         repeat: what is read a second time here; nothing of it stays. None in any other forward.
+        heads_part: whether heads may hold different tokens by now; also where some policy may
+            leave them so.
 
     Attributes:
+        origin: `[B]`, the position of each row's first token; None where there are no positions.
         count: tokens of this forward, Q.
         columns: `[B, Q']` int64 of the tokens still on their way, -1 where a row has fewer.
         slot_columns: the same `[B, 1, Q']`, one object for all layers, which masks go by.

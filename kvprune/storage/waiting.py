@@ -17,7 +17,7 @@ from ..statistics import Statistic, statistic_dtype
 from .rows import RowNumbers
 
 MOST = 32
-"""Queries that wait at once. They take room, less than half of what their moments take."""
+"""Queries that wait at once, at most: their room is held beside what statistics hold."""
 
 
 @dataclass(frozen=True, eq=False)
