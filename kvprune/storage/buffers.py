@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..statistics import statistic_dtype
+
 SLACK = 8
 """Slots that there may be room for beyond those in use, at least; see `spare`."""
 
@@ -73,6 +75,29 @@ def extended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
     return buffer
 
 
+def begun(buffer: Tensor | None, new: Tensor, size: int, start: float) -> Tensor:
+    """A statistic that has room for `size` slots, which hold `start` where no token was.
+
+    Args:
+        buffer: `[B, H, S]`; None before the first tokens.
+        new: `[B, H, Q, ...]`, the keys of the tokens that take the last of the slots.
+        size: slots in use, once these are stored.
+        start: what a slot begins with.
+
+    Returns:
+        the very buffer where it has the room: nothing is to be written.
+    """
+    dtype = statistic_dtype(new.dtype)
+    if buffer is None:
+        return new.new_full(new.shape[:3], start, dtype=dtype)
+    if buffer.dtype != dtype:
+        buffer = buffer.to(torch.promote_types(buffer.dtype, dtype))
+    lacking = size - buffer.shape[2]
+    if lacking <= 0:
+        return buffer
+    return roomier(buffer, lacking + (spare(size) if new.shape[2] == 1 else 0), start)
+
+
 def of_one_dtype(buffer: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the wider dtype, as `torch.cat` has it: autocast may be on in one forward alone."""
     wider = torch.promote_types(buffer.dtype, new.dtype)
@@ -122,11 +147,11 @@ def numbers_at(slots: Tensor, numbers: Tensor, columns: Tensor) -> Tensor:
     return found.masked_fill(~there, torch.nan)
 
 
-def widened(columns: Tensor, size: int, fill: int) -> Tensor:
+def widened(columns: Tensor, size: int, fill: float) -> Tensor:
     return torch.nn.functional.pad(columns, (0, size - columns.shape[-1]), value=fill)
 
 
-def roomier(buffer: Tensor, room: int, fill: int) -> Tensor:
+def roomier(buffer: Tensor, room: int, fill: float) -> Tensor:
     """`[B, H, S, ...]` with room for more slots; the very object where there is none to add."""
     if not room:
         return buffer

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..attention.coded import Coded
-from ..attention.constants import constant
 from ..attention.inputs import Piece
 from ..attention.lanes import Lanes
-from ..statistics import Statistic, statistic_dtype
+from ..statistics import Statistic
 from .buffers import (
+    begun,
     extended,
     first_slots,
     gathered,
@@ -39,6 +39,11 @@ Store = type[Plain] | Quantized
 ARRIVED = "arrived"
 
 
+def _beginning(name: Statistic | str) -> float:
+    """What a slot without a token holds of a statistic, or of the arrivals."""
+    return 0 if isinstance(name, str) else name.start
+
+
 @dataclass(frozen=True)
 class Past:
     """What a rectangle held, to come back to: columns, and the statistics per slot."""
@@ -47,17 +52,14 @@ class Past:
     statistics: dict[Statistic, Tensor]
 
 
-def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((), value, dtype=dtype, device=device)
-
-
 class Rectangle:
     """Columns, numbers, and held keys and values, which one gather moves together.
 
     There is room for `capacity` slots, of which the first `used` are in use: `[B, 1|Hkv, capacity]`
     for columns, `[B, Hkv, capacity]` for each statistic and, with `arrivals`, for the position that
-    a slot's key came with (int32). `held` has the keys and values. Behind those in use columns are
-    -1, and all else may be anything. A slot whose column is -1 is empty. Slots come in no order.
+    a slot's key came with (int32). `held` has the keys and values. Behind those in use statistics
+    are what a token begins with, and all else may be anything. A slot in use whose column is -1 is
+    empty. Slots come in no order.
 
     Args:
         store: makes what holds keys and values.
@@ -207,7 +209,9 @@ class Rectangle:
         }
         if self.arrivals:
             stored[ARRIVED] = tensors["arrived"]
-        self.held_numbers = {name: roomier(value, room, 0) for name, value in stored.items()}
+        self.held_numbers = {
+            name: roomier(value, room, _beginning(name)) for name, value in stored.items()
+        }
 
     def narrow_statistics(self, statistics: tuple[Statistic, ...]) -> None:
         """Forgets all statistics per slot but these."""
@@ -280,20 +284,13 @@ class Rectangle:
             self.held = self.store.of(keys, values)
         else:
             self.held.append(keys, values, start)
-        for name, value in self._new_numbers(keys, arrived).items():
-            self.held_numbers[name] = extended(self.held_numbers.get(name), value, start)
-
-    def _new_numbers(self, keys: Tensor, arrived: Tensor | None) -> dict[Statistic | str, Tensor]:
-        """New tokens' numbers, each `[B, Hkv, Q]`."""
-        dtype = statistic_dtype(keys.dtype)
-        numbers: dict[Statistic | str, Tensor] = {
-            part: constant(_number, part.start, dtype, keys.device).expand(keys.shape[:3])
-            for part in self.parts
-        }
+        numbers = self.held_numbers
+        for part in self.parts:
+            numbers[part] = begun(numbers.get(part), keys, self.used, part.start)
         if self.arrivals:
             assert arrived is not None
-            numbers[ARRIVED] = arrived.int().expand(keys.shape[:3])
-        return numbers
+            new = arrived.int().expand(keys.shape[:3])
+            numbers[ARRIVED] = extended(numbers.get(ARRIVED), new, start)
 
     def observe(self, part: Statistic, new: Any, several: bool) -> None:
         """Joins what a forward gave to a statistic per slot; see `SlotLayer.observe`."""
@@ -394,7 +391,7 @@ class Rectangle:
         self.used, capacity = past.columns.shape[-1], self.capacity
         self.held_columns = widened(past.columns, capacity, -1)
         for name, value in past.statistics.items():
-            self.held_numbers[name] = widened(value, capacity, 0)
+            self.held_numbers[name] = widened(value, capacity, name.start)
 
     def _compact(self, columns: Tensor, fewest: int, size: int) -> None:
         """Moves the `fewest` to `size` slots that stay to the front of new buffers."""
@@ -406,7 +403,9 @@ class Rectangle:
         self.held_columns = widened(columns.gather(-1, order), size + 1, -1)
         self.held.gather(order)
         for name, value in self.held_numbers.items():
-            self.held_numbers[name] = gathered(value, order, 1)
+            moved = gathered(value, order, 1)
+            moved[..., size:] = _beginning(name)
+            self.held_numbers[name] = moved
         self.used, self._shares = size, False
 
     def observe_past(

@@ -71,7 +71,7 @@ OPERATORS = {
 }
 # The same of policies that are not asked in the step, where no buffer has to grow.
 OPERATORS_BETWEEN = {
-    "ObservedAttention": (103, 32),
+    "ObservedAttention": (97, 32),
     "ExpectedAttention": (80, 36),
     "SnapKV": (80, 32),
 }

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
+from torch import Tensor
 
 import kvprune
 from kvprune.policies import H2O, StreamingLLM
+from kvprune.policy import Ranking, SlotView, TokenPolicy
+from kvprune.statistics import Statistic
 from kvprune.storage.buffers import SLACK, spare
 from kvprune.storage.layer import SlotLayer
 
 from ..support.driver import D, Driver
-from ..support.models import fresh_model, prompt
+from ..support.models import fresh_model, prompt, tiny_model
 from ..support.opcount import OpCount
 
 
@@ -61,6 +67,43 @@ def test_below_the_budget_buffers_grow_geometrically(policies):
     layer = driver.cache.layers[0]
     assert moves < 60
     assert layer.used == 400 <= layer.rectangles[0].capacity <= 400 + spare(400)
+
+
+@dataclass(frozen=True)
+class Begins(Statistic):
+    """A number that no slot changes."""
+
+    reads: ClassVar[str] = "received"
+    start: ClassVar[float] = 5.0
+
+    def join(self, held: Tensor, new: Tensor) -> Tensor:
+        return held
+
+
+@dataclass(frozen=True)
+class KeepsAll(TokenPolicy):
+    """Asks for the number, and has room for everything."""
+
+    statistics = (Begins(),)
+
+    def rank_slots(self, slots: SlotView) -> Ranking:
+        return Ranking(slots.statistic(Begins()), torch.zeros_like(slots.valid), slots.tokens(1000))
+
+
+def test_a_token_in_the_room_behind_the_slots_begins_as_any_other(tmp_path):
+    """Also where the room came from a file: nothing is written there when a token comes."""
+    model, number = tiny_model(dtype=torch.float32), Begins()
+    cache = kvprune.ComposedCache([KeepsAll()])
+    for count in (9, 1, 1):
+        model(prompt(1, count), past_key_values=cache)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = cache.load(tmp_path / "cache.safetensors", [KeepsAll()], model)
+    for each in (cache, loaded):
+        for _ in range(3):
+            model(prompt(1, 1), past_key_values=each)
+        rectangle = each.layers[0].rectangles[0]
+        assert rectangle.capacity > rectangle.used == 14
+        assert bool((rectangle.held_numbers[number] == number.start).all())
 
 
 def test_a_fused_projection_is_not_kept_alive():
