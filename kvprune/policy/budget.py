@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import KVPruneError
 from ..models.devices import in_memory
+from .stored import newly_counted
 
 
 class Lengths:
@@ -64,7 +65,8 @@ class Lengths:
         if repr(amount) not in self._known:
             budget = Budget(amount, least=0)
             least, most = (budget.of_length(end) for end in self._ends)
-            self._known[repr(amount)] = (budget.of(self.tensor), (least, most))
+            tokens = newly_counted(budget.of(self.tensor))
+            self._known[repr(amount)] = (tokens, (least, most))
         return self._known[repr(amount)]
 
 
@@ -78,7 +80,8 @@ class _Below(Lengths):
     def _of(self, amount: int | float) -> tuple[Tensor, tuple[int, int]]:
         if repr(amount) not in self._known:
             tokens, ends = self._lengths._of(amount)
-            self._known[repr(amount)] = (tokens.repeat(self._times), ends)
+            below = newly_counted(tokens.repeat(self._times))
+            self._known[repr(amount)] = (below, ends)
         return self._known[repr(amount)]
 
 

@@ -36,11 +36,17 @@ class Stored:
                 other.made.clear()
             self._last[:] = [self]
         if name not in self.made:
-            found = self._read(name).detach()
-            # With a counter of its own, from 0, which tells whether somebody writes to it. Compiled
-            # code knows no counters.
-            self.made[name] = found if torch.compiler.is_compiling() else found.data
+            self.made[name] = newly_counted(self._read(name).detach())
         return self.made[name]
+
+
+def newly_counted(tensor: Tensor) -> Tensor:
+    """The same numbers with a counter from 0, which tells whether somebody writes to them.
+
+    What torch makes of a tensor out of inference mode may have been counted up already.
+    """
+    # Compiled code knows no counters.
+    return tensor if torch.compiler.is_compiling() else tensor.data
 
 
 def withheld(heads: int) -> Stored:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..models.devices import without_autocast
 from ..statistics import statistic_dtype
 
 SLACK = 8
@@ -65,7 +66,8 @@ def extended(buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
     if buffer.dtype != new.dtype:
         buffer, new = of_one_dtype(buffer, new)
     if watched(buffer, new):
-        return torch.cat([buffer[:, :, :used], new], 2)
+        with without_autocast(new.device):
+            return torch.cat([buffer[:, :, :used], new], 2)
     if size > buffer.shape[2]:
         room = spare(size) if new.shape[2] == 1 else 0
         larger = buffer.new_empty((*buffer.shape[:2], size + room, *buffer.shape[3:]))
@@ -156,7 +158,8 @@ def roomier(buffer: Tensor, room: int, fill: float) -> Tensor:
     if not room:
         return buffer
     more = buffer.new_full((*buffer.shape[:2], room, *buffer.shape[3:]), fill)
-    return torch.cat([buffer, more], 2)
+    with without_autocast(buffer.device):
+        return torch.cat([buffer, more], 2)
 
 
 def gathered(buffer: Tensor, order: Tensor, room: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..attention.coded import Coded
 from ..attention.inputs import Pieces
 from ..attention.lanes import Lanes
+from ..models.devices import without_autocast
 from ..statistics import Statistic
 from .buffers import put
 from .joining import joined
@@ -281,7 +282,9 @@ class Rectangles:
             for each in self.rectangles
             if each.held is not None
         ]
-        buffers = (self.lanes.join(alike, 0) for alike in zip(*used, strict=True))
+        # Autocast does not know how to put grids in half precision together.
+        with without_autocast(used[0][0].device):
+            buffers = [self.lanes.join(alike, 0) for alike in zip(*used, strict=True)]
         one.held = first.held.with_buffers(buffers)
         for name in first.held_numbers:
             same = [each.held_numbers[name][..., : each.used] for each in self.rectangles]

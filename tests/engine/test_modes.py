@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from typing import Any
 
@@ -134,6 +135,20 @@ def test_modes_do_what_they_do_with_a_dynamic_cache(name, order, model):
     torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-10)
     each = (gradients(model, one) for one in logits)
     torch.testing.assert_close(*each, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_copy_that_was_made_in_inference_mode_goes_on_outside(name, model):
+    """What a policy asks of it for the first time is not taken for what somebody wrote to."""
+    ids, cache = prompt(2, 16), kvprune.ComposedCache(POLICIES[name])
+    with torch.no_grad():
+        model(ids[:, :12], past_key_values=cache)
+    with torch.inference_mode():
+        twin = copy.deepcopy(cache)
+    with torch.no_grad():
+        for i in range(12, 16):
+            mine, theirs = (model(ids[:, i : i + 1], past_key_values=c) for c in (cache, twin))
+            torch.testing.assert_close(mine.logits, theirs.logits, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", POLICIES)

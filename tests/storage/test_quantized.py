@@ -20,7 +20,7 @@ from kvprune.policy.views import SlotView
 from kvprune.statistics import Queries
 from kvprune.testing.stand_ins import ReadBack
 
-from ..support.models import fresh_model, prompt, tiny_model
+from ..support.models import fresh_model, left_padded, prompt, tiny_model
 from ..support.naive_codes import read_back, turned
 
 STORES = [
@@ -242,6 +242,25 @@ def test_autocast_writes_and_reads_the_same(store, dtype):
         cache = ComposedCache([H2O(4, 4)], store=store)
         for ids in (prompt(1, 12), prompt(1, 1), prompt(1, 1)):
             assert model(ids, past_key_values=cache).logits.isfinite().all()
+
+
+def test_autocast_goes_on_where_buffers_are_put_together(tmp_path):
+    """Of scales in half precision, which autocast on a CPU refuses to put together itself."""
+    # So that keys want no gradient, which codes do not have.
+    model = kvprune.attach(fresh_model(dtype=torch.float32)).requires_grad_(False)
+    padded, store = left_padded(prompt(3, 120), [0, 60, 100]), Quantized()
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = ComposedCache([H2O(0.2, 0.1)], store=store)
+        model(**padded, past_key_values=cache)
+        assert len(cache.layers[0].rectangles) > 1
+        cache.save(tmp_path / "cache.safetensors")
+        loaded = cache.load(tmp_path / "cache.safetensors", cache.policies, model, store)
+        for each in (cache, loaded):
+            each.batch_select_indices(torch.tensor([0]))
+            assert len(each.layers[0].rectangles) == 1
+            with torch.enable_grad():
+                found = model(prompt(1, 1), past_key_values=each).logits
+            assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("size", [1e-7, 1e-6, 1e-5, 1e-3, 1.0, 1e3])
