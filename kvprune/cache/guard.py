@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -83,6 +85,15 @@ class Guard:
     def logits_to_keep(self) -> int | Tensor:
         """The tokens whose logits this thread's forward is asked for; 0 for the last one alone."""
         return self._logits_to_keep.get(this_thread(), 0)
+
+    @contextmanager
+    def moving(self, what: str) -> Iterator[None]:
+        """While slots move, one layer after the other: an error there spoils the cache."""
+        try:
+            yield
+        except BaseException:
+            self.failure = f"an error ended {what} in its middle"
+            raise
 
     def check_in_forward(self) -> None:
         """Refuses what can be done in a forward of an attached model alone."""

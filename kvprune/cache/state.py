@@ -216,6 +216,11 @@ class CacheState:
             layer.settle(back)
         self.recorded = 0
 
+    def join_waiting(self) -> None:
+        """Has statistics told of all that waits, which may fail where a user wrote them."""
+        for _, layer in self.slot_layers():
+            layer.join_waiting()
+
     def select_rows(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was (int64 `[B']`)."""
         if self.rows is None:

@@ -13,6 +13,7 @@ from ..attention.masks import OURS
 from ..engine.layer_step import LayerStep, at_layer
 from ..engine.step import Step
 from ..errors import KVPruneError
+from ..models.devices import in_memory
 from ..policy.base import TokenPolicy
 from ..policy.composition import evicts
 from ..statistics import Statistic
@@ -194,7 +195,18 @@ class StockCache(Cache):
 
     def _select_rows(self, rows: Tensor) -> None:
         self.guard.check_usable()
-        self.state.select_rows(rows)
+        count = self.batch_size
+        # Elsewhere nobody waits for the device.
+        if count >= 0 and rows.numel() and in_memory(rows):
+            least, most = (int(end) for end in rows.aminmax())
+            if least < 0 or most >= count:
+                raise KVPruneError(
+                    f"rows of a cache: expected numbers from 0 to {count - 1}, got {least} to "
+                    f"{most}"
+                )
+        self.state.join_waiting()
+        with self.guard.moving("a selection of rows"):
+            self.state.select_rows(rows)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the newest `-tokens_to_remove` columns.
@@ -228,8 +240,10 @@ class StockCache(Cache):
             )
         if back > state.recorded:
             state.check_still_there(self.seen - back)
+        state.join_waiting()
         self.session.pending = 0
-        state.take_back(back)
+        with self.guard.moving("a crop"):
+            state.take_back(back)
         self._tell_evictions()
 
     def activate_past_recording(self) -> None:

@@ -143,7 +143,9 @@ def _rotations(base: Any, purpose: _Purpose, alike: bool) -> list[Rotation | Non
     found = [base.get_buffer(name).double() for name in names]
     # A decoder out of an encoder-decoder model has a cache for each layer of the encoder.
     layers = keys[: len(decoder_layers(base))]
-    return [None if k is None else _rotation_of(base, k, found, purpose) for k in layers]
+    # What is compared stays in the dtype of the keys.
+    with without_autocast(device_of(base)):
+        return [None if k is None else _rotation_of(base, k, found, purpose) for k in layers]
 
 
 @torch.no_grad()

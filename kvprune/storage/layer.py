@@ -215,7 +215,7 @@ class SlotLayer:
     @property
     def records(self) -> dict[Statistic, tuple[Tensor, ...]]:
         """What is held of statistics per layer, but for those of which nothing is held."""
-        self._join_waiting()
+        self.join_waiting()
         return self._records
 
     def turned(self) -> tuple[Tensor, Tensor]:
@@ -324,13 +324,18 @@ class SlotLayer:
             KVPruneError: a statistic is no tuple of tensors with an axis for the rows.
         """
         if self._waiting and not self._waiting[-1].goes_with(told):
-            self._join_waiting()
+            self.join_waiting()
         waits = may_wait(told)
         self._waiting.append(told.copied() if waits else told)
         if len(self._waiting) == MOST or not waits:
-            self._join_waiting()
+            self.join_waiting()
 
-    def _join_waiting(self) -> None:
+    def join_waiting(self) -> None:
+        """Joins the queries that wait; whoever reads `records` has that done.
+
+        Raises:
+            KVPruneError: see `observe_queries`.
+        """
         if not self._waiting:
             return
         told = together(self._waiting)

@@ -15,7 +15,9 @@ from transformers import DynamicCache
 import kvprune
 from kvprune import ComposedCache, KVPruneError
 from kvprune.policies import H2O, StreamingLLM
+from kvprune.storage.layer import SlotLayer
 
+from ..bad_input.checks import assert_refused, assert_unusable
 from ..support.models import fresh_model, prompt, tiny_model
 
 
@@ -54,6 +56,39 @@ def as_new(cache: ComposedCache) -> None:
     assert [cache.columns(i).tolist() for i in range(4)] == [
         new.columns(i).tolist() for i in range(4)
     ]
+
+
+@pytest.mark.parametrize("name", ["select_rows", "settle"])
+def test_an_error_while_layers_move_spoils_the_cache(name, monkeypatch):
+    """Some have moved by then, as where memory is short, and others have not."""
+    model, cache, moved = tiny_model(), ComposedCache([H2O(2, 3)]), []
+    with torch.no_grad():
+        model(prompt(2, 9), past_key_values=cache)
+        cache.announce_prompt(0, 9)
+        cache.activate_past_recording()
+        model(prompt(2, 3), past_key_values=cache)
+    plain = getattr(SlotLayer, name)
+
+    def once(layer: SlotLayer, *given: Any) -> None:
+        moved.append(layer)
+        if len(moved) == 2:
+            raise Broken("no memory")
+        plain(layer, *given)
+
+    monkeypatch.setattr(SlotLayer, name, once)
+    with pytest.raises(Broken):
+        cache.reorder_cache(torch.tensor([1, 0])) if name == "select_rows" else cache.crop(-2)
+    assert_unusable(cache, "cannot be used any more: an error ended a .* in its middle")
+    as_new(cache)
+
+
+@pytest.mark.parametrize("rows", [[0, 2], [-1, 0]])
+def test_rows_that_are_not_there_are_refused(rows):
+    model, cache = tiny_model(), ComposedCache([H2O(2, 3)])
+    with torch.no_grad():
+        model(prompt(2, 9), past_key_values=cache)
+    match = f"rows of a cache: expected numbers from 0 to 1, got {min(rows)} to {max(rows)}"
+    assert_refused(cache, match, lambda: cache.reorder_cache(torch.tensor(rows)))
 
 
 @pytest.mark.parametrize("policies", [[], [H2O(2, 3)], [StreamingLLM(1, 3, positions="cache")]])

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import kvprune
-from kvprune.policies import H2O, StreamingLLM
+from kvprune.policies import H2O, ExpectedAttention, StreamingLLM
 from kvprune.storage.plain import Plain
 
 from ..support.models import fresh_model, prompt
@@ -135,6 +135,18 @@ def test_modes_do_what_they_do_with_a_dynamic_cache(name, order, model):
     torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-10)
     each = (gradients(model, one) for one in logits)
     torch.testing.assert_close(*each, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "policy", [ExpectedAttention(12), StreamingLLM(2, 9, positions="cache")], ids=repr
+)
+def test_rotations_of_half_precision_are_found_under_autocast(policy):
+    """Autocast on a CPU to bfloat16 refuses to put tensors of half precision together."""
+    model = kvprune.attach(fresh_model(dtype=torch.float16))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = kvprune.ComposedCache([policy])
+        for count in (30, 1):
+            assert model(prompt(1, count), past_key_values=cache).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("name", POLICIES)

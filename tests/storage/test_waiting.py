@@ -168,6 +168,21 @@ def test_an_error_comes_whenever_somebody_reads(model: Any):
 
 
 @torch.no_grad()
+def test_an_error_comes_before_rows_or_columns_move(model: Any, monkeypatch: Any):
+    """So that what was asked for can be asked for again, once its reason is gone."""
+    ids, swap = prompt(2, 9), torch.tensor([1, 0])
+    cache = kvprune.ComposedCache([], observe=(Failing(),))
+    read(model, cache, ids, 6, 7)
+    with pytest.raises(ValueError, match="no more"):
+        cache.reorder_cache(swap)
+    monkeypatch.setattr(Failing, "join", Told.join)
+    cache.reorder_cache(swap)
+    whole = model(ids[swap][:, :8]).logits[:, -1]
+    got = model(ids[swap][:, 7:8], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(got, whole, rtol=1e-9, atol=1e-10)
+
+
+@torch.no_grad()
 def test_queries_of_a_sliding_window_wait_too():
     """Slots that nobody sees any more go without a look at what is held of queries."""
     model = attached_family("gemma2")
