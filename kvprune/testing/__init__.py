@@ -8,11 +8,23 @@ def test_my_policy():
 ```
 
 The module needs nothing but kvprune itself. `Driver`, `Oracles` and `check_each_step` compare a
-policy with an oracle of your own, step by step.
+policy with an oracle of your own, step by step; `DenseOracle` is what such an oracle derives from.
 """
 
 from .checking import check
 from .driver import Driver, Oracles, Tokens, check_each_step
+from .oracle import DenseOracle, Oracle
 from .runs import Case, Run, feed
 
-__all__ = ["Case", "Driver", "Oracles", "Run", "Tokens", "check", "check_each_step", "feed"]
+__all__ = [
+    "Case",
+    "DenseOracle",
+    "Driver",
+    "Oracle",
+    "Oracles",
+    "Run",
+    "Tokens",
+    "check",
+    "check_each_step",
+    "feed",
+]

@@ -6,9 +6,10 @@ an oracle can be given exactly the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..statistics import Attention
 from ..storage.layout import parting_at_once
 from ..storage.quantized import Quantized
 from ..wiring.attention import slot_attention
+from .oracle import Oracle
 
 D = 8
 
@@ -175,10 +177,10 @@ class Oracles:
 
     Args:
         driver: the driver.
-        make: makes the oracle of a row.
+        make: makes the oracle of a row, by its number; see `Oracle`.
     """
 
-    def __init__(self, driver: Driver, make: Callable[[int], Any]) -> None:
+    def __init__(self, driver: Driver, make: Callable[[int], Oracle]) -> None:
         self.driver, self.seen = driver, 0
         heads = range(driver.kv_heads)
         self.each = {(row, head): make(row) for row in range(driver.rows) for head in heads}
@@ -208,23 +210,42 @@ class Oracles:
 
 
 def check_each_step(driver: Driver, oracles: Oracles, steps: list[int], padding: list[int]) -> None:
-    """Expects, after every step, the same outputs, kept sets and, where observed, scores."""
+    """Expects, after every step, the same outputs and kept sets, and scores of oracles with some.
+
+    Args:
+        driver: with the policy.
+        oracles: fed the same tokens; see `Oracle`.
+        steps: the tokens of each forward.
+        padding: of each row, how many of the first tokens are padding.
+
+    Raises:
+        AssertionError: which step, row and head differ, and how.
+    """
     groups = driver.heads // driver.kv_heads
-    for count in steps:
+    for number, count in enumerate(steps):
         here = [min(p, count) for p in padding]
         padding = [p - h for p, h in zip(padding, here, strict=True)]
         tokens = driver.tokens(count)
         outputs = driver.step(tokens, here)
         expected = oracles.step(tokens, here)
         for (row, head), oracle in oracles.each.items():
+            where = f"step {number} of {count} tokens, row {row}, head {head}"
             mine = outputs[row, here[row] :, head * groups : (head + 1) * groups].transpose(0, 1)
-            torch.testing.assert_close(mine, expected[row, head], rtol=1e-11, atol=1e-12)
-            assert driver.kept(row, head) == oracle.kept
-            if driver.cache.layers[0].parts:
-                _check_scores(driver.statistic(row, head), oracle.scores)
+            torch.testing.assert_close(
+                mine, expected[row, head], rtol=1e-11, atol=1e-12,
+                msg=partial("{}: outputs: {}".format, where),
+            )  # fmt: skip
+            kept, wanted = driver.kept(row, head), list(oracle.kept)
+            if kept != wanted:
+                raise AssertionError(f"{where}: expected the columns {wanted} to stay, got {kept}")
+            scores = getattr(oracle, "scores", None)
+            if scores is not None and Attention() in driver.cache.layers[0].parts:
+                _check_scores(where, driver.statistic(row, head), scores)
 
 
-def _check_scores(got: dict[int, float], expected: dict[int, float]) -> None:
-    assert got.keys() == expected.keys()
+def _check_scores(where: str, got: dict[int, float], expected: Mapping[int, float]) -> None:
     for column, score in expected.items():
-        assert abs(got[column] - score) <= max(1e-10 * abs(score), 1e-12), (column, got[column])
+        if not abs(got[column] - score) <= max(1e-10 * abs(score), 1e-12):
+            raise AssertionError(
+                f"{where}: expected column {column} to have received {score}, got {got[column]}"
+            )

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .oracles import Array, attend, h2o_keep, streaming_keep
+from kvprune.testing.oracle import Array, attend
+
+from .oracles import h2o_keep, streaming_keep
 
 Rule = Callable[[list[int], dict[int, float], int], list[int]]
 """Which columns stay, of those present; their scores; the row's first column."""

@@ -15,15 +15,11 @@ Shapes: G query heads of this KV head, Q new tokens, S slots present, D and Dv h
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from decimal import ROUND_HALF_UP, Decimal
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-Array = npt.NDArray[np.float64]
-Visible = Callable[[int, int], bool]
+from kvprune.testing.oracle import Array, DenseOracle
 
 
 def budget_oracle(part: int | float, n: int) -> int:
@@ -41,51 +37,6 @@ def budget_oracle(part: int | float, n: int) -> int:
         raise ValueError(f"a share must lie in (0, 1], not {part!r}")
     tokens = int((share * Decimal(repr(n))).to_integral_value(rounding=ROUND_HALF_UP))
     return max(tokens, 1)
-
-
-def attend(
-    q: npt.ArrayLike,
-    keys: npt.ArrayLike,
-    values: npt.ArrayLike,
-    columns_q: Sequence[int],
-    columns_k: Sequence[int],
-    scaling: float,
-    visible: Visible | None = None,
-) -> tuple[Array, Array]:
-    """Causal softmax attention of Q queries over S slots, causality going by column.
-
-    Takes q [G, Q, D], keys [S, D], values [S, Dv], and the columns of the queries (Q) and of the
-    slots (S). A query sees a slot if the slot's column is not after its own and, where `visible`
-    is given, `visible(query_column, slot_column)` is true; it must see at least one.
-
-    Returns the outputs [G, Q, Dv] and the probabilities [G, Q, S], 0 where a slot is not seen.
-    """
-    q = np.array(q, dtype=np.float64)
-    keys = np.array(keys, dtype=np.float64)
-    values = np.array(values, dtype=np.float64)
-    heads, queries, _ = q.shape
-    slots = len(columns_k)
-    if queries != len(columns_q) or len(keys) != slots or len(values) != slots:
-        raise ValueError("q, keys, values and their columns disagree in length")
-
-    outputs = np.zeros((heads, queries, values.shape[1]))
-    probabilities = np.zeros((heads, queries, slots))
-    for g in range(heads):
-        for i in range(queries):
-            logits: dict[int, float] = {}
-            for j in range(slots):
-                causal = columns_k[j] <= columns_q[i]
-                if causal and (visible is None or visible(columns_q[i], columns_k[j])):
-                    logits[j] = scaling * float(np.dot(q[g, i], keys[j]))
-            if not logits:
-                raise ValueError(f"the query at column {columns_q[i]} sees no slot")
-            largest = max(logits.values())
-            weights = {j: math.exp(logit - largest) for j, logit in logits.items()}
-            total = sum(weights.values())
-            for j, weight in weights.items():
-                probabilities[g, i, j] = weight / total
-                outputs[g, i] += probabilities[g, i, j] * values[j]
-    return outputs, probabilities
 
 
 def h2o_keep(
@@ -117,128 +68,56 @@ def streaming_keep(columns: Iterable[int], sinks: int, window: int, first: int) 
     return sorted(kept_sinks + others[split:])
 
 
-def _check_step(columns: Sequence[int], newest: int | None, q: Array, k: Array, v: Array) -> None:
-    """Refuse a step whose arrays disagree with `columns`, or whose columns do not go forward."""
-    if q.ndim != 3 or k.ndim != 2 or v.ndim != 2:
-        raise ValueError("a step takes q [G, Q, D], k [Q, D] and v [Q, Dv]")
-    if not len(columns) == q.shape[1] == k.shape[0] == v.shape[0]:
-        raise ValueError("q, k and v must hold one entry for each new column")
-    if q.shape[2] != k.shape[1]:
-        raise ValueError("q and k disagree in head size")
-    for column in columns:
-        if newest is not None and column <= newest:
-            raise ValueError(f"column {column} does not come after column {newest}")
-        newest = column
-
-
-class H2OOracle:
+class H2OOracle(DenseOracle):
     """H2O (arXiv 2306.14048) for one row and one KV head.
 
     A slot's score is the plain sum of the probabilities that every query so far, its own
-    included, over all G query heads, gave it. `slots` maps a column to (key [D], value [Dv],
-    score). An evicted slot takes its score with it and never returns.
+    included, over all G query heads, gave it. An evicted slot takes its score with it and never
+    returns.
     """
 
     def __init__(self, heavy: int, recent: int) -> None:
+        super().__init__()
         self.heavy = heavy
         self.recent = recent
-        self.slots: dict[int, tuple[Array, Array, float]] = {}
-        self._newest: int | None = None
-
-    @property
-    def kept(self) -> list[int]:
-        """Columns of the slots present, sorted."""
-        return sorted(self.slots)
+        self._scores: dict[int, float] = {}
 
     @property
     def scores(self) -> dict[int, float]:
         """Score of each slot present, by column, in column order."""
-        return {column: self.slots[column][2] for column in self.kept}
+        return {column: self._scores[column] for column in self.kept}
 
-    def step(
-        self,
-        columns: Sequence[int],
-        q: npt.ArrayLike,
-        k: npt.ArrayLike,
-        v: npt.ArrayLike,
-        scaling: float,
-        visible: Visible | None = None,
-    ) -> Array:
-        """One forward: attend, add to the scores, evict.
-
-        Takes the columns of the Q new tokens (ascending), q [G, Q, D], k [Q, D], v [Q, Dv];
-        returns the outputs [G, Q, Dv].
-        """
-        q = np.array(q, dtype=np.float64)
-        k = np.array(k, dtype=np.float64)
-        v = np.array(v, dtype=np.float64)
-        _check_step(columns, self._newest, q, k, v)
-        for i, column in enumerate(columns):
-            self.slots[int(column)] = (k[i], v[i], 0.0)
-            self._newest = int(column)
-
-        present = self.kept
-        keys = np.array([self.slots[column][0] for column in present]).reshape(-1, k.shape[1])
-        values = np.array([self.slots[column][1] for column in present]).reshape(-1, v.shape[1])
-        outputs, probabilities = attend(q, keys, values, columns, present, scaling, visible)
-
-        for j, column in enumerate(present):
-            key, value, score = self.slots[column]
-            for g in range(q.shape[0]):
-                for i in range(q.shape[1]):
-                    score += float(probabilities[g, i, j])
-            self.slots[column] = (key, value, score)
-
-        keep = h2o_keep(present, self.scores, self.heavy, self.recent)
+    def step(self, *step: Any) -> Array:
+        """One forward: attend, add to the scores, evict."""
+        outputs = super().step(*step)
+        heads, queries, _ = self.probabilities.shape
+        for j, column in enumerate(self.kept):
+            score = self._scores.get(column, 0.0)
+            for g in range(heads):
+                for i in range(queries):
+                    score += float(self.probabilities[g, i, j])
+            self._scores[column] = score
+        keep = h2o_keep(self.kept, self.scores, self.heavy, self.recent)
         self.slots = {column: self.slots[column] for column in keep}
+        self._scores = {column: self._scores[column] for column in keep}
         return outputs
 
 
-class StreamingOracle:
+class StreamingOracle(DenseOracle):
     """StreamingLLM (arXiv 2309.17453), original positions, for one row and one KV head.
 
-    `first` is the row's first valid column. `slots` maps a column to (key [D], value [Dv]).
+    `first` is the row's first valid column.
     """
 
     def __init__(self, sinks: int, window: int, first: int) -> None:
+        super().__init__()
         self.sinks = sinks
         self.window = window
         self.first = first
-        self.slots: dict[int, tuple[Array, Array]] = {}
-        self._newest: int | None = None
 
-    @property
-    def kept(self) -> list[int]:
-        """Columns of the slots present, sorted."""
-        return sorted(self.slots)
-
-    def step(
-        self,
-        columns: Sequence[int],
-        q: npt.ArrayLike,
-        k: npt.ArrayLike,
-        v: npt.ArrayLike,
-        scaling: float,
-        visible: Visible | None = None,
-    ) -> Array:
-        """One forward: attend, evict.
-
-        Takes the columns of the Q new tokens (ascending), q [G, Q, D], k [Q, D], v [Q, Dv];
-        returns the outputs [G, Q, Dv].
-        """
-        q = np.array(q, dtype=np.float64)
-        k = np.array(k, dtype=np.float64)
-        v = np.array(v, dtype=np.float64)
-        _check_step(columns, self._newest, q, k, v)
-        for i, column in enumerate(columns):
-            self.slots[int(column)] = (k[i], v[i])
-            self._newest = int(column)
-
-        present = self.kept
-        keys = np.array([self.slots[column][0] for column in present]).reshape(-1, k.shape[1])
-        values = np.array([self.slots[column][1] for column in present]).reshape(-1, v.shape[1])
-        outputs, _ = attend(q, keys, values, columns, present, scaling, visible)
-
-        keep = streaming_keep(present, self.sinks, self.window, self.first)
+    def step(self, *step: Any) -> Array:
+        """One forward: attend, evict."""
+        outputs = super().step(*step)
+        keep = streaming_keep(self.kept, self.sinks, self.window, self.first)
         self.slots = {column: self.slots[column] for column in keep}
         return outputs
