@@ -42,7 +42,7 @@ class SnapKV(OneBudget):
 
     Args:
         budget: what a layer keeps in all, the window included; tokens (int) or a share of the
-            prompt (float).
+            prompt (float). A share that is less than the window keeps the window.
         window: how many of the newest queries look, and of the newest slots stay.
         kernel: how many neighbouring slots a score is pooled over, an odd number.
         pooling: "max" or "average".

@@ -237,14 +237,22 @@ class Observer:
             elif part.reads == "views":
                 slots.observe(part, views(inputs, self._dtype), several)
             elif probabilities is not None:
-                block = Block(
-                    probabilities[:, :, :, None], self.columns, slots.columns, self.complete
-                )
-                slots.observe(part, block)
+                slots.observe(part, self._block(probabilities[:, :, :, None]))
             else:
                 each = blocks(inputs, scores, self._heads, self._dtype, part.newest)
                 for block in each:
-                    slots.observe(part, block, several)
+                    numbered = replace(block, numbers_of=self.rows.numbers_of)
+                    slots.observe(part, numbered, several)
+
+    def _block(self, probabilities: Tensor) -> Block:
+        """All queries of the forward, `[B, Hkv, G, Q, S]`."""
+        return Block(
+            probabilities,
+            self.columns,
+            self.slots.columns,
+            self.complete,
+            self.rows.numbers_of,
+        )
 
     def _attend_again(
         self, backend: str, module: torch.nn.Module, inputs: Inputs, arguments: dict[str, Any]
@@ -285,7 +293,7 @@ class Observer:
         for part in slots.parts:
             if not part.of_attention:
                 continue
-            new: Any = Block(given, self.columns, slots.columns, self.complete)
+            new: Any = self._block(given)
             if part.reads == "received":
                 new = given.sum((2, 3))
             elif part.reads == "views":

@@ -95,9 +95,10 @@ class Statistics:
                 f"the prompt, unless a policy asks for them later. Return None there, to keep "
                 f"everything"
             )
+        expected = f"one of {named}" if named else "a policy that names one"
         return KVPruneError(
-            f"statistic {statistic!r} was not observed here: expected one of {named}. Name it in "
-            f"the policy's class attribute `statistics`"
+            f"statistic {statistic!r} was not observed here: expected {expected}. Name it in the "
+            f"policy's class attribute `statistics`"
         )
 
 

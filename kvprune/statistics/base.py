@@ -6,8 +6,8 @@ ones are observed once, whoever asks. It holds no state: what was observed lives
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -31,12 +31,30 @@ class Block:
     columns: `[B, n]` int64, of the queries, in order, -1 for padding.
     slots: `[B, 1|Hkv, S]` int64, columns of the slots, -1 where empty.
     complete: it is known that no query is padding.
+    numbers_of: from columns `[B, H, n]` to the numbers of their tokens in their rows; None where
+        there is no padding.
+    positions: `[B, n]` int64, the number of each query's token in its row, from 0, padding not
+        counted; -1 for padding.
+    slot_positions: `[B, 1|Hkv, S]` int64, the same of the slots; -1 where empty. What counts how
+        far apart tokens are goes by these: rows may have padding between their turns.
     """
 
     probabilities: Tensor
     columns: Tensor
     slots: Tensor
     complete: bool = False
+    numbers_of: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def positions(self) -> Tensor:
+        """See above."""
+        columns = self.columns
+        return columns if self.numbers_of is None else self.numbers_of(columns[:, None])[:, 0]
+
+    @property
+    def slot_positions(self) -> Tensor:
+        """See above."""
+        return self.slots if self.numbers_of is None else self.numbers_of(self.slots)
 
     @property
     def count(self) -> Tensor:

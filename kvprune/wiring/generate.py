@@ -116,8 +116,8 @@ def _check_prompt(
     if (columns == count or embeds is not None) and count <= cache.seen:
         raise KVPruneError(
             f"the prompt has {count} tokens, but the cache has seen {cache.seen} columns: "
-            f"expected all tokens so far and new ones, or new ones alone with an attention_mask "
-            f"over all {cache.seen} + {count} columns"
+            f"expected all tokens so far and at least a new one, or new ones alone with an "
+            f"attention_mask over all {cache.seen} + {count} columns"
         )
     if columns not in (count, cache.seen + count):
         raise KVPruneError(
