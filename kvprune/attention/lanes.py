@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..models.devices import without_autocast
 from .masks import Mask
 
 
@@ -90,7 +91,9 @@ class Lanes:
         return tensor.split_with_sizes(self._sizes)
 
     def _in_layers_order(self, tensors: Sequence[Tensor]) -> Tensor:
-        whole = torch.cat(list(tensors))
+        # Autocast on a CPU does not put tensors in half precision together, as scales of a store.
+        with without_autocast(tensors[0].device):
+            whole = torch.cat(list(tensors))
         return whole if self._places is None else whole.index_select(0, self._places)
 
     def selected(self, rows: Sequence[int]) -> tuple[Lanes, list[list[int]]]:

@@ -193,5 +193,5 @@ def _check_layers(policy: TokenPolicy, attachment: Attachment) -> None:
     if not several or not all(type(i) is int and i in known for i in wanted):
         raise KVPruneError(
             f"{policy!r}: layers={wanted!r}: expected layers of 0 to {len(known) - 1} of "
-            f"{attachment.name}, as a list: [0, 1]"
+            f"{attachment.name}, as a list: [0]"
         )

@@ -249,7 +249,8 @@ class ComposedCache(WiredCache):
                 f"not written: expected a model with attention in every layer. "
                 f"copy.deepcopy(cache) keeps them in memory"
             )
-        self.state.settle()
+        with self.guard.moving("a save"):
+            self.state.settle()
         contents = saving.contents_of(self.state, self.binding.model, self.policies, self.store)
         saving.write(Path(path), contents)
 

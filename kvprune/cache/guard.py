@@ -88,7 +88,11 @@ class Guard:
 
     @contextmanager
     def moving(self, what: str) -> Iterator[None]:
-        """While slots move, one layer after the other: an error there spoils the cache."""
+        """While slots move, one layer after the other: an error there spoils the cache.
+
+        Args:
+            what: what is done, for later errors: "a crop".
+        """
         try:
             yield
         except BaseException:

@@ -18,6 +18,7 @@ from ..positions.rotary import check_reach
 from ..statistics import Statistic, parts_of
 from ..storage.rows import rows_after
 from .binding import Binding
+from .guard import Guard
 from .session import Session
 from .state import CacheState
 
@@ -31,6 +32,7 @@ class Opening:
     binding: the cache's model.
     state: what the cache holds.
     session: what `generate` has told it.
+    guard: refuses the cache from here on, where an error comes while slots move.
     """
 
     policies: tuple[TokenPolicy, ...]
@@ -38,6 +40,7 @@ class Opening:
     binding: Binding
     state: CacheState
     session: Session
+    guard: Guard
 
     def step(
         self,
@@ -66,7 +69,8 @@ class Opening:
         keep = 1 if drafts else logits_to_keep
         lead = None if new.complete else new.columns[:, : count - drafts]
         asked = asked_tokens(keep, rows, count - drafts, device, lead)
-        state.settle()
+        with self.guard.moving("the beginning of a forward"):
+            state.settle()
         position_ids = None
         awaited = state.positions is None and self._awaits_positions(moment)
         if state.positions is not None or awaited:

@@ -217,7 +217,11 @@ class CacheState:
         self.recorded = 0
 
     def join_waiting(self) -> None:
-        """Has statistics told of all that waits, which may fail where a user wrote them."""
+        """Has statistics told of all that waits, before anything moves.
+
+        Raises:
+            KVPruneError: see `SlotLayer.join_waiting`; a user's `join` may raise anything.
+        """
         for _, layer in self.slot_layers():
             layer.join_waiting()
 

@@ -180,7 +180,11 @@ class StockCache(Cache):
         return self.state.batch_size
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was (beam search)."""
+        """Row i becomes what row `beam_idx[i]` was (beam search).
+
+        Raises:
+            KVPruneError: numbers that are no rows of the cache, or a tensor of another kind.
+        """
         self._select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -189,20 +193,37 @@ class StockCache(Cache):
         self._select_rows(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the rows that `indices` (ints or a bool mask) name."""
-        rows = torch.arange(max(self.batch_size, 0), device=indices.device)
-        self._select_rows(rows[indices])
+        """Keeps the rows that `indices` (ints or a bool mask) name.
+
+        Raises:
+            KVPruneError: `indices` are no tensor, or name rows that are not there.
+        """
+        count = max(self.batch_size, 0)
+        try:
+            rows = torch.arange(count, device=indices.device)[indices]
+        except (AttributeError, IndexError) as error:
+            got = list(indices.shape) if isinstance(indices, Tensor) else type(indices).__name__
+            raise KVPruneError(
+                f"batch_select_indices: expected a tensor of numbers of the cache's {count} rows, "
+                f"or a bool mask [{count}], got {got}: {error}"
+            ) from error
+        self._select_rows(rows)
 
     def _select_rows(self, rows: Tensor) -> None:
         self.guard.check_usable()
+        if rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32):
+            raise KVPruneError(
+                f"rows of a cache: expected their numbers, an int64 tensor [rows], got "
+                f"{rows.dtype} of shape {list(rows.shape)}"
+            )
         count = self.batch_size
         # Elsewhere nobody waits for the device.
         if count >= 0 and rows.numel() and in_memory(rows):
             least, most = (int(end) for end in rows.aminmax())
             if least < 0 or most >= count:
                 raise KVPruneError(
-                    f"rows of a cache: expected numbers from 0 to {count - 1}, got {least} to "
-                    f"{most}"
+                    f"rows of a cache: expected numbers of its {count} rows, from 0, got {least} "
+                    f"to {most}. batch_repeat_interleave makes more rows"
                 )
         self.state.join_waiting()
         with self.guard.moving("a selection of rows"):

@@ -90,7 +90,8 @@ class WiredCache(StockCache):
         finally:
             self.session.leave(self.seen)
         if not failed and not self.session.recording:
-            self.state.settle()
+            with self.guard.moving("the end of generate"):
+                self.state.settle()
             self._tell_evictions()
 
     def check_prompt_ids(self, ids: Tensor, mask: Tensor | None = None) -> None:
@@ -154,7 +155,7 @@ class WiredCache(StockCache):
         try:
             assert self.binding is not None
             observe = tuple(parts_of(self.observe))
-            opening = Opening(self.policies, observe, self.binding, self.state, self.session)
+            opening = Opening(self.policies, observe, self.binding, self.state, self.session, guard)
             keep = guard.logits_to_keep
             step = opening.step(rows, count, mask, device, keep, positions)
             if self.on_evict is not None:

@@ -31,12 +31,8 @@ class Block:
     columns: `[B, n]` int64, of the queries, in order, -1 for padding.
     slots: `[B, 1|Hkv, S]` int64, columns of the slots, -1 where empty.
     complete: it is known that no query is padding.
-    numbers_of: from columns `[B, H, n]` to the numbers of their tokens in their rows; None where
-        there is no padding.
-    positions: `[B, n]` int64, the number of each query's token in its row, from 0, padding not
-        counted; -1 for padding.
-    slot_positions: `[B, 1|Hkv, S]` int64, the same of the slots; -1 where empty. What counts how
-        far apart tokens are goes by these: rows may have padding between their turns.
+    numbers_of: from columns `[B, H, n]` to the numbers of their tokens in their rows; None in a
+        block that was made by hand, where columns are taken for these.
     """
 
     probabilities: Tensor
@@ -47,13 +43,17 @@ class Block:
 
     @property
     def positions(self) -> Tensor:
-        """See above."""
+        """`[B, n]` int64, the numbers of the queries' tokens in their rows; -1 for padding.
+
+        From 0, padding not counted. What counts how far apart tokens are goes by these and by
+        `slot_positions`, since a row may have padding between its turns.
+        """
         columns = self.columns
         return columns if self.numbers_of is None else self.numbers_of(columns[:, None])[:, 0]
 
     @property
     def slot_positions(self) -> Tensor:
-        """See above."""
+        """`[B, 1|Hkv, S]` int64, the same of the slots' tokens; -1 where empty."""
         return self.slots if self.numbers_of is None else self.numbers_of(self.slots)
 
     @property

@@ -165,7 +165,7 @@ def roomier(buffer: Tensor, room: int, fill: float) -> Tensor:
 def gathered(buffer: Tensor, order: Tensor, room: int) -> Tensor:
     """The slots `order` `[B, 1|H, n]` of `buffer` `[B, H, S, ...]`, and room for more."""
     rows, heads, size = buffer.shape[:3]
-    # What is in the room does not matter, until a token takes it.
+    # What is in the room matters to nobody but statistics, for which the caller fills it.
     order = torch.nn.functional.pad(order, (0, room))
     # Slot by slot, which is ten times as quick as `gather`, number by number.
     first = size * torch.arange(rows * heads, device=order.device).view(rows, heads, 1)

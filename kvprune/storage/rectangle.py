@@ -39,7 +39,7 @@ Store = type[Plain] | Quantized
 ARRIVED = "arrived"
 
 
-def _beginning(name: Statistic | str) -> float:
+def beginning(name: Statistic | str) -> float:
     """What a slot without a token holds of a statistic, or of the arrivals."""
     return 0 if isinstance(name, str) else name.start
 
@@ -210,7 +210,7 @@ class Rectangle:
         if self.arrivals:
             stored[ARRIVED] = tensors["arrived"]
         self.held_numbers = {
-            name: roomier(value, room, _beginning(name)) for name, value in stored.items()
+            name: roomier(value, room, beginning(name)) for name, value in stored.items()
         }
 
     def narrow_statistics(self, statistics: tuple[Statistic, ...]) -> None:
@@ -391,7 +391,7 @@ class Rectangle:
         self.used, capacity = past.columns.shape[-1], self.capacity
         self.held_columns = widened(past.columns, capacity, -1)
         for name, value in past.statistics.items():
-            self.held_numbers[name] = widened(value, capacity, name.start)
+            self.held_numbers[name] = widened(value, capacity, beginning(name))
 
     def _compact(self, columns: Tensor, fewest: int, size: int) -> None:
         """Moves the `fewest` to `size` slots that stay to the front of new buffers."""
@@ -404,7 +404,7 @@ class Rectangle:
         self.held.gather(order)
         for name, value in self.held_numbers.items():
             moved = gathered(value, order, 1)
-            moved[..., size:] = _beginning(name)
+            moved[..., size:] = beginning(name)
             self.held_numbers[name] = moved
         self.used, self._shares = size, False
 

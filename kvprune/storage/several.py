@@ -15,12 +15,11 @@ from torch import Tensor
 from ..attention.coded import Coded
 from ..attention.inputs import Pieces
 from ..attention.lanes import Lanes
-from ..models.devices import without_autocast
 from ..statistics import Statistic
 from .buffers import put
 from .joining import joined
 from .layout import allowed, cells, rearranged
-from .rectangle import Past, Rectangle
+from .rectangle import Past, Rectangle, beginning
 
 
 class Rectangles:
@@ -282,13 +281,11 @@ class Rectangles:
             for each in self.rectangles
             if each.held is not None
         ]
-        # Autocast does not know how to put grids in half precision together.
-        with without_autocast(used[0][0].device):
-            buffers = [self.lanes.join(alike, 0) for alike in zip(*used, strict=True)]
+        buffers = (self.lanes.join(alike, 0) for alike in zip(*used, strict=True))
         one.held = first.held.with_buffers(buffers)
         for name in first.held_numbers:
             same = [each.held_numbers[name][..., : each.used] for each in self.rectangles]
-            one.held_numbers[name] = self.lanes.join(same, 0)
+            one.held_numbers[name] = self.lanes.join(same, beginning(name))
         return one
 
     def _apart(self, tensor: Tensor) -> Iterator[tuple[Rectangle, Tensor]]:

@@ -238,12 +238,16 @@ def check_each_step(driver: Driver, oracles: Oracles, steps: list[int], padding:
             kept, wanted = driver.kept(row, head), list(oracle.kept)
             if kept != wanted:
                 raise AssertionError(f"{where}: expected the columns {wanted} to stay, got {kept}")
-            scores = getattr(oracle, "scores", None)
+            scores = oracle.scores
             if scores is not None and Attention() in driver.cache.layers[0].parts:
                 _check_scores(where, driver.statistic(row, head), scores)
 
 
 def _check_scores(where: str, got: dict[int, float], expected: Mapping[int, float]) -> None:
+    if got.keys() != expected.keys():
+        raise AssertionError(
+            f"{where}: expected scores of the columns {sorted(got)}, got some of {sorted(expected)}"
+        )
     for column, score in expected.items():
         if not abs(got[column] - score) <= max(1e-10 * abs(score), 1e-12):
             raise AssertionError(

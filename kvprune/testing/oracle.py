@@ -7,11 +7,13 @@ step, from the paper's maths alone. Slow, literal, in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from ..errors import KVPruneError
 
 Array = npt.NDArray[np.float64]
 Visible = Callable[[int, int], bool]
@@ -19,15 +21,15 @@ Visible = Callable[[int, int], bool]
 
 
 class Oracle(Protocol):
-    """What `Oracles` and `check_each_step` ask of an oracle.
-
-    One that has `scores`, floats by column, is also compared by these with what the policy's
-    `Attention()` says of its slots.
-    """
+    """What `Oracles` and `check_each_step` ask of an oracle."""
 
     @property
     def kept(self) -> list[int]:
         """The columns of the slots present, sorted."""
+
+    @property
+    def scores(self) -> Mapping[int, float] | None:
+        """What the policy's `Attention()` says of these slots, by column; None not to compare."""
 
     def step(
         self, columns: Sequence[int], q: Array, k: Array, v: Array, scaling: float,
@@ -41,7 +43,8 @@ class Oracle(Protocol):
             k: `[Q, D]`.
             v: `[Q, Dv]`.
             scaling: what products are multiplied by.
-            visible: see `Visible`, causality left out; None where causality is all.
+            visible: whether a query at one column (the first) may see a slot of another one (the
+                second), causality left out; None where causality is all.
 
         Returns:
             the outputs, `[G, Q, Dv]`.
@@ -71,7 +74,7 @@ def attend(
         the outputs `[G, Q, Dv]` and the probabilities `[G, Q, S]`, 0 where a slot is not seen.
 
     Raises:
-        ValueError: lengths that disagree, or a query that sees no slot.
+        KVPruneError: lengths that disagree, or a query that sees no slot.
     """
     q = np.array(q, dtype=np.float64)
     keys = np.array(keys, dtype=np.float64)
@@ -79,7 +82,11 @@ def attend(
     heads, queries, _ = q.shape
     slots = len(columns_k)
     if queries != len(columns_q) or len(keys) != slots or len(values) != slots:
-        raise ValueError("q, keys, values and their columns disagree in length")
+        raise KVPruneError(
+            f"attend: expected a column for each of {queries} queries, and a key and value for "
+            f"each of {slots} columns, got {len(columns_q)} columns, {len(keys)} keys and "
+            f"{len(values)} values"
+        )
 
     outputs = np.zeros((heads, queries, values.shape[1]))
     probabilities = np.zeros((heads, queries, slots))
@@ -91,7 +98,10 @@ def attend(
                 if causal and (visible is None or visible(columns_q[i], columns_k[j])):
                     logits[j] = scaling * float(np.dot(q[g, i], keys[j]))
             if not logits:
-                raise ValueError(f"the query at column {columns_q[i]} sees no slot")
+                raise KVPruneError(
+                    f"attend: the query at column {columns_q[i]} sees none of the slots "
+                    f"{list(columns_k)}: expected at least its own. The oracle dropped too much"
+                )
             largest = max(logits.values())
             weights = {j: math.exp(logit - largest) for j, logit in logits.items()}
             total = sum(weights.values())
@@ -106,7 +116,8 @@ class DenseOracle:
 
     Attributes:
         slots: (key `[D]`, value `[Dv]`) by column.
-        probabilities: `[G, Q, S]` of the last step, over the slots that were there, by column.
+        probabilities: `[G, Q, S]` of the last step, over the slots in the order of their columns;
+            `kept` says which these are until slots are dropped.
     """
 
     def __init__(self) -> None:
@@ -119,6 +130,11 @@ class DenseOracle:
         """The columns of the slots present, sorted."""
         return sorted(self.slots)
 
+    @property
+    def scores(self) -> Mapping[int, float] | None:
+        """None: nothing is compared; see `Oracle`."""
+        return None
+
     def step(
         self, columns: Sequence[int], q: npt.ArrayLike, k: npt.ArrayLike, v: npt.ArrayLike,
         scaling: float, visible: Visible | None = None,
@@ -126,7 +142,7 @@ class DenseOracle:
         """See `Oracle.step`.
 
         Raises:
-            ValueError: arrays that disagree, or columns that do not go forward.
+            KVPruneError: arrays that disagree, or columns that do not go forward.
         """
         q = np.array(q, dtype=np.float64)
         k = np.array(k, dtype=np.float64)
@@ -145,12 +161,20 @@ class DenseOracle:
 def _check_step(columns: Sequence[int], newest: int | None, q: Array, k: Array, v: Array) -> None:
     """Refuse a step whose arrays disagree with `columns`, or whose columns do not go forward."""
     if q.ndim != 3 or k.ndim != 2 or v.ndim != 2:
-        raise ValueError("a step takes q [G, Q, D], k [Q, D] and v [Q, Dv]")
-    if not len(columns) == q.shape[1] == k.shape[0] == v.shape[0]:
-        raise ValueError("q, k and v must hold one entry for each new column")
-    if q.shape[2] != k.shape[1]:
-        raise ValueError("q and k disagree in head size")
+        raise _no_step(columns, q, k, v)
+    if not len(columns) == q.shape[1] == k.shape[0] == v.shape[0] or q.shape[2] != k.shape[1]:
+        raise _no_step(columns, q, k, v)
     for column in columns:
         if newest is not None and column <= newest:
-            raise ValueError(f"column {column} does not come after column {newest}")
+            raise KVPruneError(
+                f"step: expected columns that go forward, got column {column} behind {newest}"
+            )
         newest = column
+
+
+def _no_step(columns: Sequence[int], q: Array, k: Array, v: Array) -> KVPruneError:
+    got = ", ".join(str(list(each.shape)) for each in (q, k, v))
+    return KVPruneError(
+        f"step: expected q [G, Q, D], k [Q, D] and v [Q, Dv] for Q = {len(columns)} columns, got "
+        f"{got}"
+    )

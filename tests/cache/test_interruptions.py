@@ -58,9 +58,18 @@ def as_new(cache: ComposedCache) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["select_rows", "settle"])
-def test_an_error_while_layers_move_spoils_the_cache(name, monkeypatch):
+MOVES: dict[str, Any] = {
+    "select_rows": lambda cache, path: cache.reorder_cache(torch.tensor([1, 0])),
+    "crop": lambda cache, path: cache.crop(-2),
+    "save": lambda cache, path: cache.save(path),
+    "forward": lambda cache, path: tiny_model()(prompt(2, 1), past_key_values=cache),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_an_error_while_layers_move_spoils_the_cache(move, monkeypatch, tmp_path):
     """Some have moved by then, as where memory is short, and others have not."""
+    name = move if move == "select_rows" else "settle"
     model, cache, moved = tiny_model(), ComposedCache([H2O(2, 3)]), []
     with torch.no_grad():
         model(prompt(2, 9), past_key_values=cache)
@@ -77,8 +86,8 @@ def test_an_error_while_layers_move_spoils_the_cache(name, monkeypatch):
 
     monkeypatch.setattr(SlotLayer, name, once)
     with pytest.raises(Broken):
-        cache.reorder_cache(torch.tensor([1, 0])) if name == "select_rows" else cache.crop(-2)
-    assert_unusable(cache, "cannot be used any more: an error ended a .* in its middle")
+        MOVES[move](cache, tmp_path / "cache.safetensors")
+    assert_unusable(cache, "cannot be used any more: an error ended .* in its middle")
     as_new(cache)
 
 
@@ -87,8 +96,29 @@ def test_rows_that_are_not_there_are_refused(rows):
     model, cache = tiny_model(), ComposedCache([H2O(2, 3)])
     with torch.no_grad():
         model(prompt(2, 9), past_key_values=cache)
-    match = f"rows of a cache: expected numbers from 0 to 1, got {min(rows)} to {max(rows)}"
+    match = f"rows of a cache: expected numbers of its 2 rows, from 0, got {min(rows)} to"
     assert_refused(cache, match, lambda: cache.reorder_cache(torch.tensor(rows)))
+
+
+WRONG_ROWS = [torch.tensor([1.0, 0.0]), torch.tensor([True, False]), torch.tensor([[1, 0]])]
+
+
+@pytest.mark.parametrize("rows", WRONG_ROWS, ids=repr)
+def test_what_is_no_row_is_refused(rows):
+    model, cache = tiny_model(), ComposedCache([H2O(2, 3)])
+    with torch.no_grad():
+        model(prompt(2, 9), past_key_values=cache)
+    match = f"expected their numbers, an int64 tensor .* got {rows.dtype} of shape"
+    assert_refused(cache, match, lambda: cache.reorder_cache(rows))
+
+
+@pytest.mark.parametrize("rows", [[0], torch.tensor([2]), torch.tensor([True, False, True])])
+def test_a_selection_of_what_is_not_there_is_refused(rows):
+    model, cache = tiny_model(), ComposedCache([H2O(2, 3)])
+    with torch.no_grad():
+        model(prompt(2, 9), past_key_values=cache)
+    match = "batch_select_indices: expected a tensor of numbers of the cache's 2 rows"
+    assert_refused(cache, match, lambda: cache.batch_select_indices(rows))
 
 
 @pytest.mark.parametrize("policies", [[], [H2O(2, 3)], [StreamingLLM(1, 3, positions="cache")]])
