@@ -261,7 +261,6 @@ class StockCache(Cache):
             )
         if back > state.recorded:
             state.check_still_there(self.seen - back)
-        state.join_waiting()
         self.session.pending = 0
         with self.guard.moving("a crop"):
             state.take_back(back)

@@ -17,7 +17,7 @@ from kvprune.storage.buffers import SLACK, spare
 from kvprune.storage.layer import SlotLayer
 
 from ..support.driver import D, Driver
-from ..support.models import fresh_model, prompt, tiny_model
+from ..support.models import fresh_model, left_padded, prompt, tiny_model
 from ..support.opcount import OpCount
 
 
@@ -104,6 +104,38 @@ def test_a_token_in_the_room_behind_the_slots_begins_as_any_other(tmp_path):
         rectangle = each.layers[0].rectangles[0]
         assert rectangle.capacity > rectangle.used == 14
         assert bool((rectangle.held_numbers[number] == number.start).all())
+
+
+@pytest.mark.parametrize("policy", [H2O(99, 99), H2O(6, 5), H2O(0.3, 0.1)], ids=repr)
+def test_tokens_begin_as_any_other_whatever_went(policy):
+    """Slots that were emptied, moved, recorded and taken back, or parted leave nothing behind."""
+    model, number = tiny_model(dtype=torch.float32), Begins()
+    cache = kvprune.ComposedCache([policy], observe=(number,))
+
+    def check() -> None:
+        for layer in cache.layers:
+            for one in layer.rectangles:
+                there = one.held_columns[..., : one.used].expand(-1, one.heads, -1) >= 0
+                room = one.held_numbers[number][..., one.used :]
+                assert bool((one.held_numbers[number][..., : one.used][there] == 5).all())
+                assert bool((room == 5).all())
+
+    padded = left_padded(prompt(3, 40), [0, 10, 25])
+    mask = padded["attention_mask"]
+    model(**padded, past_key_values=cache)
+    for count, back in ((1, 0), (1, 0), (4, 2), (1, 0), (5, 5), (1, 0), (7, 0), (1, 0)):
+        if back:
+            cache.activate_past_recording()
+        mask = torch.nn.functional.pad(mask, (0, count), value=1)
+        model(prompt(3, count), past_key_values=cache, attention_mask=mask)
+        check()
+        if back:
+            cache.crop(-back)
+            mask = mask[:, :-back]
+            check()
+    cache.batch_select_indices(torch.tensor([2]))
+    model(prompt(1, 1), past_key_values=cache)
+    check()
 
 
 def test_a_fused_projection_is_not_kept_alive():

@@ -168,7 +168,7 @@ def test_an_error_comes_whenever_somebody_reads(model: Any):
 
 
 @torch.no_grad()
-def test_an_error_comes_before_rows_or_columns_move(model: Any, monkeypatch: Any):
+def test_an_error_comes_before_rows_move(model: Any, monkeypatch: Any):
     """So that what was asked for can be asked for again, once its reason is gone."""
     ids, swap = prompt(2, 9), torch.tensor([1, 0])
     cache = kvprune.ComposedCache([], observe=(Failing(),))
