@@ -331,7 +331,7 @@ class SlotLayer:
             self.join_waiting()
 
     def join_waiting(self) -> None:
-        """Joins the queries that wait; whoever reads `records` has that done.
+        """Joins the queries that wait, as reading `records` does, too.
 
         Raises:
             KVPruneError: see `observe_queries`.

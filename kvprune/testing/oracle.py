@@ -29,7 +29,10 @@ class Oracle(Protocol):
 
     @property
     def scores(self) -> Mapping[int, float] | None:
-        """What the policy's `Attention()` says of these slots, by column; None not to compare."""
+        """The attention that these slots received, by column; None compares nothing.
+
+        Compared with the policy's `Attention()`.
+        """
 
     def step(
         self, columns: Sequence[int], q: Array, k: Array, v: Array, scaling: float,
